@@ -1,0 +1,1 @@
+"""What the regularizers cost: counted and timed against the paper's Algorithm 1."""

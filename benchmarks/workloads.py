@@ -1,0 +1,134 @@
+"""The models, batches and variants that are compared, and one training step of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ofa
+from benchmarks.algorithm1 import PlainLoop
+
+PLAIN = "plain"
+
+VOCABULARY = 49152
+
+
+class Attached(Protocol):
+    """What a variant attaches to a model."""
+
+    def penalty(self) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A Llama of a given shape with random weights, and the size of its batch."""
+
+    name: str
+    shape: tuple[tuple[str, int], ...]
+    sequences: int
+    tokens: int
+
+    def of(self, sequences: int, tokens: int) -> Workload:
+        """The same model with a batch of another size."""
+        return replace(self, sequences=sequences, tokens=tokens)
+
+
+SMOLLM2_135M = Workload(
+    "smollm2_135m",
+    (
+        ("hidden_size", 576),
+        ("num_hidden_layers", 30),
+        ("num_attention_heads", 9),
+        ("num_key_value_heads", 3),
+        ("intermediate_size", 1536),
+        ("vocab_size", VOCABULARY),
+    ),
+    sequences=10,
+    tokens=48,
+)
+
+LLAMA2_7B_LAYER = Workload(
+    "llama2_7b_layer",
+    (
+        ("hidden_size", 4096),
+        ("num_hidden_layers", 1),
+        ("num_attention_heads", 32),
+        ("num_key_value_heads", 32),
+        ("intermediate_size", 11008),
+        # One layer stands for 32: a head of the real size would count 32 times too much.
+        ("vocab_size", 32),
+    ),
+    sequences=1,
+    tokens=128,
+)
+
+TINY = Workload(
+    "tiny",
+    (
+        ("hidden_size", 32),
+        ("num_hidden_layers", 2),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 2),
+        ("intermediate_size", 48),
+        ("vocab_size", 64),
+    ),
+    sequences=2,
+    tokens=8,
+)
+
+
+def _batched(**options: Any) -> Callable[[nn.Module], Attached]:
+    return lambda model: ofa.fused_regularizers(model, estimator="hutchinson", **options)
+
+
+def _loop(samples: int) -> Callable[[nn.Module], Attached]:
+    return lambda model: PlainLoop(model, samples=samples, granularity="sublayer")
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Attached | None]] = {
+    PLAIN: lambda model: None,
+    "step_ratio": _batched(sharpness=0.0),
+    "loop_n1": _loop(1),
+    "loop_n4": _loop(4),
+    "hutchinson_n1": _batched(samples=1),
+    "hutchinson_n4": _batched(samples=4),
+    "hutchinson_quarter": _batched(samples=1, steps=0.25),
+}
+"""What is attached to the model before a step: nothing, the paper's loop, or this project's regularizers."""
+
+
+def build(workload: Workload) -> nn.Module:
+    """The model in float32 and evaluation mode, its norm scales the only parameters that train."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**dict(workload.shape), tie_word_embeddings=True, attn_implementation="sdpa")
+    model = LlamaForCausalLM(config).eval()
+    ofa.tune_norms(model)
+    return model
+
+
+def batch(workload: Workload) -> Tensor:
+    """Random token ids, (sequences, tokens)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(dict(workload.shape)["vocab_size"], (workload.sequences, workload.tokens), generator=generator)
+
+
+def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:
+    """Cross-entropy of the last token from the one before it (as a label is learned), plus the penalty if there is one."""
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    value = F.cross_entropy(logits[:, -1], ids[:, 0])
+    return value if attached is None else value + attached.penalty()
+
+
+def step(model: nn.Module, ids: Tensor, attached: Attached | None) -> None:
+    """Forward and backward pass; the gradients of the step before are dropped."""
+    model.zero_grad(set_to_none=True)
+    loss(model, ids, attached).backward()

@@ -1,0 +1,54 @@
+"""Few-shot adaptation of language models by tuning only their norm scales (OFA, arXiv 2505.19107)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ofa.errors import InputError
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "fused_regularizers": "ofa.regularizers",
+    "tune_norms": "ofa.tuning",
+    "restore_norms": "ofa.tuning",
+    "save_adapter": "ofa.adapters",
+    "load_adapter": "ofa.adapters",
+    "merge": "ofa.adapters",
+    "adapt": "ofa.adaptation",
+    "Adaptation": "ofa.adaptation",
+    "Task": "ofa.tasks",
+    "Example": "ofa.tasks",
+    "load_task": "ofa.tasks",
+    "load_model": "ofa.models",
+}
+"""Public name → module; loaded on first use, so that `import ofa` costs neither torch nor transformers."""
+
+__all__ = ["InputError", *_LAZY]
+
+if TYPE_CHECKING:
+    from ofa.adaptation import Adaptation as Adaptation
+    from ofa.adaptation import adapt as adapt
+    from ofa.adapters import load_adapter as load_adapter
+    from ofa.adapters import merge as merge
+    from ofa.adapters import save_adapter as save_adapter
+    from ofa.models import load_model as load_model
+    from ofa.regularizers import fused_regularizers as fused_regularizers
+    from ofa.tasks import Example as Example
+    from ofa.tasks import Task as Task
+    from ofa.tasks import load_task as load_task
+    from ofa.tuning import restore_norms as restore_norms
+    from ofa.tuning import tune_norms as tune_norms
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ofa' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,114 @@
+"""`adapt`: from a model and five examples per class to something that predicts and can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ofa.adapters import save_adapter
+from ofa.errors import InputError
+from ofa.methods import Predictor, ofa
+from ofa.tasks import Example, FewShot, TaskData, few_shot, load_task
+from ofa.trainer import StepRecord, TrainingResult
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """A model tuned to a task, and all that is worth knowing about how."""
+
+    predictor: Predictor
+    data: TaskData
+    drawn: FewShot
+    shots: int
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def training(self) -> TrainingResult:
+        """The records of the training run."""
+        assert self.predictor.training is not None
+        return self.predictor.training
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most probable label of each text."""
+        return self.predictor.predict(texts)
+
+    def predict_proba(self, texts: Sequence[str]) -> Tensor:
+        """Probability of each label in the task's order, (texts, labels), float32."""
+        return self.predictor.predict_proba(texts)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False, **details: Any) -> Path:
+        """Write the adapter folder, see `adapters.save_adapter`; `details` go into its `ofa_config.json`.
+
+        Raises:
+            InputError: the folder cannot be written, or is not empty and `overwrite` is off.
+        """
+        return save_adapter(
+            self.predictor.scorer.model, folder, details={**self.details(), **details}, overwrite=overwrite
+        )
+
+    def details(self) -> dict[str, Any]:
+        """What `ofa_config.json` keeps: task, shots and their indices, seed, settings, seconds. No training text."""
+        regularized = self.settings.get("step_ratio") != 0 or self.settings.get("sharpness") != 0
+        return {
+            "method": "ofa" if regularized else "norm-tuning",
+            "task": self.data.task.to_dict(),
+            "shots": self.shots,
+            "indices": list(self.drawn.indices),
+            "seed": self.seed,
+            "settings": self.settings,
+            "seconds": round(self.training.seconds, 2),
+        }
+
+    def close(self) -> None:
+        """Leave the model as it was before it was adapted."""
+        self.predictor.close()
+
+
+def adapt(
+    model: Any,
+    tokenizer: Any,
+    task: TaskData | str | Path,
+    shots: int = 5,
+    seed: int = 42,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    validation: Sequence[Example] = (),
+    progress: Callable[[StepRecord, int], None] | None = None,
+    **settings: Any,
+) -> Adaptation:
+    """Tune the norm scales of a Hugging Face model on a few examples per class with OFA's regularizers.
+
+    Args:
+        task: task and examples, the name of a known task, or a folder with task.json.
+        shots: examples per class, drawn from the task's training examples by `seed`.
+        folder: where metrics and checkpoints go while it trains; None keeps nothing on disk.
+        resume: continue from the folder's checkpoint.
+        validation: examples to choose the best epoch by; without them the last epoch is kept.
+        settings: fields of `trainer.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`.
+
+    Raises:
+        InputError: the task, the number of shots or a setting cannot be used.
+    """
+    data = task if isinstance(task, TaskData) else load_task(task)
+    if not data.train:
+        raise InputError(f'the task "{data.task.name}" has no training examples; add a train file')
+    drawn = few_shot(data.train, data.task.labels, shots, seed)
+    predictor = ofa.fit(
+        model,
+        tokenizer,
+        data.task,
+        drawn.examples,
+        seed,
+        folder=folder,
+        resume=resume,
+        validation=validation,
+        progress=progress,
+        **settings,
+    )
+    return Adaptation(predictor, data, drawn, shots, seed, settings)

@@ -1,0 +1,257 @@
+"""The tuned norm scales on disk: a PEFT LN-tuning folder that opens in PEFT and transformers as it is.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `ofa_config.json` says what the adapter was made from
+(task, shots, seed, versions, scores, a fingerprint of the base), `README.md` is the model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa import __version__
+from ofa.errors import InputError
+from ofa.files import claim_folder, write_atomically, write_json, write_text
+from ofa.model_card import model_card
+from ofa.tuning import base_parameters, hold_norms, restore_norms
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+DETAILS = "ofa_config.json"
+CARD = "README.md"
+
+_PREFIX = "base_model.model."
+_LAYER = ".ln_tuning_layers."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder read into memory: norm parameters by path, its base, and what `ofa_config.json` says."""
+
+    folder: Path
+    base: str | None
+    parameters: dict[str, Tensor]
+    details: dict[str, Any]
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    details: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
+
+    Args:
+        base_model: hub id or folder of the base; the model's own name when None.
+        details: what to keep in `ofa_config.json` besides versions and the base's fingerprint.
+        overwrite: write into a folder that already holds something.
+
+    Raises:
+        InputError: the folder cannot be written, or is not empty and `overwrite` is off.
+    """
+    from peft import LNTuningConfig
+    from safetensors.torch import save_file
+
+    current = {path: model.get_parameter(path).detach() for path in base_parameters(model)}
+    scales = {path: value for path, value in current.items() if path.endswith(".weight")}
+    target = claim_folder(folder, overwrite=overwrite)
+    base = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
+    config = LNTuningConfig(
+        target_modules=[path.removesuffix(".weight") for path in scales],
+        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    known = {
+        **(details or {}),
+        "base_model": base,
+        "base_fingerprint": fingerprint(model),
+        "parameters": sum(scale.numel() for scale in scales.values()),
+        "versions": versions(),
+    }
+    tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
+    write_atomically(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(target / DETAILS, known)
+    write_text(target / CARD, model_card(known))
+    # Last, because this is the file by which a folder counts as an adapter.
+    write_json(target / CONFIG, config)
+    return target
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and check an adapter folder; safetensors only.
+
+    Raises:
+        InputError: it is not an LN-tuning folder, offers a pickle, or its tensors are damaged.
+    """
+    path = Path(folder)
+    config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
+    if config.get("peft_type") != "LN_TUNING":
+        raise InputError(
+            f"{path} holds a {config.get('peft_type')} adapter; only LN_TUNING adapters can be loaded here"
+        )
+    tensors = _read_tensors(path)
+    strange = [key for key in tensors if not (key.startswith(_PREFIX) and _LAYER in key)]
+    if strange or not tensors:
+        what = f"holds {strange[0]}, which is no norm scale" if strange else "holds no tensors"
+        raise InputError(f"{path / WEIGHTS} {what}; save the adapter again")
+    parameters = {key.removeprefix(_PREFIX).replace(_LAYER, "."): value for key, value in tensors.items()}
+    broken = next((name for name, value in parameters.items() if not torch.isfinite(value).all()), None)
+    if broken:
+        raise InputError(f"{path / WEIGHTS} is damaged: {broken} is not finite; save the adapter again")
+    details = _read_json(path / DETAILS, "") if (path / DETAILS).exists() else {}
+    return Adapter(path, config.get("base_model_name_or_path"), parameters, details)
+
+
+def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
+    """Put an adapter's scales into its base model; `restore_norms` takes them out again.
+
+    Nothing is changed unless everything fits.
+
+    Raises:
+        InputError: the folder cannot be read, or belongs to another base or another width.
+    """
+    adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
+    _check_fit(model, adapter)
+    hold_norms(model)
+    with torch.no_grad():
+        for path, value in adapter.parameters.items():
+            model.get_parameter(path).copy_(value)
+    return adapter
+
+
+def merge(
+    model: nn.Module | str, adapter: str | Path, out: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write a full checkpoint of the base with the adapter's scales in place of its own.
+
+    Args:
+        model: the base, or its hub id or folder. A loaded model is left as it was.
+        tokenizer: saved beside the model when given; loaded with the model when `model` is a name.
+
+    Raises:
+        InputError: the adapter does not fit, or the folder cannot be written.
+    """
+    if isinstance(model, str):
+        from ofa.models import load_model
+
+        loaded = load_model(model)
+        return merge(loaded.model, adapter, out, tokenizer=tokenizer or loaded.tokenizer, overwrite=overwrite)
+    read = read_adapter(adapter)
+    _check_fit(model, read)
+    target = claim_folder(out, overwrite=overwrite)
+    staging = target.with_name(f".{target.name}.partial")
+    try:
+        with _merged(model, read):
+            model.save_pretrained(staging, safe_serialization=True)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        for file in sorted(staging.iterdir()):
+            shutil.move(file, target / file.name)
+    except OSError as error:
+        raise InputError(f"the checkpoint {target} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the base's own norm parameters, rounded to bfloat16: the same whatever the dtype of loading."""
+    digest = hashlib.sha256()
+    for path, value in base_parameters(model).items():
+        digest.update(path.encode())
+        digest.update(value.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an adapter."""
+    from importlib.metadata import version
+
+    return {"ofa-adapt": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+class _merged:  # noqa: N801 - reads as a phrase: with _merged(model, adapter)
+    """The base model with the adapter's scales in its own parameters and dtype, and its own again afterwards."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self._model, self._adapter = model, adapter
+        self._own: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        restore_norms(self._model)
+        self._own = {path: self._model.get_parameter(path).detach().clone() for path in self._adapter.parameters}
+        self._copy(self._adapter.parameters)
+
+    def __exit__(self, *error: object) -> None:
+        self._copy(self._own)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for path, value in values.items():
+            self._model.get_parameter(path).copy_(value)
+
+
+def _check_fit(model: nn.Module, adapter: Adapter) -> None:
+    own = base_parameters(model)
+    name = adapter.base or "another model"
+    unknown = next((path for path in adapter.parameters if path not in own), None)
+    if unknown:
+        raise InputError(
+            f"{adapter.folder} was made for {name}: this model has no norm {unknown}; load that base instead"
+        )
+    for path, value in adapter.parameters.items():
+        if value.shape != own[path].shape:
+            raise InputError(
+                f"{adapter.folder} was made for {name} of another width: {path} has {own[path].numel()} channels here "
+                f"and {value.numel()} in the adapter; load that base instead"
+            )
+    expected = adapter.details.get("base_fingerprint")
+    if expected and expected != fingerprint(model):
+        raise InputError(
+            f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
+        )
+
+
+def _key(path: str) -> str:
+    norm, _, name = path.rpartition(".")
+    return f"{_PREFIX}{norm}{_LAYER}{name}"
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        if pickles:
+            raise InputError(f"{pickles[0]} is a pickle, which can run code when it is read; convert it to {WEIGHTS}")
+        raise InputError(f"{folder} has no {WEIGHTS}; give the folder that `ofa fit` wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{missing}: it has no {path.name}; give the folder that `ofa fit` wrote") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object; copy or save the adapter again")
+    return value

@@ -1,0 +1,121 @@
+"""One file that a killed training run continues from: scales, AdamW moments, position; safetensors, written whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa.errors import InputError
+from ofa.files import write_atomically
+
+_LAYOUT = "1"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration and data.
+
+    `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation.
+    """
+
+    step: int
+    passes: int
+    seconds: float
+    run: dict[str, Any]
+    scales: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    best: tuple[int, float, dict[str, Tensor]] | None = None
+
+
+def save(path: Path, state: Checkpoint) -> None:
+    """Write the checkpoint; whatever was there stays until the new one is whole."""
+    from safetensors.torch import save_file
+
+    tensors = {f"scale/{name}": value for name, value in state.scales.items()}
+    for moment, values in state.moments.items():
+        tensors |= {f"{moment}/{name}": value for name, value in values.items()}
+    facts: dict[str, Any] = {"step": state.step, "passes": state.passes, "seconds": state.seconds, "run": state.run}
+    if state.best is not None:
+        facts["best"] = state.best[:2]
+        tensors |= {f"best/{name}": value for name, value in state.best[2].items()}
+    own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    metadata = {"layout": _LAYOUT, "state": json.dumps(facts)}
+    write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata))
+
+
+def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Checkpoint:
+    """Read a checkpoint and hold it to the run that wants to continue from it.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is of another configuration, data set or model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path} to resume from; leave out --resume to start anew")
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint {path} is damaged ({error}); start anew with --overwrite") from error
+    _check_same_run(path, facts["run"], json.loads(json.dumps(run)))
+    groups = _grouped(tensors)
+    if {name: value.shape for name, value in groups["scale"].items()} != {n: s.shape for n, s in scales.items()}:
+        raise InputError(f"the checkpoint {path} is of another model; resume with the model it was made with")
+    best = (*facts["best"], groups["best"]) if "best" in facts else None
+    moments = {name: groups[name] for name in _MOMENTS if name in groups}
+    return Checkpoint(facts["step"], facts["passes"], facts["seconds"], facts["run"], groups["scale"], moments, best)
+
+
+def moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """AdamW's running averages by parameter name; empty before the first step."""
+    if not optimizer.state:
+        return {}
+    return {moment: {name: optimizer.state[scale][moment] for name, scale in scales.items()} for moment in _MOMENTS}
+
+
+def restore_moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter], state: Checkpoint) -> None:
+    """Give AdamW back its running averages and step count."""
+    if not state.moments:
+        return
+    for name, scale in scales.items():
+        own = {moment: state.moments[moment][name].to(scale.device) for moment in _MOMENTS}
+        optimizer.state[scale] = {"step": torch.tensor(float(state.step)), **own}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of anything JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    changed = [name for name in wanted["config"] if saved["config"].get(name) != wanted["config"][name]]
+    if changed:
+        name = changed[0]
+        before, now = saved["config"].get(name), wanted["config"][name]
+        raise InputError(
+            f"the checkpoint {path} was made with {name}={before!r}, not {now!r}; "
+            "resume with the same settings or start anew with --overwrite"
+        )
+    if saved["data"] != wanted["data"]:
+        raise InputError(
+            f"the checkpoint {path} was made with other training examples; resume with the same data, shots and "
+            "seed or start anew with --overwrite"
+        )
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = value
+    return groups

@@ -1,0 +1,98 @@
+"""What the commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from ofa.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def notice(text: str) -> None:
+    """One line for the person at the terminal, on standard error."""
+    Console(stderr=True, highlight=False).print(text, markup=False)
+
+
+def show(value: Table | str) -> None:
+    """A result for a reader, on standard output; tables as wide as they need when it is not a terminal."""
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False).print(value)
+
+
+def show_json(value: Any) -> None:
+    """A result for a program: one JSON document on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def fail(error: InputError) -> NoReturn:
+    """Print the one sentence of an error and leave with status 2."""
+    notice(f"ofa: {error}")
+    raise SystemExit(2)
+
+
+def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a command raises into one sentence and a status; OFA_DEBUG=1 in the environment shows where."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        quiet_libraries()
+        try:
+            return command(*args, **kwargs)
+        except InputError as error:
+            fail(error)
+        except KeyboardInterrupt as error:
+            notice(f"ofa: {error or 'interrupted'}")
+            raise SystemExit(_INTERRUPTED) from None
+        except Exception as error:
+            if os.environ.get("OFA_DEBUG"):
+                traceback.print_exc()
+            first = str(error).strip().splitlines() or [""]
+            notice(f"ofa: unexpected {type(error).__name__}: {first[0]}; run again with OFA_DEBUG=1 to see where")
+            raise SystemExit(1) from error
+
+    return run
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, gone when it is done and absent without a terminal: update(done, total, remark)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TextColumn("{task.fields[remark]}"), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(description, total=None, remark="")
+
+        def update(done: int, total: int, remark: str) -> None:
+            progress.update(task, completed=done, total=total, remark=remark)
+
+        yield update
+
+
+def quiet_libraries() -> None:
+    """Our own warnings as plain lines on standard error; other libraries' bars and advice off."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("ofa: %(message)s"))
+    logger = logging.getLogger("ofa")
+    logger.handlers = [handler]
+    logger.propagate = False

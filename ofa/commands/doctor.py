@@ -1,0 +1,134 @@
+"""`ofa doctor`: what is installed, which devices and kernels there are, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ofa.commands.console import reports_errors, show, show_json
+from ofa.commands.options import JsonOption
+
+_NEEDED = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "datasets", "gguf", "accelerate")
+_OPTIONAL = ("triton", "ray")
+
+
+@reports_errors
+def doctor(
+    as_json: JsonOption = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Leave with status 1 if there is any advice.")] = False,
+) -> None:
+    """Show versions, devices, which kernels run where, the model cache, and advice where something is missing."""
+    document = examine()
+    if as_json:
+        show_json(document)
+    else:
+        _show(document)
+    if strict and document["advice"]:
+        raise SystemExit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything `ofa doctor` tells, as JSON values."""
+    from ofa import __version__
+    from ofa.embedded import embedded_cache_dir, embedded_is_cached
+
+    versions: dict[str, str | None] = {"ofa-adapt": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}
+    devices = _devices() if versions["torch"] else []
+    document = {
+        "versions": versions,
+        "devices": devices,
+        "kernels": _kernels(devices),
+        "cache": {
+            "folder": str(embedded_cache_dir()),
+            "default_model": embedded_is_cached(),
+            "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""),
+        },
+    }
+    return {**document, "advice": _advice(document)}
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [{"name": "cpu", "remark": f"{torch.get_num_threads()} threads"}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        remark = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found.append({"name": f"cuda:{index}", "remark": remark})
+    if torch.backends.mps.is_available():
+        found.append({"name": "mps", "remark": "Apple GPU"})
+    return found
+
+
+def _kernels(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Which implementation of each operation would run on each device."""
+    if not devices:
+        return []
+    import torch
+
+    from ofa_kernels import dispatch
+
+    rows = []
+    for device in devices:
+        tensor = torch.empty(1, 64, device=device["name"])
+        chosen = {operation: dispatch.choose(operation, tensor).name for operation in dispatch.OPERATIONS}
+        rows.append({"device": device["name"], **chosen})
+    return rows
+
+
+def _advice(document: dict[str, Any]) -> list[str]:
+    advice = []
+    missing = [name for name in _NEEDED if document["versions"][name] is None]
+    if missing:
+        advice.append(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e .")
+    if _version("ofa") is not None:
+        advice.append(
+            "a package named `ofa`, which is another project, is installed and may stand before this one: "
+            "pip uninstall ofa, then install ofa-adapt again"
+        )
+    if not _is_ours():
+        advice.append("`import ofa` finds another package than this one: look at your PYTHONPATH and working directory")
+    if not document["cache"]["default_model"]:
+        advice.append("the default model is not in the cache yet: `ofa demo` fetches it (90 MB), or give --model")
+    if any(device["name"].startswith("cuda") for device in document["devices"]) and not document["versions"]["triton"]:
+        advice.append('there is a GPU but no Triton: pip install -c constraints.txt -e ".[cuda]"')
+    return advice
+
+
+def _is_ours() -> bool:
+    import ofa
+
+    return Path(ofa.__file__ or "").parent == Path(__file__).parent.parent
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, version in document["versions"].items():
+        table.add_row(name, version or "not installed")
+    for device in document["devices"]:
+        table.add_row(f"device {device['name']}", device["remark"])
+    for row in document["kernels"]:
+        names = sorted({value for key, value in row.items() if key != "device"})
+        table.add_row(f"kernels on {row['device']}", ", ".join(names))
+    cached = "in the cache" if document["cache"]["default_model"] else "not fetched yet"
+    table.add_row("default model", f"{cached} ({document['cache']['folder']})")
+    show(table)
+    for line in document["advice"]:
+        show(f"advice: {line}")
+    if not document["advice"]:
+        show("nothing is missing")

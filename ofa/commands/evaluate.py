@@ -1,0 +1,167 @@
+"""`ofa evaluate`: how good an adapter, or the bare model, is on labelled examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json
+from ofa.commands.options import (
+    BatchOption,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LabelsOption,
+    ModelOption,
+    OfflineOption,
+    TemplateOption,
+    TrustOption,
+)
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.commands.adapted import Adapted
+    from ofa.evaluation import Evaluation
+    from ofa.tasks import Example
+
+
+@reports_errors
+def evaluate(
+    data: Annotated[
+        str, typer.Option(help="Labelled examples: a .jsonl or .csv file, a folder with task.json, or a task's name.")
+    ],
+    adapter: Annotated[
+        Path | None, typer.Argument(help="Adapter folder. Without it the bare model is evaluated (zero-shot).")
+    ] = None,
+    demonstrations: Annotated[
+        str | None,
+        typer.Option(
+            help="Training examples to put in context; with an adapter, the very shots it was tuned on are taken."
+        ),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=1, help="Demonstrations per class, without an adapter.")] = 5,
+    seed: Annotated[int, typer.Option(help="Draws the demonstrations and the test subset.")] = 42,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate on a class-balanced subset of this many examples.")
+    ] = None,
+    template: TemplateOption = None,
+    labels: LabelsOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Score an adapter, or the bare model, on labelled examples: accuracy, macro-F1, confusion, calibration.
+
+    Example: ofa evaluate adapter --data test.jsonl --json
+    """
+    from ofa.commands.data import test_data
+    from ofa.evaluation import evaluate as measure
+    from ofa.tasks import class_balanced
+
+    where: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "offline": offline,
+        "trust_remote_code": trust_remote_code,
+    }
+    subject = (
+        _adapter(adapter, model, template, labels, where) if adapter else _bare(model, data, template, labels, where)
+    )
+    examples = test_data(data, subject.task)
+    if size is not None:
+        examples = class_balanced(examples, subject.task.labels, size, seed)
+    shown = _demonstrations(demonstrations, subject, shots, seed)
+    with progress_bar("evaluating") as update:
+        result = measure(
+            subject.model,
+            subject.tokenizer,
+            subject.task,
+            examples,
+            demonstrations=shown,
+            batch_size=batch_size,
+            progress=lambda done, total: update(done, total, ""),
+        )
+    if result.truncated:
+        notice(f"ofa: {result.truncated} texts were longer than the model's window and lost their beginning")
+    document = {
+        "adapter": str(adapter) if adapter else None,
+        "data": data,
+        "task": subject.task.to_dict(),
+        "demonstrations": len(shown),
+        "scored": result.mode,
+        "truncated": result.truncated,
+        "seconds": round(result.seconds, 2),
+        **result.metrics.to_dict(),
+    }
+    if as_json:
+        show_json(document)
+    else:
+        _show(result, document)
+
+
+def _adapter(
+    folder: Path, model: str | None, template: str | None, labels: str | None, where: dict[str, Any]
+) -> Adapted:
+    from ofa.commands.adapted import open_adapter
+
+    if template or labels:
+        raise InputError(f"{folder} brings its own template and labels; leave out --template and --labels")
+    return open_adapter(folder, model, **where)
+
+
+def _bare(model: str | None, data: str, template: str | None, labels: str | None, where: dict[str, Any]) -> Adapted:
+    from ofa.commands.adapted import Adapted
+    from ofa.commands.data import training_data
+    from ofa.models import load_model
+
+    task = training_data(data, template, labels).task
+    loaded = load_model(model, progress=notice, **where)
+    return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
+
+
+def _demonstrations(source: str | None, subject: Adapted, shots: int, seed: int) -> tuple[Example, ...]:
+    """The examples to put in context: an adapter's own shots by their indices, or a fresh draw."""
+    if source is None:
+        return ()
+    from ofa.commands.data import demonstration_pool
+    from ofa.tasks import few_shot
+
+    pool = demonstration_pool(source, subject.task)
+    indices = subject.details.get("indices")
+    if indices is None:
+        return few_shot(pool, subject.task.labels, shots, seed).examples
+    if max(indices) >= len(pool):
+        raise InputError(
+            f"{source} has {len(pool)} examples, but the adapter was tuned on number {max(indices) + 1}; "
+            "give the file it was tuned on"
+        )
+    return tuple(pool[index] for index in indices)
+
+
+def _show(result: Evaluation, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    summary = Table(title=f"{document['task']['name']}: {document['count']} examples, {document['seconds']:.1f} s")
+    names = ("accuracy", "macro_f1", "expected_calibration_error", "exact_match", "negative_log_likelihood")
+    shown = [name for name in names if name in document]
+    for name in shown:
+        summary.add_column(name.replace("_", " "), justify="right")
+    summary.add_row(*(f"{document[name]:.4f}" for name in shown))
+    show(summary)
+    if "confusion" not in document:
+        return
+    confusion = Table(title="confusion: rows are true, columns predicted")
+    confusion.add_column("")
+    for label in document["labels"]:
+        confusion.add_column(label, justify="right")
+    for label, row in zip(document["labels"], document["confusion"], strict=True):
+        confusion.add_row(label, *map(str, row))
+    show(confusion)

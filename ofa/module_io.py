@@ -1,0 +1,44 @@
+"""The hidden states among what goes into and comes out of a module, whatever the family calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states a module is called with: its `hidden_states` argument, or its first tensor."""
+    named = kwargs.get("hidden_states")
+    if isinstance(named, Tensor):
+        return named
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def replace_tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Tensor], Tensor]
+) -> Arguments:
+    """Arguments with `change(name, tensor)` applied to every tensor, also inside tuples; positional names are ""."""
+
+    def walk(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(name, value)
+        return tuple(walk(name, item) for item in value) if type(value) is tuple else value
+
+    return tuple(walk("", value) for value in args), {name: walk(name, value) for name, value in kwargs.items()}
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden states a module returns: the tensor itself, or the first item of a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def replace_hidden_output(output: Any, hidden: Tensor, change_other: Callable[[Tensor], Tensor]) -> Any:
+    """The output with other hidden states; `change_other` is applied to the tensors that accompany them."""
+    if isinstance(output, Tensor):
+        return hidden
+    rest = (change_other(item) if isinstance(item, Tensor) else item for item in output[1:])
+    return (hidden, *rest)

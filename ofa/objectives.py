@@ -1,0 +1,63 @@
+"""Step ratio and sharpness as pure functions of what was measured. The derivation is in docs/theory.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What one forward pass of B sequences through T steps measured; None for a term that was not asked for.
+
+    Attributes:
+        step_norms: ‖Z_{t+1} − Z_t‖ over the real tokens, (T, B), float32.
+        ratios: ‖Z_{t+1} − Z_t‖ / ‖Z_t − Z_{t−1}‖, (T − 1, B).
+        traces: h_t per token, (T, B), in the chosen sign convention; NaN at steps left out by step sampling.
+        step_ratio: J = Σ_t ratios, mean over the sequences, a scalar.
+        sharpness: H = Σ_t softplus(h_t), mean over the sequences, a scalar.
+    """
+
+    step_norms: Tensor | None = None
+    ratios: Tensor | None = None
+    traces: Tensor | None = None
+    step_ratio: Tensor | None = None
+    sharpness: Tensor | None = None
+
+
+def step_norms(squared_norms: Tensor) -> Tensor:
+    """Lengths from squared lengths; the smallest normal number keeps the gradient finite at a zero update."""
+    return squared_norms.clamp_min(torch.finfo(squared_norms.dtype).tiny).sqrt()
+
+
+def ratios(norms: Tensor) -> Tensor:
+    """Length of each step over the length of the step before it: (T, B) → (T − 1, B)."""
+    return norms[1:] / norms[:-1]
+
+
+def step_ratio(step_ratios: Tensor) -> Tensor:
+    """J = Σ_t ratio_t, mean over the sequences (OFA, arXiv 2505.19107, its first regularizer)."""
+    return step_ratios.sum(0).mean()
+
+
+def sharpness(traces: Sequence[Tensor], steps: int) -> Tensor:
+    """H = Σ_t softplus(h_t), mean over the sequences, from the traces (B,) of all or of sampled steps.
+
+    Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
+    that splitting a batch does not change the objective. Sampled steps are scaled by `steps`/measured: unbiased.
+    """
+    return F.softplus(torch.stack(tuple(traces))).sum(0).mean() * (steps / len(traces))
+
+
+def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:
+    """λ₁ J + λ₂ H, a float32 scalar; terms that were not measured count zero."""
+    total = torch.zeros((), device=device)
+    if measured.step_ratio is not None:
+        total = total + step_ratio_weight * measured.step_ratio
+    if measured.sharpness is not None:
+        total = total + sharpness_weight * measured.sharpness
+    return total

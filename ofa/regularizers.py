@@ -1,0 +1,353 @@
+"""The two regularizers of OFA in any training loop: attach, measure, penalty, detach.
+
+Every measured forward pass yields J (step ratio) and H (sharpness) as tensors with a graph; `penalty()` is λ₁J + λ₂H.
+The copies of the finite differences travel in the batch of the real pass, so that a step costs one forward and one
+backward pass of a wider batch, not N more passes per layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa import anatomy as anatomies
+from ofa import objectives
+from ofa.errors import InputError
+from ofa.estimators import TraceEstimator
+from ofa.estimators.hutchinson import Hutchinson
+from ofa.measuring import BranchMeter, LayerPass, Pass
+from ofa_kernels.philox import PROBES
+
+ESTIMATORS = ("auto", "hutchinson")
+CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
+"""Sign of h_t before the trace tr(J_t P_t): −F is the gradient in the theory; Algorithm 1 prints it as +F."""
+
+TOKENS = ("all", "last")
+
+_logger = logging.getLogger(__name__)
+_attached: weakref.WeakKeyDictionary[nn.Module, Regularizers] = weakref.WeakKeyDictionary()
+
+
+def fused_regularizers(
+    model: nn.Module,
+    step_ratio: float = 1e-2,
+    sharpness: float = 1e-3,
+    estimator: str = "auto",
+    granularity: str = "sublayer",
+    samples: int = 1,
+    epsilon: float | None = None,
+    probe: str = "rademacher",
+    convention: str = "theory",
+    steps: float = 1.0,
+    into_loss: bool = False,
+    seed: int = 0,
+    tokens: str = "all",
+) -> Regularizers:
+    """Attach the step-ratio and sharpness regularizers of OFA (arXiv 2505.19107) to a Hugging Face model.
+
+    Loss = CE + λ₁ J + λ₂ H with J = Σ_t ‖Z_{t+1} − Z_t‖/‖Z_t − Z_{t−1}‖ and H = Σ_t softplus(h_t), h_t the trace of the
+    preconditioned Hessian per token. A term of weight 0 is not measured. Only forward passes with gradients enabled
+    are measured; see `Regularizers.measuring` for the others.
+
+    Args:
+        model: the model whose `forward` is called in training.
+        step_ratio, sharpness: the weights λ₁ and λ₂, ≥ 0.
+        estimator: "hutchinson", or "auto" for the best one there is for this model.
+        granularity: "sublayer" (a step is one branch) or "layer" (a step is one decoder layer, as in the paper).
+        samples: probes N per step.
+        epsilon: finite-difference step; None chooses it by dtype.
+        probe: "rademacher" or "gaussian".
+        convention: sign of the trace, "theory" or "algorithm1" (the paper's Algorithm 1 as printed).
+        steps: share of the steps whose trace is measured in each pass, drawn anew each time, scaled to stay unbiased.
+        into_loss: add the penalty to the model's own `loss` (for `transformers.Trainer` and TRL).
+        seed: of the probes and of the sampled steps.
+        tokens: "all" real tokens or only the "last" one count for the step ratio.
+
+    Raises:
+        InputError: an option is out of range, the model's steps are not recognized, or it is already regularized.
+    """
+    check_options(
+        step_ratio=step_ratio,
+        sharpness=sharpness,
+        estimator=estimator,
+        granularity=granularity,
+        samples=samples,
+        epsilon=epsilon,
+        probe=probe,
+        convention=convention,
+        steps=steps,
+        tokens=tokens,
+    )
+    if model in _attached:
+        raise InputError("this model already has regularizers attached; close() them before attaching others")
+    found = anatomies.find(model)
+    chosen = Hutchinson(samples, epsilon, probe)
+    if estimator == "auto":
+        _logger.info("estimator='auto' chose %s for a %s model", chosen.name, found.model_type)
+    settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], steps, into_loss, seed, tokens == "last")
+    return Regularizers(model, found, found.steps(granularity), chosen, settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    step_ratio: float
+    sharpness: float
+    sign: float
+    share_of_steps: float
+    into_loss: bool
+    seed: int
+    last_token_only: bool
+
+
+class Regularizers:
+    """The attached regularizers; made by `fused_regularizers`. Also a context manager that closes itself."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: anatomies.Anatomy,
+        steps: tuple[anatomies.Step, ...],
+        estimator: TraceEstimator,
+        settings: _Settings,
+    ) -> None:
+        self.anatomy = anatomy
+        self.steps = steps
+        self.estimator = estimator.name
+        self.passes = 0
+        """Measured forward passes so far: with the seed, all that the next pass's probes depend on."""
+        self._settings = settings
+        self._model = weakref.ref(model)
+        self._signature = inspect.signature(model.forward)
+        self._pass: Pass | None = None
+        self._measured: objectives.Measurements | None = None
+        self._device = torch.device("cpu")
+        self._without_grad = False
+        self._dropouts = _dropouts(model)
+        active = settings.step_ratio > 0 or settings.sharpness > 0
+        self._layers = {step.layer: LayerPass() for step in steps}
+        firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
+        self._meters = [
+            BranchMeter(
+                model, index, step, branch, estimator, self._layers[step.layer], first=index == firsts[step.layer]
+            )
+            for index, step in enumerate(steps if active else ())
+            for branch in step.branches
+        ]
+        self._handles = [handle for meter in self._meters for handle in meter.handles]
+        if active:
+            self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        _attached[model] = self
+
+    @property
+    def measurements(self) -> objectives.Measurements:
+        """What the last measured forward pass measured, with its graph.
+
+        Raises:
+            RuntimeError: no forward pass has been measured yet.
+        """
+        if self._measured is None:
+            raise RuntimeError(
+                "no forward pass has been measured: call the model with gradients enabled, or inside measuring()"
+            )
+        return self._measured
+
+    def penalty(self) -> Tensor:
+        """λ₁ J + λ₂ H of the last measured forward pass, a float32 scalar with its graph.
+
+        Raises:
+            RuntimeError: no forward pass has been measured, or the last one ended in an exception.
+        """
+        if not self._meters:
+            return torch.zeros(())
+        weights = self._settings.step_ratio, self._settings.sharpness
+        return objectives.penalty(self.measurements, *weights, self._device)
+
+    @contextmanager
+    def measuring(self) -> Iterator[Regularizers]:
+        """Also measure forward passes without gradients, for as long as this context lasts."""
+        before, self._without_grad = self._without_grad, True
+        try:
+            yield self
+        finally:
+            self._without_grad = before
+
+    def close(self) -> None:
+        """Detach: every hook is removed and the model is what it was before. Closing twice does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        model = self._model()
+        if model is not None and _attached.get(model) is self:
+            del _attached[model]
+
+    def __enter__(self) -> Regularizers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._set_pass(None)
+        if not torch.is_grad_enabled() and not self._without_grad:
+            return None
+        self._measured = None
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        self._refuse_cache(given)
+        traced = self._draw_steps()
+        self._refuse_dropout(bool(traced))
+        settings = self._settings
+        self._set_pass(
+            Pass(
+                seed=self._pass_seed(),
+                with_grad=torch.is_grad_enabled(),
+                lengths=settings.step_ratio > 0,
+                last_token_only=settings.last_token_only,
+                traced=traced,
+                sign=settings.sign,
+                mask=_padding_mask(given.get("attention_mask")),
+            )
+        )
+        self.passes += 1
+        if "use_cache" in self._signature.parameters and given.get("use_cache") is None:
+            return args, {**kwargs, "use_cache": False}
+        return None
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        current = self._pass
+        self._set_pass(None)
+        if current is None or output is None:  # None: the forward pass raised an exception, which goes its way
+            return None
+        self._measured = current.measurements(len(self.steps))
+        values = self._measured.step_norms, self._measured.traces
+        self._device = next(value.device for value in values if value is not None)
+        return self._with_penalty(model, output, kwargs) if self._settings.into_loss else None
+
+    def _with_penalty(self, model: nn.Module, output: Any, kwargs: dict[str, Any]) -> Any:
+        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+        if loss is None or loss.dim() != 0:
+            raise InputError(
+                "into_loss=True needs a model that computes its own loss, but this forward pass returned none "
+                "(label smoothing and compute_loss_func take the labels away); add reg.penalty() to the loss yourself"
+            )
+        total = loss + self.penalty().to(loss.device) * _share_of_batch(model, kwargs)
+        if isinstance(output, tuple):
+            return (total, *output[1:])
+        output["loss"] = total
+        return output
+
+    def _set_pass(self, current: Pass | None) -> None:
+        self._pass = current
+        again = current and current.again()
+        for layer in self._layers.values():
+            if current is None or again is None:
+                layer.end()
+            else:
+                layer.begin(current, again)
+
+    def _draw_steps(self) -> frozenset[int]:
+        if self._settings.sharpness <= 0:
+            return frozenset()
+        total = len(self.steps)
+        count = max(1, round(self._settings.share_of_steps * total))
+        if count == total:
+            return frozenset(range(total))
+        # Not torch.Generator: on the CPU it takes only the low 32 bits of a seed, which are the number of the pass.
+        return frozenset(random.Random(self._pass_seed()).sample(range(total), count))
+
+    def _pass_seed(self) -> int:
+        """A 63-bit seed of its own for every (seed, pass)."""
+        return ((self._settings.seed & 0x7FFFFFFF) << 32) | (self.passes & 0xFFFFFFFF)
+
+    def _refuse_cache(self, given: dict[str, Any]) -> None:
+        if given.get("use_cache") or given.get("past_key_values") is not None:
+            raise InputError(
+                "a measured forward pass cannot use a key-value cache; call the model with use_cache=False, or inside "
+                "torch.no_grad() to leave it unmeasured"
+            )
+
+    def _refuse_dropout(self, traced: bool) -> None:
+        dropping = (path for path, module in self._dropouts if module.training and max(_dropout_rates(module)) > 0)
+        active = next(dropping, None) if traced else None
+        if active is not None:
+            raise InputError(
+                f"dropout is active in {active}, which would drown the finite differences; call model.eval() before "
+                "training (gradients still flow), or set its rate to 0"
+            )
+
+
+def check_options(**options: Any) -> None:
+    """Refuse options of `fused_regularizers` that are out of range, before anything is loaded or attached.
+
+    Raises:
+        InputError: one sentence on the first option that cannot be used.
+    """
+    for name, allowed in (
+        ("estimator", ESTIMATORS),
+        ("granularity", anatomies.GRANULARITIES),
+        ("probe", PROBES),
+        ("convention", tuple(CONVENTIONS)),
+        ("tokens", TOKENS),
+    ):
+        if options[name] not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, not {options[name]!r}")
+    for name in ("step_ratio", "sharpness"):
+        if not 0 <= options[name] < float("inf"):
+            raise InputError(f"{name} is a weight and must be a finite number of at least 0, not {options[name]!r}")
+    if options["samples"] < 1:
+        raise InputError(f"samples must be at least 1, not {options['samples']!r}")
+    if not 0 < options["steps"] <= 1:
+        raise InputError(f"steps is the share of measured steps, above 0 and at most 1, not {options['steps']!r}")
+    if options["epsilon"] is not None and not options["epsilon"] > 0:
+        raise InputError(f"epsilon must be above 0, not {options['epsilon']!r}")
+
+
+def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """A (B, T) mask of ones and zeros; masks of higher rank say nothing certain about padding and are left out."""
+    if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask.to(torch.float32)
+
+
+def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """Part of the optimizer step's labels in this forward pass; 1 when the caller does not say.
+
+    `Trainer` divides the summed loss by the labels of the whole accumulated batch; the penalty must be divided alike
+    to count once per optimizer step. Labels are counted as it counts them: a causal loss never uses the first.
+    """
+    items, labels, shifted = (kwargs.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
+    if items is None or (labels is None and shifted is None):
+        return 1.0
+    if shifted is None:
+        shifted = labels[..., 1:] if _loss_shifts_labels(model) else labels
+    return (shifted != -100).sum() / items
+
+
+def _loss_shifts_labels(model: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+
+
+def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that may drop something in training mode; their rates may still change."""
+    return [(path, module) for path, module in model.named_modules() if _dropout_rates(module)]
+
+
+def _dropout_rates(module: nn.Module) -> list[float]:
+    """The rate of an `nn.Dropout`, and rates that a module keeps for the functional form."""
+    own = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+    return own + [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

@@ -1,0 +1,374 @@
+"""Tasks from the Hugging Face hub: the nine of the paper, and any other data set with a text and a label column."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ofa.errors import InputError
+from ofa.tasks.demo import DEMO_TASKS
+from ofa.tasks.local import check_labels, did_you_mean, read_rows
+from ofa.tasks.task import Example, Task, TaskData
+
+
+@dataclass(frozen=True)
+class HubTask:
+    """One task of the paper: where its data lies, how the data says its labels, and which words stand for them."""
+
+    name: str
+    hub_id: str
+    template: str
+    labels: tuple[str, ...]
+    """The label words, in the paper's order."""
+    source_labels: tuple[str, ...]
+    """What the data calls the same labels, in the order of `labels`."""
+    label_columns: tuple[str, ...] = ("label",)
+    """The columns that may carry the label; the first one present is read."""
+    text_column: str = "text"
+    integers_in_order: bool = True
+    """Whether the integer i in the data means `labels[i]`; otherwise only names are trusted."""
+    other_labels_dropped: bool = False
+    """Whether rows with any other label are left out rather than refused."""
+    train_split: str = "train"
+    test_split: str | None = "test"
+    """None where the hub has none: the first half of the training split then trains and the second half tests."""
+    config: str | None = None
+    revision: str | None = None
+    data_files: str | None = None
+    """The files of a split in that revision, where the repository does not declare them itself."""
+    notes: str = ""
+
+    @property
+    def task(self) -> Task:
+        """The task without its data."""
+        return Task(self.name, self.template, self.labels)
+
+    @property
+    def label_words(self) -> dict[object, str]:
+        """The label word for each name, case-folded, and each integer that the data may use for it."""
+        words: dict[object, str] = {
+            name.casefold(): label for name, label in zip(self.source_labels, self.labels, strict=True)
+        }
+        return words | dict(enumerate(self.labels)) if self.integers_in_order else words
+
+
+NAMED_OR_NUMBERED = ("label_text", "label")
+
+HUB_TASKS: Mapping[str, HubTask] = {
+    row.name: row
+    for row in (
+        HubTask(
+            name="sst2",
+            hub_id="SetFit/sst2",
+            template="Review: {text}\nSentiment:",
+            labels=("negative", "positive"),
+            source_labels=("negative", "positive"),
+            label_columns=NAMED_OR_NUMBERED,
+        ),
+        HubTask(
+            name="sst5",
+            hub_id="SetFit/sst5",
+            template="Sentence: {text}\nSentiment:",
+            labels=("terrible", "negative", "neutral", "positive", "great"),
+            source_labels=("very negative", "negative", "neutral", "positive", "very positive"),
+            label_columns=NAMED_OR_NUMBERED,
+        ),
+        HubTask(
+            name="trec",
+            hub_id="SetFit/TREC-QC",
+            template="Question: {text}\nAnswer Type:",
+            labels=("Abbreviation", "Entity", "Description", "Person", "Location", "Number"),
+            source_labels=("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+            label_columns=("label_coarse_original",),
+            integers_in_order=False,
+            notes="The integers of label and label_coarse follow another order (0 is DESC).",
+        ),
+        HubTask(
+            name="agnews",
+            hub_id="fancyzhx/ag_news",
+            template="News: {text}\nType:",
+            labels=("World", "Sports", "Business", "Technology"),
+            source_labels=("World", "Sports", "Business", "Sci/Tech"),
+        ),
+        HubTask(
+            name="subj",
+            hub_id="SetFit/subj",
+            template="Sentence: {text}\nLabel:",
+            labels=("objective", "subjective"),
+            source_labels=("objective", "subjective"),
+            label_columns=NAMED_OR_NUMBERED,
+        ),
+        HubTask(
+            name="hatespeech18",
+            hub_id="SetFit/hate_speech18",
+            template="Text: {text}\nLabel:",
+            labels=("neutral", "hate"),
+            source_labels=("noHate", "hate"),
+            label_columns=NAMED_OR_NUMBERED,
+            other_labels_dropped=True,
+            test_split=None,
+            notes="The few rows labelled idk/skip (2) and relation (3) are left out before the split is halved.",
+        ),
+        HubTask(
+            name="dbpedia",
+            hub_id="fancyzhx/dbpedia_14",
+            template="Input: {text}\nLabel:",
+            labels=(
+                *("company", "school", "artist", "athlete", "politics", "transportation", "building"),
+                *("nature", "village", "animal", "plant", "album", "film", "book"),
+            ),
+            source_labels=(
+                *("Company", "EducationalInstitution", "Artist", "Athlete", "OfficeHolder", "MeanOfTransportation"),
+                *("Building", "NaturalPlace", "Village", "Animal", "Plant", "Album", "Film", "WrittenWork"),
+            ),
+            text_column="content",
+            config="dbpedia_14",
+            notes="The title is not part of the input.",
+        ),
+        HubTask(
+            name="emo",
+            hub_id="SemEvalWorkshop/emo",
+            template="Dialogue: {text}\nEmotion:",
+            labels=("others", "happy", "sad", "angry"),
+            source_labels=("others", "happy", "sad", "angry"),
+            config="emo2019",
+            revision="refs/convert/parquet",
+            data_files="emo2019/{split}/*.parquet",
+            notes="The main revision is a loading script, which is never run; the converted revision holds its files.",
+        ),
+        HubTask(
+            name="mr",
+            hub_id="cornell-movie-review-data/rotten_tomatoes",
+            template="Review: {text}\nSentiment:",
+            labels=("negative", "positive"),
+            source_labels=("neg", "pos"),
+        ),
+    )
+}
+
+
+def load_hub_task(name: str, source: str | Path | None = None) -> TaskData:
+    """Load one of `HUB_TASKS` from the hub, or from `source`, a local copy of its hub repository.
+
+    Whitespace around a text is removed and rows without text are left out. Raises `InputError` where the data cannot
+    be reached or is not what the table says.
+    """
+    if name not in HUB_TASKS:
+        hint = did_you_mean(name, tuple(HUB_TASKS))
+        raise InputError(f'there is no task "{name}" from the paper (there are {", ".join(HUB_TASKS)}){hint}')
+    row = HUB_TASKS[name]
+    train = _labelled_examples(row, row.train_split, source)
+    if row.test_split is None:
+        half = len(train) // 2
+        train, test = train[:half], train[half:]
+    else:
+        test = _labelled_examples(row, row.test_split, source)
+    for split, examples in (("training", train), ("test", test)):
+        _check_every_label(row, examples, split, source)
+    return TaskData(row.task, tuple(train), tuple(test))
+
+
+def load_hub_dataset(
+    hub_id: str,
+    *,
+    template: str,
+    text_column: str = "text",
+    label_column: str = "label",
+    label_words: Sequence[str] = (),
+    open_ended: bool = False,
+    config: str | None = None,
+    revision: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = "test",
+) -> TaskData:
+    """Load any data set of the hub that has a text column and a label column; `test_split=None` leaves the test empty.
+
+    `label_words` are the words for the integers 0, 1, … of the data, and may be left out where the data carries names.
+    With `open_ended` the two columns are prompt and completion. Raises `InputError` where it cannot be loaded or used.
+    """
+    splits = [split for split in (train_split, test_split) if split is not None]
+    columns = (text_column, label_column)
+    tables = [_read_hub(hub_id, split, columns, config=config, revision=revision) for split in splits]
+    words = () if open_ended else tuple(label_words)
+    read = [
+        _examples(table, text_column, label_column, _named_labels(table, label_column, words, open_ended))
+        for table in tables
+    ]
+    named = () if open_ended else words or tables[0].label_names.get(label_column) or _distinct_labels(read)
+    task = Task(hub_id, template, named)
+    for table, examples in zip(tables, read, strict=True):
+        check_labels(examples, task, table.where)
+    return TaskData(task, tuple(read[0]), tuple(read[1]) if len(read) > 1 else ())
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One split in memory: the values of the columns asked for, and the names behind the integers of some."""
+
+    where: str
+    found: tuple[str, ...]
+    columns: Mapping[str, Sequence[object]]
+    label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def column(self, *candidates: str) -> str:
+        """The first of these columns that is there."""
+        for name in candidates:
+            if name in self.columns:
+                return name
+        wanted = " or ".join(f'"{name}"' for name in candidates)
+        found = ", ".join(f'"{name}"' for name in self.found) or "none"
+        raise InputError(f"{self.where} has no column {wanted} (columns found: {found}): name the right column")
+
+
+def _labelled_examples(row: HubTask, split: str, source: str | Path | None) -> list[Example]:
+    columns = (row.text_column, *row.label_columns)
+    if source is None:
+        table = _read_hub(
+            row.hub_id, split, columns, config=row.config, revision=row.revision, data_files=row.data_files
+        )
+    else:
+        table = _read_folder(Path(source), row, split, columns)
+    label_column = table.column(*row.label_columns)
+    words, names = row.label_words, table.label_names.get(label_column)
+    labels = [words.get(_number_or_name(value, names)) for value in table.columns[label_column]]
+    if None in labels and not row.other_labels_dropped:
+        number = labels.index(None) + 1
+        value, known = table.columns[label_column][number - 1], ", ".join(row.source_labels)
+        raise InputError(
+            f"row {number} of {table.where}: the label {value!r} is not one of {row.hub_id}'s ({known}): "
+            "get the original data set"
+        )
+    return _examples(table, row.text_column, label_column, labels)
+
+
+def _examples(table: _Table, text_column: str, label_column: str, labels: Iterable[str | None]) -> list[Example]:
+    """The rows that have a text and a label."""
+    examples = []
+    texts = table.columns[table.column(text_column)]
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
+        if not isinstance(text, str):
+            raise InputError(
+                f'row {number} of {table.where}: "{text_column}" is {text!r}, which is not text: name the right column'
+            )
+        if label is not None and text.strip():
+            examples.append(Example(text.strip(), label))
+    if not examples:
+        raise InputError(f'{table.where} has no row with "{text_column}" and "{label_column}": choose another split')
+    return examples
+
+
+def _number_or_name(value: object, names: tuple[str, ...] | None) -> str | int | None:
+    """A value of a label column as its case-folded name, as an integer without a name, or None for anything else."""
+    if isinstance(value, str) and value.isdigit():
+        # A CSV copy writes integers as text.
+        value = int(value)
+    if isinstance(value, int) and names and 0 <= value < len(names):
+        value = names[value]
+    if isinstance(value, str):
+        return value.casefold()
+    return value if isinstance(value, int) else None
+
+
+def _named_labels(table: _Table, label_column: str, words: tuple[str, ...], open_ended: bool) -> list[str]:
+    column = table.column(label_column)
+    names = words or table.label_names.get(column, ())
+    labels = []
+    for number, value in enumerate(table.columns[column], start=1):
+        where = f'row {number} of {table.where}: "{column}" is {value!r}'
+        if isinstance(value, str) and value.strip():
+            labels.append(value.strip())
+        elif not isinstance(value, int) or open_ended:
+            raise InputError(f"{where}, which is not a label or a completion: name the right column")
+        elif not names:
+            raise InputError(f"{where}, a number without a name: give the label words in the order of the numbers")
+        elif not 0 <= value < len(names):
+            raise InputError(f"{where}, but there are {len(names)} label words: give all of them, or a labelled split")
+        else:
+            labels.append(names[value])
+    return labels
+
+
+def _distinct_labels(splits: Iterable[Sequence[Example]]) -> tuple[str, ...]:
+    return tuple(sorted({example.label for examples in splits for example in examples}))
+
+
+def _check_every_label(row: HubTask, examples: Sequence[Example], split: str, source: str | Path | None) -> None:
+    seen = {example.label for example in examples}
+    absent = [label for label in row.labels if label not in seen]
+    if absent:
+        where = f"{source or row.hub_id} ({split} examples)"
+        raise InputError(f'{where} has no example of "{absent[0]}": get the complete {row.hub_id}')
+
+
+def _read_hub(
+    hub_id: str,
+    split: str,
+    columns: Sequence[str],
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    data_files: str | None = None,
+) -> _Table:
+    import datasets
+
+    # Files named one by one make a configuration of their own; the repository's name for them does not apply then.
+    selection = {"data_files": {split: data_files.format(split=split)}} if data_files else {"name": config}
+    try:
+        dataset = datasets.load_dataset(hub_id, split=split, revision=revision, **selection)
+    except Exception as error:
+        # The hub's client raises errors of several libraries: no network, no such repository, no such split.
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(
+            f'{hub_id} (split "{split}") could not be loaded from the Hugging Face hub ({reason}): check its name and '
+            "the network, or work offline with a local copy of the repository as the source, with a folder of "
+            f"task.json and train.jsonl, or with an embedded demo task ({', '.join(DEMO_TASKS)})"
+        ) from error
+    return _table(dataset, f"{hub_id} ({split})", columns)
+
+
+def _read_folder(folder: Path, row: HubTask, split: str, columns: Sequence[str]) -> _Table:
+    files = _split_files(folder, row, split)
+    where = " and ".join(str(file) for file in files)
+    if files[0].suffix != ".parquet":
+        rows = [values for file in files for _, values in read_rows(file)]
+        found = tuple(rows[0]) if rows else ()
+        return _Table(where, found, {name: [values.get(name) for values in rows] for name in columns if name in found})
+    import datasets
+
+    # The library copies what it reads into a cache; a local file is there already, so the copy is not kept.
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=cache, keep_in_memory=True)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise InputError(f"{where} cannot be read as parquet ({error}): download it again") from error
+    return _table(dataset, where, columns)
+
+
+def _split_files(folder: Path, row: HubTask, split: str) -> list[Path]:
+    """The files of a split in any of the layouts that hub repositories have."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give a local copy of the hub repository {row.hub_id}")
+    for base in (folder, folder / "data", folder / (row.config or "default")):
+        for suffix in (".parquet", ".jsonl", ".csv"):
+            for pattern in (f"{split}{suffix}", f"{split}-*{suffix}", f"{split}/*{suffix}"):
+                files = sorted(base.glob(pattern))
+                if files:
+                    return files
+    raise InputError(f'{folder} has no parquet, jsonl or csv file of the split "{split}": copy all of {row.hub_id}')
+
+
+def _table(dataset: Any, where: str, columns: Sequence[str]) -> _Table:
+    """Only the named columns, of those that are there, are taken into memory."""
+    import datasets
+
+    present = [name for name in dict.fromkeys(columns) if name in dataset.column_names]
+    names = {
+        name: tuple(dataset.features[name].names)
+        for name in present
+        if isinstance(dataset.features[name], datasets.ClassLabel)
+    }
+    values = dataset.select_columns(present)[:] if present else {}
+    return _Table(where, tuple(dataset.column_names), values, names)

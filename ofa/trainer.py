@@ -1,0 +1,447 @@
+"""The training loop: a few examples, a few thousand norm scales, nothing else.
+
+Everything the loop does next follows from the configuration, the data and the step number: batches are drawn from
+(seed, epoch), probes from (seed, pass), and dropout is off. So a checkpoint is the scales, the optimizer's moments and
+a counter, and a resumed run continues to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ofa import checkpoint
+from ofa.encoding import Encoder, collate, scores_whole_words
+from ofa.errors import InputError
+from ofa.evaluation import evaluating
+from ofa.regularizers import Regularizers, fused_regularizers
+from ofa.tasks.task import Example
+from ofa.tuning import tune_norms
+
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class TrainingConfig(BaseModel):
+    """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options).
+
+    `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
+    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(60, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-3, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    batch_size: int = Field(4, ge=1)
+    accumulation: int = Field(1, ge=1)
+    seed: int = 42
+    step_ratio: float = Field(1e-2, ge=0)
+    sharpness: float = Field(1e-3, ge=0)
+    estimator: str = "auto"
+    granularity: str = "sublayer"
+    samples: int = Field(1, ge=1)
+    epsilon: float | None = Field(None, gt=0)
+    probe: str = "rademacher"
+    convention: str = "theory"
+    steps: float = Field(1.0, gt=0, le=1)
+    tokens: str = "all"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step as it is written to the metrics file.
+
+    `loss` is the cross-entropy in nats, `step_ratio` and `sharpness` are J and H without their weights (None where the
+    term has weight 0), `drift` is ‖γ − γ₀‖/‖γ₀‖ after the step, `seconds` the time since the run began.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    step_ratio: float | None
+    sharpness: float | None
+    penalty: float
+    learning_rate: float
+    gradient_norm: float
+    drift: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves besides the tuned model: every step's record, and its time in seconds."""
+
+    records: tuple[StepRecord, ...]
+    seconds: float
+    truncated: int
+    best_epoch: int | None = None
+
+
+class Diverged(InputError):
+    """The loss or a scale is no longer a finite number; the last good checkpoint is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and did so behind a whole step; its checkpoint, if it has a folder, is written."""
+
+    def __init__(self, step: int, path: Path | None) -> None:
+        super().__init__(f"stopped after step {step}" + (f"; --resume continues from {path}" if path else ""))
+
+
+def train(
+    model: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    validate: Callable[[], float] | None = None,
+    progress: Callable[[StepRecord, int], None] | None = None,
+) -> TrainingResult:
+    """Tune the norm scales of `model` on the examples, in eval mode, by AdamW with warm-up and cosine decay to 0.
+
+    Loss = cross-entropy over the full vocabulary at the label's tokens + λ₁ J + λ₂ H.
+
+    Args:
+        folder: where the metrics and one checkpoint per epoch go; None keeps nothing.
+        resume: continue from the folder's checkpoint.
+        validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
+        progress: called after every step with its record and the number of steps in all.
+
+    Raises:
+        InputError: the checkpoint belongs to another run, or a norm's scale gets no gradient.
+        Diverged: a loss or a scale is not finite.
+        Interrupted: Ctrl-C or SIGTERM arrived; the step under way was finished first.
+    """
+    seed_everything(config.seed)
+    data = [_encode(encoder, example) for example in examples]
+    run = _Run(model, data, config, folder, validate)
+    if resume:
+        run.resume()
+    elif folder is not None:
+        (folder / METRICS).write_text("")
+        run.save()
+    with evaluating(model), torch.enable_grad(), _regularized(model, config) as regularizers, _stop_signals() as stop:
+        run.attach(regularizers)
+        for record in run.steps():
+            if progress is not None:
+                progress(record, run.total)
+            if stop.requested:
+                run.save()
+                raise Interrupted(record.step, run.checkpoint_path)
+    return run.finish(encoder.truncated)
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """Linear warm-up over the first share of the steps, then a cosine to 0; `step` counts from 0."""
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A prompt, and the tokens to predict behind it; all but the last of them are read too."""
+
+    prompt: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def read(self) -> list[int]:
+        return [*self.prompt, *self.targets[:-1]]
+
+
+def _encode(encoder: Encoder, example: Example) -> _Encoded:
+    targets = encoder.encode_target(example.label)
+    if encoder.task.open_ended:
+        end = encoder.tokenizer.eos_token_id
+        targets = targets if end is None else [*targets, int(end)]
+    elif not scores_whole_words(encoder.labels):
+        targets = targets[:1]
+    return _Encoded(tuple(encoder.encode_prompt(example.text, room=len(targets))), tuple(targets))
+
+
+class _Run:
+    """The state of one run: scales, optimizer, position."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[_Encoded],
+        config: TrainingConfig,
+        folder: Path | None,
+        validate: Callable[[], float] | None,
+    ) -> None:
+        self.model, self.data, self.config, self.folder, self.validate = model, data, config, folder, validate
+        parameters = tune_norms(model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.scales = {names[parameter]: parameter for parameter in parameters}
+        self.origin = [parameter.detach().clone() for parameter in parameters]
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
+        self.total = config.epochs * self.steps_per_epoch
+        self.step = 0
+        self.passes = 0
+        self.seconds = 0.0
+        self.best: tuple[int, float, list[Tensor]] | None = None
+        self.records: list[StepRecord] = []
+        self.regularizers: Regularizers | None = None
+        self._takes_positions = "logits_to_keep" in _parameters_of(model)
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        return None if self.folder is None else self.folder / CHECKPOINT
+
+    def attach(self, regularizers: Regularizers | None) -> None:
+        self.regularizers = regularizers
+        if regularizers is not None:
+            regularizers.passes = self.passes
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Take every step that is left; after each epoch validate and save."""
+        started = time.perf_counter() - self.seconds
+        while self.step < self.total:
+            record = self._take_step(started)
+            self.records.append(record)
+            self._log(record)
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch(record.epoch)
+            yield record
+
+    def finish(self, truncated: int) -> TrainingResult:
+        """Put the best epoch's scales in place, if there was a choice, and sum up."""
+        if self.best is not None:
+            self._restore(self.best[2])
+        return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
+
+    def _take_step(self, started: float) -> StepRecord:
+        step, epoch = self.step, self.step // self.steps_per_epoch
+        rate = learning_rate(step, self.total, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = {"loss": 0.0, "step_ratio": 0.0, "sharpness": 0.0, "penalty": 0.0}
+        batch = self._batch(epoch, step % self.steps_per_epoch)
+        for start in range(0, len(batch), self.config.batch_size):
+            part = batch[start : start + self.config.batch_size]
+            for name, value in self._backward(part, len(part) / len(batch)).items():
+                totals[name] += value
+        self._check_finite(totals["loss"] + totals["penalty"], step + 1)
+        gradient_norm = self._gradient_norm(first=step == 0)
+        self.optimizer.step()
+        self.step += 1
+        if self.regularizers is not None:
+            self.passes = self.regularizers.passes
+        self.seconds = time.perf_counter() - started
+        return StepRecord(
+            step=self.step,
+            epoch=epoch + 1,
+            loss=totals["loss"],
+            step_ratio=totals["step_ratio"] if self.config.step_ratio > 0 else None,
+            sharpness=totals["sharpness"] if self.config.sharpness > 0 else None,
+            penalty=totals["penalty"],
+            learning_rate=rate,
+            gradient_norm=gradient_norm,
+            drift=self._drift(),
+            seconds=round(self.seconds, 4),
+        )
+
+    def _batch(self, epoch: int, index: int) -> list[_Encoded]:
+        """The examples of one optimizer step: each epoch is a new permutation, fixed by (seed, epoch)."""
+        generator = torch.Generator().manual_seed(((self.config.seed & 0x7FFFFFFF) << 32) | epoch)
+        order = torch.randperm(len(self.data), generator=generator).tolist()
+        size = self.config.batch_size * self.config.accumulation
+        return [self.data[i] for i in order[index * size : (index + 1) * size]]
+
+    def _backward(self, part: Sequence[_Encoded], share: float) -> dict[str, float]:
+        """Add the gradient of one micro-batch, `share` of the step's examples, and return its terms."""
+        loss = self._cross_entropy(part)
+        if self.regularizers is None:
+            (share * loss).backward()
+            return {"loss": share * loss.item()}
+        penalty = self.regularizers.penalty().to(loss.device)
+        (share * (loss + penalty)).backward()
+        measured = self.regularizers.measurements
+        terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
+        return {name: share * value.item() for name, value in terms.items() if value is not None}
+
+    def _cross_entropy(self, part: Sequence[_Encoded]) -> Tensor:
+        """Mean over the examples of the mean over their target tokens, in nats, full vocabulary, float32."""
+        device = next(self.model.parameters()).device
+        input_ids, attention_mask = (t.to(device) for t in collate([example.read for example in part], 0))
+        rows, positions, targets, weights = self._targets(part, device)
+        kept, places = positions.unique(return_inverse=True)
+        # The vocabulary projection is a quarter of a small model's work, and only these positions are read.
+        extra: dict[str, Any] = {"logits_to_keep": kept} if self._takes_positions else {}
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+        read = logits[rows, places if self._takes_positions else positions]
+        return (F.cross_entropy(read.float(), targets, reduction="none") * weights).sum()
+
+    def _targets(self, part: Sequence[_Encoded], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, positions, targets, weights = [], [], [], []
+        for row, example in enumerate(part):
+            for offset, target in enumerate(example.targets):
+                rows.append(row)
+                positions.append(len(example.prompt) - 1 + offset)
+                targets.append(target)
+                weights.append(1 / (len(example.targets) * len(part)))
+        as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
+        return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]
+
+    def _gradient_norm(self, *, first: bool) -> float:
+        gradients = {name: scale.grad for name, scale in self.scales.items()}
+        if first:
+            still = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+            if still:
+                raise InputError(
+                    f"{len(still)} of {len(gradients)} norm scales got no gradient in the first step, {still[0]} "
+                    "among them, so they would not be tuned; the model does not use them, or something detached them"
+                )
+        norms = [gradient.norm() for gradient in gradients.values() if gradient is not None]
+        return float(torch.stack(norms).norm())
+
+    def _drift(self) -> float:
+        moved = torch.stack([(p.detach() - o).norm() for p, o in zip(self.scales.values(), self.origin, strict=True)])
+        return float(moved.norm() / torch.stack([o.norm() for o in self.origin]).norm())
+
+    def _check_finite(self, value: float, step: int) -> None:
+        if math.isfinite(value):
+            return
+        kept = f"the checkpoint of the last good epoch is {self.checkpoint_path}" if self.folder else "nothing is kept"
+        raise Diverged(f"the loss is {value} at step {step} of {self.total}; {kept}; try a lower learning rate")
+
+    def _end_epoch(self, epoch: int) -> None:
+        broken = next((name for name, scale in self.scales.items() if not torch.isfinite(scale).all()), None)
+        if broken:
+            self._check_finite(float("nan"), self.step)
+        if self.validate is not None:
+            score = self.validate()
+            if self.best is None or score > self.best[1]:
+                self.best = (epoch, score, [scale.detach().clone() for scale in self.scales.values()])
+        self.save()
+
+    @torch.no_grad()
+    def _restore(self, scales: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.scales.values(), scales, strict=True):
+            parameter.copy_(value)
+
+    def save(self) -> None:
+        """Write the checkpoint, the old one being replaced in one move."""
+        if self.checkpoint_path is None:
+            return
+        state = checkpoint.Checkpoint(
+            step=self.step,
+            passes=self.passes,
+            seconds=self.seconds,
+            run=self._identity(),
+            scales={name: scale.detach() for name, scale in self.scales.items()},
+            moments=checkpoint.moments(self.optimizer, self.scales),
+            best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
+        )
+        checkpoint.save(self.checkpoint_path, state)
+
+    def resume(self) -> None:
+        """Take up the folder's checkpoint; metrics behind it are dropped, they will be written again."""
+        assert self.folder is not None
+        assert self.checkpoint_path is not None
+        state = checkpoint.load(self.checkpoint_path, self._identity(), self.scales)
+        self._restore([state.scales[name] for name in self.scales])
+        checkpoint.restore_moments(self.optimizer, self.scales, state)
+        self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
+        if state.best is not None:
+            epoch, score, scales = state.best
+            self.best = (epoch, score, [scales[name] for name in self.scales])
+        self.records = [record for record in read_metrics(self.folder) if record.step <= self.step]
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
+        (self.folder / METRICS).write_text(lines, encoding="utf-8")
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to continue this run."""
+        return {"config": self.config.model_dump(), "data": checkpoint.digest([asdict(item) for item in self.data])}
+
+    def _log(self, record: StepRecord) -> None:
+        if self.folder is None:
+            return
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read_metrics(folder: Path) -> list[StepRecord]:
+    """The records of a run's metrics file; a line cut short by a kill is left out."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(StepRecord(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return records
+
+
+def _regularized(model: nn.Module, config: TrainingConfig) -> Any:
+    """The regularizers of the configuration as a context, or nothing where both weights are 0."""
+    if config.step_ratio == 0 and config.sharpness == 0:
+        return nullcontext()
+    names = ("step_ratio", "sharpness", "estimator", "granularity", "samples", "epsilon", "probe", "convention")
+    options = {name: getattr(config, name) for name in (*names, "steps", "tokens", "seed")}
+    return fused_regularizers(model, **options)
+
+
+class _Stop:
+    requested = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C interrupts at once, as usual."""
+    stop = _Stop()
+
+    def request(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, request)
+        except ValueError:  # only the main thread may set handlers; elsewhere the caller owns the signals
+            break
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parameters_of(model: nn.Module) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.forward).parameters)

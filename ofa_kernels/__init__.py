@@ -1,0 +1,9 @@
+"""Tensor operations behind the regularizers: tensors in, tensors out, no model and no task.
+
+`reference` is the specification in plain PyTorch; `dispatch` decides per call which implementation runs.
+"""
+
+from ofa_kernels import reference
+from ofa_kernels.dispatch import contract, norm_step, perturb
+
+__all__ = ["contract", "norm_step", "perturb", "reference"]

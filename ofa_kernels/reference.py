@@ -1,0 +1,183 @@
+"""The specification of every operation, in plain differentiable PyTorch.
+
+It is the CPU path, the oracle of the kernels' tests and the baseline of the benchmarks. Tensors may have any leading
+shape; a row is everything but the last dimension. Arithmetic is float32 (float64 for float64 inputs) from the load to
+one cast at the store.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ofa_kernels.philox import probes
+
+KINDS = ("rms", "layer")
+
+
+def norm_step(
+    residual: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual addition, norm, and the squared length of the update, per row.
+
+        z = residual + update,   normalized = (offset + weight) ⊙ (z − μ)/σ + bias,   update_sqnorm = ‖update‖²
+
+    with μ = 0, σ² = mean(z²) + eps for `kind="rms"` and the mean and variance of the row for `kind="layer"`. The sum
+    is rounded to the stream's dtype before it is normalized, as Hugging Face models do.
+
+    Args:
+        residual: the residual stream, (..., d), floating point.
+        update: what a branch adds to it, same shape; None where there is nothing to add.
+        weight: norm scale γ, (d,); `offset=1` for families that store γ − 1.
+        bias: norm shift β, (d,), or None.
+        eps: added to the second moment, in squared units of the stream.
+
+    Returns:
+        (residual, normalized) in the stream's dtype, (..., d), and (update_sqnorm, rstd = 1/σ), (...), in float32.
+
+    Raises:
+        ValueError: unknown `kind`, or shapes that do not match.
+    """
+    _check(residual, weight, kind)
+    if update is None:
+        update_sqnorm = torch.zeros(residual.shape[:-1], dtype=_wide(residual.dtype), device=residual.device)
+    else:
+        if update.shape != residual.shape:
+            raise ValueError(
+                f"update {tuple(update.shape)} does not have the shape of residual {tuple(residual.shape)}"
+            )
+        update_sqnorm = squared_norm(update)
+        residual = (_widen(residual) + _widen(update)).to(residual.dtype)
+    normalized, rstd = _normalize(_widen(residual), weight, bias, eps, kind, offset)
+    return residual, normalized.to(residual.dtype), update_sqnorm, rstd
+
+
+def squared_norm(update: Tensor) -> Tensor:
+    """‖update‖² of each row: (..., d) → (...), float32."""
+    return _widen(update).square().sum(-1)
+
+
+def perturb(
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+    samples: int = 1,
+    epsilon: float,
+    seed: int,
+    step: int = 0,
+    probe: str = "rademacher",
+) -> Tensor:
+    """Normalized copies of the stream, each moved along one preconditioned probe.
+
+        copy_i = N(z + ε P ν_i),   P = diag(offset + weight)/σ(z)
+
+    The displacement is added in float32, so that it survives a bfloat16 stream; the norm of a copy is its own.
+
+    Args:
+        stream: z, (..., d).
+        epsilon: finite-difference step ε, in units of the stream per unit of Pν.
+        seed, step: the probes' Philox key and counter word, see `philox.probes`.
+
+    Returns:
+        (samples, ..., d) in the stream's dtype.
+
+    Raises:
+        ValueError: unknown `kind` or `probe`, or shapes that do not match.
+    """
+    _check(stream, weight, kind)
+    wide = _widen(stream)
+    rstd = _moments(wide, eps, kind)[1]
+    direction = (_widen(weight) + offset) * rstd.unsqueeze(-1)
+    moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
+    return _normalize(moved, weight, bias, eps, kind, offset)[0].to(stream.dtype)
+
+
+def displace(
+    stream: Tensor,
+    preconditioner: Tensor,
+    *,
+    samples: int = 1,
+    epsilon: float,
+    seed: int,
+    step: int = 0,
+    probe: str = "rademacher",
+) -> Tensor:
+    """Copies of the stream moved along preconditioned probes, not normalized: z + ε p ⊙ ν_i.
+
+    For steps whose branch reads the stream itself. `preconditioner` is the diagonal p, broadcast against (..., d).
+    Returns (samples, ..., d) in the stream's dtype.
+    """
+    moves = epsilon * _widen(preconditioner) * _probes_like(stream, samples, seed, step, probe)
+    return (_widen(stream) + moves).to(stream.dtype)
+
+
+def contract(base: Tensor, copies: Tensor, *, seed: int, step: int = 0, probe: str = "rademacher") -> Tensor:
+    """νᵢᵀ(copyᵢ − base) per row: the regenerated probes against what they changed.
+
+    Args:
+        base: branch output of the undisturbed stream, (..., d).
+        copies: branch outputs of the displaced copies, (samples, ..., d).
+
+    Returns:
+        (samples, ...), float32.
+
+    Raises:
+        ValueError: `copies` is not a stack of tensors shaped like `base`.
+    """
+    if copies.shape[1:] != base.shape:
+        raise ValueError(f"copies {tuple(copies.shape)} is not a stack of tensors shaped {tuple(base.shape)}")
+    nu = _probes_like(base, copies.shape[0], seed, step, probe)
+    return (nu * (_widen(copies) - _widen(base))).sum(-1)
+
+
+def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:
+    """1/σ of each row as the norm computes it: (..., d) → (...), float32."""
+    return _moments(_widen(stream), eps, kind)[1]
+
+
+def _normalize(
+    wide: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str, offset: float
+) -> tuple[Tensor, Tensor]:
+    mean, rstd = _moments(wide, eps, kind)
+    centred = wide if mean is None else wide - mean.unsqueeze(-1)
+    normalized = centred * rstd.unsqueeze(-1) * (_widen(weight) + offset)
+    return (normalized if bias is None else normalized + _widen(bias)), rstd
+
+
+def _moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor]:
+    if kind == "rms":
+        return None, torch.rsqrt(wide.square().mean(-1) + eps)
+    mean = wide.mean(-1)
+    return mean, torch.rsqrt((wide - mean.unsqueeze(-1)).square().mean(-1) + eps)
+
+
+def _probes_like(stream: Tensor, samples: int, seed: int, step: int, probe: str) -> Tensor:
+    rows, width = stream.numel() // max(stream.shape[-1], 1), stream.shape[-1]
+    nu = probes(rows, width, samples=samples, seed=seed, step=step, probe=probe, device=stream.device)
+    return nu.view(samples, *stream.shape).to(_wide(stream.dtype))
+
+
+def _check(stream: Tensor, weight: Tensor, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if weight.shape != stream.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit a stream of width {stream.shape[-1]}")
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

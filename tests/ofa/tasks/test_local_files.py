@@ -1,0 +1,201 @@
+"""What the readers of the user's own files accept, and that every refusal names the file, the line and the remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+
+import pytest
+
+from ofa.errors import InputError
+from ofa.tasks import Example, Task, TaskData, check_labels, read_examples, read_task_folder
+
+TASK = Task("mood", "Text: {text}\nMood:", ("happy", "sad"))
+GOOD_LINE = '{"text": "a fine day", "label": "happy"}\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write_file
+
+
+def refusal(function, *arguments, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "a, b", "label": "happy"}\n{"label": "sad", "text": "é", "id": 7}\n'),
+        ("a.json-lines", '{"text": "a, b", "label": "happy"}\n\n{"label": "sad", "text": "é"}'),
+        ("a.JSONL", '\ufeff{"text": "a, b", "label": "happy"}\r\n{"text": " é ", "label": "sad "}\r\n  \n'),
+        ("a.csv", 'text,label\n"a, b",happy\né,sad\n'),
+        ("a.csv", '\ufefflabel, text,id\r\nhappy,"a, b",1\r\n\r\nsad,é,2'),
+    ],
+    ids=["jsonl", "json-lines", "bom-crlf-jsonl", "csv", "bom-crlf-csv"],
+)
+def test_every_supported_form_reads_the_same(write, name, content):
+    assert read_examples(write(name, content)) == [Example("a, b", "happy"), Example("é", "sad")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "2 + 2 =", "completion": "4"}\n'),
+        ("a.csv", "prompt,completion\n2 + 2 =,4\n"),
+    ],
+)
+def test_prompt_and_completion_pairs_may_complete_with_a_number(write, name, content):
+    assert read_examples(write(name, content), open_ended=True) == [Example("2 + 2 =", "4")]
+    assert read_examples(write(name, content), task=Task("sums")) == [Example("2 + 2 =", "4")]
+
+
+def test_unicode_line_separators_inside_a_text_do_not_break_the_line(write):
+    path = write("a.jsonl", '{"text": "a\u2028b\x85c", "label": "happy"}\n')
+    assert read_examples(path)[0].text == "a\u2028b\x85c"
+
+
+def test_a_csv_text_may_span_lines_and_later_lines_are_still_counted_right(write):
+    path = write("a.csv", 'text,label\n"first\nsecond",happy\nthird,\n')
+    assert "a.csv, line 4: the label is empty" in refusal(read_examples, path)
+    path = write("b.csv", 'text,label\n"first\nsecond",happy\n')
+    assert read_examples(path) == [Example("first\nsecond", "happy")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", "text", 'unknown suffix ".txt": use .jsonl, .json-lines, .csv'),
+        ("a", "text", 'unknown suffix ""'),
+        ("a.jsonl", "", "has no examples: add rows with text and label"),
+        ("a.csv", "", "has no examples"),
+        ("a.csv", "text,label\n", "has no examples"),
+        ("a.jsonl", GOOD_LINE + '{"text": "b", "label"\n', "line 2, column 22 is broken JSON"),
+        ("a.jsonl", GOOD_LINE + "[1]\n", "line 2 holds no JSON object"),
+        ("a.jsonl", "[" * 200_000 + "\n", "line 1 is JSON that cannot be read"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}\n", "line 1 is JSON that cannot be read"),
+        ("a.jsonl", GOOD_LINE + '{"txt": "b", "label": "sad"}\n', 'line 2 has no column "text"'),
+        ("a.jsonl", '{"txt": "b", "label": "sad"}\n', '(columns found: "txt", "label")'),
+        ("a.csv", "sentence,label\nb,sad\n", '(columns found: "sentence", "label")'),
+        ("a.csv", "text,label\na, b,sad\n", "line 2 has 3 cells but the header has 2"),
+        ("a.csv", "text,label\na\n", "line 2 has 1 cells but the header has 2"),
+        ("a.csv", 'text,label\n"a" b,sad\n', "line 2 is broken CSV"),
+        ("a.csv", 'text,label\nx,sad\n"a,sad\n', "line 3 is broken CSV"),
+        ("a.jsonl", '{"text": 5, "label": "sad"}\n', "line 1: the text is 5, which is not text"),
+        ("a.jsonl", '{"text": null, "label": "sad"}\n', "line 1: the text is null"),
+        ("a.jsonl", '{"text": "b", "label": ["sad"]}\n', 'line 1: the label is ["sad"]'),
+        ("a.jsonl", GOOD_LINE + '{"text": "", "label": "sad"}\n', "line 2: the text is empty"),
+        ("a.jsonl", GOOD_LINE + '{"text": " \\n\\t", "label": "sad"}\n', "line 2: the text is empty"),
+        ("a.jsonl", '{"text": "b", "label": " "}\n', "line 1: the label is empty"),
+        ("a.csv", "text,label\n ,sad\n", "line 2: the text is empty"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": "sad"}\n', "line 1: the text holds half of a surrogate pair"),
+        ("a.jsonl", '{"text": "b", "label": 1}\n', "line 1: the label 1 is a number: write the name"),
+        ("a.jsonl", '{"text": "b", "label": 0.5}\n', "line 1: the label 0.5 is a number"),
+        ("a.jsonl", '{"text": "b", "label": true}\n', "line 1: the label true is a number"),
+        ("a.csv", "text,label\nb,0\n", "line 2: the label 0 is a number: write the name"),
+        ("a.csv", "text,label\nb,-1\n", "line 2: the label -1 is a number"),
+        ("a.jsonl", GOOD_LINE.encode() + b'{"text": "caf\xe9", "label": "sad"}\n', "line 2 is not UTF-8"),
+        ("a.csv", "text,label\nb,sad\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_by_name_and_line(write, name, content, complaint):
+    path = write(name, content)
+    message = refusal(read_examples, path)
+    assert str(path) in message
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert "does not exist" in refusal(read_examples, tmp_path / "none.jsonl")
+    (tmp_path / "folder.csv").mkdir()
+    assert "is not a file" in refusal(read_examples, str(tmp_path / "folder.csv"))
+
+
+def test_pairs_without_a_prompt_column_are_refused(write):
+    assert 'no column "prompt"' in refusal(read_examples, write("a.jsonl", GOOD_LINE), open_ended=True)
+    assert "not text" in refusal(read_examples, write("b.jsonl", '{"prompt": "a", "completion": 4}'), open_ended=True)
+
+
+def test_an_unknown_label_is_refused_with_its_line_and_the_nearest_label(write):
+    path = write("a.jsonl", "\n" + GOOD_LINE + '{"text": "b", "label": "Hapy"}\n')
+    message = refusal(read_examples, path, task=TASK)
+    assert "a.jsonl, line 3" in message
+    assert '"Hapy" is not one of the labels of the task (happy, sad), did you mean "happy"?' in message
+
+
+def test_digits_in_a_csv_are_labels_where_the_task_has_such_label_words(write):
+    stars = Task("stars", "Review: {text}\nStars:", ("1", "2"))
+    assert read_examples(write("a.csv", "text,label\nb,2\n"), task=stars) == [Example("b", "2")]
+
+
+def test_check_labels_counts_from_one_and_lists_the_labels():
+    examples = [Example("a", "sad"), Example("b", "blue")]
+    message = refusal(check_labels, examples, TASK, "the test examples")
+    assert message.startswith('example 2 of the test examples: the label "blue"')
+    assert "(happy, sad)" in message
+    check_labels(examples[:1], TASK, "here")
+    check_labels(examples, Task("pairs"), "here")
+
+
+def task_folder(write, **files):
+    write("task/task.json", json.dumps(TASK.to_dict()))
+    for name, content in files.items():
+        write("task/" + name.replace("_", "."), content)
+    return write("task/notes.md", "").parent
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_task_folder_reads_task_train_and_test(write, as_text):
+    folder = task_folder(write, train_jsonl=GOOD_LINE, test_csv="text,label\nrain,sad\n")
+    data = read_task_folder(str(folder) if as_text else folder)
+    assert data == TaskData(TASK, (Example("a fine day", "happy"),), (Example("rain", "sad"),))
+
+
+def test_a_task_folder_may_lack_test_examples(write):
+    assert read_task_folder(task_folder(write, train_jsonl=GOOD_LINE)).test == ()
+
+
+def test_a_task_folder_is_read_from_inside_an_archive(write, tmp_path):
+    """The package, and the demo tasks in it, may be imported from a zip file."""
+    folder = task_folder(write, train_jsonl=GOOD_LINE)
+    archive = shutil.make_archive(str(tmp_path / "tasks"), "zip", folder.parent, folder.name)
+    zipped = zipfile.Path(archive).joinpath("task")
+    assert read_task_folder(zipped) == read_task_folder(folder)
+
+
+def test_an_open_ended_task_folder_holds_pairs(write):
+    write("task/task.json", '{"name": "sums", "labels": []}')
+    folder = write("task/train.jsonl", '{"prompt": "2 + 2 =", "completion": "4"}').parent
+    assert read_task_folder(folder) == TaskData(Task("sums"), (Example("2 + 2 =", "4"),))
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({}, "has no train.jsonl or train.csv"),
+        ({"train_jsonl": GOOD_LINE, "train_csv": "text,label\nb,sad\n"}, "both train.jsonl and train.csv"),
+        ({"train_jsonl": GOOD_LINE, "test_csv": "text,label\nb,glum\n"}, 'test.csv, line 2: the label "glum"'),
+        ({"train_jsonl": ""}, "train.jsonl has no examples"),
+        ({"train_jsonl": GOOD_LINE, "task_json": '{"name": "x"}'}, 'task.json: the task has no "labels"'),
+        ({"train_jsonl": GOOD_LINE, "task_json": '{\n"name": x}'}, "task.json, line 2, column 9 is broken JSON"),
+        ({"train_jsonl": GOOD_LINE, "task_json": "[]"}, "task.json: a task must be a JSON object"),
+    ],
+)
+def test_a_task_folder_that_cannot_be_used_is_refused(write, files, complaint):
+    assert complaint in refusal(read_task_folder, task_folder(write, **files))
+
+
+def test_a_missing_folder_and_a_missing_task_file_are_refused(tmp_path):
+    assert "is not a folder" in refusal(read_task_folder, tmp_path / "none")
+    assert re.search(r"task\.json does not exist.*template", refusal(read_task_folder, tmp_path))

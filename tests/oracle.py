@@ -1,0 +1,299 @@
+"""What the steps of a small model are, written down by hand and in float64; the tests hold `ofa` to it.
+
+Nothing here uses `ofa`: a table of this file's own says how each family's layers are wired, plain hooks take the arguments
+with which an ordinary forward pass calls the modules, and the steps are those modules called again by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tests import families
+
+SEQUENTIAL = {
+    "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    "gpt2": ("ln_1", "attn", "ln_2", "mlp"),
+    "gpt_neox_sequential": ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
+    "falcon_sequential": ("input_layernorm", "self_attention", "post_attention_layernorm", "mlp"),
+    "vit": ("layernorm_before", "attention", "layernorm_after", "mlp"),
+    "opt": ("self_attn_layer_norm", "self_attn", "final_layer_norm", "fc"),
+}
+SEQUENTIAL |= dict.fromkeys(("mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3"), SEQUENTIAL["llama"])
+PARALLEL = {
+    "phi": ("input_layernorm", "self_attn", "input_layernorm"),
+    "cohere": ("input_layernorm", "self_attn", "input_layernorm"),
+    "gptj": ("ln_1", "attn", "ln_1"),
+    "gpt_neox": ("input_layernorm", "attention", "post_attention_layernorm"),
+    "falcon": ("input_layernorm", "self_attention", "input_layernorm"),
+    "falcon_alibi": ("input_layernorm", "self_attention", "input_layernorm"),
+    "falcon_two_norms": ("ln_attn", "self_attention", "ln_mlp"),
+}
+SANDWICH = ("gemma2", "gemma3")
+BRANCH_NORM = ("olmo2",)
+POST_NORM = ("bert",)
+POST_NORM_LAYER = {"opt_post_norm": "self_attn_layer_norm"}
+"""The norm of the first branch, for the family without a module boundary between its sublayers."""
+
+ONE_PLUS_WEIGHT = ("gemma", "gemma2", "gemma3")
+RMS = (*SANDWICH, *BRANCH_NORM, "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3")
+
+CASES = [(name, "sublayer") for name in families.BUILDERS if name not in POST_NORM_LAYER]
+CASES += [(name, "layer") for name in families.BUILDERS]
+"""Every family at every granularity it has."""
+
+
+class Float64(TorchFunctionMode):
+    """Keeps float64 where a model narrows to float32 inside (norms, softmax, rotary angles).
+
+    Finite differences divide by 1e-7, so that a single rounding to float32 would drown them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@cache
+def model(name: str) -> nn.Module:
+    """The family's model in float64, shared by the tests: leave it as it was."""
+    return families.build(name).double()
+
+
+def batch(name: str, *, sequences: int = 2, tokens: int = 5, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of the family, pixels in float64."""
+    given = families.inputs(name, sequences=sequences, tokens=tokens, seed=seed)
+    return {key: value.double() if value.is_floating_point() else value for key, value in given.items()}
+
+
+def scales(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Every norm scale γ of a model by its path."""
+    return {
+        path: parameter
+        for path, parameter in root.named_parameters()
+        if parameter.dim() == 1 and path.endswith("weight") and "norm" in _class_of(root, path)
+    }
+
+
+def _class_of(root: nn.Module, path: str) -> str:
+    return type(root.get_submodule(path.rpartition(".")[0])).__name__.lower()
+
+
+@dataclass(frozen=True)
+class OracleStep:
+    """One step: F and the stream Z it is taken from; row j of the trace is left_j · J_jj · right_j.
+
+    P = diag(γ)/σ is `right` where the norm reads the stream; where it stands behind the branch, γ is `right` and the
+    1/σ of each row is `left`.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    stream: Tensor
+    left: Tensor
+    right: Tensor
+
+    def quadratic(self, nu: Tensor, at: Tensor | None = None) -> Tensor:
+        """νᵀ J P ν of each sequence, (B,), by one backward pass; `at` is where J is taken, the stream by default."""
+        point = (self.stream if at is None else at).detach().requires_grad_()
+        (product,) = torch.autograd.grad(self.function(point), point, self.left.unsqueeze(-1) * nu)
+        return (product * self.right * nu).sum((1, 2))
+
+    def dense(self, sequence: int) -> Tensor:
+        """J P of one sequence, (T, d, T, d), from the dense Jacobian."""
+
+        def own(z: Tensor) -> Tensor:
+            whole = torch.cat((self.stream[:sequence], z.unsqueeze(0), self.stream[sequence + 1 :]))
+            return self.function(whole)[sequence]
+
+        jacobian = torch.autograd.functional.jacobian(own, self.stream[sequence], vectorize=True)
+        return self.left[sequence].view(-1, 1, 1, 1) * jacobian * self.right[sequence]
+
+
+def steps(name: str, root: nn.Module, given: dict[str, Tensor], granularity: str) -> list[OracleStep]:
+    """The steps of a model on a batch, in order. Call it, and what it returns, inside `Float64`.
+
+    Raises:
+        AssertionError: the table of this file is wrong: the steps do not add up to what the layers return.
+    """
+    layers = _layers(root)
+    calls = _record_calls(root, given)
+    found = []
+    for layer in layers:
+        args, kwargs, output = calls[layer]
+        stream = _hidden(args, kwargs).detach()
+        if granularity == "layer":
+            added = [_whole_layer(name, layer, stream, calls)]
+        else:
+            added = _sublayers(name, layer, stream, calls)
+        found += added
+        end = added[-1].stream + added[-1].function(added[-1].stream)
+        # Two sums of a few terms in another order: some roundings of float64.
+        torch.testing.assert_close(end, output, rtol=1e-10, atol=1e-10)
+    return found
+
+
+def step_norms(found: list[OracleStep], mask: Tensor | None = None) -> Tensor:
+    """‖F_t(Z_t)‖ of each sequence, (T, B), over the tokens where `mask` is 1."""
+    updates = torch.stack([step.function(step.stream) for step in found]).detach()
+    weights = torch.ones(updates.shape[1:3]) if mask is None else mask
+    return (updates.square().sum(-1) * weights).sum(-1).sqrt()
+
+
+def _layers(root: nn.Module) -> list[nn.Module]:
+    stacks = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) == 3]
+    return list(stacks[0])
+
+
+def _record_calls(root: nn.Module, given: dict[str, Tensor]) -> dict[nn.Module, tuple[Any, Any, Tensor]]:
+    """What every module is called with and returns; clones, because Falcon adds into its branches' outputs."""
+    calls: dict[nn.Module, tuple[Any, Any, Tensor]] = {}
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        first = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
+        calls[module] = (args, kwargs, None if first is None else first.clone())
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in root.modules()]
+    with torch.no_grad():
+        root(**given, **({} if root.main_input_name == "pixel_values" else {"use_cache": False}))
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def _hidden(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _caller(module: nn.Module, calls: dict[nn.Module, Any]) -> Callable[[Tensor], Tensor]:
+    """The module as a function of the hidden states, its other arguments as they were."""
+    args, kwargs, _ = calls[module]
+
+    def call(hidden: Tensor) -> Tensor:
+        if args:
+            output = module(hidden, *args[1:], **kwargs)
+        else:
+            output = module(**{**kwargs, "hidden_states": hidden})
+        return output if isinstance(output, Tensor) else output[0]
+
+    return call
+
+
+def _mlp(layer: nn.Module, module: str) -> Callable[[Tensor], Tensor]:
+    if module == "fc":
+        return lambda hidden: layer.fc2(layer.activation_fn(layer.fc1(hidden)))
+    return getattr(layer, module)
+
+
+def _gamma(name: str, norm: nn.Module) -> Tensor:
+    return (norm.weight + (1.0 if name in ONE_PLUS_WEIGHT else 0.0)).detach()
+
+
+def _rstd(name: str, norm: nn.Module, hidden: Tensor) -> Tensor:
+    eps = next(getattr(norm, key) for key in ("variance_epsilon", "eps") if hasattr(norm, key))
+    centred = hidden if name in RMS else hidden - hidden.mean(-1, keepdim=True)
+    return (1 / (centred.square().mean(-1) + eps).sqrt()).detach()
+
+
+def _before(name: str, norm: nn.Module, stream: Tensor, function: Callable[[Tensor], Tensor]) -> OracleStep:
+    """A step whose norm reads the stream: P = Γ/σ(Z)."""
+    rstd = _rstd(name, norm, stream)
+    return OracleStep(function, stream, torch.ones_like(rstd), _gamma(name, norm) * rstd.unsqueeze(-1))
+
+
+def _behind(
+    name: str, norm: nn.Module, stream: Tensor, reads: Tensor, function: Callable[[Tensor], Tensor]
+) -> OracleStep:
+    """A step whose norm stands behind the branch and reads `reads`: P = Γ/σ(reads)."""
+    return OracleStep(function, stream, _rstd(name, norm, reads), _gamma(name, norm).expand_as(stream))
+
+
+def _whole_layer(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module, Any]) -> OracleStep:
+    call = _caller(layer, calls)
+
+    def function(z: Tensor) -> Tensor:
+        return call(z) - z
+
+    if name in POST_NORM_LAYER or name in POST_NORM or name in BRANCH_NORM:
+        if name in POST_NORM:
+            norm = layer.attention.output.LayerNorm
+        else:
+            norm = getattr(layer, POST_NORM_LAYER.get(name, "post_attention_layernorm"))
+        return _behind(name, norm, stream, _hidden(*calls[norm][:2]), function)
+    path = SEQUENTIAL[name][0] if name in SEQUENTIAL else PARALLEL.get(name, ("input_layernorm",))[0]
+    return _before(name, getattr(layer, path), stream, function)
+
+
+def _sublayers(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module, Any]) -> list[OracleStep]:
+    if name in PARALLEL:
+        return [_parallel(name, layer, stream, calls)]
+    if name in SEQUENTIAL:
+        first_norm, attention, second_norm, mlp = SEQUENTIAL[name]
+        factor = layer.residual_multiplier if name == "granite" else 1.0
+        attend, feed = _caller(getattr(layer, attention), calls), _mlp(layer, mlp)
+        norms = getattr(layer, first_norm), getattr(layer, second_norm)
+        first = _before(name, norms[0], stream, lambda z: factor * attend(norms[0](z)))
+        return [first, _before(name, norms[1], _next(first), lambda z: factor * feed(norms[1](z)))]
+    if name in SANDWICH:
+        attend = _caller(layer.self_attn, calls)
+        first = _before(
+            name,
+            layer.input_layernorm,
+            stream,
+            lambda z: layer.post_attention_layernorm(attend(layer.input_layernorm(z))),
+        )
+        second = _before(
+            name,
+            layer.pre_feedforward_layernorm,
+            _next(first),
+            lambda z: layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(z))),
+        )
+        return [first, second]
+    if name in BRANCH_NORM:
+        attend, norms = (
+            _caller(layer.self_attn, calls),
+            (layer.post_attention_layernorm, layer.post_feedforward_layernorm),
+        )
+        first = _behind(name, norms[0], stream, attend(stream), lambda z: norms[0](attend(z)))
+        middle = _next(first)
+        return [first, _behind(name, norms[1], middle, layer.mlp(middle), lambda z: norms[1](layer.mlp(z)))]
+    assert name in POST_NORM
+    attend = _caller(layer.attention, calls)
+    norms = layer.attention.output.LayerNorm, layer.output.LayerNorm
+    first = _behind(name, norms[0], stream, _hidden(*calls[norms[0]][:2]), lambda z: attend(z) - z)
+    feed = layer.feed_forward_chunk
+    return [
+        first,
+        _behind(name, norms[1], _next(first), _hidden(*calls[norms[1]][:2]), lambda z: feed(z) - z),
+    ]
+
+
+def _parallel(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module, Any]) -> OracleStep:
+    """Two branches of one stream; with two norms, each branch has its own P, so the pair is one map of two streams.
+
+    The trace of the step is tr(J_A P_A) + tr(J_M P_M). With P_M = P_A D for the diagonal D = γ_M/γ_A, that is the
+    trace of (J_A + J_M D) P_A, the Jacobian of A(Z) + M(Z₀ + D(Z − Z₀)) at Z₀.
+    """
+    first_norm, attention, second_norm = PARALLEL[name]
+    norms = getattr(layer, first_norm), getattr(layer, second_norm)
+    attend = _caller(getattr(layer, attention), calls)
+    ratio = _gamma(name, norms[1]) / _gamma(name, norms[0])
+
+    def function(z: Tensor) -> Tensor:
+        return attend(norms[0](z)) + layer.mlp(norms[1](stream + ratio * (z - stream)))
+
+    return _before(name, norms[0], stream, function)
+
+
+def _next(step: OracleStep) -> Tensor:
+    return (step.stream + step.function(step.stream)).detach()
