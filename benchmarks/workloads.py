@@ -54,15 +54,15 @@ SMOLLM2_135M = Workload(
     tokens=48,
 )
 
-LLAMA2_7B_LAYER = Workload(
-    "llama2_7b_layer",
+LLAMA2_7B_LAYERS = Workload(
+    "llama2_7b_layers",
     (
         ("hidden_size", 4096),
-        ("num_hidden_layers", 1),
+        ("num_hidden_layers", 2),
         ("num_attention_heads", 32),
         ("num_key_value_heads", 32),
         ("intermediate_size", 11008),
-        # One layer stands for 32: a head of the real size would count 32 times too much.
+        # Two layers stand for 32: a vocabulary of the real size would count 16 times too much.
         ("vocab_size", 32),
     ),
     sequences=1,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ofa import __version__
 from ofa.errors import InputError
-from ofa.files import claim_folder, write_atomically, write_json, write_text
+from ofa.files import WRITE_ERRORS, claim_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
-from ofa.tuning import base_parameters, hold_norms, restore_norms
+from ofa.tuning import base_parameters, hold_norms
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -61,6 +61,7 @@ def save_adapter(
     """
     from peft import LNTuningConfig
     from safetensors.torch import save_file
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     current = {path: model.get_parameter(path).detach() for path in base_parameters(model)}
     scales = {path: value for path, value in current.items() if path.endswith(".weight")}
@@ -68,7 +69,7 @@ def save_adapter(
     base = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
     config = LNTuningConfig(
         target_modules=[path.removesuffix(".weight") for path in scales],
-        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        task_type="CAUSAL_LM" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None,
         base_model_name_or_path=base,
         inference_mode=True,
     ).to_dict()
@@ -76,16 +77,20 @@ def save_adapter(
     known = {
         **(details or {}),
         "base_model": base,
-        "base_fingerprint": fingerprint(model),
+        **fingerprints(model),
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
     }
     tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
-    write_atomically(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_json(target / DETAILS, known)
-    write_text(target / CARD, model_card(known))
-    # Last, because this is the file by which a folder counts as an adapter.
-    write_json(target / CONFIG, config)
+    write_together(
+        {
+            target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            target / DETAILS: json_writer(known),
+            target / CARD: text_writer(model_card(known)),
+            # Last, because this is the file by which a folder counts as an adapter.
+            target / CONFIG: json_writer(config),
+        }
+    )
     return target
 
 
@@ -137,7 +142,7 @@ def merge(
     """Write a full checkpoint of the base with the adapter's scales in place of its own.
 
     Args:
-        model: the base, or its hub id or folder. A loaded model is left as it was.
+        model: the base, or its hub id or folder. A loaded model is left as it was, tuned scales included.
         tokenizer: saved beside the model when given; loaded with the model when `model` is a name.
 
     Raises:
@@ -151,27 +156,38 @@ def merge(
     read = read_adapter(adapter)
     _check_fit(model, read)
     target = claim_folder(out, overwrite=overwrite)
-    staging = target.with_name(f".{target.name}.partial")
+    staging = target / ".partial"
     try:
-        with _merged(model, read):
-            model.save_pretrained(staging, safe_serialization=True)  # type: ignore[operator]
+        model.save_pretrained(staging, state_dict=_merged_state(model, read))  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         for file in sorted(staging.iterdir()):
             shutil.move(file, target / file.name)
-    except OSError as error:
-        raise InputError(f"the checkpoint {target} cannot be written ({error.strerror or error})") from error
+    except WRITE_ERRORS as error:
+        raise InputError(f"the checkpoint {target} cannot be written ({reason(error)}); free its disk") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the base's own norm parameters, rounded to bfloat16: the same whatever the dtype of loading."""
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of the base's own norm parameters in bfloat16; two models of one base agree in at least one of them.
+
+    The second is of the values rounded to float16 first. A base loaded in float32 agrees with itself loaded in
+    bfloat16 in the first, and with itself loaded in float16 in the second.
+    """
+    base = base_parameters(model)
+    return {
+        "base_fingerprint": _digest(base, torch.float32),
+        "base_fingerprint_float16": _digest(base, torch.float16),
+    }
+
+
+def _digest(parameters: dict[str, Tensor], first: torch.dtype) -> str:
     digest = hashlib.sha256()
-    for path, value in base_parameters(model).items():
+    for path, value in parameters.items():
         digest.update(path.encode())
-        digest.update(value.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        digest.update(value.to("cpu", first).to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -182,25 +198,11 @@ def versions() -> dict[str, str]:
     return {"ofa-adapt": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
-class _merged:  # noqa: N801 - reads as a phrase: with _merged(model, adapter)
-    """The base model with the adapter's scales in its own parameters and dtype, and its own again afterwards."""
-
-    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
-        self._model, self._adapter = model, adapter
-        self._own: dict[str, Tensor] = {}
-
-    def __enter__(self) -> None:
-        restore_norms(self._model)
-        self._own = {path: self._model.get_parameter(path).detach().clone() for path in self._adapter.parameters}
-        self._copy(self._adapter.parameters)
-
-    def __exit__(self, *error: object) -> None:
-        self._copy(self._own)
-
-    @torch.no_grad()
-    def _copy(self, values: dict[str, Tensor]) -> None:
-        for path, value in values.items():
-            self._model.get_parameter(path).copy_(value)
+def _merged_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The base's tensors with the adapter's scales, in the base's dtype; the model itself is not touched."""
+    base = base_parameters(model)
+    scales = {path: value.to(base[path]) for path, value in adapter.parameters.items()}
+    return {**model.state_dict(), **base, **scales}
 
 
 def _check_fit(model: nn.Module, adapter: Adapter) -> None:
@@ -217,8 +219,9 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.folder} was made for {name} of another width: {path} has {own[path].numel()} channels here "
                 f"and {value.numel()} in the adapter; load that base instead"
             )
-    expected = adapter.details.get("base_fingerprint")
-    if expected and expected != fingerprint(model):
+    actual = fingerprints(model)
+    expected = {adapter.details[name] for name in actual if name in adapter.details}
+    if expected and expected.isdisjoint(actual.values()):
         raise InputError(
             f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
         )
@@ -248,7 +251,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{missing}: it has no {path.name}; give the folder that `ofa fit` wrote") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error

@@ -147,6 +147,8 @@ def _try_wiring(
     missing = [path for path in _paths(wiring) if not _has(first, path)]
     if missing:
         return None, f"no module {missing[0]}"
+    if wiring.scale and not hasattr(first, wiring.scale):
+        return None, f"no attribute {wiring.scale}"
     by_path = {norm.path: norm for norm in norms}
     for layer in layers:
         _require_weights(model, layer, wiring, by_path)
@@ -154,7 +156,7 @@ def _try_wiring(
     if verify:
         seen = _run_first_layer(model, layers[0], _paths(wiring))
         reason = _contradiction(seen, layers[0], [step for step in sublayer if step.layer == 0])
-        if reason and family.layer_only:
+        if reason and family.layer_only and _norm_stands_behind(seen, layers[0], sublayer):
             return _post_norm_layers(model_type, layers, norms, family.layer_only, by_path), ""
         if reason:
             return None, reason
@@ -355,6 +357,20 @@ def _contradiction(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: li
             total = total + (written - stream if branch.writes == "stream" else step.scale * written)
         stream = stream + total
     return "" if _close(end, stream) else f"{layer} does not return the residual sum"
+
+
+def _norm_stands_behind(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: tuple[Step, ...]) -> bool:
+    """Whether the first layer's norms read the residual sums and its last one ends it, as in OPT-350m."""
+    stream, end = seen[layer]
+    own = [step.branches[0] for step in steps if step.layer == 0]
+    if any(path not in seen for branch in own for path in (branch.norm.path, branch.exit)):
+        return False
+    for branch in own:
+        read, stream_after = seen[branch.norm.path]
+        if not _close(read, stream + _shaped(seen[branch.exit][1], stream)):
+            return False
+        stream = _shaped(stream_after, stream)
+    return _close(end, stream)
 
 
 def _trial_inputs(model: nn.Module) -> dict[str, Tensor]:

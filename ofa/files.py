@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ofa.errors import InputError
+
+# What a full or read-only disk raises: safetensors wraps the system's error in its own.
+WRITE_ERRORS = (OSError, SafetensorError)
 
 
 def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -36,30 +42,77 @@ def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
+@contextmanager
+def claimed_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """`claim_folder` for the work inside; if that fails before it wrote anything, the folders made go again.
+
+    Raises:
+        InputError: see `claim_folder`.
+    """
+    path = Path(folder)
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        yield claim_folder(path, overwrite=overwrite)
+    except BaseException:
+        with suppress(OSError):  # not empty: the work wrote something
+            for place in made:
+                place.rmdir()
+        raise
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one move.
 
     Raises:
         InputError: the file cannot be written; whatever was at `path` is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: write})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Fill a temporary file beside each path; when all of them are whole, move them into place in the order given.
+
+    Raises:
+        InputError: one of them cannot be written; what was at the paths is still there.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    path = next(iter(files))
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); nothing there was changed") from error
+        for path, write in files.items():
+            write(temporaries[path])
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except WRITE_ERRORS as error:
+        raise InputError(f"{path} cannot be written ({reason(error)}); nothing there was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, UTF-8."""
-    write_atomically(path, lambda temporary: _flush(temporary, text))
+    write_atomically(path, text_writer(text))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, indented."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json_writer(value))
+
+
+def text_writer(text: str) -> Callable[[Path], None]:
+    """What fills a UTF-8 text file, for `write_atomically` and `write_together`."""
+    return lambda path: _flush(path, text)
+
+
+def json_writer(value: Any) -> Callable[[Path], None]:
+    """What fills an indented JSON file, for `write_atomically` and `write_together`."""
+    return text_writer(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def reason(error: Exception) -> str:
+    """What the system said, without its error number and path where it has them apart."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _flush(path: Path, text: str) -> None:

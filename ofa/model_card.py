@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 _USE = """\
@@ -22,10 +23,11 @@ ofa predict PATH_OF_THIS_FOLDER --text "..."
 def model_card(details: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read; `details` is the content of `ofa_config.json`."""
     task = details.get("task") or {}
+    base = f"`{details['base_model']}`" if details["base_model"] else "an unnamed model"
     parts = [
         _front_matter(details),
         f"# Norm scales for {task.get('name', 'a task')}\n",
-        f"{details['parameters']:,} tuned norm scales of `{details['base_model']}`, and nothing else: a PEFT LN-tuning "
+        f"{details['parameters']:,} tuned norm scales of {base}, and nothing else: a PEFT LN-tuning "
         "adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv 2505.19107).\n",
         _data(details, task),
         _scores(details.get("scores") or {}),
@@ -39,7 +41,8 @@ def _front_matter(details: dict[str, Any]) -> str:
     base = details["base_model"]
     lines = ["---", "library_name: peft", "tags: [few-shot, ln-tuning, ofa]"]
     if base:
-        lines.append(f"base_model: {base}")
+        # A JSON string is a YAML one, whatever is in the path.
+        lines.append(f"base_model: {json.dumps(base, ensure_ascii=False)}")
     return "\n".join([*lines, "---\n"])
 
 

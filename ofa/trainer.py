@@ -134,12 +134,13 @@ def train(
     seed_everything(config.seed)
     data = [_encode(encoder, example) for example in examples]
     run = _Run(model, data, config, folder, validate)
-    if resume:
-        run.resume()
-    elif folder is not None:
-        (folder / METRICS).write_text("")
-        run.save()
     with evaluating(model), torch.enable_grad(), _regularized(model, config) as regularizers, _stop_signals() as stop:
+        # Only here, where the model is known to be usable, does the run begin to write.
+        if resume:
+            run.resume()
+        elif folder is not None:
+            (folder / METRICS).write_text("")
+            run.save()
         run.attach(regularizers)
         for record in run.steps():
             if progress is not None:

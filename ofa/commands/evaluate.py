@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
     BatchOption,
     ConfigOption,
@@ -89,8 +89,7 @@ def evaluate(
             batch_size=batch_size,
             progress=lambda done, total: update(done, total, ""),
         )
-    if result.truncated:
-        notice(f"ofa: {result.truncated} texts were longer than the model's window and lost their beginning")
+    tell_truncated(result.truncated)
     document = {
         "adapter": str(adapter) if adapter else None,
         "data": data,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show_json
+from ofa.commands.console import notice, progress_bar, reports_errors, show_json, tell_truncated
 from ofa.commands.options import (
     ConfigOption,
     DeviceOption,
@@ -25,7 +25,7 @@ from ofa.errors import InputError
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
-    from ofa.tasks import Example, Task
+    from ofa.tasks import Example
     from ofa.trainer import StepRecord
 
 
@@ -85,7 +85,7 @@ def fit(
     Ctrl-C stops behind the step under way; the same command with --resume continues to the same result.
     """
     from ofa.commands.data import test_data, training_data
-    from ofa.files import claim_folder
+    from ofa.files import claimed_folder
     from ofa.tasks import few_shot
 
     settings = _checked(
@@ -110,32 +110,32 @@ def fit(
     held_out = test_data(validation, given.task) if validation else ()
     tested = test_data(test, given.task) if test else ()
     few_shot(given.train, given.task.labels, shots, seed)
-    folder = claim_folder(out, overwrite=overwrite or resume)
+    with claimed_folder(out, overwrite=overwrite or resume) as folder:
+        from ofa.adaptation import adapt
+        from ofa.models import load_model
 
-    from ofa.adaptation import adapt
-    from ofa.models import load_model
-
-    loaded = load_model(
-        model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code, progress=notice
-    )
-    with progress_bar("training") as update:
-        adaptation = adapt(
-            loaded.model,
-            loaded.tokenizer,
-            given,
-            shots,
-            seed,
-            folder=folder,
-            resume=resume,
-            validation=held_out,
-            progress=_reporter(update),
-            **settings,
+        loaded = load_model(
+            model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code, progress=notice
         )
-    summary = _save(adaptation, folder, loaded.source, _scores(adaptation, tested))
+        with progress_bar("training") as update:
+            adaptation = adapt(
+                loaded.model,
+                loaded.tokenizer,
+                given,
+                shots,
+                seed,
+                folder=folder,
+                resume=resume,
+                validation=held_out,
+                progress=_reporter(update),
+                **settings,
+            )
+        tell_truncated(adaptation.training.truncated, "training texts")
+        summary = _save(adaptation, folder, loaded.source, _scores(adaptation, tested))
     if as_json:
         show_json(summary)
     else:
-        _tell(summary, given.task)
+        _tell(summary)
 
 
 def _checked(**settings: Any) -> dict[str, Any]:
@@ -165,6 +165,7 @@ def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, An
         return {}
     with progress_bar("testing") as update:
         measured = adaptation.predictor.evaluate(tested, progress=lambda done, total: update(done, total, ""))
+    tell_truncated(measured.truncated, "test texts")
     return {**measured.metrics.to_dict(), "count": len(tested)}
 
 
@@ -193,9 +194,7 @@ def _save(adaptation: Adaptation, folder: Path, source: str, scores: dict[str, A
     }
 
 
-def _tell(summary: dict[str, Any], task: Task) -> None:
-    if summary["truncated"]:
-        notice(f"ofa: {summary['truncated']} texts were longer than the model's window and lost their beginning")
+def _tell(summary: dict[str, Any]) -> None:
     notice(
         f"{summary['trainable_parameters']:,} norm scales tuned in {summary['steps']} steps, "
         f"{summary['seconds']:.0f} s; loss {summary['first_loss']:.3f} → {summary['last_loss']:.3f}"

@@ -28,15 +28,15 @@ def merge(
     """
     from ofa.adapters import merge as write_merged
     from ofa.adapters import read_adapter
-    from ofa.files import claim_folder
+    from ofa.files import claimed_folder
     from ofa.models import load_model
 
     read = read_adapter(adapter)
-    target = claim_folder(out, overwrite=overwrite)
     base = model or ("embedded" if read.details.get("base_source") == "embedded" else read.base)
-    loaded = load_model(
-        base, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
-    )
-    write_merged(loaded.model, adapter, target, tokenizer=loaded.tokenizer, overwrite=True)
+    with claimed_folder(out, overwrite=overwrite) as target:
+        loaded = load_model(
+            base, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
+        )
+        write_merged(loaded.model, adapter, target, tokenizer=loaded.tokenizer, overwrite=True)
     size = sum(file.stat().st_size for file in target.iterdir())
     notice(f"merged checkpoint: {target} ({size / 1e6:.0f} MB), loads with AutoModelForCausalLM.from_pretrained")

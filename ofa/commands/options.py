@@ -44,18 +44,39 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    known = {parameter.name: parameter for parameter in context.command.params if parameter.name != "config"}
+    known = {_written(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
     values = {str(name).replace("-", "_"): value for name, value in _mapping(path).items()}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
-        raise InputError(
-            f"{path} sets {unknown!r}, which is no option; use one of {', '.join(sorted(map(str, known)))}"
-        )
-    for name in ("labels",):
-        if isinstance(values.get(name), list):
-            values[name] = ",".join(map(str, values[name]))
-    context.default_map = {**(context.default_map or {}), **values}
+        raise InputError(f"{path} sets {unknown!r}, which is no option; use one of {', '.join(sorted(known))}")
+    given = {known[name].name: _as_typed(value, name, known[name], path) for name, value in values.items()}
+    context.default_map = {**(context.default_map or {}), **given}
     return path
+
+
+def _written(parameter: Any) -> str:
+    """The name of an option as a user writes it, without dashes: `json`, not the `as_json` of the code."""
+    flags = [flag.removeprefix("--") for flag in parameter.opts if flag.startswith("--")]
+    return (flags[0] if flags else parameter.name).replace("-", "_")
+
+
+def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[str] | None:
+    """A value as it would be typed behind its flag, so that both are checked alike.
+
+    Raises:
+        InputError: YAML made something of it that cannot be typed.
+    """
+    repeats = getattr(parameter, "multiple", False)
+    items = value if isinstance(value, list) and (repeats or name == "labels") else [value]
+    for item in items:
+        if isinstance(item, list | dict):
+            raise InputError(f"{path} sets {name} to {item!r}; write one plain value")
+        if isinstance(item, bool) and not getattr(parameter, "is_flag", False):
+            raise InputError(f"{path} sets {name} to {item}, as YAML reads it; write the value in quotes")
+    if value is None:
+        return None
+    typed = [str(item) for item in items]
+    return typed if repeats else ",".join(typed)
 
 
 ConfigOption = Annotated[
@@ -74,8 +95,15 @@ def _mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"the configuration {path} cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"the configuration {path} is not valid YAML ({first}); correct it") from error
+        raise InputError(f"the configuration {path} is not valid YAML ({_first_fault(error)}); correct it") from error
     if not isinstance(value, dict):
         raise InputError(f"the configuration {path} is not a list of `name: value` lines; write it that way")
     return value
+
+
+def _first_fault(error: Exception) -> str:
+    """What the parser did not like and where, without its drawing of the line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'unreadable'}"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ofa.commands.console import reports_errors, show, show_json
+from ofa.commands.console import reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
     BatchOption,
     ConfigOption,
@@ -42,7 +42,7 @@ def predict(
     """
     texts = [*(text or []), *(_lines(file) if file else [])]
     if not texts:
-        raise InputError("there is no text to label; give --text or --file")
+        raise InputError(f"there is no text to label{f' in {file}' if file else ''}; give --text or --file")
 
     from ofa.commands.adapted import open_adapter
     from ofa.evaluation import Scorer
@@ -59,6 +59,7 @@ def predict(
     else:
         rows = scorer.predict_proba(texts).tolist()
         answers = [_answer(one, row, subject.task.labels) for one, row in zip(texts, rows, strict=True)]
+    tell_truncated(scorer.truncated)
     if as_json:
         show_json(answers)
     else:
@@ -71,10 +72,14 @@ def _answer(text: str, row: list[float], labels: tuple[str, ...]) -> dict[str, A
 
 
 def _lines(file: Path) -> list[str]:
+    from ofa.files import reason
+
     try:
         content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read ({error}); give a UTF-8 text file with one text per line") from error
+        raise InputError(
+            f"{file} cannot be read ({reason(error)}); give a UTF-8 text file with one text per line"
+        ) from error
     return [line for line in content.splitlines() if line.strip()]
 
 

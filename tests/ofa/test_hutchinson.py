@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ofa
 from ofa_kernels import philox
-from tests import oracle
+from tests import families, oracle
 
 EPSILON = 1e-7
 DENSE = ["llama", "gpt2", "gemma3", "olmo2", "falcon_two_norms", "bert"]
@@ -73,8 +73,7 @@ def test_the_dense_oracle_is_causal_and_agrees_with_its_own_products(name: str) 
             nu = probes_of(index, step.stream, samples=1)[0]
             dense = step.dense(1)
             tokens = torch.arange(len(dense))
-            above = dense[tokens.view(-1, 1) < tokens, :, :][:, :, 0] if False else dense.permute(0, 2, 1, 3)
-            above = above[tokens.view(-1, 1) < tokens]
+            above = dense.permute(0, 2, 1, 3)[tokens.view(-1, 1) < tokens]
             assert (above == 0).all() == (name != "bert" or index % 2 == 1)
             product = torch.einsum("td,tdse,se->", nu[1], dense, nu[1])
             # Two orders of summing a few thousand products.
@@ -110,10 +109,10 @@ def test_the_mean_over_many_probes_is_the_dense_trace(name: str, probe: str) -> 
             assert abs(error) <= 3.5 * spread(dense, probe, len(dense)) / math.sqrt(samples), index
 
 
-@pytest.mark.parametrize("samples", [1, 4, 16, 64])
+@pytest.mark.parametrize("samples", [1, 8, 64])
 def test_the_error_falls_with_the_square_root_of_the_probes(samples: int) -> None:
     """At a fixed budget N the error has the standard deviation σ/√N, σ from the dense Jacobian; no early stopping."""
-    passes = 40
+    passes = 20
     with oracle.Float64():
         given = oracle.batch("llama", sequences=1)
         measured = measure("llama", given, passes=passes, samples=samples, seed=samples)[..., 0]
@@ -170,16 +169,16 @@ def test_padding_enters_neither_the_trace_nor_its_mean(padding_side: str) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "bert"])
 def test_bfloat16_measures_the_trace_of_float32(name: str) -> None:
-    """With the default ε of each dtype and 64 probes, the bfloat16 trace is the float32 one up to its own noise."""
-    from tests import families
-
+    """With the default ε of each dtype and 64 probes, bfloat16 traces are the float32 ones up to a quarter."""
     given, measured = families.inputs(name), {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = families.build(name).to(dtype)
-        with ofa.fused_regularizers(model, 0.0, 1.0, samples=64) as reg, torch.no_grad(), reg.measuring():
+        model = families.build(name)
+        model.get_input_embeddings().weight.data /= 0.15  # σ ≈ 1, as in trained models behind the first layers
+        with ofa.fused_regularizers(model.to(dtype), 0.0, 1.0, samples=64) as reg, torch.no_grad(), reg.measuring():
             model(**given)
             measured[dtype] = reg.measurements.traces
     assert measured[torch.bfloat16].dtype == torch.float32
-    error = (measured[torch.bfloat16] - measured[torch.float32]).abs()
-    print(name, measured, error)
-    assert 0
+    # ε = 0.1 moves a token by a tenth of its length, where branches bend by about as much; the roundings of 2⁻⁹ weigh
+    # 2⁻⁹/ε = 2 % each in an entry of Δ/ε and average out.
+    error = (measured[torch.bfloat16] - measured[torch.float32]).norm()
+    assert error <= 0.25 * measured[torch.float32].norm()

@@ -1,0 +1,145 @@
+"""Times one training step of every variant, in interleaved rounds, and writes times and counts as one long table.
+
+    python -m benchmarks.step --out benchmarks/results/step_cpu.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import transformers
+from torch import nn
+
+from benchmarks import cost
+from benchmarks.workloads import PLAIN, SMOLLM2_135M, VARIANTS, Workload, batch, build, step
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of the table; `ratio` metrics are relative to plain norm tuning in the same run."""
+
+    benchmark: str
+    variant: str
+    sequences: int
+    tokens: int
+    metric: str
+    value: float
+    unit: str
+    device: str
+    torch: str
+    transformers: str
+    commit: str
+
+
+def milliseconds(workload: Workload, model: nn.Module, variant: str) -> float:
+    """Wall-clock time of one step, without attaching and detaching."""
+    ids, attached = batch(workload), VARIANTS[variant](model)
+    try:
+        started = time.perf_counter()
+        step(model, ids, attached)
+        return 1e3 * (time.perf_counter() - started)
+    finally:
+        if attached is not None:
+            attached.close()
+
+
+def interleaved(workload: Workload, model: nn.Module, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every variant in every round, behind one round that warms up and does not count.
+
+    Each round takes one step of every variant, so that a machine that slows down slows all of them.
+    """
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for number in range(rounds + 1):
+        for variant, values in times.items():
+            value = milliseconds(workload, model, variant)
+            if number > 0:
+                values.append(value)
+    return times
+
+
+def table(costs: dict[str, cost.Cost], times: dict[str, Sequence[float]], plain: dict[str, Sequence[float]]) -> str:
+    """Time, and time, FLOPs and saved bytes relative to plain; `plain` holds each variant's plain steps, in pairs."""
+    lines = [f"{'variant':20} {'ms':>9} {'ratio':>7} {'FLOPs':>7} {'saved':>7}"]
+    for variant, values in times.items():
+        ratio = time_ratio(values, plain[variant])
+        flops = costs[variant].flops / costs[PLAIN].flops
+        saved = costs[variant].saved_bytes / costs[PLAIN].saved_bytes
+        lines.append(f"{variant:20} {median(values):9.1f} {ratio:7.3f} {flops:7.3f} {saved:7.3f}")
+    return "\n".join(lines)
+
+
+def time_ratio(values: Sequence[float], plain: Sequence[float]) -> float:
+    """Median over the rounds of time over plain time in the same round."""
+    return median(value / base for value, base in zip(values, plain, strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all workloads and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per workload")
+    options = parser.parse_args(arguments)
+    rows = [row for workload in cost.WORKLOADS for row in _measure(workload, options.rounds)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def _measure(workload: Workload, rounds: int) -> Iterator[Row]:
+    model = build(workload)
+    row = _row_maker(workload)
+    costs = cost.count(workload, model)
+    yield from _cost_rows(costs, row)
+    if workload.name != SMOLLM2_135M.name:
+        return
+    times = interleaved(workload, model, rounds)
+    print(workload.label, table(costs, times, dict.fromkeys(times, times[PLAIN])), sep="\n")
+    for variant, values in times.items():
+        low, *_, high = quantiles(values, n=5, method="inclusive")
+        yield row(variant, "time_median", median(values), "ms")
+        yield row(variant, "time_p20", low, "ms")
+        yield row(variant, "time_p80", high, "ms")
+        yield row(variant, "time_ratio", time_ratio(values, times[PLAIN]), "1")
+
+
+def _cost_rows(costs: dict[str, cost.Cost], row: Callable[[str, str, float, str], Row]) -> Iterator[Row]:
+    plain = costs[PLAIN]
+    for variant, counted in costs.items():
+        yield row(variant, "flops", counted.flops, "FLOP")
+        yield row(variant, "flops_ratio", counted.flops / plain.flops, "1")
+        yield row(variant, "saved_bytes", counted.saved_bytes, "B")
+        yield row(variant, "saved_bytes_ratio", counted.saved_bytes / plain.saved_bytes, "1")
+
+
+def _row_maker(workload: Workload) -> Callable[[str, str, float, str], Row]:
+    device = f"cpu, {torch.get_num_threads()} threads"
+    versions = torch.__version__, transformers.__version__, _commit()
+
+    def row(variant: str, metric: str, value: float, unit: str) -> Row:
+        size = workload.sequences, workload.tokens
+        return Row(workload.name, variant, *size, metric, float(f"{value:.6g}"), unit, device, *versions)
+
+    return row
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() if found.returncode == 0 else "uncommitted"
+
+
+if __name__ == "__main__":
+    main()
