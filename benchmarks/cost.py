@@ -48,24 +48,9 @@ class Cost:
     saved_bytes: float
 
 
-def count(workload: Workload, model: nn.Module) -> dict[str, Cost]:
-    """The cost of one training step of every variant; `model` is `build(workload)`, and comes back as it was."""
-    return {variant: _count_variant(variant, model, batch(workload)) for variant in VARIANTS}
-
-
-def main() -> None:
-    """Print the counts of all workloads."""
-    for workload in WORKLOADS:
-        costs = count(workload, build(workload))
-        plain = costs[PLAIN]
-        print(f"{workload.name}, {workload.sequences} x {workload.tokens} tokens")
-        for variant, cost in costs.items():
-            flops, saved = cost.flops / plain.flops, cost.saved_bytes / plain.saved_bytes
-            print(f"  {variant:20} {cost.flops:.4e} FLOP ({flops:.3f})  {cost.saved_bytes:.4e} bytes ({saved:.3f})")
-
-
-def _count_variant(variant: str, model: nn.Module, ids: Tensor) -> Cost:
-    attached = VARIANTS[variant](model)
+def count(workload: Workload, model: nn.Module, variant: str) -> Cost:
+    """The cost of one training step of a variant; `model` is `build(workload)`, and comes back as it was."""
+    ids, attached = batch(workload), VARIANTS[variant](model)
     draws = DRAWS if variant.endswith("quarter") else 1
     try:
         saved = fmean(_saved_bytes(model, ids, attached) for _ in range(draws))
@@ -74,6 +59,18 @@ def _count_variant(variant: str, model: nn.Module, ids: Tensor) -> Cost:
     finally:
         if attached is not None:
             attached.close()
+
+
+def main() -> None:
+    """Print the counts of all workloads."""
+    for workload in WORKLOADS:
+        model = build(workload)
+        costs = {variant: count(workload, model, variant) for variant in VARIANTS}
+        plain = costs[PLAIN]
+        print(workload.label)
+        for variant, cost in costs.items():
+            flops, saved = cost.flops / plain.flops, cost.saved_bytes / plain.saved_bytes
+            print(f"  {variant:20} {cost.flops:.4e} FLOP ({flops:.3f})  {cost.saved_bytes:.4e} bytes ({saved:.3f})")
 
 
 def _flops(model: nn.Module, ids: Tensor, attached: Attached | None) -> int:

@@ -1,6 +1,6 @@
 """Times one training step of every variant, in interleaved rounds, and writes times and counts as one long table.
 
-    python -m benchmarks.step --out benchmarks/results/step_cpu.csv
+python -m benchmarks.step --out benchmarks/results/step_cpu.csv
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(workload: Workload, rounds: int) -> Iterator[Row]:
     model = build(workload)
     row = _row_maker(workload)
-    costs = cost.count(workload, model)
+    costs = {variant: cost.count(workload, model, variant) for variant in VARIANTS}
     yield from _cost_rows(costs, row)
     if workload.name != SMOLLM2_135M.name:
         return

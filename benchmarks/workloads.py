@@ -35,6 +35,11 @@ class Workload:
     sequences: int
     tokens: int
 
+    @property
+    def label(self) -> str:
+        """Model and batch in words."""
+        return f"{self.name}, {self.sequences}x{self.tokens} tokens"
+
     def of(self, sequences: int, tokens: int) -> Workload:
         """The same model with a batch of another size."""
         return replace(self, sequences=sequences, tokens=tokens)
@@ -122,7 +127,7 @@ def batch(workload: Workload) -> Tensor:
 
 
 def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:
-    """Cross-entropy of the last token from the one before it (as a label is learned), plus the penalty if there is one."""
+    """Cross-entropy of one label token behind the prompt, in nats, plus the penalty if there is one."""
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     value = F.cross_entropy(logits[:, -1], ids[:, 0])
     return value if attached is None else value + attached.penalty()

@@ -13,7 +13,7 @@ from ofa.adapters import save_adapter
 from ofa.errors import InputError
 from ofa.methods import Predictor, ofa
 from ofa.tasks import Example, FewShot, TaskData, few_shot, load_task
-from ofa.trainer import StepRecord, TrainingResult
+from ofa.trainer import StepRecord, TrainingResult, checked_config
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Adaptation:
 
     def details(self) -> dict[str, Any]:
         """What `ofa_config.json` keeps: task, shots and their indices, seed, settings, seconds. No training text."""
-        regularized = self.settings.get("step_ratio") != 0 or self.settings.get("sharpness") != 0
+        config = checked_config(**self.settings)
         return {
-            "method": "ofa" if regularized else "norm-tuning",
+            "method": "ofa" if config.step_ratio > 0 or config.sharpness > 0 else "norm-tuning",
             "task": self.data.task.to_dict(),
             "shots": self.shots,
             "indices": list(self.drawn.indices),
             "seed": self.seed,
-            "settings": self.settings,
+            "settings": config.model_dump(exclude={"seed"}),
             "seconds": round(self.training.seconds, 2),
         }
 
@@ -76,7 +76,7 @@ def adapt(
     shots: int = 5,
     seed: int = 42,
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = False,
     validation: Sequence[Example] = (),
     progress: Callable[[StepRecord, int], None] | None = None,

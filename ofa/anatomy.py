@@ -308,8 +308,8 @@ def _formula(path: str, module: nn.Module, eps: float) -> tuple[str, float]:
     raise InputError(f"the norm {path} ({type(module).__name__}) is neither RMSNorm nor LayerNorm; it is not supported")
 
 
-class _LayerDone(Exception):  # noqa: N818 - a signal that ends the trial run, not an error
-    pass
+class _LayerDone(Exception):
+    """Ends the trial run: a signal, not an error."""
 
 
 @torch.no_grad()

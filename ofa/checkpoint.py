@@ -21,7 +21,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration and data.
+    """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration, data and model.
 
     `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation.
     """
@@ -65,15 +65,17 @@ def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Ch
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        step, passes, seconds, saved = (facts[name] for name in ("step", "passes", "seconds", "run"))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}); start anew with --overwrite") from error
-    _check_same_run(path, facts["run"], json.loads(json.dumps(run)))
+    _check_same_run(path, saved, json.loads(json.dumps(run)))
     groups = _grouped(tensors)
-    if {name: value.shape for name, value in groups["scale"].items()} != {n: s.shape for n, s in scales.items()}:
+    shapes = {name: value.shape for name, value in groups.get("scale", {}).items()}
+    if saved.get("model") != run["model"] or shapes != {name: scale.shape for name, scale in scales.items()}:
         raise InputError(f"the checkpoint {path} is of another model; resume with the model it was made with")
     best = (*facts["best"], groups["best"]) if "best" in facts else None
     moments = {name: groups[name] for name in _MOMENTS if name in groups}
-    return Checkpoint(facts["step"], facts["passes"], facts["seconds"], facts["run"], groups["scale"], moments, best)
+    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best)
 
 
 def moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
@@ -95,6 +97,21 @@ def restore_moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parame
 def digest(value: Any) -> str:
     """SHA-256 of anything JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of name, dtype, shape and first values of every weight that is not tuned.
+
+    Tells a model from another one of the same shapes, such as a base from its instruction-tuned version.
+    """
+    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+    return digest([[name, str(value.dtype), list(value.shape), _first_values(value)] for name, value in frozen.items()])
+
+
+def _first_values(tensor: Tensor, count: int = 16) -> list[float]:
+    if tensor.is_meta:  # offloaded: its values are elsewhere
+        return []
+    return tensor.detach().flatten()[:count].float().tolist()
 
 
 def _check_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -40,6 +40,10 @@ class Pass:
     traces: dict[int, Tensor] = field(default_factory=dict)
     unfinished: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
 
+    def measures(self, index: int) -> bool:
+        """Whether anything of a step is wanted."""
+        return self.lengths or index in self.traced
+
     def see_stream(self, stream: Tensor) -> None:
         """Learn (B, T) from the first stream that goes by, and hold the mask to it.
 
@@ -59,27 +63,26 @@ class Pass:
         """The same measurement for a layer that is run a second time; keeps nothing."""
         return replace(self, keep=False, shape=None, squared_norms={}, traces={}, unfinished={})
 
-    def finish_branch(self, index: int, step: Step, branch: Branch, update: Tensor, rows: Tensor | None) -> None:
-        """Take a branch's update and trace rows; once all parallel branches of a step are in, reduce them."""
-        waiting = self.unfinished.setdefault(index, {})
-        # By name: a second run may have stopped between two branches, and leaves its half behind.
-        waiting[branch.exit] = (update, rows)
-        if len(waiting) < len(step.branches):
+    def finish_branches(self, index: int, step: Step, parts: dict[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Take the updates and trace rows of a step's branches; once all parallel ones are in, reduce them."""
+        if len(parts) < len(step.branches):
+            self.unfinished[index] = parts
             return
-        parts = list(self.unfinished.pop(index).values())
+        updates = [update for update, _ in parts.values()]
         if self.lengths:
-            total = parts[0][0] if len(parts) == 1 else torch.stack([part[0] for part in parts]).sum(0)
+            total = updates[0] if len(updates) == 1 else torch.stack(updates).sum(0)
             squared = step.scale**2 * self._tokens(dispatch.squared_norm(total))
             if self.keep:
                 self.squared_norms[index] = squared
         if index in self.traced:
-            summed = sum(rows for _, rows in parts if rows is not None)
+            summed = torch.stack([rows for _, rows in parts.values() if rows is not None]).sum(0)
             trace = self.sign * step.scale * self._mean_over_tokens(summed)
             if self.keep:
                 self.traces[index] = trace
 
     def _tokens(self, rows: Tensor) -> Tensor:
         """Sum over the tokens whose steps are measured: (B, T) → (B,)."""
+        assert self.shape is not None
         rows = rows.view(self.shape)
         if not self.last_token_only:
             return (rows if self.mask is None else rows * self.mask).sum(1)
@@ -90,6 +93,7 @@ class Pass:
 
     def _mean_over_tokens(self, rows: Tensor) -> Tensor:
         """Mean over the real tokens of each sequence: (B, T) → (B,)."""
+        assert self.shape is not None
         rows = rows.view(self.shape)
         return rows.mean(1) if self.mask is None else (rows * self.mask).sum(1) / self.mask.sum(1).clamp_min(1)
 
@@ -189,7 +193,7 @@ class BranchMeter:
     def _at_norm(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.branch.reads == "normalized":
             self._see(hidden_input(args, kwargs))
-        elif self.current is not None and not self.branch.norm_reads_stream:
+        elif self.current is not None and self.index in self.current.traced and not self.branch.norm_reads_stream:
             self._norm_input = hidden_input(args, kwargs)
 
     def _at_entry(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -219,42 +223,43 @@ class BranchMeter:
         return (args[0], self._fed, *args[2:])
 
     def _at_exit(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.current is None:
+        if self.current is None or not self.current.measures(self.index):
             return None
         if self.current.with_grad and not torch.is_grad_enabled():
             raise InputError(
                 "reentrant activation checkpointing hides the regularizers' gradient; "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        assert self._stream is not None
-        stream, leaving, rows = self._stream, hidden_output(output), None
+        stream, norm_input, leaving, rows = self._stream, self._norm_input, hidden_output(output), None
+        assert stream is not None
+        # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.
+        self._stream = self._fed = self._norm_input = None
+        parts = self.current.unfinished.pop(self.index, {})
         if self.index in self.current.traced:
             assert self.estimator is not None
             leaving, rows = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
             if not self.branch.norm_reads_stream:
-                rows = rows * self._sigma_behind(leaving.shape[0])
+                assert norm_input is not None
+                norm = self.branch.norm
+                rows = rows * dispatch.rstd(norm_input[: leaving.shape[0]], eps=norm.eps, kind=norm.kind)
         if self.step.adds_in_place:
             output = replace_hidden_output(output, leaving.clone(), lambda tensor: tensor)
         elif rows is not None:
             batch = leaving.shape[0]
             output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
         update = leaving - stream if self.branch.writes == "stream" else leaving
-        self.current.finish_branch(self.index, self.step, self.branch, update, rows)
-        self._stream = self._fed = self._norm_input = None
+        parts[self.branch.exit] = (update, rows)
+        self.current.finish_branches(self.index, self.step, parts)
         return output
 
     def _see(self, stream: Tensor) -> None:
         if self._first:
             self._layer.enter(stream)
-        if self.current is not None:
+        if self.current is None:
+            return
+        self.current.see_stream(stream)
+        if self.current.measures(self.index):
             self._stream = stream
-            self.current.see_stream(stream)
-
-    def _sigma_behind(self, batch: int) -> Tensor:
-        """1/σ of the norm behind the branch, for the real rows."""
-        norm = self.branch.norm
-        assert self._norm_input is not None
-        return dispatch.rstd(self._norm_input[:batch], eps=norm.eps, kind=norm.kind)
 
     def _norm(self) -> NormView:
         return view_norm(self.norm_module, self.branch.norm)

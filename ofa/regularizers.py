@@ -328,12 +328,12 @@ def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
     `Trainer` divides the summed loss by the labels of the whole accumulated batch; the penalty must be divided alike
     to count once per optimizer step. Labels are counted as it counts them: a causal loss never uses the first.
     """
-    items, labels, shifted = (kwargs.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
+    items, labels, shifted = kwargs.get("num_items_in_batch"), kwargs.get("labels"), kwargs.get("shift_labels")
     if items is None or (labels is None and shifted is None):
         return 1.0
     if shifted is None:
-        shifted = labels[..., 1:] if _loss_shifts_labels(model) else labels
-    return (shifted != -100).sum() / items
+        shifted = labels[..., 1:] if _loss_shifts_labels(model) else labels  # type: ignore[index]
+    return torch.ne(shifted, -100).sum() / items  # type: ignore[arg-type]
 
 
 def _loss_shifts_labels(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ from ofa import checkpoint
 from ofa.encoding import Encoder, collate, scores_whole_words
 from ofa.errors import InputError
 from ofa.evaluation import evaluating
+from ofa.files import claim_folder, write_text
 from ofa.regularizers import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.tuning import tune_norms
@@ -64,6 +65,20 @@ class TrainingConfig(BaseModel):
     tokens: str = "all"
 
 
+def checked_config(**settings: Any) -> TrainingConfig:
+    """The configuration of these settings.
+
+    Raises:
+        InputError: a setting is unknown or out of range; it is named.
+    """
+    try:
+        return TrainingConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, message = first["loc"][0], first["msg"].lower()
+        raise InputError(f"the setting {name}={first['input']!r} is not usable: {message}") from error
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step as it is written to the metrics file.
@@ -95,7 +110,7 @@ class TrainingResult:
 
 
 class Diverged(InputError):
-    """The loss or a scale is no longer a finite number; the last good checkpoint is kept."""
+    """The loss, a gradient or a scale is no longer a finite number; the last good checkpoint is kept."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -111,7 +126,7 @@ def train(
     examples: Sequence[Example],
     config: TrainingConfig,
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = False,
     validate: Callable[[], float] | None = None,
     progress: Callable[[StepRecord, int], None] | None = None,
@@ -121,16 +136,22 @@ def train(
     Loss = cross-entropy over the full vocabulary at the label's tokens + λ₁ J + λ₂ H.
 
     Args:
-        folder: where the metrics and one checkpoint per epoch go; None keeps nothing.
+        folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
         resume: continue from the folder's checkpoint.
         validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
         progress: called after every step with its record and the number of steps in all.
 
     Raises:
-        InputError: the checkpoint belongs to another run, or a norm's scale gets no gradient.
-        Diverged: a loss or a scale is not finite.
+        InputError: there are no examples, the folder cannot be written, the checkpoint belongs to another run, or a
+            norm's scale gets no gradient.
+        Diverged: a loss, gradient or scale is not finite.
         Interrupted: Ctrl-C or SIGTERM arrived; the step under way was finished first.
     """
+    if not examples:
+        raise InputError("there is not one example to train on: give at least one")
+    if resume and folder is None:
+        raise InputError("only a run with a folder can be resumed: give the folder that holds its checkpoint")
+    folder = None if folder is None else claim_folder(folder, overwrite=True)
     seed_everything(config.seed)
     data = [_encode(encoder, example) for example in examples]
     run = _Run(model, data, config, folder, validate)
@@ -213,6 +234,12 @@ class _Run:
         self.best: tuple[int, float, list[Tensor]] | None = None
         self.records: list[StepRecord] = []
         self.regularizers: Regularizers | None = None
+        # What must be the same for a checkpoint to continue this run.
+        self.identity = {
+            "config": config.model_dump(),
+            "data": checkpoint.digest([asdict(item) for item in data]),
+            "model": checkpoint.model_digest(model),
+        }
         self._takes_positions = "logits_to_keep" in _parameters_of(model)
 
     @property
@@ -253,8 +280,10 @@ class _Run:
             part = batch[start : start + self.config.batch_size]
             for name, value in self._backward(part, len(part) / len(batch)).items():
                 totals[name] += value
-        self._check_finite(totals["loss"] + totals["penalty"], step + 1)
+        self._check_finite("loss", totals["loss"] + totals["penalty"], step + 1)
         gradient_norm = self._gradient_norm(first=step == 0)
+        # Before the step, so that the scales a checkpoint may get are always good.
+        self._check_finite("gradient", gradient_norm, step + 1)
         self.optimizer.step()
         self.step += 1
         if self.regularizers is not None:
@@ -275,8 +304,11 @@ class _Run:
 
     def _batch(self, epoch: int, index: int) -> list[_Encoded]:
         """The examples of one optimizer step: each epoch is a new permutation, fixed by (seed, epoch)."""
-        generator = torch.Generator().manual_seed(((self.config.seed & 0x7FFFFFFF) << 32) | epoch)
-        order = torch.randperm(len(self.data), generator=generator).tolist()
+        # Not torch.Generator: on the CPU it takes only the low 32 bits of a seed. And only random() is promised to give
+        # the same numbers in every version of Python.
+        generator = random.Random(f"{self.config.seed}/epoch/{epoch}")
+        keys = [generator.random() for _ in self.data]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
         size = self.config.batch_size * self.config.accumulation
         return [self.data[i] for i in order[index * size : (index + 1) * size]]
 
@@ -331,16 +363,16 @@ class _Run:
         moved = torch.stack([(p.detach() - o).norm() for p, o in zip(self.scales.values(), self.origin, strict=True)])
         return float(moved.norm() / torch.stack([o.norm() for o in self.origin]).norm())
 
-    def _check_finite(self, value: float, step: int) -> None:
+    def _check_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
             return
         kept = f"the checkpoint of the last good epoch is {self.checkpoint_path}" if self.folder else "nothing is kept"
-        raise Diverged(f"the loss is {value} at step {step} of {self.total}; {kept}; try a lower learning rate")
+        raise Diverged(f"the {what} is {value} at step {step} of {self.total}; {kept}; try a lower learning rate")
 
     def _end_epoch(self, epoch: int) -> None:
         broken = next((name for name, scale in self.scales.items() if not torch.isfinite(scale).all()), None)
         if broken:
-            self._check_finite(float("nan"), self.step)
+            self._check_finite(f"scale {broken}", float("nan"), self.step)
         if self.validate is not None:
             score = self.validate()
             if self.best is None or score > self.best[1]:
@@ -360,7 +392,7 @@ class _Run:
             step=self.step,
             passes=self.passes,
             seconds=self.seconds,
-            run=self._identity(),
+            run=self.identity,
             scales={name: scale.detach() for name, scale in self.scales.items()},
             moments=checkpoint.moments(self.optimizer, self.scales),
             best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
@@ -371,7 +403,7 @@ class _Run:
         """Take up the folder's checkpoint; metrics behind it are dropped, they will be written again."""
         assert self.folder is not None
         assert self.checkpoint_path is not None
-        state = checkpoint.load(self.checkpoint_path, self._identity(), self.scales)
+        state = checkpoint.load(self.checkpoint_path, self.identity, self.scales)
         self._restore([state.scales[name] for name in self.scales])
         checkpoint.restore_moments(self.optimizer, self.scales, state)
         self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
@@ -380,11 +412,7 @@ class _Run:
             self.best = (epoch, score, [scales[name] for name in self.scales])
         self.records = [record for record in read_metrics(self.folder) if record.step <= self.step]
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
-        (self.folder / METRICS).write_text(lines, encoding="utf-8")
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to continue this run."""
-        return {"config": self.config.model_dump(), "data": checkpoint.digest([asdict(item) for item in self.data])}
+        write_text(self.folder / METRICS, lines)
 
     def _log(self, record: StepRecord) -> None:
         if self.folder is None:

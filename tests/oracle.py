@@ -1,7 +1,7 @@
 """What the steps of a small model are, written down by hand and in float64; the tests hold `ofa` to it.
 
-Nothing here uses `ofa`: a table of this file's own says how each family's layers are wired, plain hooks take the arguments
-with which an ordinary forward pass calls the modules, and the steps are those modules called again by hand.
+Nothing here uses `ofa`: a table of this file's own says how each family's layers are wired, plain hooks take the
+arguments with which an ordinary forward pass calls the modules, and the steps are those modules called again by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests import families
+
+torch.set_num_threads(1)  # these tensors are so small that threads cost ten times what they save
 
 SEQUENTIAL = {
     "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
@@ -180,10 +182,8 @@ def _caller(module: nn.Module, calls: dict[nn.Module, Any]) -> Callable[[Tensor]
     args, kwargs, _ = calls[module]
 
     def call(hidden: Tensor) -> Tensor:
-        if args:
-            output = module(hidden, *args[1:], **kwargs)
-        else:
-            output = module(**{**kwargs, "hidden_states": hidden})
+        named = {} if args else {"hidden_states": hidden}
+        output = module(*([hidden, *args[1:]] if args else []), **{**kwargs, **named})
         return output if isinstance(output, Tensor) else output[0]
 
     return call

@@ -67,8 +67,10 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except InputError as error:
             fail(error)
         except KeyboardInterrupt as error:
-            notice(f"ofa: {error or 'interrupted'}")
+            notice(f"ofa: {str(error) or 'interrupted'}")
             raise SystemExit(_INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # whoever read our output has left; typer leaves quietly too
         except Exception as error:
             if os.environ.get("OFA_DEBUG"):
                 traceback.print_exc()

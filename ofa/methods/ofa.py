@@ -10,7 +10,7 @@ from ofa.encoding import Encoder, model_window
 from ofa.evaluation import Scorer
 from ofa.methods import Predictor
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, TrainingConfig, train
+from ofa.trainer import StepRecord, checked_config, train
 from ofa.tuning import restore_norms
 
 
@@ -21,7 +21,7 @@ def fit(
     shots: Sequence[Example],
     seed: int,
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = False,
     validation: Sequence[Example] = (),
     progress: Callable[[StepRecord, int], None] | None = None,
@@ -37,7 +37,7 @@ def fit(
     """
     encoder = Encoder(tokenizer, task, model_window(model))
     scorer = Scorer(model, tokenizer, task)
-    config = TrainingConfig(seed=seed, **settings)
+    config = checked_config(seed=seed, **settings)
 
     def accuracy() -> float:
         predicted = scorer.predict([example.text for example in validation])

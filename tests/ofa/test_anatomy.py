@@ -206,7 +206,9 @@ def test_looking_leaves_no_trace(name: str, fails: bool) -> None:
     """Training flags, hooks, parameters, gradients and the random state are as they were, also after a refusal."""
     model = families.build(name).train()
     layer = model.get_submodule(anatomy._layer_paths(model, "")[0])
-    frozen = next(module for module in layer.modules() if isinstance(module, nn.Linear) or "Conv1D" in str(type(module)))
+    frozen = next(
+        module for module in layer.modules() if isinstance(module, nn.Linear) or "Conv1D" in str(type(module))
+    )
     frozen.eval()
     if fails:
         layer.register_forward_hook(lambda module, args, output: 2 * output, prepend=True)

@@ -122,7 +122,7 @@ def test_the_error_falls_with_the_square_root_of_the_probes(samples: int) -> Non
             errors = measured[:, index] + own_token_trace(dense)
             scores.append(errors * math.sqrt(samples) / spread(dense, "rademacher", len(dense)))
     squares = torch.stack(scores).square()
-    # The mean of M squares with mean 1 has the deviation √((κ − 1)/M); a quadratic form has κ ≤ 3 + 12/N (one direction).
+    # The mean of M squares with mean 1 deviates by √((κ − 1)/M); a quadratic form has κ ≤ 3 + 12/N (one direction).
     deviation = math.sqrt((2 + 12 / samples) / squares.numel())
     assert abs(float(squares.mean()) - 1) <= 3 * deviation
 
@@ -147,6 +147,20 @@ def test_more_samples_are_the_mean_of_single_ones() -> None:
     assert not torch.equal(nus[0], nus[1])
     # Each of the three finite differences is within 1e-2 of its limit, see the first test.
     torch.testing.assert_close(measured[2], -each.mean(0) / 5, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon_alibi", "bert"])
+def test_attention_implementations_agree(name: str) -> None:
+    """Eager attention takes other arguments (Falcon's alibi), which must be widened too: the traces are the same."""
+    measured = []
+    for implementation in ("eager", "sdpa"):
+        model = families.build(name).double()
+        model.set_attn_implementation(implementation)
+        with oracle.Float64(), ofa.fused_regularizers(model, 0.0, 1.0) as reg, torch.no_grad(), reg.measuring():
+            model(**oracle.batch(name))
+            measured.append(reg.measurements.traces)
+    # Other orders of summing, 2⁻⁵³ each, magnified 10⁵ times by the default ε of float64 and by updates of size 10².
+    torch.testing.assert_close(*measured, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

@@ -1,0 +1,112 @@
+"""J, H and the penalty against loops written out by hand, and the properties that training relies on."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+from ofa.objectives import Measurements, penalty, ratios, sharpness, step_norms, step_ratio
+
+STEPS, SEQUENCES = 5, 4
+
+
+def squared_norms():
+    """Of T steps and B sequences, over three orders of magnitude."""
+    return 10 ** (3 * torch.rand(STEPS, SEQUENCES, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+
+def traces():
+    """Of both signs and large enough for softplus to bend."""
+    return 3 * torch.randn(STEPS, SEQUENCES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def softplus(value):
+    return math.log1p(math.exp(value))
+
+
+def sharpness_of(values):
+    return float(sharpness(list(values), STEPS))
+
+
+def test_step_ratio_is_the_sum_of_ratios_averaged_over_sequences():
+    squared = squared_norms()
+    total = 0.0
+    for b in range(SEQUENCES):
+        for t in range(1, STEPS):
+            total += math.sqrt(squared[t, b]) / math.sqrt(squared[t - 1, b])
+    actual = ratios(step_norms(squared))
+    assert actual.shape == (STEPS - 1, SEQUENCES)
+    assert float(step_ratio(actual)) == pytest.approx(total / SEQUENCES, rel=1e-12)
+
+
+def test_sharpness_is_the_sum_of_softplus_averaged_over_sequences():
+    total = 0.0
+    for b in range(SEQUENCES):
+        for t in range(STEPS):
+            total += softplus(traces()[t, b])
+    assert sharpness_of(traces()) == pytest.approx(total / SEQUENCES, rel=1e-12)
+
+
+def test_softplus_comes_before_the_mean_over_sequences():
+    """The order matters: sequences of opposite sign would cancel if the mean were taken first."""
+    opposite = torch.tensor([-8.0, 8.0], dtype=torch.float64)
+    expected = (softplus(-8.0) + softplus(8.0)) / 2
+    assert expected > 5 * softplus(0.0)
+    assert float(sharpness([opposite], 1)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_split_batch_has_the_same_objective(cut):
+    """Gradient accumulation and data parallelism average over parts, weighted by their sequences."""
+
+    def objectives(columns):
+        part = slice(*columns)
+        return float(step_ratio(ratios(step_norms(squared_norms()[:, part])))), sharpness_of(traces()[:, part])
+
+    whole = objectives((0, SEQUENCES))
+    first, second = objectives((0, cut)), objectives((cut, SEQUENCES))
+    averaged = [(cut * a + (SEQUENCES - cut) * b) / SEQUENCES for a, b in zip(first, second, strict=True)]
+    assert averaged == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("measured", [1, 2, 4])
+def test_sampled_steps_are_unbiased(measured):
+    """The mean over every subset of steps that could have been drawn is the objective of all steps."""
+    values = [sharpness_of(traces()[list(subset)]) for subset in combinations(range(STEPS), measured)]
+    assert sum(values) / len(values) == pytest.approx(sharpness_of(traces()), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("still", range(3))
+def test_an_update_of_zero_has_a_finite_gradient(dtype, still):
+    """A branch that adds nothing (a dead layer, a zero initialization) must not turn every γ into NaN."""
+    squared = torch.full((3, 2), 1e6, dtype=dtype)
+    squared[still, 0] = 0.0
+    squared.requires_grad_()
+    value = step_ratio(ratios(step_norms(squared)))
+    (gradient,) = torch.autograd.grad(value, squared)
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [({}, 0.0), ({"step_ratio": 2.0}, 0.2), ({"sharpness": 3.0}, 0.9), ({"step_ratio": 2.0, "sharpness": 3.0}, 1.1)],
+    ids=["nothing", "step ratio", "sharpness", "both"],
+)
+def test_penalty_weighs_what_was_measured(measured, expected):
+    tensors = {name: torch.tensor(value) for name, value in measured.items()}
+    value = penalty(Measurements(**tensors), 0.1, 0.3, torch.device("cpu"))
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    # Two products and a sum in float32.
+    assert float(value) == pytest.approx(expected, rel=3 * torch.finfo(torch.float32).eps)
+
+
+def test_penalty_reaches_both_terms_with_its_gradient():
+    terms = torch.tensor([2.0, 3.0], requires_grad=True)
+    penalty(Measurements(step_ratio=terms[0], sharpness=terms[1]), 0.1, 0.3, torch.device("cpu")).backward()
+    assert terms.grad.tolist() == pytest.approx([0.1, 0.3])

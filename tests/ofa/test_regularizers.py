@@ -1,0 +1,358 @@
+"""The regularizers as a guest of a model and a training loop: attaching, refusing, adding to the loss, leaving."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ofa
+from ofa import InputError
+from tests import families, oracle
+
+HOOKS = [name for name in vars(nn.Module()) if "hook" in name and isinstance(vars(nn.Module())[name], dict)]
+
+
+def hooks_of(model: nn.Module) -> dict[str, list[int]]:
+    """Every hook of every module, by the dictionary that holds it."""
+    return {f"{path}:{name}": list(vars(module)[name]) for path, module in model.named_modules() for name in HOOKS}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(oracle.scales(model).values())))
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "layer"])
+@pytest.mark.parametrize("name", families.BUILDERS)
+def test_the_task_is_not_changed_by_being_measured(name: str, granularity: str) -> None:
+    """Each family: same loss, logits and gradients with the copies in the batch; after close(), the same bits."""
+    if (name, granularity) not in oracle.CASES:
+        granularity = "layer"
+    model, given = oracle.model(name), oracle.batch(name)
+    before_hooks = hooks_of(model)
+    with oracle.Float64():
+        plain = model(**given)
+        expected = gradients(model, plain.loss)
+        with ofa.fused_regularizers(model, granularity=granularity, samples=2) as reg:
+            measured = model(**given)
+            actual = gradients(model, measured.loss)
+            assert reg.penalty().isfinite()
+            assert hooks_of(model) != before_hooks
+        again = model(**given)
+    # The same products in a wider batch may be summed in another order: some roundings of 2⁻⁵³ per layer.
+    torch.testing.assert_close(measured.logits, plain.logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(measured.loss, plain.loss, rtol=1e-9, atol=1e-9)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    assert torch.equal(again.logits, plain.logits)
+    assert hooks_of(model) == before_hooks
+
+
+def test_closing_leaves_nothing() -> None:
+    """State and flags are those of before; closing twice is fine, attaching again too; nothing is kept alive."""
+    model = families.build("llama")
+    state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    for _ in range(2):
+        reg = ofa.fused_regularizers(model)
+        (model(**families.inputs("llama")).loss + reg.penalty()).backward()
+        reg.close()
+        reg.close()
+    model.zero_grad(set_to_none=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(hooks_of(model).values())
+    ofa.fused_regularizers(model)
+    gone = weakref.ref(model)
+    del model, reg
+    gc.collect()
+    assert gone() is None
+
+
+def test_attaching_twice_is_refused() -> None:
+    model = families.build("llama")
+    with ofa.fused_regularizers(model), pytest.raises(InputError, match="already has regularizers attached; close"):
+        ofa.fused_regularizers(model)
+    ofa.fused_regularizers(model).close()
+
+
+def test_without_gradients_nothing_is_measured_unless_asked() -> None:
+    """Evaluation costs nothing and keeps the last measurement; measuring() asks for it, and ends."""
+    model, given = families.build("llama"), families.inputs("llama")
+    with ofa.fused_regularizers(model) as reg:
+        with torch.no_grad():
+            model(**given)
+        assert reg.passes == 0
+        with pytest.raises(RuntimeError, match="no forward pass has been measured"):
+            reg.penalty()
+        with torch.inference_mode(), reg.measuring() as same:
+            model(**given)
+        assert same is reg
+        assert reg.passes == 1
+        first = reg.measurements
+        with torch.no_grad():
+            model(**given)
+        assert reg.measurements is first
+
+
+def test_the_parts_of_the_model_may_be_called_alone() -> None:
+    """Calls from outside the model's forward are not measured, before and after a pass, with and without gradients."""
+    model, given = families.build("llama"), families.inputs("llama")
+    plain = model.model(given["input_ids"]).last_hidden_state
+    with ofa.fused_regularizers(model) as reg:
+        for _ in range(2):
+            assert torch.equal(model.model(given["input_ids"]).last_hidden_state, plain)
+            with torch.no_grad():
+                assert torch.equal(model.model(given["input_ids"]).last_hidden_state, plain)
+            model(**given)
+        assert reg.passes == 2
+
+
+def test_a_forward_that_raises_leaves_the_next_one_right() -> None:
+    """An exception in the middle: no stale penalty, and the next pass measures what it would have measured."""
+    model, given = families.build("llama"), families.inputs("llama")
+    broken = True
+
+    def fail(module: nn.Module, args: Any) -> None:
+        if broken:
+            raise OSError("device lost")
+
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
+    with ofa.fused_regularizers(model) as reg:
+        broken = False
+        model(**given)
+        broken = True
+        with pytest.raises(OSError, match="device lost"):
+            model(**given)
+        with pytest.raises(RuntimeError, match="no forward pass has been measured"):
+            reg.penalty()
+        broken, reg.passes = False, 7
+        model(**given)
+        after = reg.measurements
+        reg.passes = 7
+        model(**given)
+        assert torch.equal(after.traces, reg.measurements.traces)
+        assert torch.equal(after.step_norms, reg.measurements.step_norms)
+
+
+def test_skipped_layers_are_noticed() -> None:
+    """A pass that did not go through every step has no penalty."""
+    model = families.build("llama")
+    with ofa.fused_regularizers(model):
+        del model.model.layers[2]
+        model.config.num_hidden_layers = 2
+        with pytest.raises(RuntimeError, match="went through 4 of 6 steps"):
+            model(**families.inputs("llama"))
+
+
+def test_two_zero_weights_cost_nothing() -> None:
+    """Both weights 0: no hooks, a zero penalty, also without a forward pass."""
+    model = families.build("llama")
+    with ofa.fused_regularizers(model, 0.0, 0.0) as reg:
+        assert not any(hooks_of(model).values())
+        assert float(reg.penalty()) == 0.0
+
+
+@pytest.mark.parametrize("weights", [(2.0, 0.0), (0.0, 3.0), (2.0, 3.0)])
+def test_a_term_of_weight_zero_is_not_measured(weights: tuple[float, float]) -> None:
+    """Only what is weighted is measured, and the penalty is λ₁J + λ₂H."""
+    model = families.build("llama")
+    with ofa.fused_regularizers(model, *weights) as reg:
+        model(**families.inputs("llama"))
+        measured, penalty = reg.measurements, reg.penalty()
+    lengths = (measured.step_norms, measured.ratios, measured.step_ratio)
+    traces = (measured.traces, measured.sharpness)
+    for weight, fields in zip(weights, (lengths, traces), strict=True):
+        assert all((field is not None) == (weight > 0) for field in fields)
+    terms = (measured.step_ratio, measured.sharpness)
+    torch.testing.assert_close(penalty, sum(w * term for w, term in zip(weights, terms, strict=True) if w))
+
+
+@pytest.mark.parametrize("as_tuple", [False, True], ids=["output", "tuple"])
+def test_into_loss_adds_the_penalty(as_tuple: bool) -> None:
+    """`into_loss=True`: the model's own loss carries exactly penalty(), also as the first item of a tuple."""
+    model, given = families.build("llama"), families.inputs("llama")
+    plain = model(**given).loss
+    with ofa.fused_regularizers(model, 1.0, 1.0, into_loss=True) as reg:
+        output = model(**given, return_dict=not as_tuple)
+        loss = output[0] if as_tuple else output.loss
+        # The task loss in a wider batch differs by some roundings of 2⁻²⁴.
+        torch.testing.assert_close(loss, plain + reg.penalty(), rtol=1e-5, atol=0)
+        assert output[0] is loss
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_shares_of_micro_batches_add_up_to_one(name: str) -> None:
+    """With Trainer's `num_items_in_batch`, counted as Trainer counts, the penalty weighs 1 per optimizer step."""
+    model, given = families.build(name), families.inputs(name, sequences=3)
+    if name != "bert":
+        given["labels"] = given["labels"].clone()
+        given["labels"][0, :4] = -100
+        given["labels"][1, 5:] = -100
+    parts = [{key: value[rows] for key, value in given.items()} for rows in (slice(0, 1), slice(1, 3))]
+    items = _items_as_trainer_counts(model, given["labels"])
+    shares = []
+    with ofa.fused_regularizers(model, 1.0, 1.0, into_loss=True) as reg:
+        for part in parts:
+            loss = model(**part, num_items_in_batch=items).loss
+            with torch.no_grad():
+                plain = model(**part, num_items_in_batch=items).loss
+            shares.append(float((loss - plain) / reg.penalty()))
+    # A difference of losses in float32: some roundings of 2⁻²⁴ of a loss some ten times the penalty's share.
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+    assert min(shares) > 0.05
+
+
+def _items_as_trainer_counts(model: nn.Module, labels: Tensor) -> Tensor:
+    from transformers import Trainer, TrainingArguments
+
+    trainer = Trainer(model=model, args=TrainingArguments(output_dir="unused", report_to=[], use_cpu=True))
+    return trainer._get_num_items_in_batch([{"labels": labels}], torch.device("cpu"))
+
+
+def test_shifted_labels_are_counted_as_they_are() -> None:
+    """`shift_labels` of padding-free collators decide the share when they are there."""
+    model, given = families.build("llama"), families.inputs("llama")
+    shifted = torch.full_like(given["labels"], -100)
+    shifted[:, :3] = given["labels"][:, 1:4]
+    with ofa.fused_regularizers(model, 1.0, 1.0, into_loss=True) as reg:
+        loss = model(**given, shift_labels=shifted, num_items_in_batch=12).loss
+        with torch.no_grad():
+            plain = model(**given, shift_labels=shifted, num_items_in_batch=12).loss
+        torch.testing.assert_close(loss - plain, reg.penalty() / 2, rtol=1e-4, atol=0)
+
+
+def test_into_loss_without_a_loss_is_refused() -> None:
+    """A loss taken away (label smoothing, compute_loss_func) would silently train without the penalty."""
+    model = families.build("llama")
+    with (
+        ofa.fused_regularizers(model, into_loss=True),
+        pytest.raises(InputError, match=r"computes its own loss.*add reg\.penalty"),
+    ):
+        model(families.inputs("llama")["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cache_is_refused_or_switched_off(name: str) -> None:
+    """Cached tokens have no rows to measure; a cache nobody asked for is not made, one asked for is refused."""
+    from transformers import DynamicCache
+
+    model, given = families.build(name), families.inputs(name)
+    with ofa.fused_regularizers(model) as reg:
+        assert model(**given).past_key_values is None
+        for asked in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+            with pytest.raises(InputError, match="cannot use a key-value cache"):
+                model(**given, **asked)
+            with pytest.raises(RuntimeError, match="no forward pass has been measured"):
+                reg.penalty()
+        with torch.no_grad():
+            assert model(**given).past_key_values is not None
+            assert model(**given, use_cache=True).past_key_values is not None
+
+
+def test_active_dropout_is_refused_where_it_matters() -> None:
+    """Dropout drowns finite differences: refused with the trace; the step ratio, eval mode and rate 0 are fine."""
+    model, given = families.build("gpt2").train(), families.inputs("gpt2")
+    with ofa.fused_regularizers(model) as reg:
+        with pytest.raises(InputError, match=r"dropout is active in transformer\.drop"):
+            model(**given)
+        model.eval()
+        model(**given)
+        assert reg.penalty().isfinite()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(**given)
+    model.transformer.drop.p = 0.1
+    with ofa.fused_regularizers(model, sharpness=0.0) as reg:
+        model(**given)
+        assert reg.penalty().isfinite()
+
+
+def test_dropout_kept_as_a_number_is_noticed() -> None:
+    """Llama's attention drops by a functional call with the module's own rate."""
+    model = families.build("llama").train()
+    model.model.layers[2].self_attn.attention_dropout = 0.1
+    with ofa.fused_regularizers(model), pytest.raises(InputError, match=r"layers\.2\.self_attn"):
+        model(**families.inputs("llama"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"estimator": "exactly"}, "estimator must be one of"),
+        ({"probe": "uniform"}, "probe must be one of rademacher, gaussian, not 'uniform'"),
+        ({"convention": "paper"}, "convention must be one of theory, algorithm1, not 'paper'"),
+        ({"tokens": "first"}, "tokens must be one of all, last, not 'first'"),
+        ({"granularity": "token"}, "granularity must be one of sublayer, layer, not 'token'"),
+        ({"step_ratio": -1.0}, "step_ratio is a weight and must be a finite number of at least 0, not -1.0"),
+        ({"sharpness": float("nan")}, "sharpness is a weight and must be a finite number of at least 0, not nan"),
+        ({"sharpness": float("inf")}, "sharpness is a weight and must be a finite number of at least 0, not inf"),
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"steps": 0.0}, "steps is the share of measured steps, above 0 and at most 1, not 0.0"),
+        ({"steps": 1.5}, "steps is the share of measured steps, above 0 and at most 1, not 1.5"),
+        ({"epsilon": 0.0}, "epsilon must be above 0, not 0.0"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused_in_a_sentence(option: dict[str, Any], message: str) -> None:
+    """One sentence that names the option and what it may be; nothing stays attached."""
+    model = families.build("llama")
+    with pytest.raises(InputError) as error:
+        ofa.fused_regularizers(model, **option)
+    assert str(error.value).startswith(message)
+    assert not any(hooks_of(model).values())
+    ofa.fused_regularizers(model).close()
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    """A mask with cached tokens in front covers more tokens than there are rows to measure."""
+    model, given = families.build("vit"), families.inputs("vit")
+    model.forward = _with_mask(model.forward)
+    with ofa.fused_regularizers(model), pytest.raises(InputError, match=r"shape \(2, 3\) but the hidden states"):
+        model(**given, attention_mask=torch.ones(2, 3))
+
+
+def _with_mask(forward: Any) -> Any:
+    def accepting(pixel_values: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Any:
+        return forward(pixel_values, labels=labels)
+
+    return accepting
+
+
+def test_the_seed_decides_the_probes_and_each_pass_has_its_own() -> None:
+    """Same seed, same numbers; another seed or the next pass, others."""
+    model, given = families.build("llama"), families.inputs("llama")
+
+    def traces(seed: int) -> Tensor:
+        with ofa.fused_regularizers(model, seed=seed) as reg, torch.no_grad(), reg.measuring():
+            measured = []
+            for _ in range(2):
+                model(**given)
+                measured.append(reg.measurements.traces)
+            return torch.stack(measured)
+
+    first = traces(0)
+    assert torch.equal(first, traces(0))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, traces(1))
+    assert not torch.equal(first, traces(-1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "olmo2", "bert"])
+def test_a_bfloat16_model_trains(name: str) -> None:
+    """Tuned float32 scales in a bfloat16 model: finite penalty, gradients in float32 for every scale of a step."""
+    model = families.build(name).to(torch.bfloat16)
+    tuned = ofa.tune_norms(model)
+    with ofa.fused_regularizers(model, 1.0, 1.0) as reg:
+        (model(**families.inputs(name)).loss + reg.penalty()).backward()
+        assert reg.penalty().dtype == torch.float32
+    for scale in tuned:
+        assert scale.grad.dtype == torch.float32
+        assert scale.grad.isfinite().all()

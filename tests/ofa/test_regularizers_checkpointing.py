@@ -1,0 +1,137 @@
+"""Activation checkpointing runs layers twice; the second run must be the first one again."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import ofa
+from ofa import InputError
+from tests import families, oracle
+
+NAMES = ["llama", "phi", "gpt_neox", "falcon_two_norms", "olmo2", "bert"]
+"""Sequential, parallel with one norm and two, in-place sums, branch norms, post norms."""
+
+
+def training_model(name: str, *, checkpointing: bool, reentrant: bool = False) -> nn.Module:
+    """The family's model in float64 and training mode, without dropout."""
+    model = families.build(name).double().train()
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
+                setattr(module, attribute, 0.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def gradients(model: nn.Module, loss: Tensor, **options: Any) -> list[Tensor]:
+    found = torch.autograd.grad(loss, list(oracle.scales(model).values()), allow_unused=True, **options)
+    return [gradient for gradient in found if gradient is not None]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "ratio", "sharpness"])
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulated_passes_recompute_their_own_probes(name: str, weights: tuple[float, float]) -> None:
+    """Two forwards of other lengths, an evaluation and failures, then both backwards, one twice: gradients as without.
+
+    The second run of a layer happens when other passes have been measured, and must meet its own probes and mask.
+    """
+    results = []
+    for checkpointing in (False, True):
+        model = training_model(name, checkpointing=checkpointing)
+        with ofa.fused_regularizers(model, *weights) as reg:
+            penalties = []
+            for seed, tokens in ((0, 6), (1, 5)):
+                given = oracle.batch(name, tokens=tokens, seed=seed)
+                mask = torch.ones_like(given["input_ids"])
+                mask[0, 4:] = 0
+                model(**given, attention_mask=mask)
+                penalties.append(reg.penalty())
+            with torch.no_grad():
+                model(**oracle.batch(name, seed=2))
+            with pytest.raises(IndexError):
+                model(input_ids=torch.full((1, 4), 64))
+            handle = list(model.modules())[-1].register_forward_pre_hook(_fail)
+            with pytest.raises(OSError, match="device lost"):
+                model(**oracle.batch(name, seed=3))
+            handle.remove()
+            found = [gradients(model, penalties[0], retain_graph=True)]
+            found += [gradients(model, penalty) for penalty in penalties]
+        results.append([gradient for part in found for gradient in part])
+    plain, checkpointed = results
+    assert len(plain) == len(checkpointed)
+    for one, other in zip(checkpointed, plain, strict=True):
+        # The recomputation does the same operations in the same order; only sums of gradients may change their order.
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert max(float(gradient.abs().max()) for gradient in plain) > 1e-2
+
+
+def _fail(module: nn.Module, args: Any) -> None:
+    raise OSError("device lost")
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "layer"])
+@pytest.mark.parametrize("steps", [1.0, 0.5])
+def test_checkpointing_changes_neither_loss_nor_gradient(granularity: str, steps: float) -> None:
+    """`into_loss=True` with checkpoints: the same loss and the same gradient of everything in it."""
+    results = []
+    for checkpointing in (False, True):
+        model = training_model("llama", checkpointing=checkpointing)
+        options = {"granularity": granularity, "steps": steps, "into_loss": True}
+        with ofa.fused_regularizers(model, 1.0, 1.0, **options):
+            loss = model(**oracle.batch("llama")).loss
+            results.append([loss.detach(), *gradients(model, loss)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "ratio", "sharpness"])
+@pytest.mark.parametrize("steps", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["llama", "phi", "bert"])
+def test_recomputed_tensors_are_let_go(name: str, steps: float, weights: tuple[float, float]) -> None:
+    """After backward nothing holds on to the second runs: that would undo what checkpoints save."""
+    model = training_model(name, checkpointing=True)
+    seen: list[StorageWeakRef] = []
+    with ofa.fused_regularizers(model, *weights, steps=steps) as reg:
+        for module in model.base_model.modules():
+            module.register_forward_hook(lambda module, args, output: _remember(seen, output))
+        model(**oracle.batch(name))
+        forward = len(seen)
+        reg.penalty().backward()
+        assert len(seen) > forward
+        gc.collect()
+        assert all(storage.expired() for storage in seen[forward:])
+
+
+def _remember(seen: list[StorageWeakRef], output: Any) -> None:
+    # Storages, because a graph saves tensors of its own that share them.
+    if isinstance(output, Tensor):
+        seen.append(StorageWeakRef(output.untyped_storage()))
+
+
+def test_passes_are_forgotten_with_their_streams() -> None:
+    """What recalls a pass lives as long as the stream it is recalled by."""
+    model = training_model("llama", checkpointing=True)
+    with ofa.fused_regularizers(model) as reg:
+        for _ in range(3):
+            model(**oracle.batch("llama"))
+            assert {len(layer._passes) for layer in reg._layers.values()} == {1}
+            reg._measured = None
+            gc.collect()
+            assert {len(layer._passes) for layer in reg._layers.values()} == {0}
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """It runs layers without gradients first, so the penalty would have none, and nobody would notice."""
+    model = training_model("llama", checkpointing=True, reentrant=True)
+    with (
+        ofa.fused_regularizers(model),
+        pytest.raises(InputError, match="reentrant activation checkpointing hides"),
+    ):
+        model(**oracle.batch("llama"))
