@@ -59,6 +59,7 @@ class Adaptation:
             "task": self.data.task.to_dict(),
             "shots": self.shots,
             "indices": list(self.drawn.indices),
+            "shots_sha256": self.drawn.sha256,
             "seed": self.seed,
             "settings": config.model_dump(exclude={"seed"}),
             "seconds": round(self.training.seconds, 2),

@@ -27,6 +27,14 @@ SENTENCES = (
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """One thread: these tensors are so small that handing them to a second one costs ten times the arithmetic."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def _save_tokenizer(folder: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

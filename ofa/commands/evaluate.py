@@ -131,7 +131,7 @@ def _demonstrations(source: str | None, subject: Adapted, shots: int, seed: int)
     if source is None:
         return ()
     from ofa.commands.data import demonstration_pool
-    from ofa.tasks import few_shot
+    from ofa.tasks import FewShot, few_shot
 
     pool = demonstration_pool(source, subject.task)
     indices = subject.details.get("indices")
@@ -142,7 +142,10 @@ def _demonstrations(source: str | None, subject: Adapted, shots: int, seed: int)
             f"{source} has {len(pool)} examples, but the adapter was tuned on number {max(indices) + 1}; "
             "give the file it was tuned on"
         )
-    return tuple(pool[index] for index in indices)
+    drawn = FewShot(tuple(pool[index] for index in indices), tuple(indices))
+    if drawn.sha256 != subject.details.get("shots_sha256", drawn.sha256):
+        raise InputError(f"{source} does not hold the examples the adapter was tuned on; give the file it was tuned on")
+    return drawn.examples
 
 
 def _show(result: Evaluation, document: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ the fewer ones.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,12 @@ class FewShot:
 
     examples: tuple[Example, ...]
     indices: tuple[int, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the examples: tells whether a file still holds them at these indices, without keeping their text."""
+        rows = [[example.text, example.label] for example in self.examples]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: int, seed: int) -> FewShot:

@@ -256,6 +256,10 @@ DATA: dict[str, Case] = {
         lambda b: b.evaluate("--demonstrations", b.rows(TRAIN[0], name="shots.jsonl")),
         ("shots.jsonl has 1 examples", "give the file it was tuned on"),
     ),
+    "demonstrations that are not the adapter's": (
+        lambda b: b.evaluate("--demonstrations", b.rows(*reversed(TRAIN), name="shots.jsonl")),
+        ("shots.jsonl does not hold the examples", "give the file it was tuned on"),
+    ),
     "unknown demo task": (
         lambda b: ["demo", "--task", "ticket", "--out", b.here / "new"],
         ('no demo task "ticket"', 'did you mean "tickets"?'),
