@@ -96,7 +96,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit": _vit,
 }
 
-STEPS = dict.fromkeys(BUILDERS, 6) | dict.fromkeys(("phi", "cohere", "gptj", "gpt_neox", "falcon", "falcon_alibi", "falcon_two_norms"), 3)
+STEPS = dict.fromkeys(BUILDERS, 6) | dict.fromkeys(
+    ("phi", "cohere", "gptj", "gpt_neox", "falcon", "falcon_alibi", "falcon_two_norms"), 3
+)
 """Sublayer steps of the three layers; OPT with the norm after the sum has none."""
 
 

@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from tests import families
 
-torch.set_num_threads(1)  # these tensors are so small that threads cost ten times what they save
-
 SEQUENTIAL = {
     "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
     "gpt2": ("ln_1", "attn", "ln_2", "mlp"),

@@ -11,6 +11,7 @@ import ofa
 from ofa.adapters import DETAILS
 from ofa.errors import InputError
 from ofa.evaluation import Scorer
+from ofa.methods import method
 from ofa.tasks import few_shot, load_task
 from ofa.tasks.task import Example, Task, TaskData
 
@@ -27,15 +28,6 @@ TRAIN = tuple(
 DATA = TaskData(TASK, TRAIN)
 TEXTS = ["a film that drags", "warm", "slow and dull and funny"]
 QUICK = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small products gain nothing from a second thread, and wait for it long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scales_of(model):
@@ -90,6 +82,22 @@ def test_the_shots_are_the_draw_of_the_seed(tiny_model):
         assert sorted(example.label for example in drawn.examples) == ["negative"] * 2 + ["positive"] * 2
         assert seen.setdefault(seed, drawn.indices) == drawn.indices
     assert seen[3] != seen[4]
+
+
+def test_seed_and_settings_reach_the_run(tiny_model):
+    """The scales are those of the method itself on the drawn shots, and another seed has others."""
+    model, tokenizer = tiny_model
+    found = {}
+    for seed in (3, 4):
+        adaptation = adapted(tiny_model, seed=seed, step_ratio=0.3, batch_size=3)
+        found[seed] = scales_of(model)
+        adaptation.close()
+    shots = few_shot(TRAIN, TASK.labels, 2, 3).examples
+    settings = {**QUICK, "step_ratio": 0.3, "batch_size": 3}
+    for seed in (3, 4):
+        with method("ofa")(model, tokenizer, TASK, shots, seed, **settings):
+            same = all(torch.equal(value, found[3][name]) for name, value in scales_of(model).items())
+        assert same == (seed == 3)
 
 
 def test_an_open_ended_task_is_adapted_to_its_completions(tiny_model):

@@ -51,13 +51,9 @@ class Saved:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread_and_no_gradients():
-    # Models this small lose more to the threads' meeting points than they gain, most of all on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_gradients():
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def logits(model, name="llama"):

@@ -44,15 +44,6 @@ SETTINGS = {"norm tuning": PLAIN, "both terms": BOTH, "both terms, accumulated":
 CUTS = (1, 2, 3, 4, 5, 6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small products gain nothing from a second thread, and wait for it long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class PowerCut(Exception):
     """What ends a run without a word."""
 

@@ -60,21 +60,10 @@ class Finished:
         return json.loads(self.out)
 
 
-@contextlib.contextmanager
-def one_thread():
-    """These matrices are too small to share, and on a busy machine threads wait for each other for whole seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def ofa(*arguments: object, stdin: str = "") -> Finished:
     """Run the command line in this process, and leave the process as it was."""
     status, out, err, logger = 0, io.StringIO(), io.StringIO(), logging.getLogger("ofa")
-    with contextlib.ExitStack() as stack, one_thread():
+    with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["ofa", *map(str, arguments)]))
         stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(stdin)))
         stack.enter_context(mock.patch.dict(os.environ))
@@ -120,8 +109,7 @@ def names(folder: Path) -> set[str]:
 def probabilities(checkpoint: Path, task: Task) -> torch.Tensor:
     """The label probabilities of the test texts, without the command line."""
     loaded = load_model(str(checkpoint), device="cpu")
-    with one_thread():
-        return Scorer(loaded.model, loaded.tokenizer, task).predict_proba(TEXTS)
+    return Scorer(loaded.model, loaded.tokenizer, task).predict_proba(TEXTS)
 
 
 @dataclass(frozen=True)

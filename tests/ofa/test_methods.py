@@ -26,15 +26,6 @@ QUICK = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2}
 OFF = {"step_ratio": 0.0, "sharpness": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small products gain nothing from a second thread, and wait for it long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def state(model):
     """All that a method could leave behind: parameters and their flags, buffers, modes, hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -15,13 +15,9 @@ over_families = pytest.mark.parametrize("name", BUILDERS)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread_and_no_gradients_by_default():
-    # Models this small lose more to the threads' meeting points than they gain, most of all on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_gradients_by_default():
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def logits(model, name):
