@@ -29,10 +29,11 @@ def training_figure(runs: Mapping[str, Sequence[StepRecord]], path: Path) -> Non
     measured = [panel for panel in _PANELS if any(_values(records, panel[0]) for records in runs.values())]
     figure = Figure(figsize=(4.2 * len(measured), 3.4), layout="constrained")
     for axes, (name, label, scale) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
-        for run, records in runs.items():
+        for index, (run, records) in enumerate(runs.items()):
             values = _values(records, name)
             if values:
-                axes.plot([record.step for record in records], values, label=run, linewidth=1.4)
+                # By position, so that a run has one color in every panel.
+                axes.plot([record.step for record in records], values, color=f"C{index}", label=run, linewidth=1.4)
         axes.set(xlabel="optimizer step", ylabel=label, yscale=scale)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

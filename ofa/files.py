@@ -80,6 +80,8 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
     try:
         for path, write in files.items():
             write(temporaries[path])
+            # safetensors makes its files readable for their owner alone; an adapter is there to be shared.
+            temporaries[path].chmod(0o666 & ~_umask())
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except WRITE_ERRORS as error:
@@ -108,6 +110,13 @@ def text_writer(text: str) -> Callable[[Path], None]:
 def json_writer(value: Any) -> Callable[[Path], None]:
     """What fills an indented JSON file, for `write_atomically` and `write_together`."""
     return text_writer(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _umask() -> int:
+    """The process's own; reading it means setting it for a moment."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def reason(error: Exception) -> str:

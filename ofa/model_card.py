@@ -19,6 +19,11 @@ ofa predict PATH_OF_THIS_FOLDER --text "..."
 ```
 """
 
+_QUANTIZED = """\
+It was tuned and scored on a 4-bit (Q4_1) copy of that base, the one `ofa` fetches by default and `ofa predict` goes back
+to; on the original weights the scores may differ.
+"""
+
 
 def model_card(details: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read; `details` is the content of `ofa_config.json`."""
@@ -29,6 +34,7 @@ def model_card(details: dict[str, Any]) -> str:
         f"# Norm scales for {task.get('name', 'a task')}\n",
         f"{details['parameters']:,} tuned norm scales of {base}, and nothing else: a PEFT LN-tuning "
         "adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv 2505.19107).\n",
+        _QUANTIZED if details.get("base_source") == "embedded" else "",
         _data(details, task),
         _scores(details.get("scores") or {}),
         f"## Use\n\n{_USE}",
@@ -50,8 +56,8 @@ def _data(details: dict[str, Any], task: dict[str, Any]) -> str:
     if not task:
         return ""
     rows = {
-        "template": f"`{task['template']!r}`",
-        "labels": ", ".join(task["labels"]) or "none (free completion)",
+        "template": f"`{task['template']!r}`".replace("|", "\\|"),
+        "labels": ", ".join(task["labels"]).replace("|", "\\|") or "none (free completion)",
         "shots": details.get("shots"),
         "seed": details.get("seed"),
         "method": details.get("method"),

@@ -23,10 +23,10 @@ _RESULTS = "demo.json"
 
 @reports_errors
 def demo(
-    task: Annotated[str, typer.Option(help="Embedded task: reviews, tickets or questions.")] = "reviews",
+    task: Annotated[str, typer.Option(help="Embedded task: tickets, reviews or questions.")] = "tickets",
     shots: Annotated[int, typer.Option(min=1, help="Examples per class.")] = 5,
     seed: Annotated[int, typer.Option(help="Draws the shots and fixes everything random.")] = 42,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the shots; `ofa fit` takes 60.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the shots; `ofa fit` takes 60.")] = 15,
     size: Annotated[int, typer.Option(min=1, help="Test examples, class-balanced.")] = 100,
     out: Annotated[Path, typer.Option(help="Folder for the adapter and the figure.")] = Path("ofa-demo"),
     model: ModelOption = None,
@@ -83,7 +83,8 @@ def _compare(
         records[name] = adaptation.training.records
         rows.append(_row(name, loaded, data, tested, (), adaptation))
         if name == "OFA":
-            adaptation.save(folder / _ADAPTER, overwrite=True, base_source=loaded.source, scores=rows[-1])
+            scores = {name: rows[-1][name] for name in ("accuracy", "macro_f1")}
+            adaptation.save(folder / _ADAPTER, overwrite=True, base_source=loaded.source, scores=scores)
         adaptation.close()
     training_figure(records, folder / _FIGURE)
     document = {
