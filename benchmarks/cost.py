@@ -86,13 +86,12 @@ def _saved_bytes(model: nn.Module, ids: Tensor, attached: Attached | None) -> in
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        # Holding the storage keeps its address from being given to another one.
-        kept[storage.data_ptr()] = storage
-        return tensor
+    def keep(tensor: Tensor) -> None:
+        # Holding the storage keeps its address from being given to another one. The graph gets nothing, since there
+        # is no backward pass: a tensor handed back to the node that made it would be a cycle, and never be freed.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda nothing: nothing):
         loss(model, ids, attached)
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 

@@ -54,16 +54,15 @@ def milliseconds(workload: Workload, model: nn.Module, variant: str) -> float:
 
 
 def interleaved(workload: Workload, model: nn.Module, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every variant in every round, behind one round that warms up and does not count.
+    """Milliseconds of every variant in every round, behind a plain step that warms up and does not count.
 
     Each round takes one step of every variant, so that a machine that slows down slows all of them.
     """
+    milliseconds(workload, model, PLAIN)
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for variant, values in times.items():
-            value = milliseconds(workload, model, variant)
-            if number > 0:
-                values.append(value)
+            values.append(milliseconds(workload, model, variant))
     return times
 
 
@@ -89,12 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per workload")
     options = parser.parse_args(arguments)
-    rows = [row for workload in cost.WORKLOADS for row in _measure(workload, options.rounds)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for workload in cost.WORKLOADS:
+            writer.writerows(asdict(row) for row in _measure(workload, options.rounds))
+            # What took minutes to measure is worth keeping if the next workload is interrupted.
+            file.flush()
 
 
 def _measure(workload: Workload, rounds: int) -> Iterator[Row]:
@@ -103,6 +104,7 @@ def _measure(workload: Workload, rounds: int) -> Iterator[Row]:
     costs = {variant: cost.count(workload, model, variant) for variant in VARIANTS}
     yield from _cost_rows(costs, row)
     if workload.name != SMOLLM2_135M.name:
+        # Single-precision arithmetic of a 7B shape on a CPU says nothing about where it is used.
         return
     times = interleaved(workload, model, rounds)
     print(workload.label, table(costs, times, dict.fromkeys(times, times[PLAIN])), sep="\n")
@@ -124,7 +126,8 @@ def _cost_rows(costs: dict[str, cost.Cost], row: Callable[[str, str, float, str]
 
 
 def _row_maker(workload: Workload) -> Callable[[str, str, float, str], Row]:
-    device = f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
     versions = torch.__version__, transformers.__version__, _commit()
 
     def row(variant: str, metric: str, value: float, unit: str) -> Row:

@@ -32,15 +32,16 @@ class Comparison:
     plain: dict[str, list[float]] = field(default_factory=dict)
 
 
-@pytest.fixture(scope="module", params=ROUNDS, ids=lambda workload: workload.label)
+@pytest.fixture(scope="module", params=ROUNDS, ids=lambda workload: f"{workload.sequences}x{workload.tokens}")
 def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
-    """The models of one workload; prints what was measured once all its variants are through."""
+    """The models of one workload, warmed up; prints what was measured once all its variants are through."""
     workload = TINY if request.config.getoption("benchmark_disable") else request.param
     result = Comparison(workload, ROUNDS[request.param], build(workload), build(workload))
+    milliseconds(workload, result.bystander, PLAIN)
     yield result
     if PLAIN in result.times:
-        reporter = request.config.pluginmanager.getplugin("terminalreporter")
-        reporter.write(f"\n\n{workload.label}\n{table(result.costs, result.times, result.plain)}\n")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n\n{workload.label}\n{table(result.costs, result.times, result.plain)}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
