@@ -20,8 +20,8 @@ ofa predict PATH_OF_THIS_FOLDER --text "..."
 """
 
 _QUANTIZED = """\
-It was tuned and scored on a 4-bit (Q4_1) copy of that base, the one `ofa` fetches by default and `ofa predict` goes back
-to; on the original weights the scores may differ.
+It was tuned and scored on a 4-bit (Q4_1) copy of that base, the one `ofa` fetches by default and `ofa predict` goes
+back to; on the original weights the scores may differ.
 """
 
 

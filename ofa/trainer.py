@@ -64,6 +64,12 @@ class TrainingConfig(BaseModel):
     steps: float = Field(1.0, gt=0, le=1)
     tokens: str = "all"
 
+    @property
+    def regularizer_options(self) -> dict[str, Any]:
+        """The settings that `fused_regularizers` takes."""
+        names = ("step_ratio", "sharpness", "estimator", "granularity", "samples", "epsilon", "probe", "convention")
+        return {name: getattr(self, name) for name in (*names, "steps", "tokens", "seed")}
+
 
 def checked_config(**settings: Any) -> TrainingConfig:
     """The configuration of these settings.
@@ -438,9 +444,7 @@ def _regularized(model: nn.Module, config: TrainingConfig) -> Any:
     """The regularizers of the configuration as a context, or nothing where both weights are 0."""
     if config.step_ratio == 0 and config.sharpness == 0:
         return nullcontext()
-    names = ("step_ratio", "sharpness", "estimator", "granularity", "samples", "epsilon", "probe", "convention")
-    options = {name: getattr(config, name) for name in (*names, "steps", "tokens", "seed")}
-    return fused_regularizers(model, **options)
+    return fused_regularizers(model, **config.regularizer_options)
 
 
 class _Stop:

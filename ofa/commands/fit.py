@@ -21,7 +21,6 @@ from ofa.commands.options import (
     TemplateOption,
     TrustOption,
 )
-from ofa.errors import InputError
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
@@ -140,19 +139,10 @@ def fit(
 
 def _checked(**settings: Any) -> dict[str, Any]:
     """The settings, validated before anything slow begins."""
-    from pydantic import ValidationError
-
     from ofa.regularizers import check_options
-    from ofa.trainer import TrainingConfig
+    from ofa.trainer import checked_config
 
-    try:
-        TrainingConfig(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"--{name} {first['input']!r} is not usable: {first['msg'].lower()}") from error
-    names = ("step_ratio", "sharpness", "estimator", "samples", "epsilon", "probe", "convention", "steps", "tokens")
-    check_options(granularity=settings["granularity"], **{name: settings[name] for name in names})
+    check_options(**checked_config(**settings).regularizer_options)
     return settings
 
 
