@@ -15,8 +15,6 @@ from benchmarks.algorithm1 import PlainLoop
 
 PLAIN = "plain"
 
-VOCABULARY = 49152
-
 
 class Attached(Protocol):
     """What a variant attaches to a model."""
@@ -53,7 +51,7 @@ SMOLLM2_135M = Workload(
         ("num_attention_heads", 9),
         ("num_key_value_heads", 3),
         ("intermediate_size", 1536),
-        ("vocab_size", VOCABULARY),
+        ("vocab_size", 49152),
     ),
     sequences=10,
     tokens=48,
