@@ -87,12 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per workload")
+    labels = [workload.label for workload in cost.WORKLOADS]
+    parser.add_argument("--only", choices=labels, help="one workload instead of all")
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         for workload in cost.WORKLOADS:
+            if options.only not in (None, workload.label):
+                continue
             writer.writerows(asdict(row) for row in _measure(workload, options.rounds))
             # What took minutes to measure is worth keeping if the next workload is interrupted.
             file.flush()
