@@ -41,16 +41,21 @@ def probes(
     Raises:
         ValueError: `probe` is not one of `PROBES`.
     """
+    check_probe(probe)
     if probe == "rademacher":
         words = _words(rows, width, _SIGNS_PER_COUNTER, samples, seed, step, device)
         bits = (words.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
         values = 1.0 - 2.0 * bits.flatten(2).to(torch.float32)
-    elif probe == "gaussian":
+    else:
         words = _words(rows, width, _NORMALS_PER_COUNTER, samples, seed, step, device)
         values = _box_muller(words.flatten(2).to(torch.float32))
-    else:
-        raise ValueError(f"probe must be one of {', '.join(PROBES)}, not {probe!r}")
     return values[..., :width]
+
+
+def check_probe(probe: str) -> None:
+    """Refuse, with a ValueError, a distribution that is not one of `PROBES`."""
+    if probe not in PROBES:
+        raise ValueError(f"probe must be one of {', '.join(PROBES)}, not {probe!r}")
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:

@@ -7,6 +7,8 @@ one cast at the store.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,14 +47,11 @@ def norm_step(
     Raises:
         ValueError: unknown `kind`, or shapes that do not match.
     """
-    _check(residual, weight, bias, kind)
+    check_norm(residual, weight, bias, kind)
     if update is None:
         update_sqnorm = torch.zeros(residual.shape[:-1], dtype=_wide(residual.dtype), device=residual.device)
     else:
-        if update.shape != residual.shape:
-            raise ValueError(
-                f"update {tuple(update.shape)} does not have the shape of residual {tuple(residual.shape)}"
-            )
+        check_same_shape("update", update, "residual", residual)
         update_sqnorm = squared_norm(update)
         residual = (_widen(residual) + _widen(update)).to(residual.dtype)
     normalized, rstd = _normalize(_widen(residual), weight, bias, eps, kind, offset)
@@ -77,6 +76,7 @@ def perturb(
     seed: int,
     step: int = 0,
     probe: str = "rademacher",
+    undisturbed: Tensor | None = None,
 ) -> Tensor:
     """Normalized copies of the stream, each moved along one preconditioned probe.
 
@@ -88,19 +88,25 @@ def perturb(
         stream: z, (..., d).
         epsilon: finite-difference step ε, in units of the stream per unit of Pν.
         seed, step: the probes' Philox key and counter word, see `philox.probes`.
+        undisturbed: rows to put in front of the copies, shaped like the stream: what a branch reads without probes.
 
     Returns:
-        (samples, ..., d) in the stream's dtype.
+        (samples, ..., d) in the stream's dtype; (1 + samples, ..., d) with `undisturbed`, in its dtype.
 
     Raises:
         ValueError: unknown `kind` or `probe`, or shapes that do not match.
     """
-    _check(stream, weight, bias, kind)
+    check_norm(stream, weight, bias, kind)
+    if undisturbed is not None:
+        check_same_shape("undisturbed", undisturbed, "stream", stream)
     wide = _widen(stream)
     rstd = _moments(wide, eps, kind)[1]
     direction = (_widen(weight) + offset) * rstd.unsqueeze(-1)
     moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
-    return _normalize(moved, weight, bias, eps, kind, offset)[0].to(stream.dtype)
+    copies = _normalize(moved, weight, bias, eps, kind, offset)[0]
+    if undisturbed is None:
+        return copies.to(stream.dtype)
+    return torch.cat((undisturbed.unsqueeze(0), copies.to(undisturbed.dtype)))
 
 
 def displace(
@@ -122,23 +128,65 @@ def displace(
     return (_widen(stream) + moves).to(stream.dtype)
 
 
-def contract(base: Tensor, copies: Tensor, *, seed: int, step: int = 0, probe: str = "rademacher") -> Tensor:
-    """νᵢᵀ(copyᵢ − base) per row: the regenerated probes against what they changed.
+def contract(
+    base: Tensor, copies: Tensor, *, seed: int, step: int = 0, probe: str = "rademacher"
+) -> tuple[Tensor, Tensor]:
+    """The regenerated probes against what they changed, νᵢᵀ(copyᵢ − base), and ‖base‖², per row.
 
     Args:
         base: branch output of the undisturbed stream, (..., d).
         copies: branch outputs of the displaced copies, (samples, ..., d).
 
     Returns:
-        (samples, ...), float32.
+        (samples, ...) and (...), float32.
 
     Raises:
-        ValueError: `copies` is not a stack of tensors shaped like `base`.
+        ValueError: `copies` is not a stack of tensors shaped like `base`, or unknown `probe`.
     """
-    if copies.shape[1:] != base.shape:
-        raise ValueError(f"copies {tuple(copies.shape)} is not a stack of tensors shaped {tuple(base.shape)}")
+    check_stack(base, copies)
     nu = _probes_like(base, copies.shape[0], seed, step, probe)
-    return (nu * (_widen(copies) - _widen(base))).sum(-1)
+    return (nu * (_widen(copies) - _widen(base))).sum(-1), squared_norm(base)
+
+
+def step_boundary(
+    residual: Tensor,
+    update: Tensor,
+    copies: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+    samples: int = 1,
+    epsilon: float,
+    seed: int,
+    step: int = 0,
+    probe: str = "rademacher",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The end of a measured step and the beginning of the next: `contract`, `norm_step` and `perturb` in one.
+
+    Args:
+        residual: the stream that `step` started from, (..., d).
+        update: its branch's output, same shape.
+        copies: its branch's outputs of displaced copies, (n, ..., d); n may be 0.
+        weight, bias, eps, kind, offset: the norm that `step` + 1 starts with, see `norm_step`.
+        samples: how many perturbed copies step + 1 gets; may be 0.
+
+    Returns:
+        stream, (..., d), residual + update; stack, (1 + samples, ..., d), the stream normalized and its perturbed
+        copies with the probes of `step` + 1; and in float32 update_sqnorm, (...), and products, (n, ...), the
+        contraction of `copies` with the probes of `step`.
+
+    Raises:
+        ValueError: unknown `kind` or `probe`, or shapes that do not match.
+    """
+    products, update_sqnorm = contract(update, copies, seed=seed, step=step, probe=probe)
+    norm: dict[str, Any] = {"eps": eps, "kind": kind, "offset": offset}
+    stream, normalized, _, _ = norm_step(residual, update, weight, bias, **norm)
+    keys = {"seed": seed, "step": step + 1, "probe": probe}
+    stack = perturb(stream, weight, bias, **norm, samples=samples, epsilon=epsilon, **keys, undisturbed=normalized)
+    return stream, stack, update_sqnorm, products
 
 
 def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:
@@ -173,11 +221,24 @@ def _probes_like(stream: Tensor, samples: int, seed: int, step: int, probe: str)
     return nu.view(samples, *stream.shape).to(_wide(stream.dtype))
 
 
-def _check(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+def check_norm(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+    """Refuse, with a ValueError, a norm that does not fit the stream."""
     _check_kind(kind)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != stream.shape[-1:]:
             raise ValueError(f"{name} {tuple(vector.shape)} does not fit a stream of width {stream.shape[-1]}")
+
+
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse, with a ValueError, a tensor that would have to be broadcast."""
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name} {tuple(tensor.shape)} does not have the shape of {other_name} {tuple(other.shape)}")
+
+
+def check_stack(base: Tensor, copies: Tensor) -> None:
+    """Refuse, with a ValueError, copies that are no stack of tensors like `base`."""
+    if copies.dim() == 0 or copies.shape[1:] != base.shape:
+        raise ValueError(f"copies {tuple(copies.shape)} is not a stack of tensors shaped {tuple(base.shape)}")
 
 
 def _check_kind(kind: str) -> None:

@@ -1,0 +1,187 @@
+"""Compiles every kernel for named GPUs on a machine that needs none, and says what the compiler made of it.
+
+python -m ofa_kernels.aot --arch sm_90 --arch gfx942 [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ofa_kernels import binaries, workload
+from ofa_kernels.disassembly import Usage, usage
+from ofa_kernels.ops.launching import launching_by
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+NO_SPILLS_UP_TO = 8192
+"""Widest row, in columns, whose kernels must not spill."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel, compiled for one architecture from the launch of one case."""
+
+    kernel: str
+    case: str
+    width: int
+    architecture: str
+    num_warps: int
+    usage: Usage
+    entry: binaries.Entry
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong with it; None where nothing is."""
+        if self.usage.float64:
+            return f"computes in float64 ({self.usage.float64} instructions)"
+        if self.usage.spills and self.width <= NO_SPILLS_UP_TO:
+            return f"spills ({self.usage.spills})"
+        if not self.usage.wide:
+            return "has no 16-byte access"
+        return None
+
+
+def build(architecture: str, cases: Iterable[workload.Case]) -> Iterator[Built]:
+    """Compile whatever the cases launch, each kernel once. Triton cannot launch anything in this process afterwards.
+
+    Raises:
+        ValueError: the architecture is not named like sm_90 or gfx942.
+        RuntimeError: Triton is interpreting instead of compiling.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set, so that kernels are interpreted, not compiled; unset it")
+    driver.set_active(_NoDevice(_target(architecture)))
+    seen: set[str] = set()
+    for case in cases:
+        for kernel, compiled in _compile(case, architecture):
+            if compiled.hash not in seen:
+                seen.add(compiled.hash)
+                warps, entry = compiled.metadata.num_warps, binaries.entry(compiled)
+                yield Built(kernel, case.label, case.width, architecture, warps, usage(compiled), entry)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print the table, write what was asked for; 1 where a kernel fails, 2 where the call does."""
+    options = _parser().parse_args(arguments)
+    cases = workload.cases(options.width, options.dtype, options.norm, options.samples)
+    try:
+        built = _build_all(options.arch, cases)
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"ofa_kernels.aot: {error}", file=sys.stderr)
+        return 2
+    _print(built)
+    if options.out:
+        binaries.write(options.out, [(one.architecture, one.entry) for one in built])
+        print(f"{len(built)} binaries in {options.out}")
+    if options.csv:
+        _write_csv(options.csv, built)
+    failed = [one for one in built if one.complaint]
+    for one in failed:
+        print(f"{one.kernel} for {one.architecture} ({one.case}) {one.complaint}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _build_all(architectures: Sequence[str], cases: Sequence[workload.Case]) -> list[Built]:
+    """Every architecture in a process of its own: Triton has one active driver."""
+    for architecture in architectures:
+        _target(architecture)
+    with ProcessPoolExecutor(min(len(architectures), os.cpu_count() or 1)) as pool:
+        return [one for built in pool.map(_build_list, architectures, [cases] * len(architectures)) for one in built]
+
+
+def _build_list(architecture: str, cases: Sequence[workload.Case]) -> list[Built]:
+    return list(build(architecture, cases))
+
+
+def _compile(case: workload.Case, architecture: str) -> list[tuple[str, Any]]:
+    compiled: list[tuple[str, Any]] = []
+
+    def compile_instead(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        compiled.append((kernel.fn.__name__, kernel.warmup(*args, grid=(grid,), **keywords)))
+
+    with launching_by(compile_instead, architecture):
+        case.launch()
+    return compiled
+
+
+class _NoDevice:
+    """Stands where Triton expects a driver, and names the target; nothing else is asked of it before a launch."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_device(self) -> str:
+        # Triton keeps what it compiled by device.
+        return str(self._target.arch)
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+def _target(architecture: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("sm_") and architecture[3:].isdigit():
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    if architecture.startswith("gfx9"):
+        return GPUTarget("hip", architecture, 64)
+    raise ValueError(f"unknown architecture {architecture!r}; name it like {', '.join(ARCHITECTURES)}")
+
+
+def _print(built: Sequence[Built]) -> None:
+    header = ("kernel", "case", "arch", "warps", "registers", "spills", "shared", "16-byte", "narrower", "float64")
+    rows = [header]
+    for one in built:
+        used = one.usage
+        numbers = one.num_warps, used.registers, used.spills, used.shared, used.wide, used.narrow, used.float64
+        rows.append((one.kernel, one.case, one.architecture, *map(str, numbers)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    for row in rows:
+        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False))
+        print(left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)), sep="  ")
+
+
+def _write_csv(file: Path, built: Sequence[Built]) -> None:
+    from triton import __version__
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        names = list(asdict(built[0].usage)) if built else []
+        writer.writerow(["kernel", "case", "width", "architecture", "num_warps", *names, "triton"])
+        for one in built:
+            used = asdict(one.usage).values()
+            writer.writerow([one.kernel, one.case, one.width, one.architecture, one.num_warps, *used, __version__])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ofa_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    parser.add_argument("--arch", action="append", required=True, help="sm_80, sm_90, sm_100, gfx942, …; repeatable")
+    parser.add_argument("--width", nargs="+", type=int, default=workload.WIDTHS, help="columns of a row")
+    parser.add_argument("--dtype", nargs="+", choices=workload.DTYPES, default=["bf16", "fp32"], help="of the stream")
+    parser.add_argument("--norm", nargs="+", choices=workload.NORMS, default=[*workload.NORMS], help="which norms")
+    parser.add_argument("--samples", nargs="+", type=int, default=workload.SAMPLES, help="perturbed copies N")
+    parser.add_argument("--out", type=Path, help="folder to put the binaries in, as an installation ships them")
+    parser.add_argument("--csv", type=Path, help="file to write the table to")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

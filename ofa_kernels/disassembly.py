@@ -1,0 +1,90 @@
+"""What a compiled kernel uses of a processor: registers, spills, shared memory, how wide its accesses are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of one compiled kernel; accesses and float64 are instructions of the machine code.
+
+    Attributes:
+        registers: per thread.
+        spills: registers that do not fit: bytes of stack and local memory on NVIDIA, spilled registers on AMD.
+        shared: bytes of shared memory per program.
+        wide: loads and stores of 16 bytes per thread in device memory.
+        narrow: the other loads and stores in device memory; γ's scalars and sums per row are among them.
+        float64: instructions that compute in float64.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    wide: int
+    narrow: int
+    float64: int
+
+
+def usage(compiled: Any) -> Usage:
+    """Read a kernel that Triton has compiled.
+
+    Raises:
+        RuntimeError: the disassembler that comes with Triton failed.
+    """
+    return _of_cubin(compiled) if "cubin" in compiled.asm else _of_amdgcn(compiled)
+
+
+def _of_cubin(compiled: Any) -> Usage:
+    text = _cuobjdump(compiled.asm["cubin"])
+    resources = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    code = re.sub(r"/\*.*?\*/", "", text)
+    accesses = re.findall(r"\b(?:LDG|STG)\.[\w.]+", code)
+    # Hopper copies rows into shared memory without registers; such an instruction moves 16 bytes as well.
+    wide = [access for access in accesses if ".128" in access]
+    local = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return Usage(
+        registers=int(resources["REG"]),
+        spills=int(resources["STACK"]) + int(resources["LOCAL"]) + 4 * local,
+        shared=compiled.metadata.shared,
+        wide=len(wide),
+        narrow=len(accesses) - len(wide),
+        float64=len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.\w*64H?|[FI]2[FI][\w.]*F64)\b", code)),
+    )
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"cuobjdump could not read a kernel: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout + result.stderr
+
+
+def _of_amdgcn(compiled: Any) -> Usage:
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s*(\d+)", code, re.M)
+        return int(found[1]) if found else 0
+
+    accesses = re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_\w+", code)
+    wide = [access for access in accesses if access.endswith("dwordx4")]
+    return Usage(
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        shared=compiled.metadata.shared,
+        wide=len(wide),
+        narrow=len(accesses) - len(wide),
+        float64=len(re.findall(r"\bv_\w+_f64", code)),
+    )

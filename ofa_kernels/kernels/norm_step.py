@@ -1,0 +1,157 @@
+"""Residual addition, norm and squared update of every row: one sweep forward, one sweep backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ofa_kernels.kernels.tile import channels, load, load_scale, merge_moments, store
+
+
+@triton.jit
+def norm_step_forward(
+    residual,
+    update,
+    weight,
+    bias,
+    stream,
+    normalized,
+    update_sqnorm,
+    rstd,
+    mean,
+    width,
+    stride_residual,
+    stride_update,
+    eps,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
+    CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """Z = residual + update, normalized = γ ⊙ (z − μ)/σ + β, update_sqnorm = ‖update‖²; one program per row.
+
+    residual, update (or None) and the outputs stream (or None, with update) and normalized are (rows, width);
+    update_sqnorm (or None), rstd = 1/σ and mean = μ (or None, unless CENTRED) are (rows,) float32. What is
+    normalized is the sum as the stream's dtype holds it. A row of several tiles is read again behind its moments.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    eps = tl.cast(eps, tl.float32)
+    mu, squares, length = 0.0, 0.0, 0.0
+    for tile in tl.static_range(TILES):
+        channel = channels(tile, GROUPS)
+        inside = channel < width
+        z = load(residual + row * stride_residual, channel, inside)
+        if update is not None:
+            u = load(update + row * stride_update, channel, inside)
+            length += tl.sum(u * u)
+            z = (z + u).to(stream.dtype.element_ty)
+            tl.store(stream + row * width + channel, z, mask=inside)
+            z = z.to(tl.float32)
+        count = tl.minimum(width - tile * GROUPS * 32, GROUPS * 32)
+        mu, squares = merge_moments(z, inside, tile * GROUPS * 32, mu, squares, count, CENTRED)
+    r = tl.rsqrt(squares / width + eps)
+    tl.store(rstd + row, r)
+    if CENTRED:
+        tl.store(mean + row, mu)
+    if update is not None:
+        tl.store(update_sqnorm + row, length)
+    for tile in tl.static_range(TILES):
+        if TILES > 1:
+            channel = channels(tile, GROUPS)
+            inside = channel < width
+            if update is not None:
+                z = load(stream + row * width, channel, inside)
+            else:
+                z = load(residual + row * stride_residual, channel, inside)
+        y = (z - mu) * r * load_scale(weight, channel, inside, OFFSET)
+        if bias is not None:
+            y += load(bias, channel, inside)
+        store(normalized + row * width, channel, inside, y)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_step_backward(
+    stream,
+    update,
+    weight,
+    rstd,
+    mean,
+    grad_stream,
+    grad_normalized,
+    grad_sqnorm,
+    grad_rstd,
+    grad_residual,
+    grad_update,
+    partial_weight,
+    partial_bias,
+    rows,
+    width,
+    stride_stream,
+    stride_grad_stream,
+    stride_grad_normalized,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
+    CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """Gradients of residual, update, γ and β; each program takes a run of rows.
+
+        ∂residual = grad_stream + (h − ẑ·(mean(h ẑ) + grad_rstd/(σ d)) − mean(h))/σ,   h = γ ⊙ grad_normalized
+        ∂update = ∂residual + 2 grad_sqnorm · update,   ∂γ = Σ grad_normalized ⊙ ẑ,   ∂β = Σ grad_normalized
+
+    Every incoming gradient may be None. partial_weight and partial_bias (or None) are (programs, width) float32, the
+    sums over a program's own rows in their order; a row of several tiles adds to them in memory and needs them 0.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    share = tl.cdiv(rows, tl.num_programs(0))
+    weight_sum = tl.zeros((GROUPS, 32), tl.float32)
+    bias_sum = tl.zeros((GROUPS, 32), tl.float32)
+    for row in range(program * share, tl.minimum((program + 1) * share, rows)):
+        r = tl.load(rstd + row)
+        mu = 0.0
+        if CENTRED:
+            mu = tl.load(mean + row)
+        along, average = 0.0, 0.0
+        if grad_normalized is not None:
+            for tile in tl.static_range(TILES):
+                channel = channels(tile, GROUPS)
+                inside = channel < width
+                hat = tl.where(inside, (load(stream + row * stride_stream, channel, inside) - mu) * r, 0.0)
+                g = load(grad_normalized + row * stride_grad_normalized, channel, inside)
+                h = g * load_scale(weight, channel, inside, OFFSET)
+                along += tl.sum(h * hat) / width
+                if CENTRED:
+                    average += tl.sum(h) / width
+        if grad_rstd is not None:
+            along += tl.load(grad_rstd + row) * r / width
+        for tile in tl.static_range(TILES):
+            if TILES > 1 or grad_normalized is None:
+                channel = channels(tile, GROUPS)
+                inside = channel < width
+                hat = (load(stream + row * stride_stream, channel, inside) - mu) * r
+            grad = -hat * along * r
+            if grad_normalized is not None:
+                if TILES > 1:
+                    g = load(grad_normalized + row * stride_grad_normalized, channel, inside)
+                    h = g * load_scale(weight, channel, inside, OFFSET)
+                    into = partial_weight + program * width + channel
+                    tl.store(into, tl.load(into, mask=inside, other=0.0) + g * hat, mask=inside)
+                    if partial_bias is not None:
+                        into = partial_bias + program * width + channel
+                        tl.store(into, tl.load(into, mask=inside, other=0.0) + g, mask=inside)
+                else:
+                    weight_sum += g * hat
+                    if partial_bias is not None:
+                        bias_sum += g
+                grad += (h - average) * r
+            if grad_stream is not None:
+                grad += load(grad_stream + row * stride_grad_stream, channel, inside)
+            store(grad_residual + row * width, channel, inside, grad)
+            if grad_sqnorm is not None:
+                u = load(update + row * width, channel, inside)
+                store(grad_update + row * width, channel, inside, grad + 2.0 * tl.load(grad_sqnorm + row) * u)
+    if TILES == 1 and grad_normalized is not None:
+        channel = channels(0, GROUPS)
+        store(partial_weight + program * width, channel, channel < width, weight_sum)
+        if partial_bias is not None:
+            store(partial_bias + program * width, channel, channel < width, bias_sum)

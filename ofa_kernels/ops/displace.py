@@ -1,0 +1,123 @@
+"""`displace` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.displace`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_kernels.ops.launching import as_rows, as_stack, configuration, implement, key, library, run
+from ofa_kernels.philox import check_probe
+
+library.define(
+    "displace(Tensor stream, Tensor preconditioner, SymInt samples, float epsilon, SymInt seed, SymInt step, "
+    "bool gaussian) -> Tensor"
+)
+library.define(
+    "displace_backward(Tensor grad_copies, float epsilon, SymInt seed, SymInt step, bool gaussian, "
+    "bool preconditioned) -> (Tensor grad_stream, Tensor grad_preconditioner)"
+)
+
+
+def displace(
+    stream: Tensor,
+    preconditioner: Tensor,
+    *,
+    samples: int = 1,
+    epsilon: float,
+    seed: int,
+    step: int = 0,
+    probe: str = "rademacher",
+) -> Tensor:
+    """As `reference.displace`."""
+    check_probe(probe)
+    return torch.ops.ofa_kernels.displace(  # type: ignore[no-any-return]
+        stream, preconditioner.expand(stream.shape), samples, epsilon, seed, step, probe == "gaussian"
+    )
+
+
+def forward(
+    stream: Tensor, preconditioner: Tensor, samples: int, epsilon: float, seed: int, step: int, gaussian: bool
+) -> Tensor:
+    """Launch the forward kernel."""
+    from ofa_kernels.kernels.displace import displace_forward
+
+    copies = stream.new_empty((samples, *stream.shape))
+    width = stream.shape[-1]
+    z, p = as_rows(stream, width), as_rows(preconditioner, width)
+    run(
+        displace_forward,
+        z.shape[0] * configuration(displace_forward, stream, width).tiles,
+        stream,
+        width,
+        z,
+        p,
+        copies,
+        width,
+        z.stride(0),
+        p.stride(0),
+        epsilon,
+        *key(seed, step),
+        SAMPLES=samples,
+        GAUSSIAN=gaussian,
+    )
+    return copies
+
+
+def empty(stream: Tensor, preconditioner: Tensor, samples: int, *settings: Any) -> Tensor:
+    return stream.new_empty((samples, *stream.shape))
+
+
+def backward(
+    grad_copies: Tensor, epsilon: float, seed: int, step: int, gaussian: bool, preconditioned: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel; the second gradient is float32, empty unless `preconditioned`."""
+    from ofa_kernels.kernels.displace import displace_backward
+
+    shape = grad_copies.shape[1:]
+    grad_stream = grad_copies.new_empty(shape)
+    grad_preconditioner = grad_copies.new_empty(shape if preconditioned else (0,), dtype=torch.float32)
+    grads = as_stack(grad_copies, shape[-1])
+    run(
+        displace_backward,
+        grads.shape[1] * configuration(displace_backward, grad_copies, shape[-1]).tiles,
+        grad_copies,
+        shape[-1],
+        grads,
+        grad_stream,
+        grad_preconditioner if preconditioned else None,
+        shape[-1],
+        grads.stride(0),
+        grads.stride(1),
+        epsilon,
+        *key(seed, step),
+        SAMPLES=grads.shape[0],
+        GAUSSIAN=gaussian,
+    )
+    return grad_stream, grad_preconditioner
+
+
+def empty_gradients(grad_copies: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    shape, preconditioned = grad_copies.shape[1:], settings[-1]
+    return (
+        grad_copies.new_empty(shape),
+        grad_copies.new_empty(shape if preconditioned else (0,), dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = inputs
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    preconditioned = ctx.needs_input_grad[1]
+    grad_stream, grad_preconditioner = torch.ops.ofa_kernels.displace_backward(
+        grad, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, preconditioned
+    )
+    return (grad_stream, grad_preconditioner if preconditioned else None, *[None] * 5)
+
+
+implement("displace", forward, empty)
+implement("displace_backward", backward, empty_gradients)
+torch.library.register_autograd("ofa_kernels::displace", _differentiate, setup_context=_save, lib=library)

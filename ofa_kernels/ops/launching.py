@@ -1,0 +1,131 @@
+"""Between tensors and kernels: rows, seeds, and the one function through which every kernel is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_kernels import launch
+
+library = torch.library.Library("ofa_kernels", "DEF")
+"""Where all operations are defined: `torch.ops.ofa_kernels`."""
+
+
+def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give an operation its launches on every device, and its shapes where there is no data."""
+    torch.library.impl(f"ofa_kernels::{name}", "default", function, lib=library)
+    torch.library.register_fake(f"ofa_kernels::{name}", fake, lib=library)
+
+
+Launcher = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
+
+
+def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of `tensor`, whose dtype and the row's width decide how. No rows, no launch."""
+    if grid == 0 or width == 0:
+        return
+    config = configuration(kernel, tensor, width)
+    own = {"GROUPS": config.groups, "TILES": config.tiles, "IN_MEMORY": config.in_memory}
+    constants |= {name: value for name, value in own.items() if name in kernel.arg_names}
+    # Fused multiply-adds round once instead of twice; Triton 3.10 turns them off unless asked.
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    with torch.cuda.device_of(tensor):
+        _launcher(kernel, grid, args, constants | options)
+
+
+@contextmanager
+def launching_by(launcher: Launcher, architecture: str) -> Iterator[None]:
+    """As long as this context lasts, hand every launch to `launcher(kernel, grid, args, keywords)` instead.
+
+    Launches are configured for `architecture`, whatever the tensors' device is.
+    """
+    global _launcher, _architecture
+    before = _launcher, _architecture
+    _launcher, _architecture = launcher, architecture
+    try:
+        yield
+    finally:
+        _launcher, _architecture = before
+
+
+def _launch(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    kernel[(grid,)](*args, **keywords)
+
+
+_launcher: Launcher = _launch
+_architecture: str | None = None
+
+
+def configuration(kernel: Any, tensor: Tensor, width: int) -> launch.Launch:
+    """The launch configuration of a kernel for rows like those of `tensor`."""
+    return launch.configure(kernel.fn.__name__, width, tensor.element_size(), _architecture or architecture(tensor.device))
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """What the device is to a compiler, such as sm_90 or gfx942; sm_90 where there is none."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; one where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class ScaleGradients:
+    """Sums of the gradients of γ and β over the rows of each program, and over the programs in their order.
+
+    `weight` and `bias` (None unless there is a shift) are (programs, width) float32 and go to the kernel; `written`
+    says whether it writes them at all.
+    """
+
+    def __init__(self, kernel: Any, rows: int, tensor: Tensor, width: int, *, biased: bool, written: bool) -> None:
+        config = configuration(kernel, tensor, width)
+        self.programs = launch.programs(rows, multiprocessors(tensor.device))
+        # Programs that keep their sum in registers write it in the end; the others add to what is there.
+        whole = written and rows > 0 and not config.in_memory and config.tiles == 1
+        shape, options = (self.programs, width), {"dtype": torch.float32, "device": tensor.device}
+        self.weight, self.bias = (
+            (torch.empty(shape, **options) if whole else torch.zeros(shape, **options)) if wanted else None
+            for wanted in (True, biased)
+        )
+
+    def total(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of γ and β, shaped and typed like `weight`; that of β is empty without a shift."""
+        assert self.weight is not None
+        bias = weight.new_empty(0) if self.bias is None else self.bias.sum(0).to(weight.dtype)
+        return self.weight.sum(0).to(weight.dtype), bias
+
+
+def as_rows(tensor: Tensor, width: int) -> Tensor:
+    """(…, width) as (rows, width) with dense columns: a view where the strides allow it, a copy elsewhere."""
+    return _dense_columns(tensor, width).reshape(tensor.shape[:-1].numel(), width)
+
+
+def as_stack(tensor: Tensor, width: int) -> Tensor:
+    """(samples, …, width) as (samples, rows, width) with dense columns, likewise."""
+    return _dense_columns(tensor, width).reshape(tensor.shape[0], tensor.shape[1:-1].numel(), width)
+
+
+def _dense_columns(tensor: Tensor, width: int) -> Tensor:
+    return tensor if width <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def key(seed: int, step: int) -> tuple[int, int, int]:
+    """(step, low word, high word of the seed) as signed 32-bit numbers, so that every value has the same type."""
+    return _signed(step), _signed(seed), _signed(seed >> 32)
+
+
+def _signed(word: int) -> int:
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

@@ -1,0 +1,220 @@
+"""`norm_step` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.norm_step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_kernels import reference
+from ofa_kernels.ops.launching import ScaleGradients, as_rows, implement, library, run
+
+library.define(
+    "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset) "
+    "-> (Tensor stream, Tensor normalized, Tensor update_sqnorm, Tensor rstd, Tensor mean)"
+)
+library.define(
+    "norm_step_backward(Tensor stream, Tensor? update, Tensor weight, Tensor rstd, Tensor mean, Tensor? grad_stream, "
+    "Tensor? grad_normalized, Tensor? grad_sqnorm, Tensor? grad_rstd, bool centred, float offset, bool biased) "
+    "-> (Tensor grad_residual, Tensor grad_update, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def norm_step(
+    residual: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.norm_step`, in one sweep forward and one backward; differentiable once."""
+    reference.check_norm(residual, weight, bias, kind)
+    if update is not None:
+        reference.check_same_shape("update", update, "residual", residual)
+    stream, normalized, sqnorm, rstd, _ = torch.ops.ofa_kernels.norm_step(
+        residual, update, weight, bias, eps, kind == "layer", offset
+    )
+    if update is None:
+        return residual, normalized, torch.zeros_like(rstd), rstd
+    return stream, normalized, sqnorm, rstd
+
+
+def forward(
+    residual: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward kernel. `stream` and `update_sqnorm` are empty without an update, `mean` unless centred."""
+    from ofa_kernels.kernels.norm_step import norm_step_forward
+
+    outputs = empty(residual, update, weight, bias, eps, centred, offset)
+    stream, normalized, sqnorm, rstd, mean = outputs
+    width = residual.shape[-1]
+    z, u = as_rows(residual, width), None if update is None else as_rows(update, width)
+    run(
+        norm_step_forward,
+        rstd.numel(),
+        residual,
+        width,
+        z,
+        u,
+        weight,
+        bias,
+        None if u is None else stream,
+        normalized,
+        None if u is None else sqnorm,
+        rstd,
+        mean if centred else None,
+        width,
+        z.stride(0),
+        None if u is None else u.stride(0),
+        eps,
+        CENTRED=centred,
+        OFFSET=offset,
+    )
+    return outputs
+
+
+def empty(
+    residual: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of the forward pass, unwritten."""
+    rows = residual.shape[:-1]
+
+    def scalars(wanted: bool) -> Tensor:
+        return torch.empty(rows if wanted else (0,), dtype=torch.float32, device=residual.device)
+
+    return (
+        residual.new_empty(residual.shape if update is not None else (0,)),
+        residual.new_empty(residual.shape),
+        scalars(update is not None),
+        scalars(True),
+        scalars(centred),
+    )
+
+
+def backward(
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    rstd: Tensor,
+    mean: Tensor,
+    grad_stream: Tensor | None,
+    grad_normalized: Tensor | None,
+    grad_sqnorm: Tensor | None,
+    grad_rstd: Tensor | None,
+    centred: bool,
+    offset: float,
+    biased: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernel. `grad_update` is empty where it is the same as `grad_residual`."""
+    from ofa_kernels.kernels.norm_step import norm_step_backward
+
+    width, rows = stream.shape[-1], rstd.numel()
+    z = as_rows(stream, width)
+    through_stream = None if grad_stream is None else as_rows(grad_stream, width)
+    through_norm = None if grad_normalized is None else as_rows(grad_normalized, width)
+    grad_residual = stream.new_empty(stream.shape)
+    grad_update = stream.new_empty(stream.shape if grad_sqnorm is not None else (0,))
+    sums = ScaleGradients(norm_step_backward, rows, stream, width, biased=biased, written=through_norm is not None)
+    run(
+        norm_step_backward,
+        sums.programs if rows else 0,
+        stream,
+        width,
+        z,
+        None if grad_sqnorm is None or update is None else as_rows(update, width).contiguous(),
+        weight,
+        rstd,
+        mean if centred else None,
+        through_stream,
+        through_norm,
+        None if grad_sqnorm is None else grad_sqnorm.contiguous(),
+        None if grad_rstd is None else grad_rstd.contiguous(),
+        grad_residual,
+        grad_update if grad_sqnorm is not None else None,
+        sums.weight,
+        sums.bias,
+        rows,
+        width,
+        z.stride(0),
+        0 if through_stream is None else through_stream.stride(0),
+        0 if through_norm is None else through_norm.stride(0),
+        CENTRED=centred,
+        OFFSET=offset,
+    )
+    return grad_residual, grad_update, *sums.total(weight)
+
+
+def empty_gradients(
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    rstd: Tensor,
+    mean: Tensor,
+    grad_stream: Tensor | None,
+    grad_normalized: Tensor | None,
+    grad_sqnorm: Tensor | None,
+    grad_rstd: Tensor | None,
+    centred: bool,
+    offset: float,
+    biased: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of the backward pass, unwritten."""
+    return (
+        stream.new_empty(stream.shape),
+        stream.new_empty(stream.shape if grad_sqnorm is not None else (0,)),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if biased else (0,)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    residual, update, weight, bias, _, ctx.centred, ctx.offset = inputs
+    stream, _, _, rstd, mean = output
+    ctx.biased = bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(residual if update is None else stream, update, weight, rstd, mean)
+
+
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
+    _, update, *_ = saved = ctx.saved_tensors
+    grad_residual, grad_update, grad_weight, grad_bias = torch.ops.ofa_kernels.norm_step_backward(
+        *saved,
+        grad_stream if update is not None else None,
+        grad_normalized,
+        grad_sqnorm if update is not None else None,
+        grad_rstd,
+        ctx.centred,
+        ctx.offset,
+        ctx.biased,
+    )
+    return (
+        grad_residual,
+        None if update is None else grad_residual if grad_sqnorm is None else grad_update,
+        None if grad_normalized is None else grad_weight,
+        None if grad_normalized is None or not ctx.biased else grad_bias,
+        None,
+        None,
+        None,
+    )
+
+
+implement("norm_step", forward, empty)
+implement("norm_step_backward", backward, empty_gradients)
+torch.library.register_autograd("ofa_kernels::norm_step", _differentiate, setup_context=_save, lib=library)

@@ -1,0 +1,179 @@
+"""`perturb` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.perturb`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_kernels import reference
+from ofa_kernels.ops.launching import ScaleGradients, as_rows, as_stack, implement, key, library, run
+from ofa_kernels.philox import check_probe
+
+library.define(
+    "perturb(Tensor stream, Tensor? undisturbed, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
+    "SymInt samples, float epsilon, SymInt seed, SymInt step, bool gaussian) -> Tensor"
+)
+library.define(
+    "perturb_backward(Tensor stream, Tensor weight, Tensor grad_copies, float eps, bool centred, float offset, "
+    "float epsilon, SymInt seed, SymInt step, bool gaussian, bool biased) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def perturb(
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+    samples: int = 1,
+    epsilon: float,
+    seed: int,
+    step: int = 0,
+    probe: str = "rademacher",
+    undisturbed: Tensor | None = None,
+) -> Tensor:
+    """As `reference.perturb`; the stream is read once and the probes stay in registers."""
+    reference.check_norm(stream, weight, bias, kind)
+    check_probe(probe)
+    if undisturbed is not None:
+        reference.check_same_shape("undisturbed", undisturbed, "stream", stream)
+    norm = eps, kind == "layer", offset
+    return torch.ops.ofa_kernels.perturb(  # type: ignore[no-any-return]
+        stream, undisturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian"
+    )
+
+
+def forward(
+    stream: Tensor,
+    undisturbed: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    offset: float,
+    samples: int,
+    epsilon: float,
+    seed: int,
+    step: int,
+    gaussian: bool,
+) -> Tensor:
+    """Launch the forward kernel."""
+    from ofa_kernels.kernels.perturb import perturb_forward
+
+    first = stream if undisturbed is None else undisturbed
+    copies = first.new_empty((samples + (undisturbed is not None), *stream.shape))
+    width = stream.shape[-1]
+    z, front = as_rows(stream, width), None if undisturbed is None else as_rows(undisturbed, width)
+    run(
+        perturb_forward,
+        z.shape[0],
+        stream,
+        width,
+        z,
+        front,
+        weight,
+        bias,
+        copies,
+        width,
+        z.stride(0),
+        0 if front is None else front.stride(0),
+        eps,
+        epsilon,
+        *key(seed, step),
+        SAMPLES=samples,
+        CENTRED=centred,
+        OFFSET=offset,
+        GAUSSIAN=gaussian,
+    )
+    return copies
+
+
+def empty(stream: Tensor, undisturbed: Tensor | None, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    samples = settings[3]
+    if undisturbed is None:
+        return stream.new_empty((samples, *stream.shape))
+    return undisturbed.new_empty((1 + samples, *stream.shape))
+
+
+def backward(
+    stream: Tensor,
+    weight: Tensor,
+    grad_copies: Tensor,
+    eps: float,
+    centred: bool,
+    offset: float,
+    epsilon: float,
+    seed: int,
+    step: int,
+    gaussian: bool,
+    biased: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel; the gradient of β is empty without a shift."""
+    from ofa_kernels.kernels.perturb import perturb_backward
+
+    width = stream.shape[-1]
+    z, grads = as_rows(stream, width), as_stack(grad_copies, width)
+    grad_stream = stream.new_empty(stream.shape)
+    sums = ScaleGradients(perturb_backward, z.shape[0], stream, width, biased=biased, written=True)
+    run(
+        perturb_backward,
+        sums.programs if z.shape[0] else 0,
+        stream,
+        width,
+        z,
+        weight,
+        grads,
+        grad_stream,
+        sums.weight,
+        sums.bias,
+        z.shape[0],
+        width,
+        z.stride(0),
+        grads.stride(0),
+        grads.stride(1),
+        eps,
+        epsilon,
+        *key(seed, step),
+        SAMPLES=grads.shape[0],
+        CENTRED=centred,
+        OFFSET=offset,
+        GAUSSIAN=gaussian,
+    )
+    return grad_stream, *sums.total(weight)
+
+
+def empty_gradients(
+    stream: Tensor, weight: Tensor, grad_copies: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    biased = settings[-1]
+    return (
+        stream.new_empty(stream.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if biased else (0,)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    stream, undisturbed, weight, bias, *settings = inputs
+    ctx.eps, ctx.centred, ctx.offset, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
+    ctx.front, ctx.biased = undisturbed is not None, bias is not None
+    ctx.save_for_backward(stream, weight)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
+    grad_copies = grad[1:] if ctx.front else grad
+    grad_stream, grad_weight, grad_bias = torch.ops.ofa_kernels.perturb_backward(
+        *ctx.saved_tensors, grad_copies, *settings
+    )
+    front = grad[0] if ctx.front else None
+    return (grad_stream, front, grad_weight, grad_bias if ctx.biased else None, *[None] * 8)
+
+
+implement("perturb", forward, empty)
+implement("perturb_backward", backward, empty_gradients)
+torch.library.register_autograd("ofa_kernels::perturb", _differentiate, setup_context=_save, lib=library)
