@@ -18,6 +18,15 @@ from ofa.module_io import hidden_input, hidden_output, replace_hidden_output, re
 from ofa_kernels import dispatch
 
 
+@dataclass(frozen=True)
+class BranchEnd:
+    """What one branch adds to the stream, and what is known of it per row: ‖update‖² and tr(J_i P_i), if measured."""
+
+    update: Tensor
+    sqnorm: Tensor | None
+    trace: Tensor | None
+
+
 @dataclass
 class Pass:
     """One measured forward pass: what it may measure, and what it has measured so far.
@@ -38,7 +47,7 @@ class Pass:
     shape: tuple[int, int] | None = None
     squared_norms: dict[int, Tensor] = field(default_factory=dict)
     traces: dict[int, Tensor] = field(default_factory=dict)
-    unfinished: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+    unfinished: dict[int, dict[str, BranchEnd]] = field(default_factory=dict)
 
     def measures(self, index: int) -> bool:
         """Whether anything of a step is wanted."""
@@ -63,19 +72,17 @@ class Pass:
         """The same measurement for a layer that is run a second time; keeps nothing."""
         return replace(self, keep=False, shape=None, squared_norms={}, traces={}, unfinished={})
 
-    def finish_branches(self, index: int, step: Step, parts: dict[str, tuple[Tensor, Tensor | None]]) -> None:
-        """Take the updates and trace rows of a step's branches; once all parallel ones are in, reduce them."""
-        if len(parts) < len(step.branches):
-            self.unfinished[index] = parts
+    def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd]) -> None:
+        """Take what the branches of a step measured; once all parallel ones are in, reduce them."""
+        if len(ends) < len(step.branches):
+            self.unfinished[index] = ends
             return
-        updates = [update for update, _ in parts.values()]
         if self.lengths:
-            total = updates[0] if len(updates) == 1 else torch.stack(updates).sum(0)
-            squared = step.scale**2 * self._tokens(dispatch.squared_norm(total))
+            squared = step.scale**2 * self._tokens(_squared_length(tuple(ends.values())))
             if self.keep:
                 self.squared_norms[index] = squared
         if index in self.traced:
-            summed = torch.stack([rows for _, rows in parts.values() if rows is not None]).sum(0)
+            summed = torch.stack([end.trace for end in ends.values() if end.trace is not None]).sum(0)
             trace = self.sign * step.scale * self._mean_over_tokens(summed)
             if self.keep:
                 self.traces[index] = trace
@@ -119,6 +126,14 @@ class Pass:
             missing = torch.full_like(next(iter(self.traces.values())), float("nan"))
             traces = torch.stack([self.traces.get(t, missing) for t in range(steps)])
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
+
+
+def _squared_length(ends: tuple[BranchEnd, ...]) -> Tensor:
+    """‖Σ updates‖² per row; parallel branches make one step."""
+    if len(ends) == 1 and ends[0].sqnorm is not None:
+        return ends[0].sqnorm
+    updates = [end.update for end in ends]
+    return dispatch.squared_norm(updates[0] if len(updates) == 1 else torch.stack(updates).sum(0))
 
 
 class LayerPass:
@@ -230,14 +245,15 @@ class BranchMeter:
                 "reentrant activation checkpointing hides the regularizers' gradient; "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        stream, norm_input, leaving, rows = self._stream, self._norm_input, hidden_output(output), None
+        stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
+        rows = sqnorm = None
         assert stream is not None
         # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.
         self._stream = self._fed = self._norm_input = None
-        parts = self.current.unfinished.pop(self.index, {})
+        ends = self.current.unfinished.pop(self.index, {})
         if self.index in self.current.traced:
             assert self.estimator is not None
-            leaving, rows = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
+            leaving, rows, sqnorm = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
             if not self.branch.norm_reads_stream:
                 assert norm_input is not None
                 norm = self.branch.norm
@@ -247,9 +263,11 @@ class BranchMeter:
         elif rows is not None:
             batch = leaving.shape[0]
             output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
-        update = leaving - stream if self.branch.writes == "stream" else leaving
-        parts[self.branch.exit] = (update, rows)
-        self.current.finish_branches(self.index, self.step, parts)
+        if self.branch.writes == "stream":
+            ends[self.branch.exit] = BranchEnd(leaving - stream, None, rows)
+        else:
+            ends[self.branch.exit] = BranchEnd(leaving, sqnorm, rows)
+        self.current.finish_branches(self.index, self.step, ends)
         return output
 
     def _see(self, stream: Tensor) -> None:

@@ -4,6 +4,6 @@
 """
 
 from ofa_kernels import reference
-from ofa_kernels.dispatch import contract, norm_step, perturb
+from ofa_kernels.dispatch import contract, norm_step, perturb, step_boundary
 
-__all__ = ["contract", "norm_step", "perturb", "reference"]
+__all__ = ["contract", "norm_step", "perturb", "reference", "step_boundary"]

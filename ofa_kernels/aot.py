@@ -144,7 +144,7 @@ def _target(architecture: str) -> Any:
 
 def _print(built: Sequence[Built]) -> None:
     header = ("kernel", "case", "arch", "warps", "registers", "spills", "shared", "16-byte", "narrower", "float64")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for one in built:
         used = one.usage
         numbers = one.num_warps, used.registers, used.spills, used.shared, used.wide, used.narrow, used.float64

@@ -16,7 +16,7 @@ class Usage:
 
     Attributes:
         registers: per thread.
-        spills: registers that do not fit: bytes of stack and local memory on NVIDIA, spilled registers on AMD.
+        spills: bytes of memory per thread for registers that do not fit: stack and local memory, or AMD's scratch.
         shared: bytes of shared memory per program.
         wide: loads and stores of 16 bytes per thread in device memory.
         narrow: the other loads and stores in device memory; γ's scalars and sums per row are among them.
@@ -82,7 +82,7 @@ def _of_amdgcn(compiled: Any) -> Usage:
     wide = [access for access in accesses if access.endswith("dwordx4")]
     return Usage(
         registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=number("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         wide=len(wide),
         narrow=len(accesses) - len(wide),

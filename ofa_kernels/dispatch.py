@@ -1,8 +1,8 @@
 """The one place that decides which implementation of an operation runs.
 
 The choice is made per call and from the tensors alone, so that one process may use several devices. An implementation
-is offered with `register`; the reference accepts everything and is asked last. `OFA_KERNELS=reference` in the
-environment leaves only the reference.
+is offered with `register`; the reference accepts everything and is asked last. The Triton kernels take tensors on a
+GPU where Triton is installed. `OFA_KERNELS=reference` in the environment leaves only the reference.
 """
 
 from __future__ import annotations
@@ -10,13 +10,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ofa_kernels import reference
+from ofa_kernels.launch import MAX_WIDTH
+from ofa_kernels.ops import contract as contract_op
+from ofa_kernels.ops import displace as displace_op
+from ofa_kernels.ops import norm_step as norm_step_op
+from ofa_kernels.ops import perturb as perturb_op
+from ofa_kernels.ops import step_boundary as step_boundary_op
 
-OPERATIONS = ("norm_step", "squared_norm", "perturb", "displace", "contract", "rstd")
+OPERATIONS = ("norm_step", "squared_norm", "perturb", "displace", "contract", "step_boundary", "rstd")
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,14 @@ def displace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return choose("displace", stream).function(stream, *args, **kwargs)
 
 
-def contract(base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Probes against what they changed, per row; see `reference.contract`."""
+def contract(base: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Probes against what they changed, per row, and ‖base‖²; see `reference.contract`."""
     return choose("contract", base).function(base, *args, **kwargs)
+
+
+def step_boundary(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The end of a measured step and the beginning of the next; see `reference.step_boundary`."""
+    return choose("step_boundary", residual).function(residual, *args, **kwargs)
 
 
 def rstd(stream: Tensor, **kwargs: Any) -> Tensor:
@@ -79,3 +95,26 @@ _IMPLEMENTATIONS = {
     operation: [Implementation("reference", getattr(reference, operation), lambda tensor: True)]
     for operation in OPERATIONS
 }
+
+
+def _kernels_take(tensor: Tensor) -> bool:
+    """Whether the Triton kernels can work on this tensor; AMD's GPUs are "cuda" to PyTorch as well."""
+    return (
+        _HAS_TRITON
+        and tensor.device.type == "cuda"
+        and tensor.dtype in _KERNEL_DTYPES
+        and tensor.dim() > 0
+        and tensor.shape[-1] <= MAX_WIDTH
+    )
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "norm_step": norm_step_op.norm_step,
+    "squared_norm": contract_op.squared_norm,
+    "perturb": perturb_op.perturb,
+    "displace": displace_op.displace,
+    "contract": contract_op.contract,
+    "step_boundary": step_boundary_op.step_boundary,
+}
+for _operation, _function in _KERNELS.items():
+    register(_operation, Implementation("triton", _function, _kernels_take))

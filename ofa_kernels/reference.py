@@ -184,7 +184,7 @@ def step_boundary(
     products, update_sqnorm = contract(update, copies, seed=seed, step=step, probe=probe)
     norm: dict[str, Any] = {"eps": eps, "kind": kind, "offset": offset}
     stream, normalized, _, _ = norm_step(residual, update, weight, bias, **norm)
-    keys = {"seed": seed, "step": step + 1, "probe": probe}
+    keys: dict[str, Any] = {"seed": seed, "step": step + 1, "probe": probe}
     stack = perturb(stream, weight, bias, **norm, samples=samples, epsilon=epsilon, **keys, undisturbed=normalized)
     return stream, stack, update_sqnorm, products
 

@@ -58,6 +58,11 @@ class TraceEstimator(Protocol):
 
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe
-    ) -> tuple[Tensor, Tensor]:
-        """The branch's own output, and diag-block traces tr(J_i P_i), (rows), before any norm that stands after it."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What leaves the branch without probes, and two values per row.
+
+        Returns:
+            the branch's own output; tr(J_i P_i), the trace of the row's own block, before any norm that stands behind
+            the branch; and the squared length of the output.
+        """
         ...

@@ -38,26 +38,25 @@ class Hutchinson:
         """The branch's input with `copies` displaced inputs behind it, (1 + copies)·B along the first dimension."""
         keys = self._keys(stream, probe)
         if branch.reads == "normalized":
-            copies = dispatch.perturb(
-                stream, norm.weight, norm.bias, eps=norm.eps, kind=norm.kind, offset=norm.offset, **keys
-            )
-        else:
-            copies = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **keys)
+            settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset, **keys}
+            return dispatch.perturb(stream, norm.weight, norm.bias, **settings, undisturbed=entering).flatten(0, 1)
+        copies = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **keys)
         return torch.cat((entering.unsqueeze(0), copies.to(entering.dtype))).flatten(0, 1)
 
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe
-    ) -> tuple[Tensor, Tensor]:
-        """The real output, and the mean over the probes of νᵀΔ/ε per row of the stream."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The real output; the mean over the probes of νᵀΔ/ε, and the output's squared length, per row."""
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
         real, copies = outputs[0], outputs[1:]
         keys = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
-        rows = dispatch.contract(real, copies, **keys).mean(0) / self._epsilon(stream)
+        products, sqnorm = dispatch.contract(real, copies, **keys)
+        rows = products.mean(0) / self._epsilon(stream)
         if branch.writes == "stream":
             # The copies still hold their own displaced stream; F is what was added to it, so tr(P) goes off again.
             moved = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **self._keys(stream, probe))
-            rows = rows - dispatch.contract(stream, moved, **keys).mean(0) / self._epsilon(stream)
-        return real, rows
+            rows = rows - dispatch.contract(stream, moved, **keys)[0].mean(0) / self._epsilon(stream)
+        return real, rows, sqnorm
 
     def _preconditioner(self, branch: Branch, norm: NormView, stream: Tensor) -> Tensor:
         if not branch.norm_reads_stream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.tile import channels, load, load_scale, merge_moments, store
+from ofa_kernels.kernels.tile import add_in_memory, channels, load, load_scale, merge_moments, store
 
 
 @triton.jit
@@ -47,8 +47,7 @@ def norm_step_forward(
             z = (z + u).to(stream.dtype.element_ty)
             tl.store(stream + row * width + channel, z, mask=inside)
             z = z.to(tl.float32)
-        count = tl.minimum(width - tile * GROUPS * 32, GROUPS * 32)
-        mu, squares = merge_moments(z, inside, tile * GROUPS * 32, mu, squares, count, CENTRED)
+        mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
     r = tl.rsqrt(squares / width + eps)
     tl.store(rstd + row, r)
     if CENTRED:
@@ -134,11 +133,9 @@ def norm_step_backward(
                 if TILES > 1:
                     g = load(grad_normalized + row * stride_grad_normalized, channel, inside)
                     h = g * load_scale(weight, channel, inside, OFFSET)
-                    into = partial_weight + program * width + channel
-                    tl.store(into, tl.load(into, mask=inside, other=0.0) + g * hat, mask=inside)
+                    add_in_memory(partial_weight + program * width, channel, inside, g * hat)
                     if partial_bias is not None:
-                        into = partial_bias + program * width + channel
-                        tl.store(into, tl.load(into, mask=inside, other=0.0) + g, mask=inside)
+                        add_in_memory(partial_bias + program * width, channel, inside, g)
                 else:
                     weight_sum += g * hat
                     if partial_bias is not None:

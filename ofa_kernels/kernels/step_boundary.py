@@ -5,9 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.perturb import add_rows, perturbed, perturbed_gradient
+from ofa_kernels.kernels.perturb import perturbed_gradient, store_perturbed
 from ofa_kernels.kernels.philox import probe_tile
-from ofa_kernels.kernels.tile import channels, load, load_scale, normalize, normalize_gradient, store
+from ofa_kernels.kernels.tile import (
+    add_in_memory,
+    channels,
+    load,
+    load_again,
+    load_scale,
+    merge_moments,
+    row_moments,
+    store,
+)
 
 
 @triton.jit(do_not_specialize=["step", "seed_low", "seed_high"])
@@ -34,6 +43,7 @@ def step_boundary_forward(
     COPIES: tl.constexpr,
     SAMPLES: tl.constexpr,
     GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -49,31 +59,58 @@ def step_boundary_forward(
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
-    channel = channels(0, GROUPS)
-    inside = channel < width
-    u = load(update + row * stride_update, channel, inside)
-    z = (load(residual + row * stride_residual, channel, inside) + u).to(stream.dtype.element_ty)
-    tl.store(stream + row * width + channel, z, mask=inside)
-    z = z.to(tl.float32)
-    tl.store(update_sqnorm + row, tl.sum(u * u))
+    z_row = stream + row * width
+    length, mu, squares = 0.0, 0.0, 0.0
+    for tile in tl.static_range(TILES):
+        channel = channels(tile, GROUPS)
+        inside = channel < width
+        u = load(update + row * stride_update, channel, inside)
+        z = (load(residual + row * stride_residual, channel, inside) + u).to(stream.dtype.element_ty)
+        tl.store(z_row + channel, z, mask=inside)
+        length += tl.sum(u * u)
+        z = z.to(tl.float32)
+        mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
+    tl.store(update_sqnorm + row, length)
+    r = tl.rsqrt(squares / width + eps)
     for copy in range(COPIES):
-        nu = probe_tile(0, row, copy, step, seed_low, seed_high, GROUPS, GAUSSIAN)
-        change = load(copies + copy * stride_sample + row * stride_copy, channel, inside) - u
-        tl.store(products + copy * rows + row, tl.sum(nu * change))
-    scale = load_scale(weight, channel, inside, OFFSET)
-    hat, r = normalize(z, inside, width, eps, CENTRED)
-    _store_scaled(stack + row * width, hat * scale, bias, channel, inside)
+        product = 0.0
+        for tile in tl.static_range(TILES):
+            channel = channels(tile, GROUPS)
+            inside = channel < width
+            if TILES > 1:
+                u = load(update + row * stride_update, channel, inside)
+            change = load(copies + copy * stride_sample + row * stride_copy, channel, inside) - u
+            product += tl.sum(change * probe_tile(tile, row, copy, step, seed_low, seed_high, GROUPS, GAUSSIAN))
+        tl.store(products + copy * rows + row, product)
+    for tile in tl.static_range(TILES):
+        channel = channels(tile, GROUPS)
+        inside = channel < width
+        if TILES > 1:
+            z = load(z_row, channel, inside)
+        y = (z - mu) * r * load_scale(weight, channel, inside, OFFSET)
+        if bias is not None:
+            y += load(bias, channel, inside)
+        store(stack + row * width, channel, inside, y)
     for sample in range(SAMPLES):
-        nu = probe_tile(0, row, sample, step + 1, seed_low, seed_high, GROUPS, GAUSSIAN)
-        moved = perturbed(z, scale, epsilon * r, nu, inside, width, eps, CENTRED)[0]
-        _store_scaled(stack + ((1 + sample) * rows + row) * width, moved * scale, bias, channel, inside)
-
-
-@triton.jit
-def _store_scaled(pointer, y, bias, channel, inside):
-    if bias is not None:
-        y += load(bias, channel, inside)
-    store(pointer, channel, inside, y)
+        store_perturbed(
+            stack + ((1 + sample) * rows + row) * width,
+            z_row,
+            weight,
+            bias,
+            row,
+            sample,
+            step + 1,
+            seed_low,
+            seed_high,
+            epsilon * r,
+            width,
+            eps,
+            GROUPS,
+            TILES,
+            CENTRED,
+            OFFSET,
+            GAUSSIAN,
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "step", "seed_low", "seed_high"])
@@ -100,10 +137,10 @@ def step_boundary_backward(
     COPIES: tl.constexpr,
     SAMPLES: tl.constexpr,
     GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr,
-    IN_MEMORY: tl.constexpr,
 ):
     """Gradients of residual, update, copies, γ and β; each program takes a run of rows.
 
@@ -117,48 +154,81 @@ def step_boundary_backward(
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
     share = tl.cdiv(rows, tl.num_programs(0))
     size = rows.to(tl.int64) * width
-    channel = channels(0, GROUPS)
-    inside = channel < width
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
     for row in range(program * share, tl.minimum((program + 1) * share, rows)):
         at = row * width
-        grad = tl.zeros((GROUPS, 32), tl.float32)
+        z_row = stream + at
+        mu, r, along, through = 0.0, 0.0, 0.0, 0.0
         if grad_stack is not None:
-            z = load(stream + at, channel, inside)
-            scale = load_scale(weight, channel, inside, OFFSET)
-            r = normalize(z, inside, width, eps, CENTRED)[1]
-            pull = 0.0
-            for sample in range(SAMPLES):
-                nu = probe_tile(0, row, sample, step + 1, seed_low, seed_high, GROUPS, GAUSSIAN)
-                g = load(grad_stack + (1 + sample) * size + at, channel, inside)
-                own, of_scale, of_shift = perturbed_gradient(g, z, scale, epsilon * r, nu, inside, width, eps, CENTRED)
-                grad += own
-                pull += of_shift
-                weight_sum = add_rows(partial_weight, program, weight_sum, of_scale, channel, inside, width, IN_MEMORY)
-                if partial_bias is not None:
-                    bias_sum = add_rows(partial_bias, program, bias_sum, g, channel, inside, width, IN_MEMORY)
-            hat, r = normalize(z, inside, width, eps, CENTRED)
-            g = load(grad_stack + at, channel, inside)
-            weight_sum = add_rows(partial_weight, program, weight_sum, g * hat, channel, inside, width, IN_MEMORY)
-            if partial_bias is not None:
-                bias_sum = add_rows(partial_bias, program, bias_sum, g, channel, inside, width, IN_MEMORY)
-            grad += normalize_gradient(g * scale, hat, inside, r, width, CENTRED)
-            grad -= hat * (epsilon * pull * r * r / width)
-        if grad_stream is not None:
-            grad += load(grad_stream + at, channel, inside)
-        store(grad_residual + at, channel, inside, grad)
-        if grad_sqnorm is not None:
-            grad += 2.0 * tl.load(grad_sqnorm + row) * load(update + at, channel, inside)
-        if grad_products is not None:
-            for copy in range(COPIES):
-                nu = probe_tile(0, row, copy, step, seed_low, seed_high, GROUPS, GAUSSIAN)
-                own = nu * tl.load(grad_products + copy * rows + row)
-                grad -= own
-                store(grad_copies + copy * size + at, channel, inside, own)
-        if grad_update is not None:
-            store(grad_update + at, channel, inside, grad)
-    if grad_stack is not None and not IN_MEMORY:
-        store(partial_weight + program * width, channel, inside, weight_sum)
+            mu, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)
+            for tile in range(TILES):
+                channel = channels(tile, GROUPS)
+                inside = channel < width
+                h = load(grad_stack + at, channel, inside) * load_scale(weight, channel, inside, OFFSET)
+                along += tl.sum(h * (load(z_row, channel, inside) - mu)) * r / width
+                if CENTRED:
+                    through += tl.sum(h) / width
+        for tile in range(TILES):
+            channel = channels(tile, GROUPS)
+            inside = channel < width
+            grad = tl.zeros((GROUPS, 32), tl.float32)
+            if grad_stack is not None:
+                if TILES > 1:
+                    weight_sum = tl.zeros((GROUPS, 32), tl.float32)
+                    bias_sum = tl.zeros((GROUPS, 32), tl.float32)
+                pull = 0.0
+                for sample in range(SAMPLES):
+                    own, of_scale, g, of_shift = perturbed_gradient(
+                        tile,
+                        z_row,
+                        grad_stack + (1 + sample) * size + at,
+                        weight,
+                        row,
+                        sample,
+                        step + 1,
+                        seed_low,
+                        seed_high,
+                        epsilon * r,
+                        mu,
+                        width,
+                        eps,
+                        GROUPS,
+                        TILES,
+                        CENTRED,
+                        OFFSET,
+                        GAUSSIAN,
+                    )
+                    grad += own
+                    pull += of_shift
+                    weight_sum += of_scale
+                    bias_sum += g
+                # shift = ε/σ and ∂(1/σ)/∂z = −ẑ/(σ² d), beside the gradient of the undisturbed copy.
+                g = load_again(grad_stack + at, channel, inside)
+                hat = tl.where(inside, (load(z_row, channel, inside) - mu) * r, 0.0)
+                weight_sum += g * hat
+                bias_sum += g
+                if TILES > 1:
+                    add_in_memory(partial_weight + program * width, channel, inside, weight_sum)
+                    if partial_bias is not None:
+                        add_in_memory(partial_bias + program * width, channel, inside, bias_sum)
+                h = g * load_scale(weight, channel, inside, OFFSET)
+                grad += (h - hat * (along + epsilon * pull * r / width) - through) * r
+            if grad_stream is not None:
+                grad += load(grad_stream + at, channel, inside)
+            store(grad_residual + at, channel, inside, grad)
+            if grad_sqnorm is not None:
+                grad += 2.0 * tl.load(grad_sqnorm + row) * load(update + at, channel, inside)
+            if grad_products is not None:
+                for copy in range(COPIES):
+                    nu = probe_tile(tile, row, copy, step, seed_low, seed_high, GROUPS, GAUSSIAN)
+                    own = nu * tl.load(grad_products + copy * rows + row)
+                    grad -= own
+                    store(grad_copies + copy * size + at, channel, inside, own)
+            if grad_update is not None:
+                store(grad_update + at, channel, inside, grad)
+    if TILES == 1 and grad_stack is not None:
+        channel = channels(0, GROUPS)
+        store(partial_weight + program * width, channel, channel < width, weight_sum)
         if partial_bias is not None:
-            store(partial_bias + program * width, channel, inside, bias_sum)
+            store(partial_bias + program * width, channel, channel < width, bias_sum)

@@ -35,30 +35,40 @@ def store(pointer, channel, inside, values):
 
 
 @triton.jit
-def normalize(z, inside, width, eps, CENTRED: tl.constexpr):
-    """(ẑ, 1/σ) of a row that is one tile: ẑ = (z − μ)/σ, σ² = mean((z − μ)²) + eps, μ = 0 unless CENTRED."""
-    if CENTRED:
-        z = tl.where(inside, z - tl.sum(z) / width, 0.0)
-    rstd = tl.rsqrt(tl.sum(z * z) / width + eps)
-    return z * rstd, rstd
+def load_again(pointer, channel, inside):
+    """As `load`, for what was loaded before: from the cache, rather than from registers kept in between.
+
+    The eviction policy says that nobody reads it a third time, and keeps the compiler from merging both loads.
+    """
+    return tl.load(pointer + channel, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
-def normalize_gradient(grad, hat, inside, rstd, width, CENTRED: tl.constexpr):
-    """Gradient in z of ⟨grad, ẑ⟩: (g − ẑ·mean(g ẑ) − mean(g))/σ, the last term only if CENTRED."""
-    along = tl.sum(grad * hat) / width
-    if CENTRED:
-        grad = tl.where(inside, grad - tl.sum(grad) / width, 0.0)
-    return (grad - hat * along) * rstd
+def add_in_memory(pointer, channel, inside, addend):
+    """Add to a tile that only this program writes."""
+    tl.store(pointer + channel, tl.load(pointer + channel, mask=inside, other=0.0) + addend, mask=inside)
 
 
 @triton.jit
-def merge_moments(z, inside, seen, mean, squares, count, CENTRED: tl.constexpr):
-    """Mean and sum of squared deviations of `seen` channels, with `count` more that a tile holds.
+def row_moments(row, width, eps, GROUPS: tl.constexpr, TILES: tl.constexpr, CENTRED: tl.constexpr):
+    """(μ, 1/σ) of a row: σ² = mean((z − μ)²) + eps, μ = 0 unless CENTRED."""
+    mean, squares = 0.0, 0.0
+    for tile in range(TILES):
+        channel = channels(tile, GROUPS)
+        inside = channel < width
+        mean, squares = merge_moments(load(row, channel, inside), inside, tile, mean, squares, width, GROUPS, CENTRED)
+    return mean, tl.rsqrt(squares / width + eps)
+
+
+@triton.jit
+def merge_moments(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr, CENTRED: tl.constexpr):
+    """Mean and sum of squared deviations of the tiles before this one, with those of this one.
 
     Chan, Golub and LeVeque's update, which loses nothing where the mean is large against the deviations.
     """
     if CENTRED:
+        seen = tile * GROUPS * 32
+        count = tl.minimum(width - seen, GROUPS * 32)
         tile_mean = tl.sum(z) / count
         z = tl.where(inside, z - tile_mean, 0.0)
         gap = tile_mean - mean

@@ -26,13 +26,13 @@ def contract(
     """As `reference.contract`; the backward pass computes the probes again and reads nothing but gradients."""
     reference.check_stack(base, copies)
     check_probe(probe)
-    return torch.ops.ofa_kernels.contract(base, copies, seed, step, probe == "gaussian")  # type: ignore[no-any-return]
+    return torch.ops.ofa_kernels.contract(base, copies, seed, step, probe == "gaussian")
 
 
 def squared_norm(update: Tensor) -> Tensor:
     """As `reference.squared_norm`."""
     none = update.new_empty((0, *update.shape))
-    return torch.ops.ofa_kernels.contract(update, none, 0, 0, False)[1]  # type: ignore[no-any-return]
+    return torch.ops.ofa_kernels.contract(update, none, 0, 0, False)[1]
 
 
 def forward(base: Tensor, copies: Tensor, seed: int, step: int, gaussian: bool) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def displace(
 ) -> Tensor:
     """As `reference.displace`."""
     check_probe(probe)
-    return torch.ops.ofa_kernels.displace(  # type: ignore[no-any-return]
+    return torch.ops.ofa_kernels.displace(
         stream, preconditioner.expand(stream.shape), samples, epsilon, seed, step, probe == "gaussian"
     )
 

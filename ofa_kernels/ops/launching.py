@@ -30,7 +30,7 @@ def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **consta
     if grid == 0 or width == 0:
         return
     config = configuration(kernel, tensor, width)
-    own = {"GROUPS": config.groups, "TILES": config.tiles, "IN_MEMORY": config.in_memory}
+    own = {"GROUPS": config.groups, "TILES": config.tiles}
     constants |= {name: value for name, value in own.items() if name in kernel.arg_names}
     # Fused multiply-adds round once instead of twice; Triton 3.10 turns them off unless asked.
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
@@ -63,7 +63,9 @@ _architecture: str | None = None
 
 def configuration(kernel: Any, tensor: Tensor, width: int) -> launch.Launch:
     """The launch configuration of a kernel for rows like those of `tensor`."""
-    return launch.configure(kernel.fn.__name__, width, tensor.element_size(), _architecture or architecture(tensor.device))
+    return launch.configure(
+        kernel.fn.__name__, width, tensor.element_size(), _architecture or architecture(tensor.device)
+    )
 
 
 @cache
@@ -93,17 +95,18 @@ class ScaleGradients:
     def __init__(self, kernel: Any, rows: int, tensor: Tensor, width: int, *, biased: bool, written: bool) -> None:
         config = configuration(kernel, tensor, width)
         self.programs = launch.programs(rows, multiprocessors(tensor.device))
-        # Programs that keep their sum in registers write it in the end; the others add to what is there.
-        whole = written and rows > 0 and not config.in_memory and config.tiles == 1
-        shape, options = (self.programs, width), {"dtype": torch.float32, "device": tensor.device}
-        self.weight, self.bias = (
-            (torch.empty(shape, **options) if whole else torch.zeros(shape, **options)) if wanted else None
-            for wanted in (True, biased)
-        )
+        # A program whose rows are one tile writes its sum in the end; the others add to what is there.
+        whole = written and rows > 0 and config.tiles == 1
+
+        def sums() -> Tensor:
+            shape = self.programs, width
+            fill = torch.empty if whole else torch.zeros
+            return fill(shape, dtype=torch.float32, device=tensor.device)
+
+        self.weight, self.bias = sums(), sums() if biased else None
 
     def total(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of γ and β, shaped and typed like `weight`; that of β is empty without a shift."""
-        assert self.weight is not None
         bias = weight.new_empty(0) if self.bias is None else self.bias.sum(0).to(weight.dtype)
         return self.weight.sum(0).to(weight.dtype), bias
 

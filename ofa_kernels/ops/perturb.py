@@ -42,7 +42,7 @@ def perturb(
     if undisturbed is not None:
         reference.check_same_shape("undisturbed", undisturbed, "stream", stream)
     norm = eps, kind == "layer", offset
-    return torch.ops.ofa_kernels.perturb(  # type: ignore[no-any-return]
+    return torch.ops.ofa_kernels.perturb(
         stream, undisturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian"
     )
 

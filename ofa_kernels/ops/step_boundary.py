@@ -46,7 +46,7 @@ def step_boundary(
     reference.check_stack(update, copies)
     check_probe(probe)
     norm = eps, kind == "layer", offset
-    return torch.ops.ofa_kernels.step_boundary(  # type: ignore[no-any-return]
+    return torch.ops.ofa_kernels.step_boundary(
         residual, update, copies, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian"
     )
 

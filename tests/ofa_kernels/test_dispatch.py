@@ -20,6 +20,10 @@ CALLS = {
     "perturb": ((STREAM, SCALE), {"eps": 1e-5, "samples": 2, **PROBED}),
     "displace": ((STREAM, SCALE), {"samples": 2, **PROBED}),
     "contract": ((STREAM, torch.stack((STREAM, -STREAM))), {"seed": 3, "step": 1}),
+    "step_boundary": (
+        (STREAM, 2 * STREAM, torch.stack((STREAM, -STREAM)), SCALE),
+        {"eps": 1e-5, "samples": 2, **PROBED},
+    ),
     "rstd": ((STREAM,), {"eps": 1e-5}),
 }
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)
