@@ -6,11 +6,9 @@ python -m benchmarks.step --out benchmarks/results/step_cpu.csv
 from __future__ import annotations
 
 import argparse
-import csv
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -19,6 +17,7 @@ import transformers
 from torch import nn
 
 from benchmarks import cost
+from benchmarks.table import commit, cpu, significant, writing
 from benchmarks.workloads import PLAIN, SMOLLM2_135M, VARIANTS, Workload, batch, build, step
 
 ROUNDS = 5
@@ -90,16 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     labels = [workload.label for workload in cost.WORKLOADS]
     parser.add_argument("--only", choices=labels, help="one workload instead of all")
     options = parser.parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
+    with writing(options.out, Row) as write:
         for workload in cost.WORKLOADS:
-            if options.only not in (None, workload.label):
-                continue
-            writer.writerows(asdict(row) for row in _measure(workload, options.rounds))
-            # What took minutes to measure is worth keeping if the next workload is interrupted.
-            file.flush()
+            if options.only in (None, workload.label):
+                write(_measure(workload, options.rounds))
 
 
 def _measure(workload: Workload, rounds: int) -> Iterator[Row]:
@@ -130,22 +123,13 @@ def _cost_rows(costs: dict[str, cost.Cost], row: Callable[[str, str, float, str]
 
 
 def _row_maker(workload: Workload) -> Callable[[str, str, float, str], Row]:
-    threads = torch.get_num_threads()
-    device = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-    versions = torch.__version__, transformers.__version__, _commit()
+    origin = cpu(), torch.__version__, transformers.__version__, commit()
 
     def row(variant: str, metric: str, value: float, unit: str) -> Row:
         size = workload.sequences, workload.tokens
-        return Row(workload.name, variant, *size, metric, float(f"{value:.6g}"), unit, device, *versions)
+        return Row(workload.name, variant, *size, metric, significant(value), unit, *origin)
 
     return row
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() if found.returncode == 0 else "uncommitted"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ class Launch:
     groups: int
     tiles: int
     num_warps: int
+    max_registers: int | None
+    """Per thread, on NVIDIA; without a limit the assembler sets one of its own, and spills to keep it."""
 
 
 def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Launch:
@@ -28,21 +30,30 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
 
     A tile is the power of two that holds the row, from 128 columns (one random counter) up. A thread takes 16 columns
     of it: two 16-byte accesses of bfloat16, four of float32. More than 512 threads would leave each with 64 registers,
-    fewer than a row needs, so that wider rows take 32 columns per thread and then several tiles. The heavy kernels
-    spill at 16 columns per thread and 512 threads; behind 4096 columns they go on in tiles of 8 per thread.
+    fewer than a row needs, so that wider rows take 32 columns per thread, and then several tiles. 128 registers let
+    two programs of 256 threads share a multiprocessor. The heavy kernels need more; behind 4096 columns, where they
+    would spill all the same, they go on in tiles of 8 columns for each of 256 threads.
     """
     block = max(128, 1 << (width - 1).bit_length())
-    widest = 4096 if kernel in HEAVY else 16384
-    tile = min(block, widest)
-    threads = min(512, max(64, block // 16))
-    warp = 64 if architecture.startswith("gfx") else 32
-    return Launch(groups=tile // 32, tiles=-(-width // tile), num_warps=max(1, threads // warp))
+    tile, threads, registers = min(block, 16384), min(512, max(64, block // 16)), 128
+    if kernel in HEAVY:
+        registers = 255
+        if block > 4096:
+            tile, threads = 2048, 256
+    amd = architecture.startswith("gfx")
+    return Launch(
+        groups=tile // 32,
+        tiles=-(-width // tile),
+        num_warps=max(1, threads // (64 if amd else 32)),
+        max_registers=None if amd else registers,
+    )
 
 
 def programs(rows: int, multiprocessors: int) -> int:
     """How many programs share the rows of a backward pass, each with a partial sum of its own.
 
-    Four per multiprocessor hide one's reductions behind the others' loads and keep the partial sums small: 528 rows
-    of them beside 8192 rows of the stream on an H200.
+    Four per multiprocessor hide one's reductions behind the others' loads, but each writes a row of float32 that is
+    read again: with 8 rows of bfloat16 to each, a sixth of what a norm's gradient moves anyway. Never fewer than one
+    per multiprocessor.
     """
-    return max(1, min(rows, 4 * multiprocessors))
+    return max(1, min(rows, 4 * multiprocessors, max(multiprocessors, rows // 8)))

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    # Kernels run on CPU tensors. Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SENTENCES = (
     "Review: a warm and funny film that never drags\nSentiment: positive",
@@ -30,8 +34,6 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """One thread: these tensors are so small that handing them to a second one costs ten times the arithmetic."""
-    import torch
-
     torch.set_num_threads(1)
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ofa_kernels.kernels.philox import probe_tile
-from ofa_kernels.kernels.tile import channels, load, store
+from ofa_kernels.kernels.tile import channels, load, row_and_tile, store
 
 
 @triton.jit(do_not_specialize=["step", "seed_low", "seed_high"])
@@ -44,7 +44,7 @@ def contract_forward(
             if TILES > 1:
                 b = load(base + row * stride_base, channel, inside)
             change = load(copies + sample * stride_sample + row * stride_row, channel, inside) - b
-            product += tl.sum(change * probe_tile(tile, row, sample, step, seed_low, seed_high, GROUPS, GAUSSIAN))
+            product += tl.sum(change * probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN))
         tl.store(products + sample * rows + row, product)
 
 
@@ -66,8 +66,7 @@ def contract_backward(
     GAUSSIAN: tl.constexpr,
 ):
     """∂copies[i] = ν_i g_i and ∂base = 2 grad_sqnorm · base − Σ_i ν_i g_i; a missing gradient is None."""
-    row = tl.program_id(0).to(tl.int64) // TILES
-    tile = tl.program_id(0) % TILES
+    row, tile = row_and_tile(TILES)
     rows = tl.num_programs(0).to(tl.int64) // TILES
     channel = channels(tile, GROUPS)
     inside = channel < width
@@ -77,7 +76,7 @@ def contract_backward(
         grad = tl.zeros((GROUPS, 32), tl.float32)
     if grad_products is not None:
         for sample in range(SAMPLES):
-            nu = probe_tile(tile, row, sample, step, seed_low, seed_high, GROUPS, GAUSSIAN)
+            nu = probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
             own = nu * tl.load(grad_products + sample * rows + row)
             grad -= own
             store(grad_copies + (sample * rows + row) * width, channel, inside, own)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ofa_kernels.kernels.philox import probe_tile
-from ofa_kernels.kernels.tile import channels, load, store
+from ofa_kernels.kernels.tile import channels, load, row_and_tile, store
 
 
 @triton.jit(do_not_specialize=["step", "seed_low", "seed_high"])
@@ -27,15 +27,14 @@ def displace_forward(
     GAUSSIAN: tl.constexpr,
 ):
     """copies[i] = z + ε p ⊙ ν_i, (SAMPLES, rows, width), p being (rows, width); one program per tile of a row."""
-    row = tl.program_id(0).to(tl.int64) // TILES
-    tile = tl.program_id(0) % TILES
+    row, tile = row_and_tile(TILES)
     rows = tl.num_programs(0).to(tl.int64) // TILES
     channel = channels(tile, GROUPS)
     inside = channel < width
     z = load(stream + row * stride_stream, channel, inside)
     p = load(preconditioner + row * stride_preconditioner, channel, inside) * tl.cast(epsilon, tl.float32)
     for sample in range(SAMPLES):
-        nu = probe_tile(tile, row, sample, step, seed_low, seed_high, GROUPS, GAUSSIAN)
+        nu = probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
         store(copies + (sample * rows + row) * width, channel, inside, z + p * nu)
 
 
@@ -57,8 +56,7 @@ def displace_backward(
     GAUSSIAN: tl.constexpr,
 ):
     """∂z = Σ_i g_i and ∂p = ε Σ_i ν_i ⊙ g_i (or None), both (rows, width); one program per tile of a row."""
-    row = tl.program_id(0).to(tl.int64) // TILES
-    tile = tl.program_id(0) % TILES
+    row, tile = row_and_tile(TILES)
     channel = channels(tile, GROUPS)
     inside = channel < width
     plain = tl.zeros((GROUPS, 32), tl.float32)
@@ -67,7 +65,7 @@ def displace_backward(
         g = load(grad_copies + sample * stride_sample + row * stride_row, channel, inside)
         plain += g
         if grad_preconditioner is not None:
-            signed += g * probe_tile(tile, row, sample, step, seed_low, seed_high, GROUPS, GAUSSIAN)
+            signed += g * probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
     store(grad_stream + row * width, channel, inside, plain)
     if grad_preconditioner is not None:
         store(grad_preconditioner + row * width, channel, inside, signed * tl.cast(epsilon, tl.float32))

@@ -54,6 +54,9 @@ def norm_step_forward(
         tl.store(mean + row, mu)
     if update is not None:
         tl.store(update_sqnorm + row, length)
+    if TILES > 1 and update is not None:
+        # Other threads than those that wrote it may read the stream again.
+        tl.debug_barrier()
     for tile in tl.static_range(TILES):
         if TILES > 1:
             channel = channels(tile, GROUPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.perturb import perturbed_gradient, store_perturbed
+from ofa_kernels.kernels.perturb import perturbed_gradient, perturbed_statistics, store_perturbed
 from ofa_kernels.kernels.philox import probe_tile
 from ofa_kernels.kernels.tile import (
     add_in_memory,
@@ -59,6 +59,7 @@ def step_boundary_forward(
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
+    key = (step, seed_low, seed_high)
     z_row = stream + row * width
     length, mu, squares = 0.0, 0.0, 0.0
     for tile in tl.static_range(TILES):
@@ -77,10 +78,9 @@ def step_boundary_forward(
         for tile in tl.static_range(TILES):
             channel = channels(tile, GROUPS)
             inside = channel < width
-            if TILES > 1:
-                u = load(update + row * stride_update, channel, inside)
+            u = load_again(update + row * stride_update, channel, inside)
             change = load(copies + copy * stride_sample + row * stride_copy, channel, inside) - u
-            product += tl.sum(change * probe_tile(tile, row, copy, step, seed_low, seed_high, GROUPS, GAUSSIAN))
+            product += tl.sum(change * probe_tile(tile, row, copy, key, GROUPS, GAUSSIAN))
         tl.store(products + copy * rows + row, product)
     for tile in tl.static_range(TILES):
         channel = channels(tile, GROUPS)
@@ -91,25 +91,13 @@ def step_boundary_forward(
         if bias is not None:
             y += load(bias, channel, inside)
         store(stack + row * width, channel, inside, y)
+    # Other threads than those that wrote it may read the stream again.
+    tl.debug_barrier()
+    next_key, norm, shift = (step + 1, seed_low, seed_high), (width, eps), epsilon * r
     for sample in range(SAMPLES):
+        into = stack + ((1 + sample) * rows + row) * width
         store_perturbed(
-            stack + ((1 + sample) * rows + row) * width,
-            z_row,
-            weight,
-            bias,
-            row,
-            sample,
-            step + 1,
-            seed_low,
-            seed_high,
-            epsilon * r,
-            width,
-            eps,
-            GROUPS,
-            TILES,
-            CENTRED,
-            OFFSET,
-            GAUSSIAN,
+            into, z_row, weight, bias, row, sample, next_key, shift, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
         )
 
 
@@ -136,6 +124,7 @@ def step_boundary_backward(
     seed_high,
     COPIES: tl.constexpr,
     SAMPLES: tl.constexpr,
+    SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -152,23 +141,25 @@ def step_boundary_backward(
     """
     program = tl.program_id(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
+    key, next_key, norm = (step, seed_low, seed_high), (step + 1, seed_low, seed_high), (width, eps)
     share = tl.cdiv(rows, tl.num_programs(0))
     size = rows.to(tl.int64) * width
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
     for row in range(program * share, tl.minimum((program + 1) * share, rows)):
         at = row * width
-        z_row = stream + at
-        mu, r, along, through = 0.0, 0.0, 0.0, 0.0
+        z_row, g_row = stream + at, grad_stack
         if grad_stack is not None:
+            g_row = grad_stack + at
             mu, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)
-            for tile in range(TILES):
-                channel = channels(tile, GROUPS)
-                inside = channel < width
-                h = load(grad_stack + at, channel, inside) * load_scale(weight, channel, inside, OFFSET)
-                along += tl.sum(h * (load(z_row, channel, inside) - mu)) * r / width
-                if CENTRED:
-                    through += tl.sum(h) / width
+            shift = epsilon * r
+            along, through = undisturbed_statistics(z_row, g_row, weight, mu, r, width, GROUPS, TILES, CENTRED, OFFSET)
+            statistics, pull = perturbed_statistics(
+                z_row, g_row + size, size, weight, row, next_key, shift, mu, norm, SAMPLES, SLOTS, GROUPS, TILES,
+                CENTRED, OFFSET, GAUSSIAN
+            )  # fmt: skip
+            # shift = ε/σ and ∂(1/σ)/∂z = −ẑ/(σ² d), which is along ẑ as well.
+            along += epsilon * pull * r / width
         for tile in range(TILES):
             channel = channels(tile, GROUPS)
             inside = channel < width
@@ -177,43 +168,19 @@ def step_boundary_backward(
                 if TILES > 1:
                     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
                     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
-                pull = 0.0
-                for sample in range(SAMPLES):
-                    own, of_scale, g, of_shift = perturbed_gradient(
-                        tile,
-                        z_row,
-                        grad_stack + (1 + sample) * size + at,
-                        weight,
-                        row,
-                        sample,
-                        step + 1,
-                        seed_low,
-                        seed_high,
-                        epsilon * r,
-                        mu,
-                        width,
-                        eps,
-                        GROUPS,
-                        TILES,
-                        CENTRED,
-                        OFFSET,
-                        GAUSSIAN,
-                    )
-                    grad += own
-                    pull += of_shift
-                    weight_sum += of_scale
-                    bias_sum += g
-                # shift = ε/σ and ∂(1/σ)/∂z = −ẑ/(σ² d), beside the gradient of the undisturbed copy.
-                g = load_again(grad_stack + at, channel, inside)
+                grad, of_scale, of_shift = perturbed_gradient(
+                    tile, z_row, g_row + size, size, weight, row, next_key, shift, width, statistics, SAMPLES, SLOTS,
+                    GROUPS, OFFSET, GAUSSIAN
+                )  # fmt: skip
+                g = load_again(g_row, channel, inside)
                 hat = tl.where(inside, (load(z_row, channel, inside) - mu) * r, 0.0)
-                weight_sum += g * hat
-                bias_sum += g
+                weight_sum += of_scale + g * hat
+                bias_sum += of_shift + g
                 if TILES > 1:
                     add_in_memory(partial_weight + program * width, channel, inside, weight_sum)
                     if partial_bias is not None:
                         add_in_memory(partial_bias + program * width, channel, inside, bias_sum)
-                h = g * load_scale(weight, channel, inside, OFFSET)
-                grad += (h - hat * (along + epsilon * pull * r / width) - through) * r
+                grad += (g * load_scale(weight, channel, inside, OFFSET) - hat * along - through) * r
             if grad_stream is not None:
                 grad += load(grad_stream + at, channel, inside)
             store(grad_residual + at, channel, inside, grad)
@@ -221,7 +188,7 @@ def step_boundary_backward(
                 grad += 2.0 * tl.load(grad_sqnorm + row) * load(update + at, channel, inside)
             if grad_products is not None:
                 for copy in range(COPIES):
-                    nu = probe_tile(tile, row, copy, step, seed_low, seed_high, GROUPS, GAUSSIAN)
+                    nu = probe_tile(tile, row, copy, key, GROUPS, GAUSSIAN)
                     own = nu * tl.load(grad_products + copy * rows + row)
                     grad -= own
                     store(grad_copies + copy * size + at, channel, inside, own)
@@ -232,3 +199,20 @@ def step_boundary_backward(
         store(partial_weight + program * width, channel, channel < width, weight_sum)
         if partial_bias is not None:
             store(partial_bias + program * width, channel, channel < width, bias_sum)
+
+
+@triton.jit
+def undisturbed_statistics(
+    z_row, g_row, weight, mu, r, width, GROUPS: tl.constexpr, TILES: tl.constexpr, CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr
+):  # fmt: skip
+    """mean(h ẑ) and mean(h) of a row, h = γ ⊙ g, the second 0 unless CENTRED."""
+    along, through = 0.0, 0.0
+    for tile in range(TILES):
+        channel = channels(tile, GROUPS)
+        inside = channel < width
+        h = load(g_row, channel, inside) * load_scale(weight, channel, inside, OFFSET)
+        along += tl.sum(h * (load(z_row, channel, inside) - mu)) * r / width
+        if CENTRED:
+            through += tl.sum(h) / width
+    return along, through

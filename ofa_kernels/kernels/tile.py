@@ -11,6 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
+def row_and_tile(TILES: tl.constexpr):
+    """Which row and which of its tiles this program works on, where there is one program for each tile."""
+    program = tl.program_id(0).to(tl.int64)
+    return program // TILES, (program % TILES).to(tl.int32)
+
+
+@triton.jit
 def channels(tile, GROUPS: tl.constexpr):
     """Channel numbers of a tile, (GROUPS, 32)."""
     return (tile * GROUPS + tl.arange(0, GROUPS)[:, None]) * 32 + tl.arange(0, 32)[None, :]

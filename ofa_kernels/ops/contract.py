@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import as_rows, as_stack, configuration, implement, key, library, run
+from ofa_kernels.ops.launching import (
+    as_rows,
+    as_stack,
+    configuration,
+    differentiable_once,
+    implement,
+    key,
+    library,
+    run,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -127,4 +136,5 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 
 implement("contract", forward, empty)
 implement("contract_backward", backward, empty_gradients)
+differentiable_once("contract_backward")
 torch.library.register_autograd("ofa_kernels::contract", _differentiate, setup_context=_save, lib=library)

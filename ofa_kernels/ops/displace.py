@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_kernels.ops.launching import as_rows, as_stack, configuration, implement, key, library, run
+from ofa_kernels.ops.launching import (
+    as_rows,
+    as_stack,
+    configuration,
+    differentiable_once,
+    implement,
+    key,
+    library,
+    run,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -120,4 +129,5 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 implement("displace", forward, empty)
 implement("displace_backward", backward, empty_gradients)
+differentiable_once("displace_backward")
 torch.library.register_autograd("ofa_kernels::displace", _differentiate, setup_context=_save, lib=library)

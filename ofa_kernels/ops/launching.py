@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_kernels import launch
+from ofa_kernels import binaries, launch
 
 library = torch.library.Library("ofa_kernels", "DEF")
 """Where all operations are defined: `torch.ops.ofa_kernels`."""
@@ -20,6 +20,18 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
     """Give an operation its launches on every device, and its shapes where there is no data."""
     torch.library.impl(f"ofa_kernels::{name}", "default", function, lib=library)
     torch.library.register_fake(f"ofa_kernels::{name}", fake, lib=library)
+
+
+def differentiable_once(name: str) -> None:
+    """Make the second derivative of a backward operation an error; PyTorch would only warn and go on without it."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{name} has no derivative: the kernels are differentiable once; set OFA_KERNELS=reference in the "
+            "environment for second derivatives"
+        )
+
+    torch.library.register_autograd(f"ofa_kernels::{name}", refuse, lib=library)
 
 
 Launcher = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
@@ -33,7 +45,11 @@ def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **consta
     own = {"GROUPS": config.groups, "TILES": config.tiles}
     constants |= {name: value for name, value in own.items() if name in kernel.arg_names}
     # Fused multiply-adds round once instead of twice; Triton 3.10 turns them off unless asked.
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    if tensor.is_cuda:
+        binaries.offer(architecture(tensor.device))
     with torch.cuda.device_of(tensor):
         _launcher(kernel, grid, args, constants | options)
 
@@ -128,6 +144,11 @@ def _dense_columns(tensor: Tensor, width: int) -> Tensor:
 def key(seed: int, step: int) -> tuple[int, int, int]:
     """(step, low word, high word of the seed) as signed 32-bit numbers, so that every value has the same type."""
     return _signed(step), _signed(seed), _signed(seed >> 32)
+
+
+def slots(samples: int) -> int:
+    """The power of two that holds as many samples: what the kernels keep of each is a tile like any other."""
+    return 1 << max(samples - 1, 0).bit_length()
 
 
 def _signed(word: int) -> int:

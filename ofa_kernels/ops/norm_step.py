@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import ScaleGradients, as_rows, implement, library, run
+from ofa_kernels.ops.launching import ScaleGradients, as_rows, differentiable_once, implement, library, run
 
 library.define(
     "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset) "
@@ -217,4 +217,5 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 
 implement("norm_step", forward, empty)
 implement("norm_step_backward", backward, empty_gradients)
+differentiable_once("norm_step_backward")
 torch.library.register_autograd("ofa_kernels::norm_step", _differentiate, setup_context=_save, lib=library)

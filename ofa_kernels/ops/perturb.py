@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import ScaleGradients, as_rows, as_stack, implement, key, library, run
+from ofa_kernels.ops.launching import (
+    ScaleGradients,
+    as_rows,
+    as_stack,
+    differentiable_once,
+    implement,
+    key,
+    library,
+    run,
+    slots,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -139,6 +149,7 @@ def backward(
         epsilon,
         *key(seed, step),
         SAMPLES=grads.shape[0],
+        SLOTS=slots(grads.shape[0]),
         CENTRED=centred,
         OFFSET=offset,
         GAUSSIAN=gaussian,
@@ -176,4 +187,5 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 implement("perturb", forward, empty)
 implement("perturb_backward", backward, empty_gradients)
+differentiable_once("perturb_backward")
 torch.library.register_autograd("ofa_kernels::perturb", _differentiate, setup_context=_save, lib=library)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import ScaleGradients, as_rows, as_stack, implement, key, library, run
+from ofa_kernels.ops.launching import (
+    ScaleGradients,
+    as_rows,
+    as_stack,
+    differentiable_once,
+    implement,
+    key,
+    library,
+    run,
+    slots,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -143,6 +153,7 @@ def backward(
     from ofa_kernels.kernels.step_boundary import step_boundary_backward
 
     width, rows = stream.shape[-1], stream.shape[:-1].numel()
+    samples = 0 if grad_stack is None else grad_stack.shape[0] - 1
     grad_residual, grad_update, grad_copies, *_ = empty_gradients(
         stream, update, weight, grad_stream, grad_stack, grad_sqnorm, grad_products, copies, biased
     )
@@ -170,7 +181,8 @@ def backward(
         epsilon,
         *key(seed, step),
         COPIES=copies,
-        SAMPLES=0 if grad_stack is None else grad_stack.shape[0] - 1,
+        SAMPLES=samples,
+        SLOTS=slots(samples),
         CENTRED=centred,
         OFFSET=offset,
         GAUSSIAN=gaussian,
@@ -228,4 +240,5 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 
 implement("step_boundary", forward, empty)
 implement("step_boundary_backward", backward, empty_gradients)
+differentiable_once("step_boundary_backward")
 torch.library.register_autograd("ofa_kernels::step_boundary", _differentiate, setup_context=_save, lib=library)

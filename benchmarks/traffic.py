@@ -1,0 +1,150 @@
+"""The fewest bytes that each operation must move through device memory, as a function of its sizes.
+
+The model: every element of every row that goes in is read once and every element that comes out is written once, in
+the stream's dtype; numbers per row, `displace`'s preconditioner and its gradient are float32; γ and β are read once
+and their gradients written once for all rows together. All gradients arrive and all are wanted.
+
+What a kernel moves beyond that is left out, because it comes from a cache or is small beside the rows:
+
+- γ and β, which every row reads again;
+- a tile that `perturb` and `step_boundary` read again for every probe, and the second read of its gradients;
+- a row of several tiles, read again behind its moments;
+- the sums of the gradients of γ and β that each program of a backward pass writes, and the sum over the programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT32 = 4
+"""Bytes of a number per row, and of an element of the preconditioner."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of one call: `itemsize` is the stream's, `scale_itemsize` that of γ and β, both in bytes."""
+
+    rows: int
+    width: int
+    itemsize: int
+    samples: int = 0
+    biased: bool = False
+    centred: bool = False
+    scale_itemsize: int = FLOAT32
+
+    @property
+    def stream(self) -> int:
+        """Bytes of all rows."""
+        return self.rows * self.width * self.itemsize
+
+    @property
+    def preconditioner(self) -> int:
+        """Bytes of one diagonal per row."""
+        return self.rows * self.width * FLOAT32
+
+    @property
+    def scalars(self) -> int:
+        """Bytes of one number per row."""
+        return self.rows * FLOAT32
+
+    @property
+    def scale(self) -> int:
+        """Bytes of γ, or of its gradient."""
+        return self.width * self.scale_itemsize
+
+    @property
+    def scale_and_shift(self) -> int:
+        """Bytes of γ and, where there is one, β; or of their gradients."""
+        return self.scale * (1 + self.biased)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written."""
+
+    reads: int
+    writes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes moved."""
+        return self.reads + self.writes
+
+
+def norm_step_forward(size: Size) -> Traffic:
+    """residual, update → stream, normalized; ‖update‖², 1/σ, and μ where the norm has one."""
+    return Traffic(
+        reads=2 * size.stream + size.scale_and_shift,
+        writes=2 * size.stream + (2 + size.centred) * size.scalars,
+    )
+
+
+def norm_step_backward(size: Size) -> Traffic:
+    """stream, update, and gradients of stream, normalized and ‖update‖² → gradients of residual, update, γ, β."""
+    return Traffic(
+        reads=4 * size.stream + (2 + size.centred) * size.scalars + size.scale,
+        writes=2 * size.stream + size.scale_and_shift,
+    )
+
+
+def add_norm_backward(size: Size) -> Traffic:
+    """As `norm_step_backward` where nobody asks for ‖update‖²: residual and update have one gradient."""
+    return Traffic(
+        reads=3 * size.stream + (1 + size.centred) * size.scalars + size.scale,
+        writes=size.stream + size.scale_and_shift,
+    )
+
+
+def perturb_forward(size: Size, *, undisturbed: bool = False) -> Traffic:
+    """Stream → copies, behind a copy of `undisturbed` where it is given."""
+    return Traffic(
+        reads=(1 + undisturbed) * size.stream + size.scale_and_shift,
+        writes=(undisturbed + size.samples) * size.stream,
+    )
+
+
+def perturb_backward(size: Size) -> Traffic:
+    """Stream and gradients of the copies → gradients of stream, γ, β; that of `undisturbed` is already there."""
+    return Traffic(
+        reads=(1 + size.samples) * size.stream + size.scale,
+        writes=size.stream + size.scale_and_shift,
+    )
+
+
+def contract_forward(size: Size) -> Traffic:
+    """base, copies → products, ‖base‖²."""
+    return Traffic(reads=(1 + size.samples) * size.stream, writes=(1 + size.samples) * size.scalars)
+
+
+def contract_backward(size: Size) -> Traffic:
+    """Base and the gradients of products and ‖base‖² → gradients of base and copies."""
+    return Traffic(
+        reads=size.stream + (1 + size.samples) * size.scalars,
+        writes=(1 + size.samples) * size.stream,
+    )
+
+
+def displace_forward(size: Size) -> Traffic:
+    """stream, preconditioner → copies."""
+    return Traffic(reads=size.stream + size.preconditioner, writes=size.samples * size.stream)
+
+
+def displace_backward(size: Size) -> Traffic:
+    """Gradients of the copies → gradients of stream and preconditioner."""
+    return Traffic(reads=size.samples * size.stream, writes=size.stream + size.preconditioner)
+
+
+def step_boundary_forward(size: Size) -> Traffic:
+    """residual, update, copies → stream, the stack of normalized rows, ‖update‖², products."""
+    return Traffic(
+        reads=(2 + size.samples) * size.stream + size.scale_and_shift,
+        writes=(2 + size.samples) * size.stream + (1 + size.samples) * size.scalars,
+    )
+
+
+def step_boundary_backward(size: Size) -> Traffic:
+    """stream, update, and gradients of all four outputs → gradients of residual, update, copies, γ, β."""
+    return Traffic(
+        reads=(4 + size.samples) * size.stream + (1 + size.samples) * size.scalars + size.scale,
+        writes=(2 + size.samples) * size.stream + size.scale_and_shift,
+    )

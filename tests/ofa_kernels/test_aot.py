@@ -1,0 +1,178 @@
+"""Compiling for GPUs on a machine without one: what the compiler made of the kernels, and that a launch finds it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ofa_kernels import aot, binaries
+from ofa_kernels.disassembly import Usage
+
+ROOT = Path(aot.__file__).parent.parent
+FEW = ["--width", "576", "8192", "--dtype", "bf16", "--norm", "layer+bias", "--samples", "4"]
+"""The heaviest launches of a narrow and a wide row."""
+
+FEWER = ["--width", "576", "--dtype", "bf16", "--norm", "rms", "--samples", "1"]
+KERNELS = {
+    f"{name}_{way}"
+    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary")
+    for way in ("forward", "backward")
+}
+
+OFFERED = """
+import json, sys, torch
+from triton import knobs
+from triton.runtime import driver
+from ofa_kernels import aot, binaries, workload
+from ofa_kernels.ops.launching import launching_by
+
+binaries.offer("sm_90")
+hits = []
+knobs.compilation.listener = lambda **what: hits.append(what["cache_hit"])
+driver.set_active(aot._NoDevice(aot._target("sm_90")))
+
+def compile_instead(kernel, grid, args, keywords):
+    kernel.warmup(*args, grid=(grid,), **keywords)
+
+for case in workload.cases([640], ["bf16"], ["rms"], [1]):
+    with launching_by(compile_instead, "sm_90"):
+        case.launch()
+print(json.dumps([aot.__file__, hits]))
+"""
+"""What the run time does for rows of 640 columns, but for the launch itself: offer the binaries, look them up."""
+
+
+def run(*command, cwd=ROOT, **variables):
+    """A process that compiles kernels: one without Triton's interpreter, and with a cache of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Everything compiled for the four architectures, as the command's table."""
+    folder = tmp_path_factory.mktemp("aot")
+    architectures = [word for name in aot.ARCHITECTURES for word in ("--arch", name)]
+    command = ["-m", "ofa_kernels.aot", *architectures, *FEW, "--csv", str(folder / "table.csv")]
+    result = run(*command, TRITON_CACHE_DIR=folder / "cache")
+    assert result.returncode == 0, result.stderr
+    assert "registers" in result.stdout
+    with (folder / "table.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
+    assert {row["kernel"] for row in compiled if row["architecture"] == architecture} == KERNELS
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_machine_code(compiled, architecture):
+    """16-byte accesses, no float64, no spills up to 8192 columns; only scalars per row are read in less than 16."""
+    for row in (row for row in compiled if row["architecture"] == architecture):
+        assert int(row["wide"]) > 0, row
+        assert int(row["float64"]) == 0, row
+        assert int(row["spills"]) == 0, row
+        assert int(row["narrow"]) <= 4, row
+
+
+def test_an_architecture_that_there_is_not_is_one_sentence():
+    result = run("-m", "ofa_kernels.aot", "--arch", "sm_90", "--arch", "volta")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "ofa_kernels.aot: unknown architecture 'volta'; name it like sm_80, sm_90, sm_100, gfx942\n"
+    )
+
+
+def test_an_interpreter_is_refused():
+    result = run("-m", "ofa_kernels.aot", "--arch", "sm_90", *FEWER, TRITON_INTERPRET=1)
+    assert result.returncode == 2
+    assert result.stderr.startswith("ofa_kernels.aot: TRITON_INTERPRET is set")
+
+
+@pytest.mark.parametrize(
+    ("width", "usage", "complaint"),
+    [
+        (8192, Usage(64, 0, 0, 8, 2, 0), None),
+        (8192, Usage(64, 16, 0, 8, 2, 0), "spills"),
+        (8193, Usage(64, 16, 0, 8, 2, 0), None),
+        (8192, Usage(64, 0, 0, 0, 8, 0), "no 16-byte access"),
+        (8192, Usage(64, 0, 0, 8, 2, 1), "float64"),
+    ],
+)
+def test_what_fails_is_said_and_ends_in_status_1(width, usage, complaint, monkeypatch, capsys):
+    built = aot.Built("a_kernel", "a case", width, "sm_90", 4, usage, binaries.Entry("KEY", ()))
+    monkeypatch.setattr(aot, "_build_all", lambda architectures, cases: [built])
+    assert aot.main(["--arch", "sm_90"]) == (0 if complaint is None else 1)
+    error = capsys.readouterr().err
+    assert complaint in error if complaint else error == ""
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """Two wheels of this source: as it is, and with kernels compiled for two architectures."""
+    folder = tmp_path_factory.mktemp("wheels")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("ofa", "ofa_kernels"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    built = {}
+    for name, architectures in (("pure", ""), ("compiled", "sm_90 gfx942")):
+        command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder / name), "."]
+        options = {"OFA_BUILD_ARCHS": architectures, "OFA_BUILD_OPTIONS": " ".join(FEWER)}
+        result = run(*command, cwd=source, TRITON_CACHE_DIR=folder / "cache", **options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (built[name],) = (folder / name).glob("*.whl")
+    return built
+
+
+def test_a_wheel_is_pure_python_unless_asked(wheels):
+    names = zipfile.ZipFile(wheels["pure"]).namelist()
+    assert not [name for name in names if name.endswith((".cubin", ".hsaco"))]
+    assert "ofa_kernels/kernels/norm_step.py" in names
+
+
+def test_a_wheel_holds_the_kernels_it_was_asked_for(wheels):
+    names = [Path(name) for name in zipfile.ZipFile(wheels["compiled"]).namelist()]
+    for architecture, suffix in (("sm_90", ".cubin"), ("gfx942", ".hsaco")):
+        found = {name.stem for name in names if architecture in name.parts and name.suffix == suffix}
+        assert found == KERNELS
+
+
+def test_the_run_time_finds_the_kernels_of_a_wheel(wheels, tmp_path):
+    """Nothing is compiled where a wheel brought its kernels; everything is where it brought none."""
+    for name, hit in (("compiled", True), ("pure", False)):
+        zipfile.ZipFile(wheels[name]).extractall(tmp_path / name)
+        variables = {"PYTHONPATH": tmp_path / name, "TRITON_CACHE_DIR": tmp_path / f"cache of {name}"}
+        result = run("-c", OFFERED, cwd=tmp_path, **variables)
+        assert result.returncode == 0, result.stderr
+        file, hits = json.loads(result.stdout)
+        assert file.startswith(str(tmp_path / name))
+        assert len(hits) >= len(KERNELS)
+        assert set(hits) == {hit}
+
+
+def test_binaries_are_offered_once_and_only_to_their_triton_and_architecture(tmp_path, monkeypatch):
+    from triton import __version__, knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+    entry = binaries.Entry("A" * 52, (("k.cubin", b"code"), ("k.json", b"{}")))
+    binaries.write(tmp_path / "shipped", [("sm_90", entry)])
+    assert (tmp_path / "shipped" / __version__ / "sm_90" / entry.key / "k.cubin").read_bytes() == b"code"
+    assert binaries.offer.__wrapped__("sm_80", tmp_path / "shipped") == 0
+    assert binaries.offer.__wrapped__("sm_90", tmp_path / "shipped") == 1
+    assert (tmp_path / "cache" / entry.key / "k.cubin").read_bytes() == b"code"
+    assert binaries.offer.__wrapped__("sm_90", tmp_path / "shipped") == 0

@@ -1,0 +1,52 @@
+"""Rules that the kernels' source must keep, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from ofa_kernels import launch
+
+KERNELS = sorted(Path(launch.__file__).parent.glob("kernels/*.py"))
+over_files = pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.stem)
+
+
+def dotted(node):
+    return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
+
+
+def calls(file):
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+
+
+@over_files
+def test_program_ids_are_widened(file):
+    """A program number times a row stride passes 2³¹ at 500,000 tokens × 4,096 columns."""
+    found = calls(file)
+    widened = [
+        call.func.value
+        for call in found
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "to" and dotted(call.args[0]) == "tl.int64"
+    ]
+    assert [call for call in found if dotted(call.func) == "tl.program_id" and call not in widened] == []
+
+
+def test_the_rule_about_program_ids_finds_something():
+    assert sum(dotted(call.func) == "tl.program_id" for file in KERNELS for call in calls(file)) >= 8
+
+
+@over_files
+def test_nothing_that_the_interpreter_or_a_repeated_run_would_notice(file):
+    """No vendor library, no inline assembly, and no atomics, whose order differs from run to run."""
+    used = {dotted(call.func) for call in calls(file)}
+    assert not [name for name in used if "libdevice" in name or "inline_asm" in name or "atomic" in name]
+
+
+@over_files
+def test_every_load_is_widened_at_once(file):
+    """Rows are loaded through `load`, which widens; only float32 scalars per row are read without."""
+    for call in calls(file):
+        if dotted(call.func) == "tl.load" and file.stem != "tile":
+            assert not [keyword for keyword in call.keywords if keyword.arg == "mask"], ast.unparse(call)

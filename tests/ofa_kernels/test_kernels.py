@@ -1,0 +1,263 @@
+"""The Triton kernels against float64 oracles: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ofa_kernels import launch
+from tests.ofa_kernels.calls import DEVICE, NORMED, NORMS, OPERATIONS, PROBED, Call, as_tuple, call, draw, weights_like
+
+SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129), (2, 300)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+OUTPUTS = {"norm_step": 4, "norm": 2, "contract": 2, "step_boundary": 4}
+"""Operations with more than one output, and how many."""
+
+over_operations = pytest.mark.parametrize("operation", OPERATIONS)
+over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Memory that nobody wrote is NaN, so that an output element that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative_error(actual, expected):
+    """‖actual − expected‖ / ‖expected‖ in float64; NaN stays NaN.
+
+    What is shorter than 1 is measured against 1, the size of everything that is drawn: in a row of one column the
+    gradient of its norm cancels to almost nothing.
+    """
+    gap = torch.linalg.vector_norm(actual.double() - expected.double())
+    return float(gap / torch.linalg.vector_norm(expected.double()).clamp_min(1.0))
+
+
+def roundings(width, dtype):
+    """What the error of a row operation may be where eager PyTorch happens to make none at all.
+
+    A pairwise sum of d terms rounds ⌈log₂ d⌉ times in float32; the arithmetic around it adds at most 16 roundings, in
+    the gradient of a perturbed norm. One store rounds by half a unit in the last place. Triton's interpreter stores
+    bfloat16 by cutting off, a whole unit.
+    """
+    store = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.5)
+    return (math.ceil(math.log2(max(width, 1))) + 16) * torch.finfo(torch.float32).eps + store
+
+
+def assert_close(case: Call, width: int, dtype: torch.dtype):
+    """Outputs and gradients are at most twice as far from float64 as the reference in the same dtype."""
+    actual, eager = case.run(case.kernel).tensors(), case.run(case.reference).tensors()
+    oracle = case.run(case.reference, dtype=torch.float64).tensors()
+    for name, value in actual.items():
+        assert value.shape == eager[name].shape, name
+        assert value.dtype == eager[name].dtype, name
+        if value.numel():
+            allowed = max(2 * relative_error(eager[name], oracle[name]), roundings(width, dtype))
+            # A written-out comparison: NaN is not ≤ anything.
+            assert relative_error(value, oracle[name]) <= allowed, name
+
+
+@over_operations
+@over_shapes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_and_gradients(operation, shape, dtype):
+    assert_close(call(operation, shape, dtype), shape[-1], dtype)
+
+
+@pytest.mark.parametrize("operation", NORMED)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 513)], ids=str)
+def test_every_norm(operation, norm, shape):
+    """RMSNorm, LayerNorm with its shift, and 1+w, by the compile-time flags of one kernel."""
+    assert_close(call(operation, shape, torch.float32, norm), shape[-1], torch.float32)
+
+
+@pytest.mark.parametrize("operation", PROBED)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 513)], ids=str)
+def test_gaussian_probes(operation, shape):
+    """The device's log, sin and cos are another's: a value near 2π·2⁻²⁴ off at a radius of at most 6.8."""
+    case = call(operation, shape, torch.float32, probe="gaussian")
+    actual, oracle = case.run(case.kernel).tensors(), case.run(case.reference, dtype=torch.float64).tensors()
+    for name, value in actual.items():
+        assert relative_error(value, oracle[name]) <= 3e-6, name
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of one random counter, as if 128 columns were all that fits into the registers."""
+    configure = launch.configure
+
+    def configure_small(kernel, width, itemsize, architecture):
+        return replace(configure(kernel, width, itemsize, architecture), groups=4, tiles=-(-width // 128))
+
+    monkeypatch.setattr(launch, "configure", configure_small)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@over_operations
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_several_tiles(operation, norm, dtype):
+    assert_close(call(operation, (3, 300), dtype, norm), 300, dtype)
+
+
+@pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract"])
+def test_the_widest_row(operation):
+    """65,536 columns do not fit into the registers; nor do the neighbours of that number have a tile to themselves."""
+    assert_close(call(operation, (1, 65535), torch.float32, "layer"), 65535, torch.float32)
+
+
+@over_operations
+def test_a_mean_far_from_zero_cancels_no_digits(operation):
+    """A LayerNorm of rows 100 ± 1: E[z²] − E[z]² in float32 would keep three digits of the variance."""
+    case = call(operation, (3, 513), torch.float32, "layer")
+    first = case.inputs[0] + 100.0
+    case = Call(case.kernel, case.reference, (first, *case.inputs[1:]), case.outputs, case.settings)
+    assert_close(case, 513, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("operation", "output"), [(name, i) for name, outputs in OUTPUTS.items() for i in range(outputs)]
+)
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_gradients_that_arrive_for_one_output_alone(operation, output, norm):
+    """Missing gradients are zero, without being written out."""
+    case = call(operation, (3, 70), torch.float32, norm)
+    found = []
+    for function, dtype in ((case.kernel, torch.float32), (case.reference, torch.float64)):
+        inputs = [None if x is None else x.to(dtype).requires_grad_() for x in case.inputs]
+        value = as_tuple(function(*inputs, **case.settings))[output]
+        given = [x for x in inputs if x is not None]
+        weights = weights_like(value, seed=7)
+        found.append(torch.autograd.grad(value, given, weights, allow_unused=True, materialize_grads=True))
+    for actual, expected in zip(*found, strict=True):
+        assert relative_error(actual, expected) <= roundings(70, torch.float32)
+
+
+@over_operations
+def test_two_runs_give_the_same_bits(operation):
+    case = call(operation, (5, 130), torch.float16, "layer")
+    first, second = case.run(case.kernel).tensors(), case.run(case.kernel).tensors()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def strided(tensor, how):
+    """The same values behind other strides."""
+    if how == "rows apart":
+        return torch.cat((tensor, torch.full_like(tensor, float("nan"))), -1)[..., : tensor.shape[-1]]
+    if how == "rows in reverse blocks":
+        return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@over_operations
+@pytest.mark.parametrize("how", ["rows apart", "rows in reverse blocks", "columns apart"])
+def test_strides_of_inputs(operation, how):
+    """Only the values count; the NaN between rows that are apart are never read."""
+    case = call(operation, (2, 3, 20), torch.float32)
+    inputs = [x if x is None or x.dim() < 3 else strided(x, how) for x in case.inputs]
+    dense, apart = (as_tuple(case.kernel(*given, **case.settings)) for given in (case.inputs, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(dense, apart, strict=True))
+
+
+@over_operations
+@pytest.mark.parametrize("how", ["rows apart", "rows in reverse blocks", "columns apart"])
+def test_strides_of_gradients(operation, how):
+    case = call(operation, (2, 3, 20), torch.float32)
+    found = []
+    for arrange in (lambda grad: grad, lambda grad: strided(grad, how) if grad.dim() >= 3 else grad):
+        inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
+        outputs = as_tuple(case.kernel(*inputs, **case.settings))
+        grads = [arrange(draw(*output.shape, seed=i).to(output.dtype)) for i, output in enumerate(outputs)]
+        before = [grad.clone() for grad in grads]
+        found.append(torch.autograd.grad(outputs, [x for x in inputs if x is not None], grads))
+        assert all(torch.equal(grad, copy) for grad, copy in zip(grads, before, strict=True)), (
+            "a gradient was written to"
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@over_operations
+def test_expanded_gradients(operation):
+    """A sum hands back one number with stride 0 in every dimension, a broadcast one row for all."""
+    case = call(operation, (2, 3, 20), torch.float32)
+    found = []
+    for dense in (True, False):
+        inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
+        outputs = as_tuple(case.kernel(*inputs, **case.settings))
+        grads = [torch.full((), 0.5, device=DEVICE).expand(output.shape) for output in outputs]
+        grads = [grad.contiguous() for grad in grads] if dense else grads
+        found.append(torch.autograd.grad(outputs, [x for x in inputs if x is not None], grads))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@over_operations
+def test_expanded_inputs(operation):
+    case = call(operation, (1, 20), torch.float32)
+    inputs = [x if x is None or x.dim() < 2 else x.expand(*x.shape[:-2], 4, 20) for x in case.inputs]
+    dense = [x if x is None else x.contiguous() for x in inputs]
+    results = (as_tuple(case.kernel(*given, **case.settings)) for given in (inputs, dense))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@over_operations
+def test_inputs_are_left_as_they_were(operation):
+    case = call(operation, (4, 40), torch.float32, "layer")
+    before = [None if x is None else x.clone() for x in case.inputs]
+    case.run(case.kernel)
+    assert all(x is None or torch.equal(x, copy) for x, copy in zip(case.inputs, before, strict=True))
+
+
+def test_a_float32_scale_of_a_narrow_stream_is_not_rounded():
+    """Tuned scales move by less than half precision can hold: 1 + 2⁻¹³ must not count as 1."""
+    stream = torch.full((1, 4), 1000.0, dtype=torch.float16, device=DEVICE)
+    weight = torch.full((4,), 1 + 2.0**-13, device=DEVICE).requires_grad_()
+    case = call("norm", (1, 4), torch.float16)
+    normalized, _ = case.kernel(stream, weight, None, **case.settings)
+    (gradient,) = torch.autograd.grad(normalized.float().sum(), weight)
+    assert gradient.dtype == torch.float32
+    assert normalized.dtype == torch.float16
+
+
+def test_the_residual_sum_is_rounded_before_it_is_normalized():
+    """2048 + 1 is 2048 in float16: a norm of the exact sum would see rows that the model never had."""
+    from ofa_kernels.ops.norm_step import norm_step
+
+    residual = torch.tensor([[2048.0, 2.0]], dtype=torch.float16, device=DEVICE)
+    update = torch.tensor([[1.0, 0.0]], dtype=torch.float16, device=DEVICE)
+    stream, _, sqnorm, rstd = norm_step(residual, update, torch.ones(2, device=DEVICE), eps=1e-5)
+    assert stream.tolist() == [[2048.0, 2.0]]
+    assert sqnorm.tolist() == [1.0]
+    assert rstd.item() == pytest.approx(1 / math.sqrt((2048**2 + 2**2) / 2), rel=1e-6)
+
+
+@over_operations
+def test_a_second_derivative_is_refused_not_wrong(operation):
+    case = call(operation, (2, 20), torch.float32)
+    inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
+    value = sum(output.float().square().sum() for output in as_tuple(case.kernel(*inputs, **case.settings)))
+    (grad,) = torch.autograd.grad(value, inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="OFA_KERNELS=reference"):
+        torch.autograd.grad(grad.sum(), inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("operation", "which"),
+    [("norm_step", 1), ("norm", 1), ("perturb behind", 3), ("contract", 1), ("step_boundary", 2)],
+)
+def test_what_does_not_fit_is_refused_with_the_sentence_of_the_reference(operation, which):
+    case = call(operation, (2, 20), torch.float32)
+    wrong = [x[..., :-1] if i == which else x for i, x in enumerate(case.inputs)]
+    messages = []
+    for function in (case.kernel, case.reference):
+        with pytest.raises(ValueError, match="19") as caught:
+            function(*wrong, **case.settings)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
