@@ -20,11 +20,19 @@ from ofa_kernels import dispatch
 
 @dataclass(frozen=True)
 class BranchEnd:
-    """What one branch adds to the stream, and what is known of it per row: ‖update‖² and tr(J_i P_i), if measured."""
+    """What a branch adds to the stream, ‖update‖² per row if it is known, and what its trace is made of if measured."""
 
     update: Tensor
     sqnorm: Tensor | None
-    trace: Tensor | None
+    trace: Rows | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Values per row of the stream, (rows) or (probes, rows), and the factor that they are all multiplied by."""
+
+    values: Tensor
+    factor: float
 
 
 @dataclass
@@ -33,7 +41,8 @@ class Pass:
 
     `mask` is 1 at real tokens and 0 at padding, (B, T), or None when every token is real; `last_token_only` restricts
     the lengths of the steps to the last real token. `traced` holds the steps whose trace is measured. A pass that does
-    not `keep` computes the same and forgets it: the second run of a layer under activation checkpointing.
+    not `keep` computes the same and forgets it: the second run of a layer under activation checkpointing. Rows are kept
+    as the branches return them and reduced once, for all steps together.
     """
 
     seed: int
@@ -45,8 +54,8 @@ class Pass:
     mask: Tensor | None
     keep: bool = True
     shape: tuple[int, int] | None = None
-    squared_norms: dict[int, Tensor] = field(default_factory=dict)
-    traces: dict[int, Tensor] = field(default_factory=dict)
+    squared_norms: dict[int, Rows] = field(default_factory=dict)
+    traces: dict[int, Rows] = field(default_factory=dict)
     unfinished: dict[int, dict[str, BranchEnd]] = field(default_factory=dict)
 
     def measures(self, index: int) -> bool:
@@ -73,36 +82,52 @@ class Pass:
         return replace(self, keep=False, shape=None, squared_norms={}, traces={}, unfinished={})
 
     def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd]) -> None:
-        """Take what the branches of a step measured; once all parallel ones are in, reduce them."""
+        """Take what the branches of a step measured, once all parallel ones are in."""
         if len(ends) < len(step.branches):
             self.unfinished[index] = ends
             return
-        if self.lengths:
-            squared = step.scale**2 * self._tokens(_squared_length(tuple(ends.values())))
-            if self.keep:
-                self.squared_norms[index] = squared
-        if index in self.traced:
-            summed = torch.stack([end.trace for end in ends.values() if end.trace is not None]).sum(0)
-            trace = self.sign * step.scale * self._mean_over_tokens(summed)
-            if self.keep:
-                self.traces[index] = trace
+        parts = tuple(ends.values())
+        squared = _squared_length(parts) if self.lengths else None
+        traces = [part.trace for part in parts if part.trace is not None]
+        if not self.keep:
+            return
+        if squared is not None:
+            self.squared_norms[index] = Rows(squared, step.scale**2)
+        if traces:
+            values = sum((trace.values for trace in traces[1:]), traces[0].values)
+            self.traces[index] = Rows(values, self.sign * step.scale * traces[0].factor)
 
-    def _tokens(self, rows: Tensor) -> Tensor:
-        """Sum over the tokens whose steps are measured: (B, T) → (B,)."""
+    def _stack(self, measured: dict[int, Rows]) -> tuple[Tensor, Tensor | float, Tensor | None]:
+        """Values of all steps, (steps, probes or 1, B, T), their factors, and the mask, on one device."""
         assert self.shape is not None
-        rows = rows.view(self.shape)
+        rows = [measured[index] for index in sorted(measured)]
+        device = rows[0].values.device
+        values = torch.stack([row.values.to(device).reshape(-1, *self.shape) for row in rows])
+        factors = {row.factor for row in rows}
+        factor: Tensor | float = rows[0].factor
+        if len(factors) > 1:
+            factor = values.new_tensor([row.factor for row in rows]).unsqueeze(1)
+        mask = None if self.mask is None else self.mask.to(device)
+        return values, factor, mask
+
+    def _squared_norms(self) -> Tensor:
+        """‖update‖² over the tokens whose steps are measured, (steps, B)."""
+        values, factor, mask = self._stack(self.squared_norms)
+        values = values.squeeze(1)
         if not self.last_token_only:
-            return (rows if self.mask is None else rows * self.mask).sum(1)
-        if self.mask is None:
-            return rows[:, -1]
-        positions = torch.arange(rows.shape[1], device=rows.device)
-        return rows.gather(1, (self.mask * positions).argmax(1, keepdim=True)).squeeze(1)
+            return (values if mask is None else values * mask).sum(2) * factor
+        if mask is None:
+            return values[:, :, -1] * factor
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        return values.gather(2, last.view(1, -1, 1).expand(len(values), -1, 1)).squeeze(2) * factor
 
-    def _mean_over_tokens(self, rows: Tensor) -> Tensor:
-        """Mean over the real tokens of each sequence: (B, T) → (B,)."""
-        assert self.shape is not None
-        rows = rows.view(self.shape)
-        return rows.mean(1) if self.mask is None else (rows * self.mask).sum(1) / self.mask.sum(1).clamp_min(1)
+    def _traces(self) -> Tensor:
+        """Mean of tr(J_i P_i) over the real tokens of each sequence, (measured steps, B)."""
+        values, factor, mask = self._stack(self.traces)
+        values = values.sum(1)
+        if mask is None:
+            return values.mean(2) * factor
+        return (values * mask).sum(2) / mask.sum(1).clamp_min(1) * factor
 
     def measurements(self, steps: int) -> objectives.Measurements:
         """Everything measured, as one record.
@@ -118,13 +143,14 @@ class Pass:
             )
         norms = ratios = step_ratio = traces = sharpness = None
         if self.lengths:
-            norms = objectives.step_norms(torch.stack([self.squared_norms[t] for t in range(steps)]))
+            norms = objectives.step_norms(self._squared_norms())
             ratios = objectives.ratios(norms)
             step_ratio = objectives.step_ratio(ratios)
         if self.traced:
-            sharpness = objectives.sharpness([self.traces[t] for t in sorted(self.traced)], steps)
-            missing = torch.full_like(next(iter(self.traces.values())), float("nan"))
-            traces = torch.stack([self.traces.get(t, missing) for t in range(steps)])
+            measured = self._traces()
+            sharpness = objectives.sharpness(measured, steps)
+            missing = measured.new_full((steps, measured.shape[1]), float("nan"))
+            traces = missing.index_copy(0, torch.tensor(sorted(self.traced), device=measured.device), measured)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 
 
@@ -246,27 +272,29 @@ class BranchMeter:
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
-        rows = sqnorm = None
+        sqnorm = trace = None
         assert stream is not None
         # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.
         self._stream = self._fed = self._norm_input = None
         ends = self.current.unfinished.pop(self.index, {})
         if self.index in self.current.traced:
             assert self.estimator is not None
-            leaving, rows, sqnorm = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
+            left = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
+            leaving, sqnorm, products = left.output, left.sqnorm, left.products
             if not self.branch.norm_reads_stream:
                 assert norm_input is not None
                 norm = self.branch.norm
-                rows = rows * dispatch.rstd(norm_input[: leaving.shape[0]], eps=norm.eps, kind=norm.kind)
+                products = products * dispatch.rstd(norm_input[: leaving.shape[0]], eps=norm.eps, kind=norm.kind)
+            trace = Rows(products, left.factor)
         if self.step.adds_in_place:
             output = replace_hidden_output(output, leaving.clone(), lambda tensor: tensor)
-        elif rows is not None:
+        elif trace is not None:
             batch = leaving.shape[0]
             output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
         if self.branch.writes == "stream":
-            ends[self.branch.exit] = BranchEnd(leaving - stream, None, rows)
+            ends[self.branch.exit] = BranchEnd(leaving - stream, None, trace)
         else:
-            ends[self.branch.exit] = BranchEnd(leaving, sqnorm, rows)
+            ends[self.branch.exit] = BranchEnd(leaving, sqnorm, trace)
         self.current.finish_branches(self.index, self.step, ends)
         return output
 

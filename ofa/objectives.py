@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +43,13 @@ def step_ratio(step_ratios: Tensor) -> Tensor:
     return step_ratios.sum(0).mean()
 
 
-def sharpness(traces: Sequence[Tensor], steps: int) -> Tensor:
-    """H = Σ_t softplus(h_t), mean over the sequences, from the traces (B,) of all or of sampled steps.
+def sharpness(traces: Tensor, steps: int) -> Tensor:
+    """H = Σ_t softplus(h_t), mean over the sequences, from the traces (measured steps, B) of all or of sampled steps.
 
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
     that splitting a batch does not change the objective. Sampled steps are scaled by `steps`/measured: unbiased.
     """
-    return F.softplus(torch.stack(tuple(traces))).sum(0).mean() * (steps / len(traces))
+    return F.softplus(traces).sum(0).mean() * (steps / len(traces))
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:

@@ -39,6 +39,26 @@ class Probe:
     step: int
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """What left a branch: its own output, and what was measured there, row by row.
+
+    The trace of a row's own block is tr(J_i P_i) = factor · Σ products over the probes. It is left to whoever collects
+    them to add up the products of all steps at once, since each small sum is a launch of its own on a GPU.
+
+    Attributes:
+        output: what the branch computes without probes.
+        sqnorm: ‖output‖², (rows), float32.
+        products: one value per probe and row, (probes, rows), float32.
+        factor: what their sum is multiplied by.
+    """
+
+    output: Tensor
+    sqnorm: Tensor
+    products: Tensor
+    factor: float
+
+
 class TraceEstimator(Protocol):
     """One way to measure tr(J P) of a branch, row by row."""
 
@@ -56,13 +76,6 @@ class TraceEstimator(Protocol):
         """What to feed the branch instead of `entering`, with 1 + `copies` times its leading dimension."""
         ...
 
-    def leave(
-        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What leaves the branch without probes, and two values per row.
-
-        Returns:
-            the branch's own output; tr(J_i P_i), the trace of the row's own block, before any norm that stands behind
-            the branch; and the squared length of the output.
-        """
+    def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
+        """Take apart what left the branch, before any norm that stands behind it."""
         ...

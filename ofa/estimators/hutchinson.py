@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ofa.anatomy import Branch
-from ofa.estimators import NormView, Probe
+from ofa.estimators import Leaving, NormView, Probe
 from ofa_kernels import dispatch
 
 EPSILON = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -43,20 +43,17 @@ class Hutchinson:
         copies = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **keys)
         return torch.cat((entering.unsqueeze(0), copies.to(entering.dtype))).flatten(0, 1)
 
-    def leave(
-        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The real output; the mean over the probes of νᵀΔ/ε, and the output's squared length, per row."""
+    def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
+        """The real output, and νᵀΔ of each probe and row of the stream; the trace is their mean over ε."""
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
         real, copies = outputs[0], outputs[1:]
-        keys = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
+        keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
         products, sqnorm = dispatch.contract(real, copies, **keys)
-        rows = products.mean(0) / self._epsilon(stream)
         if branch.writes == "stream":
             # The copies still hold their own displaced stream; F is what was added to it, so tr(P) goes off again.
             moved = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **self._keys(stream, probe))
-            rows = rows - dispatch.contract(stream, moved, **keys)[0].mean(0) / self._epsilon(stream)
-        return real, rows, sqnorm
+            products = products - dispatch.contract(stream, moved, **keys)[0]
+        return Leaving(real, sqnorm, products, 1.0 / (self.copies * self._epsilon(stream)))
 
     def _preconditioner(self, branch: Branch, norm: NormView, stream: Tensor) -> Tensor:
         if not branch.norm_reads_stream:

@@ -28,7 +28,7 @@ def softplus(value):
 
 
 def sharpness_of(values):
-    return float(sharpness(list(values), STEPS))
+    return float(sharpness(values, STEPS))
 
 
 def test_step_ratio_is_the_sum_of_ratios_averaged_over_sequences():
@@ -55,7 +55,7 @@ def test_softplus_comes_before_the_mean_over_sequences():
     opposite = torch.tensor([-8.0, 8.0], dtype=torch.float64)
     expected = (softplus(-8.0) + softplus(8.0)) / 2
     assert expected > 5 * softplus(0.0)
-    assert float(sharpness([opposite], 1)) == pytest.approx(expected, rel=1e-12)
+    assert float(sharpness(opposite.unsqueeze(0), 1)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])

@@ -123,7 +123,7 @@ def test_sampled_steps_are_unbiased() -> None:
     model, given = oracle.model("llama"), oracle.batch("llama")
     measured = measure(model, given)
     subsets = list(itertools.combinations(range(6), 3))
-    mean = sum(objectives.sharpness([measured.traces[t] for t in subset], 6) for subset in subsets) / len(subsets)
+    mean = sum(objectives.sharpness(measured.traces[list(subset)], 6) for subset in subsets) / len(subsets)
     torch.testing.assert_close(mean, measured.sharpness)
     draws: Counter[int] = Counter()
     different = set()
@@ -201,9 +201,7 @@ def test_splitting_a_batch_does_not_change_the_terms(granularity: str) -> None:
     """J and H are means over sequences: those of two halves average to those of the whole, given the same traces."""
     model, given = oracle.model("llama"), oracle.batch("llama", sequences=4)
     whole = measure(model, given, granularity=granularity)
-    halves = [
-        objectives.sharpness(list(part), len(whole.traces)) for part in (whole.traces[:, :2], whole.traces[:, 2:])
-    ]
+    halves = [objectives.sharpness(part, len(whole.traces)) for part in (whole.traces[:, :2], whole.traces[:, 2:])]
     torch.testing.assert_close(sum(halves) / 2, whole.sharpness)
     ratios = [
         measure(model, {k: v[rows] for k, v in given.items()}, granularity=granularity).step_ratio
