@@ -11,7 +11,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,15 @@ class Built:
         return None
 
 
+class DoesNotCompile(Exception):
+    """A kernel that the compiler refuses, and why, in one sentence."""
+
+
 def build(architecture: str, cases: Iterable[workload.Case]) -> Iterator[Built]:
     """Compile whatever the cases launch, each kernel once. Triton cannot launch anything in this process afterwards.
 
     Raises:
+        DoesNotCompile: a kernel does not.
         ValueError: the architecture is not named like sm_90 or gfx942.
         RuntimeError: Triton is interpreting instead of compiling.
     """
@@ -75,11 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write what was asked for; 1 where a kernel fails, 2 where the call does."""
     options = _parser().parse_args(arguments)
     cases = workload.cases(options.width, options.dtype, options.norm, options.samples)
+    if find_spec("triton") is None:
+        print('ofa_kernels.aot: Triton is not installed; pip install "ofa-adapt[cuda]"', file=sys.stderr)
+        return 2
     try:
         built = _build_all(options.arch, cases)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except BrokenProcessPool:
+        names = ", ".join(options.arch)
+        print(f"ofa_kernels.aot: the compiler crashed; does Triton know all of {names}?", file=sys.stderr)
+        return 1
+    except (DoesNotCompile, RuntimeError, ValueError) as error:
         print(f"ofa_kernels.aot: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, DoesNotCompile) else 2
     _print(built)
     if options.out:
         binaries.write(options.out, [(one.architecture, one.entry) for one in built])
@@ -108,11 +122,25 @@ def _compile(case: workload.Case, architecture: str) -> list[tuple[str, Any]]:
     compiled: list[tuple[str, Any]] = []
 
     def compile_instead(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        compiled.append((kernel.fn.__name__, kernel.warmup(*args, grid=(grid,), **keywords)))
+        name = kernel.fn.__name__
+        try:
+            compiled.append((name, kernel.warmup(*args, grid=(grid,), **keywords)))
+        except Exception as error:
+            # Each stage of the compiler has exceptions of its own.
+            raise DoesNotCompile(
+                f"{name} does not compile for {architecture} ({case.label}): {_reason(error)}"
+            ) from None
 
     with launching_by(compile_instead, architecture):
         case.launch()
     return compiled
+
+
+def _reason(error: Exception) -> str:
+    """The line of a compiler's report that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = (line for line in lines if "fatal" in line or "error" in line.lower())
+    return next(telling, lines[0] if lines else type(error).__name__)
 
 
 class _NoDevice:

@@ -28,6 +28,7 @@ def contract_forward(
     GAUSSIAN: tl.constexpr,
 ):
     """products[i] = ν_iᵀ(copies[i] − base), (SAMPLES, rows), and base_sqnorm = ‖base‖², (rows,); a program per row."""
+    stride_sample = tl.cast(stride_sample, tl.int64)
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     length = 0.0

@@ -56,6 +56,7 @@ def displace_backward(
     GAUSSIAN: tl.constexpr,
 ):
     """∂z = Σ_i g_i and ∂p = ε Σ_i ν_i ⊙ g_i (or None), both (rows, width); one program per tile of a row."""
+    stride_sample = tl.cast(stride_sample, tl.int64)
     row, tile = row_and_tile(TILES)
     channel = channels(tile, GROUPS)
     inside = channel < width

@@ -60,7 +60,6 @@ def perturb_forward(
     shift = epsilon * r
     for sample in range(SAMPLES):
         into = out + sample * rows * width
-        norm = (width, eps)
         store_perturbed(
             into, z_row, weight, bias, row, sample, key, shift, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
         )
@@ -136,6 +135,7 @@ def perturb_backward(
     program = tl.program_id(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
     key, norm = (step, seed_low, seed_high), (width, eps)
+    stride_sample = tl.cast(stride_sample, tl.int64)
     share = tl.cdiv(rows, tl.num_programs(0))
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)

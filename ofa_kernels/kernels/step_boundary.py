@@ -60,6 +60,7 @@ def step_boundary_forward(
     rows = tl.num_programs(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
     key = (step, seed_low, seed_high)
+    stride_sample = tl.cast(stride_sample, tl.int64)
     z_row = stream + row * width
     length, mu, squares = 0.0, 0.0, 0.0
     for tile in tl.static_range(TILES):
@@ -72,6 +73,8 @@ def step_boundary_forward(
         z = z.to(tl.float32)
         mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
     tl.store(update_sqnorm + row, length)
+    # Other threads than those that wrote it may read the stream again.
+    tl.debug_barrier()
     r = tl.rsqrt(squares / width + eps)
     for copy in range(COPIES):
         product = 0.0
@@ -91,8 +94,6 @@ def step_boundary_forward(
         if bias is not None:
             y += load(bias, channel, inside)
         store(stack + row * width, channel, inside, y)
-    # Other threads than those that wrote it may read the stream again.
-    tl.debug_barrier()
     next_key, norm, shift = (step + 1, seed_low, seed_high), (width, eps), epsilon * r
     for sample in range(SAMPLES):
         into = stack + ((1 + sample) * rows + row) * width

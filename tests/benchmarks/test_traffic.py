@@ -15,7 +15,6 @@ from benchmarks.traffic import Size
 from ofa_kernels import launch
 from ofa_kernels.ops import contract, displace, launching, norm_step, perturb, step_boundary
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts what the interpreter does")
 
 SIZES = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,21 @@ def test_an_architecture_that_there_is_not_is_one_sentence():
     assert result.stderr == (
         "ofa_kernels.aot: unknown architecture 'volta'; name it like sm_80, sm_90, sm_100, gfx942\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sentence"),
+    [
+        ("sm_50", r"\w+ does not compile for sm_50 \(576 bf16 rms N=1\): .*sm_50"),
+        ("sm_12", "the compiler crashed; does Triton know"),
+    ],
+)
+def test_what_does_not_compile_is_named_and_ends_in_status_1(architecture, sentence, tmp_path):
+    """The assembler no longer knows sm_50, and LLVM ends the process at sm_12."""
+    result = run("-m", "ofa_kernels.aot", "--arch", architecture, *FEWER, TRITON_CACHE_DIR=tmp_path)
+    assert result.returncode == 1
+    assert re.match(f"ofa_kernels.aot: {sentence}", result.stderr.splitlines()[-1])
+    assert "Traceback" not in result.stderr
 
 
 def test_an_interpreter_is_refused():

@@ -33,6 +33,15 @@ def test_program_ids_are_widened(file):
     assert [call for call in found if dotted(call.func) == "tl.program_id" and call not in widened] == []
 
 
+@over_files
+def test_strides_of_samples_are_widened(file):
+    """A sample's number is 32 bits wide, and N · rows · width passes 2³¹ at 65,536 tokens × 8,192 columns × 4."""
+    for function in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)):
+        entry = any("do_not_specialize" in ast.unparse(decorator) for decorator in function.decorator_list)
+        if entry and "stride_sample" in [argument.arg for argument in function.args.args]:
+            assert "stride_sample = tl.cast(stride_sample, tl.int64)" in ast.unparse(function), function.name
+
+
 def test_the_rule_about_program_ids_finds_something():
     assert sum(dotted(call.func) == "tl.program_id" for file in KERNELS for call in calls(file)) >= 8
 

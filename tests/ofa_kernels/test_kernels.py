@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 from ofa_kernels import launch
 from tests.ofa_kernels.calls import DEVICE, NORMED, NORMS, OPERATIONS, PROBED, Call, as_tuple, call, draw, weights_like
@@ -109,9 +110,26 @@ def test_rows_of_several_tiles(operation, norm, dtype):
 
 
 @pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract"])
-def test_the_widest_row(operation):
-    """65,536 columns do not fit into the registers; nor do the neighbours of that number have a tile to themselves."""
-    assert_close(call(operation, (1, 65535), torch.float32, "layer"), 65535, torch.float32)
+@pytest.mark.parametrize("width", [65535, 65536])
+def test_the_widest_row(operation, width):
+    """As it is launched: 65,536 columns do not fit into the registers."""
+    assert_close(call(operation, (1, width), torch.float32, "layer"), width, torch.float32)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    operation=strategies.sampled_from(OPERATIONS),
+    norm=strategies.sampled_from(sorted(NORMS)),
+    leading=strategies.lists(strategies.integers(0, 3), max_size=3),
+    width=strategies.integers(1, 400),
+    dtype=strategies.sampled_from([torch.float32, torch.float16]),
+    gap=strategies.integers(0, 5),
+)
+def test_any_shape_and_stride(operation, norm, leading, width, dtype, gap):
+    """Any leading shape, any width, rows any number of columns apart."""
+    case = call(operation, (*leading, width), dtype, norm)
+    inputs = tuple(x if x is None or x.dim() < 2 else strided(x, gap) for x in case.inputs)
+    assert_close(Call(case.kernel, case.reference, inputs, case.outputs, case.settings), width, dtype)
 
 
 @over_operations
@@ -149,9 +167,12 @@ def test_two_runs_give_the_same_bits(operation):
 
 
 def strided(tensor, how):
-    """The same values behind other strides."""
+    """The same values behind other strides; a number is how many columns of NaN stand between rows."""
     if how == "rows apart":
-        return torch.cat((tensor, torch.full_like(tensor, float("nan"))), -1)[..., : tensor.shape[-1]]
+        return strided(tensor, tensor.shape[-1])
+    if isinstance(how, int):
+        between = torch.full((*tensor.shape[:-1], how), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        return torch.cat((tensor, between), -1)[..., : tensor.shape[-1]]
     if how == "rows in reverse blocks":
         return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
