@@ -1,0 +1,86 @@
+"""What eager PyTorch moves for the same operations: every kernel reads its inputs and writes its outputs once.
+
+`python -m benchmarks.eager_traffic` prints, per operation and direction, the model's bytes, eager's, how many kernels
+eager launches, and the ratio: what fusing can gain where bytes are what takes time. Nothing is computed: the tensors
+have a size and no contents, so that any size can be counted on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.implementations import Case, Implementation, Pass, passes
+
+VIEWS = (
+    "view", "expand", "slice", "select", "aten.t.", "transpose", "squeeze", "detach", "alias", "unbind", "as_strided",
+)  # fmt: skip
+"""Operations that hand out the same memory; `empty` and its like hand out memory that nobody has written."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes that the kernels of a call move, and how many kernels there are."""
+
+    nbytes: int
+    kernels: int
+
+
+def count(one: Pass, case: Case) -> Counted:
+    """Count one pass of the reference."""
+    with FakeTensorMode():
+        inputs, gradients = one.draw(case)
+        # The forward pass of a backward call runs here, and is not counted.
+        call = Implementation(one.operation.eager).prepare(inputs, gradients)
+        with _Ledger() as ledger:
+            call()
+    return Counted(ledger.nbytes, ledger.kernels)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8192, help="rows of a tensor")
+    parser.add_argument("--width", type=int, default=4096, help="columns of a row")
+    options = parser.parse_args(arguments)
+    case = Case(options.rows, options.width, torch.bfloat16, torch.device("cpu"))
+    print("| operation | bytes by the model | bytes of eager | kernels of eager | ratio |\n|---|---|---|---|---|")
+    for one in passes((1, 4)):
+        least, counted = one.traffic(case).total, count(one, case)
+        sizes = f"{1e-9 * least:.2f} GB | {1e-9 * counted.nbytes:.2f} GB"
+        print(f"| {one.label} | {sizes} | {counted.kernels} | {counted.nbytes / least:.1f} |")
+
+
+class _Ledger(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Questions about a tensor, such as which device it is on, have no tensor for an answer.
+        computes = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        if computes and not any(name in str(func) for name in (*VIEWS, "empty")):
+            self.kernels += 1
+            self.nbytes += sum(map(_nbytes, tree_leaves((args, kwargs, result))))
+        return result
+
+
+def _nbytes(leaf: Any) -> int:
+    """Bytes of what a tensor holds in memory; an expanded one holds less than it shows."""
+    if not isinstance(leaf, Tensor):
+        return 0
+    held = [size for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if stride != 0]
+    return torch.Size(held).numel() * leaf.element_size()
+
+
+if __name__ == "__main__":
+    main()
