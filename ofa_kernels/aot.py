@@ -139,8 +139,8 @@ def _compile(case: workload.Case, architecture: str) -> list[tuple[str, Any]]:
 def _reason(error: Exception) -> str:
     """The line of a compiler's report that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = (line for line in lines if "fatal" in line or "error" in line.lower())
-    return next(telling, lines[0] if lines else type(error).__name__)
+    telling = [line for line in lines if "fatal" in line] + [line for line in lines if "error" in line.lower()]
+    return next(iter(telling + lines), type(error).__name__)
 
 
 class _NoDevice:

@@ -9,11 +9,14 @@ the user's Triton cache, by the cache manager that is in use.
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+_logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "binaries"
 """Where an installation keeps them; there is none in a pure-Python one."""
@@ -48,13 +51,20 @@ def write(folder: Path, entries: Iterable[tuple[str, Entry]]) -> None:
 
 @cache
 def offer(architecture: str, folder: Path = FOLDER) -> int:
-    """Put what was built for this Triton and architecture into Triton's cache; returns how many were new to it."""
+    """Put what was built for this Triton and architecture into Triton's cache; returns how many were new to it.
+
+    A cache that cannot be written is left to Triton, which compiles into it next and says what is wrong with it.
+    """
     from triton import __version__
 
     entries = folder / __version__ / architecture
     if not entries.is_dir():
         return 0
-    return sum(_offer_one(one) for one in sorted(entries.iterdir()))
+    try:
+        return sum(_offer_one(one) for one in sorted(entries.iterdir()))
+    except OSError as error:
+        _logger.warning("the compiled kernels of this installation cannot be used: %s", error)
+        return 0
 
 
 def _offer_one(folder: Path) -> bool:

@@ -32,7 +32,8 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
     of it: two 16-byte accesses of bfloat16, four of float32. More than 512 threads would leave each with 64 registers,
     fewer than a row needs, so that wider rows take 32 columns per thread, and then several tiles. 128 registers let
     two programs of 256 threads share a multiprocessor. The heavy kernels need more; behind 4096 columns, where they
-    would spill all the same, they go on in tiles of 8 columns for each of 256 threads.
+    would spill all the same, they go on in tiles of 8 columns for each of 256 threads. No threshold depends on the
+    dtype so far: float32 rows take as many registers once they are loaded.
     """
     block = max(128, 1 << (width - 1).bit_length())
     tile, threads, registers = min(block, 16384), min(512, max(64, block // 16)), 128
@@ -40,12 +41,13 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
         registers = 255
         if block > 4096:
             tile, threads = 2048, 256
-    amd = architecture.startswith("gfx")
+    # AMD's data-centre chips, gfx9…, have 64 threads to a warp, its others 32 as NVIDIA's.
+    warp = 64 if architecture.startswith("gfx9") else 32
     return Launch(
         groups=tile // 32,
         tiles=-(-width // tile),
-        num_warps=max(1, threads // (64 if amd else 32)),
-        max_registers=None if amd else registers,
+        num_warps=threads // warp,
+        max_registers=None if architecture.startswith("gfx") else registers,
     )
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ofa_kernels import aot, binaries
 from ofa_kernels.disassembly import Usage
+from ofa_kernels.ops import launching
 
 ROOT = Path(aot.__file__).parent.parent
 FEW = ["--width", "576", "8192", "--dtype", "bf16", "--norm", "layer+bias", "--samples", "4"]
@@ -96,19 +99,42 @@ def test_an_architecture_that_there_is_not_is_one_sentence():
     )
 
 
+class Broken:
+    """A kernel that no compiler takes."""
+
+    fn = SimpleNamespace(__name__="a_kernel")
+    arg_names = ()
+
+    def warmup(self, *args, **keywords):
+        raise RuntimeError("Internal codegen error\nptxas fatal   : Value 'sm_1' is not defined\nRepro command: ptxas")
+
+
+def test_a_kernel_that_does_not_compile_is_named_with_the_telling_line():
+    case = SimpleNamespace(label="a case", launch=lambda: launching.run(Broken(), 1, torch.empty(1, 4), 4))
+    with pytest.raises(aot.DoesNotCompile) as caught:
+        aot._compile(case, "sm_90")
+    assert str(caught.value) == (
+        "a_kernel does not compile for sm_90 (a case): ptxas fatal   : Value 'sm_1' is not defined"
+    )
+
+
 @pytest.mark.parametrize(
-    ("architecture", "sentence"),
+    ("error", "sentence"),
     [
-        ("sm_50", r"\w+ does not compile for sm_50 \(576 bf16 rms N=1\): .*sm_50"),
-        ("sm_12", "the compiler crashed; does Triton know"),
+        (aot.DoesNotCompile("a_kernel does not compile"), "a_kernel does not compile"),
+        (BrokenProcessPool(), "the compiler crashed; does Triton know all of sm_90?"),
     ],
+    ids=["refused", "crashed"],
 )
-def test_what_does_not_compile_is_named_and_ends_in_status_1(architecture, sentence, tmp_path):
-    """The assembler no longer knows sm_50, and LLVM ends the process at sm_12."""
-    result = run("-m", "ofa_kernels.aot", "--arch", architecture, *FEWER, TRITON_CACHE_DIR=tmp_path)
-    assert result.returncode == 1
-    assert re.match(f"ofa_kernels.aot: {sentence}", result.stderr.splitlines()[-1])
-    assert "Traceback" not in result.stderr
+def test_what_does_not_compile_is_one_sentence_and_status_1(error, sentence, monkeypatch, capsys):
+    """LLVM ends the process where it does not know the processor."""
+
+    def fail(architectures, cases):
+        raise error
+
+    monkeypatch.setattr(aot, "_build_all", fail)
+    assert aot.main(["--arch", "sm_90"]) == 1
+    assert capsys.readouterr().err == f"ofa_kernels.aot: {sentence}\n"
 
 
 def test_an_interpreter_is_refused():
@@ -179,6 +205,16 @@ def test_the_run_time_finds_the_kernels_of_a_wheel(wheels, tmp_path):
         assert file.startswith(str(tmp_path / name))
         assert len(hits) >= len(KERNELS)
         assert set(hits) == {hit}
+
+
+def test_a_cache_that_cannot_be_written_is_left_to_triton(tmp_path, monkeypatch, caplog):
+    from triton import knobs
+
+    (tmp_path / "cache").write_text("a file where a folder is wanted")
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+    binaries.write(tmp_path / "shipped", [("sm_90", binaries.Entry("A" * 52, (("k.json", b"{}"),)))])
+    assert binaries.offer.__wrapped__("sm_90", tmp_path / "shipped") == 0
+    assert "cannot be used" in caplog.text
 
 
 def test_binaries_are_offered_once_and_only_to_their_triton_and_architecture(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, width, archit
     threads = config.num_warps * (64 if architecture.startswith("gfx") else 32)
     assert 64 <= threads <= 512
     assert config.max_registers is None or config.max_registers * threads <= 65536, "registers of a multiprocessor"
+    assert config.num_warps >= 1
     assert config.num_warps & (config.num_warps - 1) == 0
 
 
