@@ -2,7 +2,7 @@
 
 `python -m benchmarks.eager_traffic` prints, per operation and direction, the model's bytes, eager's, how many kernels
 eager launches, and the ratio: what fusing can gain where bytes are what takes time. Nothing is computed: the tensors
-have a size and no contents, so that any size can be counted on any machine.
+have a size and no contents, so that any size can be counted on any machine. `--plot` draws it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,13 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8192, help="rows of a tensor")
     parser.add_argument("--width", type=int, default=4096, help="columns of a row")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw")
     options = parser.parse_args(arguments)
     case = Case(options.rows, options.width, torch.bfloat16, torch.device("cpu"))
+    found = {one.label: (one.traffic(case).total, count(one, case)) for one in passes((1, 4))}
     print("| operation | bytes by the model | bytes of eager | kernels of eager | ratio |\n|---|---|---|---|---|")
-    for one in passes((1, 4)):
-        least, counted = one.traffic(case).total, count(one, case)
+    for label, (least, counted) in found.items():
         sizes = f"{1e-9 * least:.2f} GB | {1e-9 * counted.nbytes:.2f} GB"
-        print(f"| {one.label} | {sizes} | {counted.kernels} | {counted.nbytes / least:.1f} |")
+        print(f"| {label} | {sizes} | {counted.kernels} | {counted.nbytes / least:.1f} |")
+    if options.plot:
+        _draw(
+            found,
+            f"{case.rows} × {case.width}, bfloat16: bytes that must move, and that eager PyTorch moves",
+            options.plot,
+        )
+
+
+def _draw(found: dict[str, tuple[int, Counted]], title: str, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.32 * len(found) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    labels = list(found)[::-1]
+    least = [1e-9 * found[label][0] for label in labels]
+    eager = [1e-9 * found[label][1].nbytes for label in labels]
+    axes.barh(labels, eager, color="C1", label="eager")
+    axes.barh(labels, least, color="C0", label="bytes model of the kernels")
+    for label, low, high in zip(labels, least, eager, strict=True):
+        axes.annotate(f" {high / low:.0f}×", (high, label), va="center", fontsize=8)
+    axes.set_xlabel("GB")
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.08)
+    axes.legend(frameon=False, loc="upper right")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format="png", dpi=120)
 
 
 class _Ledger(TorchDispatchMode):
