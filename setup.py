@@ -7,6 +7,7 @@ environment it installs into. Without the variable the wheel is pure Python, and
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,14 @@ class BuildWithKernels(build_py):
     def run(self) -> None:
         """Build."""
         super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib, "ofa_kernels", "binaries")
+        # A build folder outlives its build, and what an earlier one left there would go into this wheel.
+        shutil.rmtree(folder, ignore_errors=True)
         architectures = os.environ.get("OFA_BUILD_ARCHS", "").split()
-        if architectures and not self.editable_mode:
-            compile_kernels(architectures, Path(self.build_lib, "ofa_kernels", "binaries"))
+        if architectures:
+            compile_kernels(architectures, folder)
 
 
 def compile_kernels(architectures: list[str], folder: Path) -> None:

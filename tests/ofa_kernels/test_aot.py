@@ -163,7 +163,7 @@ def test_what_fails_is_said_and_ends_in_status_1(width, usage, complaint, monkey
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
-    """Two wheels of this source: as it is, and with kernels compiled for two architectures."""
+    """Two wheels of this source, one after the other: with kernels compiled for two architectures, and without."""
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
     source.mkdir()
@@ -172,7 +172,7 @@ def wheels(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     built = {}
-    for name, architectures in (("pure", ""), ("compiled", "sm_90 gfx942")):
+    for name, architectures in (("compiled", "sm_90 gfx942"), ("pure", "")):
         command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder / name), "."]
         options = {"OFA_BUILD_ARCHS": architectures, "OFA_BUILD_OPTIONS": " ".join(FEWER)}
         result = run(*command, cwd=source, TRITON_CACHE_DIR=folder / "cache", **options)
