@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ofa_kernels.ops import contract, displace, norm_step, perturb, step_boundary
 
-WIDTHS = (1024, 2048, 4096, 8192, 16384)
-"""One width of each tile; every width up to it and above half of it shares its binaries if 16 divides it."""
+WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
+"""One width of each launch configuration from 513 to 8192 columns, and 16384.
+
+Every other width of a configuration shares its binaries if 16 divides it.
+"""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NORMS = {"rms": ("rms", 0.0, False), "rms 1+w": ("rms", 1.0, False), "layer+bias": ("layer", 0.0, True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ofa_kernels.launch import HEAVY, MAX_WIDTH, configure, programs
+from ofa_kernels.workload import WIDTHS as WIDTHS_AHEAD
 
 KERNELS = ("norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward", *HEAVY)
 WIDTHS = [1, 2, 31, 127, 128, 129, 576, 1024, 4096, 4097, 8192, 11008, 16384, 16385, 32768, MAX_WIDTH]
@@ -24,6 +25,13 @@ def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, width, archit
     assert config.max_registers is None or config.max_registers * threads <= 65536, "registers of a multiprocessor"
     assert config.num_warps >= 1
     assert config.num_warps & (config.num_warps - 1) == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_what_is_compiled_ahead_of_time_serves_every_width(kernel, architecture):
+    compiled = {configure(kernel, width, 2, architecture) for width in WIDTHS_AHEAD}
+    assert {configure(kernel, width, 2, architecture) for width in range(528, 8193, 16)} <= compiled
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
