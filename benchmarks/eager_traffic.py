@@ -41,7 +41,7 @@ def count(one: Pass, case: Case) -> Counted:
         inputs, gradients = one.draw(case)
         # The forward pass of a backward call runs here, and is not counted.
         call = Implementation(one.operation.eager).prepare(inputs, gradients)
-        with _Ledger() as ledger:
+        with Ledger() as ledger:
             call()
     return Counted(ledger.nbytes, ledger.kernels)
 
@@ -87,7 +87,9 @@ def _draw(found: dict[str, tuple[int, Counted]], title: str, file: Path) -> None
     figure.savefig(file, format="png", dpi=120)
 
 
-class _Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):
+    """Counts the kernels that run as long as it lasts, and the bytes that they move."""
+
     def __init__(self) -> None:
         super().__init__()
         self.nbytes = self.kernels = 0
