@@ -1,9 +1,4 @@
-"""The specification of every operation, in plain differentiable PyTorch.
-
-It is the CPU path, the oracle of the kernels' tests and the baseline of the benchmarks. Tensors may have any leading
-shape; a row is everything but the last dimension. Arithmetic is float32 (float64 for float64 inputs) from the load to
-one cast at the store.
-"""
+"""What happens to rows of the residual stream: norms, probes, contractions."""
 
 from __future__ import annotations
 
@@ -49,18 +44,18 @@ def norm_step(
     """
     check_norm(residual, weight, bias, kind)
     if update is None:
-        update_sqnorm = torch.zeros(residual.shape[:-1], dtype=_wide(residual.dtype), device=residual.device)
+        update_sqnorm = torch.zeros(residual.shape[:-1], dtype=wide_dtype(residual.dtype), device=residual.device)
     else:
         check_same_shape("update", update, "residual", residual)
         update_sqnorm = squared_norm(update)
-        residual = (_widen(residual) + _widen(update)).to(residual.dtype)
-    normalized, rstd = _normalize(_widen(residual), weight, bias, eps, kind, offset)
+        residual = (widen(residual) + widen(update)).to(residual.dtype)
+    normalized, rstd = _normalize(widen(residual), weight, bias, eps, kind, offset)
     return residual, normalized.to(residual.dtype), update_sqnorm, rstd
 
 
 def squared_norm(update: Tensor) -> Tensor:
     """‖update‖² of each row: (..., d) → (...), float32."""
-    return _widen(update).square().sum(-1)
+    return widen(update).square().sum(-1)
 
 
 def perturb(
@@ -99,9 +94,9 @@ def perturb(
     check_norm(stream, weight, bias, kind)
     if undisturbed is not None:
         check_same_shape("undisturbed", undisturbed, "stream", stream)
-    wide = _widen(stream)
+    wide = widen(stream)
     rstd = _moments(wide, eps, kind)[1]
-    direction = (_widen(weight) + offset) * rstd.unsqueeze(-1)
+    direction = (widen(weight) + offset) * rstd.unsqueeze(-1)
     moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
     copies = _normalize(moved, weight, bias, eps, kind, offset)[0]
     if undisturbed is None:
@@ -124,8 +119,8 @@ def displace(
     For steps whose branch reads the stream itself. `preconditioner` is the diagonal p, broadcast against (..., d).
     Returns (samples, ..., d) in the stream's dtype.
     """
-    moves = epsilon * _widen(preconditioner) * _probes_like(stream, samples, seed, step, probe)
-    return (_widen(stream) + moves).to(stream.dtype)
+    moves = epsilon * widen(preconditioner) * _probes_like(stream, samples, seed, step, probe)
+    return (widen(stream) + moves).to(stream.dtype)
 
 
 def contract(
@@ -145,7 +140,7 @@ def contract(
     """
     check_stack(base, copies)
     nu = _probes_like(base, copies.shape[0], seed, step, probe)
-    return (nu * (_widen(copies) - _widen(base))).sum(-1), squared_norm(base)
+    return (nu * (widen(copies) - widen(base))).sum(-1), squared_norm(base)
 
 
 def step_boundary(
@@ -196,7 +191,7 @@ def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:
         ValueError: unknown `kind`.
     """
     _check_kind(kind)
-    return _moments(_widen(stream), eps, kind)[1]
+    return _moments(widen(stream), eps, kind)[1]
 
 
 def _normalize(
@@ -204,8 +199,8 @@ def _normalize(
 ) -> tuple[Tensor, Tensor]:
     mean, rstd = _moments(wide, eps, kind)
     centred = wide if mean is None else wide - mean.unsqueeze(-1)
-    normalized = centred * rstd.unsqueeze(-1) * (_widen(weight) + offset)
-    return (normalized if bias is None else normalized + _widen(bias)), rstd
+    normalized = centred * rstd.unsqueeze(-1) * (widen(weight) + offset)
+    return (normalized if bias is None else normalized + widen(bias)), rstd
 
 
 def _moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor]:
@@ -218,7 +213,7 @@ def _moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor
 def _probes_like(stream: Tensor, samples: int, seed: int, step: int, probe: str) -> Tensor:
     rows, width = stream.numel() // max(stream.shape[-1], 1), stream.shape[-1]
     nu = probes(rows, width, samples=samples, seed=seed, step=step, probe=probe, device=stream.device)
-    return nu.view(samples, *stream.shape).to(_wide(stream.dtype))
+    return nu.view(samples, *stream.shape).to(wide_dtype(stream.dtype))
 
 
 def check_norm(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
@@ -246,9 +241,9 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide(tensor.dtype))
+def widen(tensor: Tensor) -> Tensor:
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
