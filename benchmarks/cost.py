@@ -1,39 +1,51 @@
 """Counts what a training step costs, exactly and repeatably: floating-point operations and saved activations.
 
-`python -m benchmarks.cost` prints the counts of every variant and their ratios to plain norm tuning.
+`python -m benchmarks.cost` prints the counts of every variant and their ratios to plain norm tuning. Everything is
+counted on tensors that have a shape and no contents: the operations are the same, and nothing is computed.
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.workloads import (
     LLAMA2_7B_LAYERS,
+    LLAMA3_8B_LAYERS,
     PLAIN,
     SMOLLM2_135M,
     VARIANTS,
+    Attach,
     Attached,
     Workload,
     batch,
     build,
     loss,
+    regularized,
     step,
 )
 
 WORKLOADS = (
     SMOLLM2_135M.of(10, 48),
     SMOLLM2_135M.of(10, 128),
+    SMOLLM2_135M.of(2, 1024),
     LLAMA2_7B_LAYERS.of(1, 128),
     LLAMA2_7B_LAYERS.of(1, 512),
+    LLAMA2_7B_LAYERS.of(10, 128),
+    LLAMA2_7B_LAYERS.of(10, 512),
+    LLAMA3_8B_LAYERS.of(10, 128),
+    LLAMA3_8B_LAYERS.of(10, 512),
 )
 
 DRAWS = 4
@@ -50,15 +62,9 @@ class Cost:
 
 def count(workload: Workload, model: nn.Module, variant: str) -> Cost:
     """The cost of one training step of a variant; `model` is `build(workload)`, and comes back as it was."""
-    ids, attached = batch(workload), VARIANTS[variant](model)
-    draws = DRAWS if variant.endswith("quarter") else 1
-    try:
-        saved = fmean(_saved_bytes(model, ids, attached) for _ in range(draws))
-        with _eager_attention(model):
-            return Cost(fmean(_flops(model, ids, attached) for _ in range(draws)), saved)
-    finally:
-        if attached is not None:
-            attached.close()
+    draws = range(DRAWS if variant.endswith("quarter") else 1)
+    given = model, batch(workload), VARIANTS[variant]
+    return Cost(fmean(_flops(*given, seed) for seed in draws), fmean(_saved_bytes(*given, seed) for seed in draws))
 
 
 def main() -> None:
@@ -73,38 +79,77 @@ def main() -> None:
             print(f"  {variant:20} {cost.flops:.4e} FLOP ({flops:.3f})  {cost.saved_bytes:.4e} bytes ({saved:.3f})")
 
 
-def _flops(model: nn.Module, ids: Tensor, attached: Attached | None) -> int:
-    """Counted on tensors that have a shape and no contents: the operations are the same, and nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        step(model, ids, attached)
+def flops_of(workload: Workload, model: nn.Module, estimator: str | None, samples: int) -> int:
+    """FLOPs of one training step with an estimator and so many probes; of a plain step for None."""
+    attach = VARIANTS[PLAIN] if estimator is None else regularized(estimator, samples=samples)
+    return _flops(model, batch(workload), attach, 0)
+
+
+def _flops(model: nn.Module, ids: Tensor, attach: Attach, seed: int) -> int:
+    with _attached(attach(model, seed)) as attached, FakeTensorMode(allow_non_fake_inputs=True):
+        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        with counter:
+            step(model, ids, attached)
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 
-def _saved_bytes(model: nn.Module, ids: Tensor, attached: Attached | None) -> int:
-    """Bytes of all storages that autograd keeps, each once; parameters and buffers would be there anyway."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, UntypedStorage] = {}
+def _saved_bytes(model: nn.Module, ids: Tensor, attach: Attach, seed: int) -> int:
+    """Bytes of all storages that autograd holds when the forward pass ends, each once.
 
-    def keep(tensor: Tensor) -> None:
-        # Holding the storage keeps its address from being given to another one. The graph gets nothing, since there
-        # is no backward pass: a tensor handed back to the node that made it would be a cycle, and never be freed.
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    Parameters and buffers would be there anyway. What was saved for a result that nobody uses any more has been freed
+    by then, and does not count.
+    """
+    alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    with saved_tensors_hooks(keep, lambda nothing: nothing):
-        loss(model, ids, attached)
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    def hold(tensor: Tensor) -> _Held:
+        held = _Held(tensor.untyped_storage())
+        alive.add(held)
+        return held
+
+    with _attached(attach(model, seed)) as attached, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        own = [mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]
+        with saved_tensors_hooks(hold, lambda held: held):
+            # Held by its graph until it is counted.
+            value = loss(model, ids, attached)
+        gc.collect()
+        storages = {held.storage._cdata: held.storage for held in alive}
+        for tensor in own:
+            storages.pop(tensor.untyped_storage()._cdata, None)
+        del value
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class _Held:
+    """Stands for a saved tensor in the graph, and lives as long as the graph has a use for it."""
+
+    def __init__(self, storage: UntypedStorage) -> None:
+        self.storage = storage
 
 
 @contextmanager
-def _eager_attention(model: Any) -> Iterator[None]:
-    """Attention as two matrix products: the counter knows no FLOPs of the CPU's fused kernel."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+def _attached(attached: Attached | None) -> Iterator[Attached | None]:
+    """What a variant attaches, anew for every count, so that no constant of an earlier one is left."""
     try:
-        yield
+        yield attached
     finally:
-        model.set_attn_implementation(before)
+        if attached is not None:
+            attached.close()
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""The counter knows the fused attention of GPUs alone. As there, a causal mask is not counted as a saving."""
 
 
 if __name__ == "__main__":

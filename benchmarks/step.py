@@ -42,7 +42,7 @@ class Row:
 
 def milliseconds(workload: Workload, model: nn.Module, variant: str) -> float:
     """Wall-clock time of one step, without attaching and detaching."""
-    ids, attached = batch(workload), VARIANTS[variant](model)
+    ids, attached = batch(workload), VARIANTS[variant](model, 0)
     try:
         started = time.perf_counter()
         step(model, ids, attached)

@@ -48,7 +48,7 @@ def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
 def test_step(benchmark: BenchmarkFixture, comparison: Comparison, variant: str) -> None:
     comparison.costs[variant] = cost.count(comparison.workload, comparison.model, variant)
     plain = comparison.plain[variant] = []
-    attached = VARIANTS[variant](comparison.model)
+    attached = VARIANTS[variant](comparison.model, 0)
     arguments = comparison.model, batch(comparison.workload), attached
 
     def plain_step_first() -> tuple[tuple[object, ...], dict[str, object]]:

@@ -72,6 +72,20 @@ LLAMA2_7B_LAYERS = Workload(
     tokens=128,
 )
 
+LLAMA3_8B_LAYERS = Workload(
+    "llama3_8b_layers",
+    (
+        ("hidden_size", 4096),
+        ("num_hidden_layers", 2),
+        ("num_attention_heads", 32),
+        ("num_key_value_heads", 8),
+        ("intermediate_size", 14336),
+        ("vocab_size", 32),
+    ),
+    sequences=10,
+    tokens=128,
+)
+
 TINY = Workload(
     "tiny",
     (
@@ -87,22 +101,30 @@ TINY = Workload(
 )
 
 
-def _batched(**options: Any) -> Callable[[nn.Module], Attached]:
-    return lambda model: ofa.fused_regularizers(model, estimator="hutchinson", **options)
+Attach = Callable[[nn.Module, int], "Attached | None"]
 
 
-def _loop(samples: int) -> Callable[[nn.Module], Attached]:
-    return lambda model: PlainLoop(model, samples=samples, granularity="sublayer")
+def regularized(estimator: str, **options: Any) -> Attach:
+    """The regularizers of this project, with both terms on unless the options say otherwise."""
+    return lambda model, seed: ofa.fused_regularizers(model, estimator=estimator, seed=seed, **options)
 
 
-VARIANTS: dict[str, Callable[[nn.Module], Attached | None]] = {
-    PLAIN: lambda model: None,
-    "step_ratio": _batched(sharpness=0.0),
+def _loop(samples: int) -> Attach:
+    return lambda model, seed: PlainLoop(model, samples=samples, granularity="sublayer", seed=seed)
+
+
+VARIANTS: dict[str, Attach] = {
+    PLAIN: lambda model, seed: None,
+    "step_ratio": regularized("auto", sharpness=0.0),
     "loop_n1": _loop(1),
     "loop_n4": _loop(4),
-    "hutchinson_n1": _batched(samples=1),
-    "hutchinson_n4": _batched(samples=4),
-    "hutchinson_quarter": _batched(samples=1, steps=0.25),
+    "hutchinson_n1": regularized("hutchinson"),
+    "hutchinson_n4": regularized("hutchinson", samples=4),
+    "hutchinson_quarter": regularized("hutchinson", steps=0.25),
+    "jvp_n1": regularized("jvp"),
+    "local_jvp_n1": regularized("local_jvp"),
+    "exact": regularized("exact"),
+    "exact_quarter": regularized("exact", steps=0.25),
 }
 """What is attached to the model before a step: nothing, the paper's loop, or this project's regularizers."""
 

@@ -7,15 +7,14 @@ what the branch returned. A family that renamed or rewired its modules is refuse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ofa import trial
 from ofa.errors import InputError
 from ofa.families import BranchRow, Family, Wiring, candidates
 from ofa.module_io import hidden_input, hidden_output
@@ -303,16 +302,11 @@ def _formula(path: str, module: nn.Module, eps: float) -> tuple[str, float]:
     answer = module(ramp)
     for kind in reference.KINDS:
         expected = reference.norm_step(ramp, None, weight, bias, eps=eps, kind=kind, offset=offset)[1]
-        if _close(answer, expected):
+        if trial.close(answer, expected):
             return kind, offset
     raise InputError(f"the norm {path} ({type(module).__name__}) is neither RMSNorm nor LayerNorm; it is not supported")
 
 
-class _LayerDone(Exception):
-    """Ends the trial run: a signal, not an error."""
-
-
-@torch.no_grad()
 def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of the layer and of some of its modules, from a run that stops behind the layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -321,18 +315,13 @@ def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> di
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # Clones, because some layers add into a branch's output.
             seen[path] = hidden_input(args, kwargs).clone(), hidden_output(output).clone()
-            if path == layer:
-                raise _LayerDone
 
         return hook
 
     targets = [layer, *(f"{layer}.{path}" for path in paths)]
     handles = [model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True) for path in targets]
     try:
-        with _evaluating(model):
-            model(**_trial_inputs(model))
-    except _LayerDone:
-        pass
+        trial.run(model, until=layer)
     finally:
         for handle in handles:
             handle.remove()
@@ -349,14 +338,14 @@ def _contradiction(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: li
             if unused:
                 return f"{unused[0]} is not called"
             normalized = branch.reads == "normalized"
-            if normalized and not _close(seen[branch.norm.path][0], stream):
+            if normalized and not trial.close(seen[branch.norm.path][0], stream):
                 return f"{branch.norm.path} does not read the residual stream"
-            if not _close(seen[branch.entry][0], seen[branch.norm.path][1] if normalized else stream):
+            if not trial.close(seen[branch.entry][0], seen[branch.norm.path][1] if normalized else stream):
                 return f"{branch.entry} does not read what was expected"
-            written = _shaped(seen[branch.exit][1], stream)
+            written = trial.shaped(seen[branch.exit][1], stream)
             total = total + (written - stream if branch.writes == "stream" else step.scale * written)
         stream = stream + total
-    return "" if _close(end, stream) else f"{layer} does not return the residual sum"
+    return "" if trial.close(end, stream) else f"{layer} does not return the residual sum"
 
 
 def _norm_stands_behind(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: tuple[Step, ...]) -> bool:
@@ -367,44 +356,7 @@ def _norm_stands_behind(seen: dict[str, tuple[Tensor, Tensor]], layer: str, step
         return False
     for branch in own:
         read, stream_after = seen[branch.norm.path]
-        if not _close(read, stream + _shaped(seen[branch.exit][1], stream)):
+        if not trial.close(read, stream + trial.shaped(seen[branch.exit][1], stream)):
             return False
-        stream = _shaped(stream_after, stream)
-    return _close(end, stream)
-
-
-def _trial_inputs(model: nn.Module) -> dict[str, Tensor]:
-    config: Any = model.config
-    parameter = next(model.parameters())
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        pixels = torch.linspace(-1, 1, config.num_channels * size * size, device=parameter.device)
-        return {"pixel_values": pixels.view(1, config.num_channels, size, size).to(parameter.dtype)}
-    return {"input_ids": torch.arange(1, 5, device=parameter.device).unsqueeze(0)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again: dropout would contradict any wiring."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Equal up to a few roundings of the stream: sums and norms are computed in another order here and there."""
-    if actual.numel() != expected.numel():
-        return False
-    tolerance = max(1e-4, 4 * max(torch.finfo(actual.dtype).eps, torch.finfo(expected.dtype).eps))
-    actual, expected = actual.float(), _shaped(expected, actual).float()
-    scale = max(float(expected.abs().max()), math.ulp(1.0))
-    return bool((actual - expected).abs().max() <= tolerance * scale)
-
-
-def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
-    """OPT flattens (batch, tokens) inside its layer; the values are what is compared."""
-    return tensor.view(like.shape)
+        stream = trial.shaped(stream_after, stream)
+    return trial.close(end, stream)

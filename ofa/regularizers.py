@@ -22,13 +22,20 @@ from torch import Tensor, nn
 
 from ofa import anatomy as anatomies
 from ofa import objectives
+from ofa.closed_form.parts import NoClosedForm
 from ofa.errors import InputError
-from ofa.estimators import TraceEstimator
+from ofa.estimators import Handle, TraceEstimator
+from ofa.estimators.exact import Exact
 from ofa.estimators.hutchinson import Hutchinson
+from ofa.estimators.jvp import ForwardMode, check_branches
+from ofa.estimators.local import LocalForwardMode
 from ofa.measuring import BranchMeter, LayerPass, Pass
 from ofa_kernels.philox import PROBES
 
-ESTIMATORS = ("auto", "hutchinson")
+ESTIMATORS = ("auto", "exact", "hutchinson", "jvp", "local_jvp")
+CLOSED_FORM = ("exact", "local_jvp")
+"""Estimators that must know the inside of every branch."""
+
 CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 """Sign of h_t before the trace tr(J_t P_t): −F is the gradient in the theory; Algorithm 1 prints it as +F."""
 
@@ -62,10 +69,13 @@ def fused_regularizers(
     Args:
         model: the model whose `forward` is called in training.
         step_ratio, sharpness: the weights λ₁ and λ₂, ≥ 0.
-        estimator: "hutchinson", or "auto" for the best one there is for this model.
+        estimator: "exact" (closed form: no probes, no noise), "hutchinson" (probes and finite differences: any model),
+            "jvp" (probes and forward-mode differentiation: no ε, unfused attention), "local_jvp" (the same without the
+            noise between tokens), or "auto": exact where the model's branches are known, else hutchinson, which is
+            logged.
         granularity: "sublayer" (a step is one branch) or "layer" (a step is one decoder layer, as in the paper).
         samples: probes N per step.
-        epsilon: finite-difference step; None chooses it by dtype.
+        epsilon: finite-difference step of "hutchinson"; None chooses it by dtype.
         probe: "rademacher" or "gaussian".
         convention: sign of the trace, "theory" or "algorithm1" (the paper's Algorithm 1 as printed).
         steps: share of the steps whose trace is measured in each pass, drawn anew each time, scaled to stay unbiased.
@@ -91,11 +101,49 @@ def fused_regularizers(
     if model in _attached:
         raise InputError("this model already has regularizers attached; close() them before attaching others")
     found = anatomies.find(model)
-    chosen = Hutchinson(samples, epsilon, probe)
-    if estimator == "auto":
-        _logger.info("estimator='auto' chose %s for a %s model", chosen.name, found.model_type)
+    name = estimator if sharpness > 0 else "hutchinson"  # which attaches nothing where nothing is traced
+    chosen = _estimator(model, found, granularity, name, samples, epsilon, probe)
     settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], steps, into_loss, seed, tokens == "last")
     return Regularizers(model, found, found.steps(granularity), chosen, settings)
+
+
+def _estimator(
+    model: nn.Module,
+    anatomy: anatomies.Anatomy,
+    granularity: str,
+    name: str,
+    samples: int,
+    epsilon: float | None,
+    probe: str,
+) -> TraceEstimator:
+    """The estimator of a name that `check_options` has let through.
+
+    Raises:
+        InputError: an estimator that must know the inside of every branch, and does not.
+    """
+    if name == "jvp":
+        return ForwardMode(samples, probe)
+    if name == "hutchinson":
+        return Hutchinson(samples, epsilon, probe)
+    try:
+        if name == "local_jvp":
+            return LocalForwardMode(model, anatomy, granularity, samples, probe)
+        chosen = Exact(model, anatomy, granularity)
+    except NoClosedForm as reason:
+        if name in CLOSED_FORM:
+            raise InputError(
+                f"estimator={name!r} does not know the inside of this {anatomy.model_type} model, because {reason}; "
+                "use estimator='hutchinson' or 'jvp'"
+            ) from None
+        _logger.warning(
+            "estimator='auto' chose hutchinson with %d probe(s) for a %s model, because %s",
+            samples,
+            anatomy.model_type,
+            str(reason),  # not the exception: whoever keeps the record would keep the model
+        )
+        return Hutchinson(samples, epsilon, probe)
+    _logger.info("estimator=%r chose exact for a %s model", name, anatomy.model_type)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -123,6 +171,7 @@ class Regularizers:
         self.anatomy = anatomy
         self.steps = steps
         self.estimator = estimator.name
+        self._trace_estimator = estimator
         self.passes = 0
         """Measured forward passes so far: with the seed, all that the next pass's probes depend on."""
         self._settings = settings
@@ -143,7 +192,13 @@ class Regularizers:
             for index, step in enumerate(steps if active else ())
             for branch in step.branches
         ]
-        self._handles = [handle for meter in self._meters for handle in meter.handles]
+        self._handles: list[Handle] = [handle for meter in self._meters for handle in meter.handles]
+        self._handles += estimator.attach() if active else []
+        if active:
+            # The second run of a checkpointed layer may end in the middle, far from the model's own hook.
+            ends = {path for step in steps for branch in step.branches for path in (branch.entry, branch.exit)}
+            for module in map(model.get_submodule, sorted(ends)):
+                self._handles.append(module.register_forward_hook(self._at_failure, always_call=True))
         if active:
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
@@ -187,6 +242,7 @@ class Regularizers:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._abandon()
         model = self._model()
         if model is not None and _attached.get(model) is self:
             del _attached[model]
@@ -209,6 +265,10 @@ class Regularizers:
         self._refuse_cache(given)
         traced = self._draw_steps()
         self._refuse_dropout(bool(traced))
+        if traced and isinstance(self._trace_estimator, ForwardMode):
+            check_branches(model, (self.steps[index] for index in sorted(traced)))
+        if traced:
+            self._trace_estimator.begin()
         settings = self._settings
         self._set_pass(
             Pass(
@@ -249,7 +309,16 @@ class Regularizers:
         output["loss"] = total
         return output
 
+    def _abandon(self) -> None:
+        """Make sure that nothing is left of a branch that was entered, whatever ended it."""
+        self._trace_estimator.abandon()
+
+    def _at_failure(self, module: nn.Module, args: Any, output: Any) -> None:
+        if output is None:  # the module raised an exception, which goes its way
+            self._abandon()
+
     def _set_pass(self, current: Pass | None) -> None:
+        self._abandon()
         self._pass = current
         again = current and current.again()
         for layer in self._layers.values():

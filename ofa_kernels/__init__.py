@@ -4,6 +4,6 @@
 """
 
 from ofa_kernels import reference
-from ofa_kernels.dispatch import contract, norm_step, perturb, step_boundary
+from ofa_kernels.dispatch import contract, mlp_trace, norm_step, perturb, step_boundary
 
-__all__ = ["contract", "norm_step", "perturb", "reference", "step_boundary"]
+__all__ = ["contract", "mlp_trace", "norm_step", "perturb", "reference", "step_boundary"]

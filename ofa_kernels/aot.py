@@ -24,7 +24,9 @@ from ofa_kernels.ops.launching import launching_by
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 NO_SPILLS_UP_TO = 8192
-"""Widest row, in columns, whose kernels must not spill."""
+"""Widest row, in columns, whose kernels must not spill; no head is wider."""
+
+AnyCase = workload.Case | workload.AttentionCase
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class DoesNotCompile(Exception):
     """A kernel that the compiler refuses, and why, in one sentence."""
 
 
-def build(architecture: str, cases: Iterable[workload.Case]) -> Iterator[Built]:
+def build(architecture: str, cases: Iterable[AnyCase]) -> Iterator[Built]:
     """Compile whatever the cases launch, each kernel once. Triton cannot launch anything in this process afterwards.
 
     Raises:
@@ -81,7 +83,8 @@ def build(architecture: str, cases: Iterable[workload.Case]) -> Iterator[Built]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write what was asked for; 1 where a kernel fails, 2 where the call does."""
     options = _parser().parse_args(arguments)
-    cases = workload.cases(options.width, options.dtype, options.norm, options.samples)
+    cases: list[AnyCase] = [*workload.cases(options.width, options.dtype, options.norm, options.samples)]
+    cases += workload.attention_cases(options.head, options.dtype)
     if find_spec("triton") is None:
         print('ofa_kernels.aot: Triton is not installed; pip install "ofa-adapt[cuda]"', file=sys.stderr)
         return 2
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _build_all(architectures: Sequence[str], cases: Sequence[workload.Case]) -> list[Built]:
+def _build_all(architectures: Sequence[str], cases: Sequence[AnyCase]) -> list[Built]:
     """Every architecture in a process of its own: Triton has one active driver."""
     for architecture in architectures:
         _target(architecture)
@@ -114,11 +117,11 @@ def _build_all(architectures: Sequence[str], cases: Sequence[workload.Case]) -> 
         return [one for built in pool.map(_build_list, architectures, [cases] * len(architectures)) for one in built]
 
 
-def _build_list(architecture: str, cases: Sequence[workload.Case]) -> list[Built]:
+def _build_list(architecture: str, cases: Sequence[AnyCase]) -> list[Built]:
     return list(build(architecture, cases))
 
 
-def _compile(case: workload.Case, architecture: str) -> list[tuple[str, Any]]:
+def _compile(case: AnyCase, architecture: str) -> list[tuple[str, Any]]:
     compiled: list[tuple[str, Any]] = []
 
     def compile_instead(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -206,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=workload.DTYPES, default=["bf16", "fp32"], help="of the stream")
     parser.add_argument("--norm", nargs="+", choices=workload.NORMS, default=[*workload.NORMS], help="which norms")
     parser.add_argument("--samples", nargs="+", type=int, default=workload.SAMPLES, help="perturbed copies N")
+    parser.add_argument("--head", nargs="*", type=int, default=workload.HEADS, help="channels of an attention head")
     parser.add_argument("--out", type=Path, help="folder to put the binaries in, as an installation ships them")
     parser.add_argument("--csv", type=Path, help="file to write the table to")
     return parser

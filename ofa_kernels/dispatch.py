@@ -17,14 +17,34 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.launch import MAX_WIDTH
+from ofa_kernels.blocked import attention_trace as blocked_attention_trace
+from ofa_kernels.fused import attention_moments as fused_attention_moments
+from ofa_kernels.fused import attention_trace as fused_attention_trace
+from ofa_kernels.fused import mlp_trace as fused_mlp_trace
+from ofa_kernels.fused import norm_trace as fused_norm_trace
+from ofa_kernels.launch import MAX_WIDTH, widest_head
+from ofa_kernels.ops import attention_moments as attention_moments_op
+from ofa_kernels.ops import attention_trace as attention_trace_op
 from ofa_kernels.ops import contract as contract_op
 from ofa_kernels.ops import displace as displace_op
+from ofa_kernels.ops import mlp_trace as mlp_trace_op
 from ofa_kernels.ops import norm_step as norm_step_op
 from ofa_kernels.ops import perturb as perturb_op
 from ofa_kernels.ops import step_boundary as step_boundary_op
 
-OPERATIONS = ("norm_step", "squared_norm", "perturb", "displace", "contract", "step_boundary", "rstd")
+OPERATIONS = (
+    "norm_step",
+    "squared_norm",
+    "perturb",
+    "displace",
+    "contract",
+    "step_boundary",
+    "rstd",
+    "mlp_trace",
+    "attention_trace",
+    "attention_moments",
+    "norm_trace",
+)
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None
@@ -91,6 +111,26 @@ def rstd(stream: Tensor, **kwargs: Any) -> Tensor:
     return choose("rstd", stream).function(stream, **kwargs)
 
 
+def mlp_trace(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Activation of an MLP, its change along its input, and its share of a trace; see `reference.mlp_trace`."""
+    return choose("mlp_trace", gate).function(gate, *args, **kwargs)
+
+
+def attention_trace(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """How attention changes along its own token, and its share of a trace; see `reference.attention_trace`."""
+    return choose("attention_trace", query).function(query, *args, **kwargs)
+
+
+def attention_moments(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, mean and covariance that the trace of attention is made of; see `reference.attention_moments`."""
+    return choose("attention_moments", query).function(query, *args, **kwargs)
+
+
+def norm_trace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The trace of a branch behind its norm; see `reference.norm_trace`."""
+    return choose("norm_trace", stream).function(stream, *args, **kwargs)
+
+
 _IMPLEMENTATIONS = {
     operation: [Implementation("reference", getattr(reference, operation), lambda tensor: True)]
     for operation in OPERATIONS
@@ -108,6 +148,19 @@ def _kernels_take(tensor: Tensor) -> bool:
     )
 
 
+_FUSED: dict[str, Callable[..., Any]] = {
+    "mlp_trace": fused_mlp_trace.mlp_trace,
+    "attention_trace": fused_attention_trace.attention_trace,
+    "attention_moments": fused_attention_moments.attention_moments,
+    "norm_trace": fused_norm_trace.norm_trace,
+}
+for _operation, _function in _FUSED.items():
+    register(_operation, Implementation("fused", _function, lambda tensor: True))
+register(
+    "attention_trace",
+    Implementation("blocked", blocked_attention_trace.attention_trace, lambda tensor: tensor.device.type == "cpu"),
+)
+
 _KERNELS: dict[str, Callable[..., Any]] = {
     "norm_step": norm_step_op.norm_step,
     "squared_norm": contract_op.squared_norm,
@@ -115,6 +168,22 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "displace": displace_op.displace,
     "contract": contract_op.contract,
     "step_boundary": step_boundary_op.step_boundary,
+    "mlp_trace": mlp_trace_op.mlp_trace,
 }
 for _operation, _function in _KERNELS.items():
     register(_operation, Implementation("triton", _function, _kernels_take))
+
+
+def _attention_kernels_take(query: Tensor) -> bool:
+    """Whether the attention kernels can work on these heads; values and features are hardly ever wider."""
+    return _kernels_take(query) and query.dim() == 4 and query.shape[-1] <= widest_head(query.element_size())
+
+
+register(
+    "attention_moments",
+    Implementation("triton", attention_moments_op.attention_moments, _attention_kernels_take),
+)
+register(
+    "attention_trace",
+    Implementation("triton", attention_trace_op.attention_trace, _attention_kernels_take),
+)

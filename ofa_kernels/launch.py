@@ -13,6 +13,9 @@ MAX_WIDTH = 65536
 HEAVY = ("perturb_backward", "step_boundary_backward")
 """Kernels that hold several tiles at once: the row, γ, the gradient, the sum of the weight's gradient."""
 
+WALKING = ("mlp_trace_forward", "mlp_trace_backward")
+"""Kernels that need no row as a whole and hold no tile while they work on the next."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -32,8 +35,9 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
     of it: two 16-byte accesses of bfloat16, four of float32. More than 512 threads would leave each with 64 registers,
     fewer than a row needs, so that wider rows take 32 columns per thread, and then several tiles. 128 registers let
     two programs of 256 threads share a multiprocessor. The heavy kernels need more; behind 4096 columns, where they
-    would spill all the same, they go on in tiles of 8 columns for each of 256 threads. No threshold depends on the
-    dtype so far: float32 rows take as many registers once they are loaded.
+    would spill all the same, they go on in tiles of 8 columns for each of 256 threads. So do those that walk through a
+    row, whatever its width: a tile is all that they hold. No threshold depends on the dtype so far: float32 rows take
+    as many registers once they are loaded.
     """
     block = max(128, 1 << (width - 1).bit_length())
     tile, threads, registers = min(block, 16384), min(512, max(64, block // 16)), 128
@@ -41,6 +45,9 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
         registers = 255
         if block > 4096:
             tile, threads = 2048, 256
+    if kernel in WALKING:
+        tile = min(block, 2048)
+        threads = max(64, tile // 8)
     # AMD's data-centre chips, gfx9…, have 64 threads to a warp, its others 32 as NVIDIA's.
     warp = 64 if architecture.startswith("gfx9") else 32
     return Launch(
@@ -59,3 +66,62 @@ def programs(rows: int, multiprocessors: int) -> int:
     per multiprocessor.
     """
     return max(1, min(rows, 4 * multiprocessors, max(multiprocessors, rows // 8)))
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """Tiles and threads of one launch of an attention kernel: `block_rows` queries by `block_columns` keys at once."""
+
+    block_rows: int
+    block_columns: int
+    num_warps: int
+    num_stages: int
+    """How many of the tiles that the inner loop reads are under way at once."""
+    max_registers: int | None
+    """See `Launch`."""
+
+
+_HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
+    "attention_moments_forward": {64: (64, 32, 4, 255), 128: (32, 32, 4, 255), 256: (32, 16, 8, 255)},
+    "attention_moments_backward_rows": {64: (32, 32, 4, 255), 128: (32, 32, 8, 255), 256: (32, 16, 8, 255)},
+    "attention_moments_backward_columns": {64: (32, 32, 4, None), 128: (16, 32, 8, None), 256: (16, 16, 8, 240)},
+    "attention_moments_backward_turns": {64: (32, 64, 4, 255), 128: (32, 64, 4, 255), 256: (16, 32, 4, 255)},
+}
+"""Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
+
+
+def configure_attention(kernel: str, width: int, itemsize: int, architecture: str) -> AttentionLaunch:
+    """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
+
+    A thread holds a share of every sum over the other side and of five tiles of scores. Each entry above is the largest
+    found at which no architecture that is compiled ahead of time spills one of them; the sweeps backward over queries
+    and over keys have two sums as wide as a head, the others one. In float32 products are made by multiply-adds of
+    single numbers, 16 by 16, the smallest tile there is. Two stages copy a tile into shared memory while the last one
+    is worked on, without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. Where no limit of
+    registers is given, the assembler spills less with one of its own.
+    """
+    tile, warp = tile_width(width), 64 if architecture.startswith("gfx9") else 32
+    registers: int | None
+    if itemsize <= 2:
+        rows, columns, warps, registers = _HALF_TILES[kernel][max(64, tile)]
+    elif kernel == "attention_moments_backward_columns":
+        # Eight warps leave a thread of this sweep 128 registers: too few by some.
+        rows, columns, warps, registers = 16, 16, 4, None
+    else:
+        rows, columns, warps, registers = 16, 16, 8, 255
+    if architecture.startswith("gfx"):
+        # Eight warps of 64 threads would have 256 registers each, where four have 512.
+        warps, registers = 4, None
+    # A thread copies 16 bytes or more of the smaller tile.
+    warps = min(warps, max(1, min(rows, columns) * tile * itemsize // (16 * warp)))
+    return AttentionLaunch(rows, columns, warps, num_stages=2, max_registers=registers)
+
+
+def tile_width(width: int) -> int:
+    """Channels of a tile that holds heads of `width`: a power of two, and what a product takes at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def widest_head(itemsize: int) -> int:
+    """The widest heads that the attention kernels take: wider tiles fit neither into registers nor shared memory."""
+    return 256 if itemsize <= 2 else 128

@@ -12,13 +12,17 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ofa_kernels.ops import contract, displace, norm_step, perturb, step_boundary
+from ofa_kernels.launch import widest_head
+from ofa_kernels.ops import attention_moments, contract, displace, mlp_trace, norm_step, perturb, step_boundary
 
 WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
 """One width of each launch configuration from 513 to 8192 columns, and 16384.
 
 Every other width of a configuration shares its binaries if 16 divides it.
 """
+
+HEADS = (32, 64, 128, 256)
+"""Channels of a head, one for each launch configuration of the attention kernels and the most usual of the smallest."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NORMS = {"rms": ("rms", 0.0, False), "rms 1+w": ("rms", 1.0, False), "layer+bias": ("layer", 0.0, True)}
@@ -52,11 +56,52 @@ class Case:
         _launch_norm_step(z, weight, norm, biased)
         _launch_probes(z, weight, norm, biased, self.samples)
         _launch_step_boundary(z, weight, norm, biased, self.samples)
+        _launch_mlp_trace(z, weight, biased)
 
 
 def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], samples: Sequence[int]) -> list[Case]:
     """All combinations."""
     return [Case(*values) for values in product(widths, dtypes, norms, samples)]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Causal attention with rotated heads, its sequences of one length or padded, forward and backward."""
+
+    width: int
+    dtype: str
+    padded: bool
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        return f"heads of {self.width} {self.dtype}{' padded' if self.padded else ''}"
+
+    def launch(self) -> None:
+        """Call the registered implementation on heads that are views of (B, T, H, d), as projections leave them."""
+        sequences, rows, heads = 2, _ROWS, 8
+
+        def per_head(count: int) -> Tensor:
+            shape = sequences, rows, count, self.width
+            return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+
+        q, k = per_head(heads), per_head(heads // 4)
+        angle = torch.empty(1, rows, self.width, device="meta")
+        number = torch.empty(sequences, heads, rows, device="meta")
+        mask = torch.empty(sequences, 1, 1, rows, dtype=torch.bool, device="meta") if self.padded else None
+        given = q, k, k, q, angle, q, q, None, mask
+        settings = self.width**-0.5, True, None
+        attention_moments.forward(*given, *settings)
+        attention_moments.backward(*given, number, number, number, q, *settings)
+
+
+def attention_cases(heads: Sequence[int], dtypes: Sequence[str]) -> list[AttentionCase]:
+    """All combinations that the kernels take."""
+    return [
+        AttentionCase(width, dtype, padded)
+        for width, dtype, padded in product(heads, dtypes, (False, True))
+        if width <= widest_head(DTYPES[dtype].itemsize)
+    ]
 
 
 def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
@@ -88,6 +133,17 @@ def _launch_step_boundary(
     step_boundary.forward(z, z, stack, weight, weight if biased else None, *norm, samples, 0.1, *_PROBE)
     grads = z, _stack(z, 1 + samples), _row(z), products
     step_boundary.backward(z, z, weight, *grads, samples, *norm, 0.1, *_PROBE, biased)
+
+
+def _launch_mlp_trace(z: Tensor, weight: Tensor, biased: bool) -> None:
+    """A gated and a plain MLP of this width, whose pre-activations have shifts if the norm in front of them has one."""
+    for up, activation in ((z, "silu"), (None, "gelu")):
+        gated = up is not None
+        traces = weight, weight if gated else None
+        shifts = weight if biased else None, weight if biased and gated else None
+        for hidden in (None, z):
+            mlp_trace.forward(z, up, *traces, *shifts, hidden, activation)
+        mlp_trace.backward(z, up, *traces, *shifts, _stack(z, 2), _row(z), activation)
 
 
 def _row(z: Tensor) -> Tensor:

@@ -55,7 +55,12 @@ def fit(
         float, typer.Option(help="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.")
     ] = 1e-2,
     sharpness: Annotated[float, typer.Option(help="Weight λ₂ of the sharpness term.")] = 1e-3,
-    estimator: Annotated[str, typer.Option(help="How the trace is measured: auto or hutchinson.")] = "auto",
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="How the trace is measured: auto (exact where possible), exact, hutchinson, jvp or local_jvp."
+        ),
+    ] = "auto",
     granularity: Annotated[str, typer.Option(help="What a step is: sublayer, or layer as in the paper.")] = "sublayer",
     samples: Annotated[int, typer.Option(help="Probes N per step.")] = 1,
     epsilon: Annotated[float | None, typer.Option(help="Finite-difference step; chosen by dtype if left out.")] = None,

@@ -34,14 +34,14 @@ def inspect(
     loaded = load_model(
         model, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
     )
-    document = describe(anatomy.find(loaded.model), loaded.name)
+    document = describe(loaded.model, anatomy.find(loaded.model), loaded.name)
     if as_json:
         show_json(document)
     else:
         _show(document)
 
 
-def describe(anatomy: Anatomy, name: str) -> dict[str, Any]:
+def describe(model: Any, anatomy: Anatomy, name: str) -> dict[str, Any]:
     """Everything `ofa inspect` tells, as JSON values."""
     conventions = Counter((norm.kind, norm.offset, norm.eps) for norm in anatomy.norms)
     return {
@@ -61,7 +61,7 @@ def describe(anatomy: Anatomy, name: str) -> dict[str, Any]:
             for (kind, offset, eps), count in conventions.items()
         ],
         "first_layer": [_step(step) for step in (anatomy.sublayer_steps or anatomy.layer_steps) if step.layer == 0],
-        "estimators": _estimators(anatomy),
+        "estimators": _estimators(model, anatomy),
     }
 
 
@@ -81,13 +81,25 @@ def _step(step: Step) -> dict[str, Any]:
     }
 
 
-def _estimators(anatomy: Anatomy) -> list[dict[str, Any]]:
+def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Each estimator, whether it applies, and why not; `auto` takes the first that does of exact and hutchinson."""
+    from ofa.closed_form.fit import why_not
+
     sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
-    later = "not part of this version"
+    reason = why_not(model, anatomy)
+    closed_form = [
+        {"name": name, "applies": reason is None, "remark": reason or remark}
+        for name, remark in (
+            ("exact", "closed form, no probes; what auto chooses"),
+            ("local_jvp", "probes that stay with their token"),
+        )
+    ]
+    chosen = "" if reason is None else "what auto chooses"
     return [
-        {"name": "hutchinson", "applies": True, "remark": sublayer},
-        {"name": "jvp", "applies": False, "remark": later},
-        {"name": "exact", "applies": False, "remark": later},
+        closed_form[0],
+        {"name": "hutchinson", "applies": True, "remark": "; ".join(filter(None, (chosen, sublayer)))},
+        {"name": "jvp", "applies": True, "remark": "; ".join(filter(None, (sublayer, "with sdpa or eager attention")))},
+        closed_form[1],
     ]
 
 

@@ -6,6 +6,7 @@ An estimator is asked twice per branch. `enter` sees the stream and the branch's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,15 +49,23 @@ class Leaving:
 
     Attributes:
         output: what the branch computes without probes.
-        sqnorm: ‖output‖², (rows), float32.
+        sqnorm: ‖output‖², (rows), float32, or None where nothing was gained by computing it here.
         products: one value per probe and row, (probes, rows), float32.
         factor: what their sum is multiplied by.
     """
 
     output: Tensor
-    sqnorm: Tensor
+    sqnorm: Tensor | None
     products: Tensor
     factor: float
+
+
+class Handle(Protocol):
+    """Something attached to a model, until it is removed."""
+
+    def remove(self) -> None:
+        """Detach it; a second time does nothing."""
+        ...
 
 
 class TraceEstimator(Protocol):
@@ -70,6 +79,18 @@ class TraceEstimator(Protocol):
     @property
     def copies(self) -> int:
         """Branch evaluations that travel in the batch beside the real one."""
+        ...
+
+    def attach(self) -> Sequence[Handle]:
+        """Attach hooks of its own to the model, behind those that call `enter` and `leave`."""
+        ...
+
+    def begin(self) -> None:
+        """A measured forward pass of the model begins."""
+        ...
+
+    def abandon(self) -> None:
+        """A branch that was entered may never be left, because an exception ended it: let go of everything."""
         ...
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ofa.anatomy import Branch
-from ofa.estimators import Leaving, NormView, Probe
+from ofa.estimators import Handle, Leaving, NormView, Probe
 from ofa_kernels import dispatch
 
 EPSILON = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -33,6 +33,16 @@ class Hutchinson:
     epsilon: float | None = None
     probe: str = "rademacher"
     name: str = "hutchinson"
+
+    def attach(self) -> tuple[Handle, ...]:
+        """No hooks of its own."""
+        return ()
+
+    def begin(self) -> None:
+        """Nothing to prepare: probes are functions of their keys."""
+
+    def abandon(self) -> None:
+        """Nothing to let go of."""
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
         """The branch's input with `copies` displaced inputs behind it, (1 + copies)·B along the first dimension."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def attention_moments(
     Raises:
         ValueError: shapes that do not match.
     """
-    check_attention(query, key, value, output, angle, turn, aim, tangent)
+    check_attention(query, key, value, output, angle, turn, aim, tangent, window)
     q, k, v, o = (widen(x) for x in (query, key, value, output))
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
@@ -81,22 +83,39 @@ def check_attention(
     turn: Tensor,
     aim: Tensor,
     tangent: Tensor | None,
+    window: int | None = None,
 ) -> None:
     """Refuse, with a ValueError, tensors that are no attention together."""
-    if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} are not (B, H, T, d) and (B, K, S, d)")
-    (sequences, heads, rows, width), (_, shared, columns, _) = query.shape, key.shape
-    if shared == 0 or heads % shared:
-        raise ValueError(f"{heads} query heads cannot share {shared} key heads evenly")
-    features = angle.shape[-1]
+    check_heads(query, key, value, output)
+    (sequences, heads, rows, width), columns, features = query.shape, key.shape[2], angle.shape[-1]
     expected = {
-        "value": (value, (sequences, shared, columns, value.shape[-1])),
-        "output": (output, (sequences, heads, rows, value.shape[-1])),
         "angle": (angle, (sequences if angle.shape[0] != 1 else 1, rows, features)),
         "turn": (turn, (sequences, heads, columns, features)),
         "aim": (aim, (sequences, heads, rows, width)),
         "tangent": (tangent, (sequences, heads, rows, width)),
     }
+    check_shapes(expected)
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} keys leaves queries nothing to attend to; it counts their own")
+
+
+def check_heads(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+    """Refuse, with a ValueError, queries, keys, values and outputs that are no attention together."""
+    if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} are not (B, H, T, d) and (B, K, S, d)")
+    (sequences, heads, rows, _), (_, shared, columns, _) = query.shape, key.shape
+    if shared == 0 or heads % shared:
+        raise ValueError(f"{heads} query heads cannot share {shared} key heads evenly")
+    depth = value.shape[-1]
+    expected = {
+        "value": (value, (sequences, shared, columns, depth)),
+        "output": (output, (sequences, heads, rows, depth)),
+    }
+    check_shapes(expected)
+
+
+def check_shapes(expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Refuse, with a ValueError, the first tensor that has not the shape beside it."""
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} should be {shape}")

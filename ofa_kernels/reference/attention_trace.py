@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ofa_kernels.reference.attention_moments import attention_moments
+from ofa_kernels.reference.attention_moments import attention_moments, check_heads, check_shapes
 from ofa_kernels.reference.stream import widen
 
 Moments = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -26,6 +26,10 @@ class Rotary:
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
+
+    def first(self, sequences: int) -> Rotary:
+        """The embedding of the first sequences of a batch."""
+        return Rotary(self.cos[:sequences], self.sin[:sequences], self.interleaved)
 
     def turn(self, heads: Tensor, sign: float = 1.0) -> Tensor:
         """R_i of every row of (B, H, T, d); its transpose R_iᵀ for `sign=-1`."""
@@ -66,6 +70,10 @@ class HeadNorm:
         wide = widen(self.entering)
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide * rstd, rstd
+
+    def normalized(self) -> Tensor:
+        """γ ⊙ q̄/σ."""
+        return widen(self.weight) * self.hat()[0]
 
     def push(self, direction: Tensor) -> Tensor:
         """D x for D = Γ(I − q̂q̂ᵀ/d)/σ, the norm's Jacobian at each row."""
@@ -120,6 +128,9 @@ def attention_trace(
     Raises:
         ValueError: shapes that do not match.
     """
+    check_attention_trace(
+        query, key, value, output, query_trace, key_trace, value_trace, query_shift, key_shift, value_shift
+    )
     turned, aimed, matched = images(value, output, query_trace, key_trace, query_norm)
     angle, turn, aim = features(key, turned, aimed, rotary)
     t = None if query_norm is not None or query_shift is None else tangent(query, query_shift, None, rotary)
@@ -139,6 +150,71 @@ def attention_trace(
     return combine(
         query, value, output, key_moved, value_moved, matched, own, lse, mean, moved, value_trace, rotary, scale
     )
+
+
+def attention_tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    query_moved: Tensor,
+    key_moved: Tensor,
+    value_moved: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    moments: Moments = attention_moments,
+) -> Tensor:
+    """How every output moves when its own token's query, key and value do, and no other token's.
+
+        δo_i = Σ_j a_ij scale (δq_i·k_j)(v_j − o_i) + a_ii (scale (q_i·δk_i)(v_i − o_i) + δv_i)
+
+    Args and shapes are those of `attention_trace`; the three moves are shaped like query, key and value. Returns
+    (B, H, T, e) in the dtype of `query`.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    check_heads(query, key, value, output)
+    check_shapes({"query_moved": (query_moved, tuple(query.shape)), "key_moved": (key_moved, tuple(key.shape))})
+    check_shapes({"value_moved": (value_moved, tuple(value.shape))})
+    # No bilinear form: one feature that is 0.
+    angle, turn = query.new_zeros((1, query.shape[2], 1)), query.new_zeros((*query.shape[:2], key.shape[2], 1))
+    nothing = query.new_zeros(1).expand(query.shape)
+    given = query, key, value, output, angle, turn, nothing, query_moved.to(query.dtype)
+    lse, mean, moved = moments(*given, mask, scale=scale, causal=causal, window=window)
+    own = own_score(query, key, mask, scale)
+    no_trace = widen(query).new_zeros(query.shape[1])
+    moves = key_moved, value_moved, nothing
+    return combine(query, value, output, *moves, own, lse, mean, moved, no_trace, None, scale)[0]
+
+
+def check_attention_trace(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    query_trace: Tensor,
+    key_trace: Tensor,
+    value_trace: Tensor,
+    query_shift: Tensor | None,
+    key_shift: Tensor | None,
+    value_shift: Tensor | None,
+) -> None:
+    """Refuse, with a ValueError, heads and constants that do not fit together."""
+    check_heads(query, key, value, output)
+    (_, heads, _, width), shared, depth = query.shape, key.shape[1], value.shape[3]
+    expected = {
+        "query_trace": (query_trace, (heads, width, depth)),
+        "key_trace": (key_trace, (heads, width, depth)),
+        "value_trace": (value_trace, (heads,)),
+        "query_shift": (query_shift, (heads, width)),
+        "key_shift": (key_shift, (shared, width)),
+        "value_shift": (value_shift, (shared, depth)),
+    }
+    check_shapes(expected)
 
 
 def images(

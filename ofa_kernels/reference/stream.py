@@ -95,7 +95,7 @@ def perturb(
     if undisturbed is not None:
         check_same_shape("undisturbed", undisturbed, "stream", stream)
     wide = widen(stream)
-    rstd = _moments(wide, eps, kind)[1]
+    rstd = moments(wide, eps, kind)[1]
     direction = (widen(weight) + offset) * rstd.unsqueeze(-1)
     moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
     copies = _normalize(moved, weight, bias, eps, kind, offset)[0]
@@ -191,19 +191,19 @@ def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:
         ValueError: unknown `kind`.
     """
     _check_kind(kind)
-    return _moments(widen(stream), eps, kind)[1]
+    return moments(widen(stream), eps, kind)[1]
 
 
 def _normalize(
     wide: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str, offset: float
 ) -> tuple[Tensor, Tensor]:
-    mean, rstd = _moments(wide, eps, kind)
+    mean, rstd = moments(wide, eps, kind)
     centred = wide if mean is None else wide - mean.unsqueeze(-1)
     normalized = centred * rstd.unsqueeze(-1) * (widen(weight) + offset)
     return (normalized if bias is None else normalized + widen(bias)), rstd
 
 
-def _moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor]:
+def moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor]:
     if kind == "rms":
         return None, torch.rsqrt(wide.square().mean(-1) + eps)
     mean = wide.mean(-1)

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ofa_kernels
 from ofa_kernels import dispatch, reference
 from ofa_kernels.dispatch import OPERATIONS, Implementation
 
 STREAM, SCALE = torch.linspace(-1, 2, 24).view(2, 3, 4), torch.linspace(0.5, 1.5, 4)
+HEADS, KEYS = torch.linspace(-1, 1, 48).view(1, 4, 3, 4), torch.linspace(2, -1, 24).view(1, 2, 3, 4)
+TRACE = torch.linspace(-1, 1, 64).view(4, 4, 4)
 PROBED = {"epsilon": 0.1, "seed": 3, "step": 1}
 CALLS = {
     "norm_step": ((STREAM, 2 * STREAM, SCALE), {"eps": 1e-5, "kind": "layer"}),
@@ -25,7 +28,25 @@ CALLS = {
         {"eps": 1e-5, "samples": 2, **PROBED},
     ),
     "rstd": ((STREAM,), {"eps": 1e-5}),
+    "mlp_trace": ((STREAM, 2 * STREAM, SCALE, -SCALE), {"activation": "silu"}),
+    "attention_trace": ((HEADS, KEYS, -KEYS, HEADS, TRACE, -TRACE, SCALE), {"scale": 0.5, "causal": True}),
+    "attention_moments": (
+        (HEADS, KEYS, -KEYS, HEADS, torch.ones(1, 3, 1), HEADS[..., :1], HEADS),
+        {"scale": 0.5, "causal": True},
+    ),
+    "norm_trace": ((STREAM, SCALE, 2 * STREAM, STREAM[..., 0]), {"eps": 1e-5, "kind": "layer"}),
 }
+BY_HAND = ("mlp_trace", "attention_trace", "attention_moments", "norm_trace")
+"""Operations with derivatives written by hand, for every device."""
+
+
+def without_kernels(operation: str, device: str = "cpu") -> str:
+    """What runs where no kernel does."""
+    if operation == "attention_trace" and device == "cpu":
+        return "blocked"
+    return "fused" if operation in BY_HAND else "reference"
+
+
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)
 
 
@@ -44,10 +65,11 @@ def offer(monkeypatch):
 
 @over_operations
 def test_on_the_cpu_an_operation_is_the_reference(operation):
+    """To the bit; those with derivatives written by hand to some roundings of float32, at the default 1e-5."""
     args, kwargs = CALLS[operation]
     actual, expected = (getattr(where, operation)(*args, **kwargs) for where in (dispatch, reference))
     for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
-        assert torch.equal(a, b)
+        assert torch.allclose(a, b) if operation in BY_HAND else torch.equal(a, b)
 
 
 @over_operations
@@ -56,9 +78,44 @@ def test_on_the_cpu_an_operation_is_the_reference(operation):
     [torch.ones(2, 3), torch.ones(3, dtype=torch.float64), torch.ones(0, 4), torch.ones(2, 3, device="meta")],
     ids=["float32", "float64", "no rows", "meta"],
 )
-def test_the_reference_takes_what_nobody_else_does(offer, operation, tensor):
+def test_plain_pytorch_takes_what_nobody_else_does(offer, operation, tensor):
     offer(operation, accepts=lambda tensor: False)
-    assert dispatch.choose(operation, tensor).function is getattr(reference, operation)
+    assert dispatch.choose(operation, tensor).name == without_kernels(operation, tensor.device.type)
+
+
+@over_operations
+@pytest.mark.parametrize(
+    ("installed", "dtype", "width", "kernels"),
+    [
+        (True, torch.float32, 4, True),
+        (True, torch.bfloat16, 256, True),
+        (True, torch.float64, 4, False),
+        (True, torch.float32, 65537, False),
+        (False, torch.float32, 4, False),
+    ],
+    ids=["float32", "bfloat16", "float64", "too wide", "no triton"],
+)
+def test_on_a_gpu_kernels_run_where_they_can(offer, monkeypatch, operation, installed, dtype, width, kernels):
+    """Decided from a tensor of the device, without the device."""
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
+    with FakeTensorMode():
+        tensor = torch.empty(2, 3, 5, width, device="cuda", dtype=dtype)
+    # A norm's trace is made of one reduction per row and σ is a part of other kernels: they have none of their own.
+    kernels = kernels and operation not in ("rstd", "norm_trace")
+    assert dispatch.choose(operation, tensor).name == ("triton" if kernels else without_kernels(operation, "cuda"))
+
+
+@pytest.mark.parametrize(("dtype", "widest"), [(torch.float32, 128), (torch.bfloat16, 256)], ids=str)
+@pytest.mark.parametrize("operation", ["attention_trace", "attention_moments"])
+def test_heads_too_wide_for_the_kernels_and_tensors_that_are_no_heads(monkeypatch, offer, operation, dtype, widest):
+    """Their tiles fit neither into registers nor into shared memory; the rest of the GPU still computes them."""
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+    with FakeTensorMode():
+        tensors = [
+            torch.empty(*shape, device="cuda", dtype=dtype)
+            for shape in ((1, 2, 3, widest), (1, 2, 3, widest + 1), (2, 4))
+        ]
+    assert [dispatch.choose(operation, tensor).name for tensor in tensors] == ["triton", "fused", "fused"]
 
 
 @over_operations
@@ -67,6 +124,7 @@ def test_an_implementation_runs_only_for_tensors_it_accepts(offer, operation):
     offer(operation, accepts=lambda tensor: tensor.dtype == torch.float32)
     assert getattr(dispatch, operation)(*args, **kwargs) == "other"
     double = [arg.double() for arg in args]
+    assert dispatch.choose(operation, double[0]).name == without_kernels(operation)
     assert getattr(dispatch, operation)(*double, **kwargs) != "other"
 
 
@@ -77,12 +135,17 @@ def test_the_last_one_registered_is_asked_first(offer):
     assert dispatch.rstd(torch.ones(2, 5), eps=1.0) == "first"
 
 
-def test_the_environment_leaves_only_the_reference(offer, monkeypatch):
-    offer("rstd", accepts=lambda tensor: True)
+@over_operations
+def test_the_environment_leaves_only_the_reference(offer, monkeypatch, operation):
+    args, kwargs = CALLS[operation]
+    offer(operation, accepts=lambda tensor: True)
     monkeypatch.setenv("OFA_KERNELS", "reference")
-    assert dispatch.choose("rstd", STREAM).name == "reference"
+    assert dispatch.choose(operation, args[0]).function is getattr(reference, operation)
+    found, expected = (getattr(where, operation)(*args, **kwargs) for where in (dispatch, reference))
+    pairs = zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, expected)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     monkeypatch.setenv("OFA_KERNELS", "")
-    assert dispatch.choose("rstd", STREAM).name == "other"
+    assert dispatch.choose(operation, args[0]).name == "other"
 
 
 def test_an_unknown_operation_is_refused(offer):

@@ -15,7 +15,14 @@ from tests.ofa_kernels.calls import DEVICE, NORMED, NORMS, OPERATIONS, PROBED, C
 SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129), (2, 300)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-OUTPUTS = {"norm_step": 4, "norm": 2, "contract": 2, "step_boundary": 4}
+OUTPUTS = {
+    "norm_step": 4,
+    "norm": 2,
+    "contract": 2,
+    "step_boundary": 4,
+    "mlp_trace gated": 2,
+    "mlp_trace plain": 2,
+}
 """Operations with more than one output, and how many."""
 
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)
@@ -109,7 +116,7 @@ def test_rows_of_several_tiles(operation, norm, dtype):
     assert_close(call(operation, (3, 300), dtype, norm), 300, dtype)
 
 
-@pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract"])
+@pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract", "mlp_trace gated"])
 @pytest.mark.parametrize("width", [65535, 65536])
 def test_the_widest_row(operation, width):
     """As it is launched: 65,536 columns do not fit into the registers."""
@@ -271,7 +278,15 @@ def test_a_second_derivative_is_refused_not_wrong(operation):
 
 @pytest.mark.parametrize(
     ("operation", "which"),
-    [("norm_step", 1), ("norm", 1), ("perturb behind", 3), ("contract", 1), ("step_boundary", 2)],
+    [
+        ("norm_step", 1),
+        ("norm", 1),
+        ("perturb behind", 3),
+        ("contract", 1),
+        ("step_boundary", 2),
+        ("mlp_trace gated", 1),
+        ("mlp_trace plain", 2),
+    ],
 )
 def test_what_does_not_fit_is_refused_with_the_sentence_of_the_reference(operation, which):
     case = call(operation, (2, 20), torch.float32)

@@ -1,0 +1,151 @@
+"""Queries, keys and values as a model's attention sees them, through transformers' own registry of attention functions.
+
+While a model is measured, its configuration names a function of ours: the model's own attention function, which is
+called as ever, and which also shows its arguments to whoever watches the module. Masks are made as before, because the
+mask function of the old name is registered under the new one as well.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+PREFIX = "ofa_"
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What an attention function was called with: heads as (B, H, T, d), and which keys a query attends to."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    scale: float
+    causal: bool
+    window: int | None
+    unusual: str | None = None
+    """Something in the arguments that the closed form does not know."""
+
+
+Watcher = Callable[[Attending], None]
+
+_watchers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod[Any]] = weakref.WeakKeyDictionary()
+"""By attention module. Methods are held weakly: they know the module, and would keep it alive."""
+
+_uses: dict[int, list[Any]] = {}
+"""By the identity of a configuration: itself, how many hold it, and the name that it had."""
+
+
+class Watching:
+    """Holds the configurations of some attention modules as long as somebody watches them."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        # The others compare the name with their own, and would do something else under a new one.
+        self._modules = weakref.WeakSet(module for module in modules if supports(module))
+        self._configs: dict[int, Any] = {id(module.config): module.config for module in self._modules}
+        for key, config in self._configs.items():
+            held = _uses.setdefault(key, [config, 0, config._attn_implementation])
+            held[1] += 1
+            config._attn_implementation = _register(held[2])
+
+    def remove(self) -> None:
+        """Let go; the last one puts the old name back. Removing twice does nothing."""
+        for module in self._modules:
+            _watchers.pop(module, None)
+        for key, config in self._configs.items():
+            held = _uses[key]
+            held[1] -= 1
+            if not held[1]:
+                del _uses[key]
+                if config._attn_implementation == _register(held[2]):  # else it was given another one meanwhile
+                    config._attn_implementation = held[2]
+        self._configs = {}
+
+
+def watch(module: nn.Module, watcher: Watcher) -> None:
+    """Show every call of this module's attention function to `watcher`, a method of an object that somebody keeps."""
+    _watchers[module] = weakref.WeakMethod(watcher)
+
+
+def supports(module: nn.Module) -> bool:
+    """Whether a module takes its attention function from the registry."""
+    source = sys.modules[type(module).__module__]
+    return hasattr(source, "ALL_ATTENTION_FUNCTIONS") and getattr(module, "config", None) is not None
+
+
+def _register(name: str | None) -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = name or "eager"
+    ours = PREFIX + name
+    if ours not in ALL_ATTENTION_FUNCTIONS:
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+            reference = _watchers.get(module)
+            watcher = None if reference is None else reference()
+            if watcher is not None:
+                watcher(_attending(name, module, query, key, value, mask, kwargs))
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            own = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+            return own(module, query, key, value, mask, **kwargs)
+
+        AttentionInterface.register(ours, attend)
+        if name in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return ours
+
+
+_causal_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Masks that were looked at: a model hands the same one to all its layers, and looking waits for the device."""
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
+    if isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
+        return False
+    if mask not in _causal_masks:
+        later = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        _causal_masks[mask] = not bool(later.triu(1).any())
+    return bool(_causal_masks[mask])
+
+
+def _attending(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Attending:
+    scale = kwargs.get("scaling")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    unusual = next(
+        (key for key in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q") if kwargs.get(key) is not None), None
+    )
+    window = None
+    if mask is not None and not isinstance(mask, Tensor):
+        unusual, mask = type(mask).__name__, None
+    elif mask is None or mask.dim() == 2:
+        # Flash attention is told of windows and padding in words; the others get everything as a mask, and none
+        # where causality says it all.
+        window = kwargs.get("sliding_window") if "flash" in name else None
+        mask = None if mask is None else mask[:, None, None, :].bool()
+    else:
+        causal, mask = causal and _is_causal(mask), mask[..., : key.shape[-2]]
+    return Attending(
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=bool(causal) and query.shape[-2] > 1,
+        window=window,
+        unusual=unusual,
+    )

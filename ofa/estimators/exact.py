@@ -1,0 +1,87 @@
+"""The trace in closed form: no probes, no noise, one more product per branch.
+
+    tr(J_i P_i) = ( tr(A_i G) − ñ_iᵀ A_i ñ_i / d ) / σ_i²,     G = Γ² − c γγᵀ/d,   ñ = n − β
+
+with A_i the own-token Jacobian of the branch seen from its normalized input n_i, c = 1 for LayerNorm and 0 for RMSNorm.
+The derivation is in docs/theory.md. Works for the branches that `ofa.closed_form` recognizes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ofa.anatomy import Anatomy, Branch
+from ofa.closed_form import forms
+from ofa.closed_form.fit import fit
+from ofa.closed_form.interface import Watching
+from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm
+from ofa.estimators import Handle, Leaving, NormView, Probe
+from ofa_kernels import dispatch
+
+
+class Exact:
+    """The closed form of every branch of a model's steps, attached to the model until its handles go."""
+
+    name = "exact"
+    copies = 0
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, granularity: str) -> None:
+        """Recognize every branch.
+
+        Raises:
+            NoClosedForm: a branch is none of those that there is a closed form for, and why.
+        """
+        if granularity != "sublayer":
+            raise NoClosedForm("a step of granularity 'layer' is more than one branch behind one norm")
+        fitted = fit(model, anatomy, anatomy.steps(granularity))
+        self._fitted = fitted
+        self._forms: dict[Branch, forms.Form] = {}
+        self._norms = [model.get_submodule(path) for path in dict.fromkeys(one.branch.norm.path for one in fitted)]
+        self._linears: list[Linear] = [linear for one in fitted for linear in one.parts.linears()]
+        self._seen: tuple[Tensor, list[tuple[int, int]]] | None = None
+
+    def attach(self) -> list[Handle]:
+        """The hooks inside the branches, and the model's attention functions shown to them."""
+        watched = (one.parts.module for one in self._fitted if isinstance(one.parts, AttentionParts))
+        handles: list[Handle] = [Watching(watched)]
+        self._forms = {one.branch: forms.form(one) for one in self._fitted}
+        return handles + [handle for form in self._forms.values() for handle in form.tap.handles]
+
+    def begin(self) -> None:
+        """A measured pass begins: constants of weights and scales that have changed are computed anew."""
+        scales = [norm.weight.detach().reshape(-1) for norm in self._norms]  # type: ignore[operator]
+        # Compared by value: an optimizer may write through `.data`, which no version counter sees. One comparison for
+        # all norms is one wait for the device.
+        flat = torch.cat([scale.to(scales[0].device, torch.float64) for scale in scales])
+        weights = [linear.version() for linear in self._linears]
+        if self._seen is not None and self._seen[1] == weights and torch.equal(self._seen[0], flat):
+            return
+        self._seen = flat, weights
+        for form in self._forms.values():
+            form.kept.forget()
+
+    def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
+        """The branch's input as it is; the branch is watched from here on."""
+        self._forms[branch].begin(norm, entering)
+        return entering
+
+    def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
+        """The branch's output as it is, and the trace of every row."""
+        traced = self._forms[branch].end()
+        trace = dispatch.norm_trace(
+            stream,
+            norm.weight,
+            traced.image.view_as(stream),
+            traced.trace.view(stream.shape[:-1]),
+            eps=norm.eps,
+            kind=norm.kind,
+            offset=norm.offset,
+            shift=traced.shift,
+        )
+        return Leaving(leaving, None, trace.unsqueeze(0), 1.0)
+
+    def abandon(self) -> None:
+        """Let go of what a branch that was entered and never left has collected."""
+        for form in self._forms.values():
+            form.abandon()
