@@ -35,6 +35,22 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class NormView:
+    """A norm as the kernels take it: scale and shift as they are now, and the formula."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: str
+    offset: float
+
+    @property
+    def scale(self) -> Tensor:
+        """γ in the widest dtype at hand, (d,): what the norm multiplies by."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+
+
+@dataclass(frozen=True)
 class Branch:
     """One branch of a step, with full module paths; see `families.BranchRow` for what the fields mean.
 

@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ofa import objectives
-from ofa.anatomy import Branch, Norm, Step
+from ofa.anatomy import Branch, Norm, NormView, Step
 from ofa.errors import InputError
-from ofa.estimators import NormView, Probe, TraceEstimator
+from ofa.estimators import Probe, TraceEstimator
 from ofa.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
 from ofa_kernels import dispatch
 

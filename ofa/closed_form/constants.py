@@ -6,6 +6,7 @@ hand: nothing of the size of a weight is kept for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 Constants = tuple[Tensor, ...]
+
+BLOCK = 32768
+"""Elements of a weight that are worked on at a time on a CPU."""
 
 
 class Products(Protocol):
@@ -69,33 +73,50 @@ class _Constants(torch.autograd.Function):
 class MlpProducts:
     """c[k] = (W G W_d)_kk of the gate's and, for a gated MLP, the up projection's W.
 
-    `weights` returns (W_g, W_u or None, W_d), (f, d), (f, d) and (d, f).
+    `weights` returns (W_g, W_u or None, W_d), (f, d), (f, d) and (d, f), as they are stored.
     """
 
     weights: Any
 
     def forward(self, scale: Tensor, centred: bool) -> Constants:
         """(c_g,) or (c_g, c_u), (f,) each."""
-        gate, up, down = self.weights()
-        back = down.mT.contiguous()
-        scaled = back * scale.square()
-        inner = [(weight * scaled).sum(1) for weight in (gate, up) if weight is not None]
-        if centred:
-            beside = back @ scale / len(scale)
-            inner = [c - (weight @ scale) * beside for c, weight in zip(inner, (gate, up), strict=False)]
-        return tuple(inner)
+        weights = [weight for weight in self.weights()[:2] if weight is not None]
+        down, square = self.weights()[2], scale.square()
+        constants = [scale.new_empty(len(weight)) for weight in weights]
+        for rows in _blocks(weights[0]):
+            # Transposed while it is small enough to stay in the cache; it may be the weight itself, so not in place.
+            back = down[:, rows].mT.to(scale.dtype).contiguous()
+            beside = back @ scale / len(scale) if centred else None
+            scaled = back * square
+            for constant, weight in zip(constants, weights, strict=True):
+                own = weight[rows].to(scale.dtype)
+                constant[rows] = (own * scaled).sum(1)
+                if beside is not None:
+                    constant[rows] -= (own @ scale) * beside
+        return tuple(constants)
 
     def backward(self, scale: Tensor, centred: bool, grads: tuple[Tensor, ...]) -> Tensor:
         """2γ ⊙ diag K − (K + Kᵀ)γ/d, K = Σ Wᵀ diag(grad) W_dᵀ."""
         gate, up, down = self.weights()
-        weighted = gate * grads[0].unsqueeze(1)
-        if up is not None:
-            weighted.addcmul_(up, grads[1].unsqueeze(1))
-        diagonal = (weighted.mT * down).sum(1)
+        diagonal, crossed = torch.zeros_like(scale), torch.zeros_like(scale)
+        for rows in _blocks(gate):
+            weighted = gate[rows].to(scale.dtype) * grads[0][rows].unsqueeze(1)
+            if up is not None:
+                weighted.addcmul_(up[rows].to(scale.dtype), grads[1][rows].unsqueeze(1))
+            back = down[:, rows].mT.to(scale.dtype).contiguous()
+            if centred:
+                crossed += (back @ scale) @ weighted + (weighted @ scale) @ back
+            diagonal += weighted.mul_(back).sum(0)
         grad = 2 * scale * diagonal
-        if centred:
-            grad -= (weighted.mT @ (down.mT @ scale) + down @ (weighted @ scale)) / len(scale)
-        return grad
+        return grad - crossed / len(scale) if centred else grad
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows of a weight, some at a time: what is made of them stays in a cache, or at least small."""
+    rows, columns = weight.shape
+    size = max(1, (BLOCK if weight.device.type == "cpu" else 1 << 24) // columns)
+    for first in range(0, rows, size):
+        yield slice(first, first + size)
 
 
 @dataclass(frozen=True)

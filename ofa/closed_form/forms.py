@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ofa.anatomy import NormView
 from ofa.closed_form.constants import AttentionProducts, Constants, Kept, MlpProducts
 from ofa.closed_form.fit import AttentionFit, Fitted, MlpFit, attending_of, heads_of, rotary_of
 from ofa.closed_form.interface import Attending
 from ofa.closed_form.parts import AttentionParts, Linear, MlpParts
 from ofa.closed_form.taps import AttentionSeen, AttentionTap, MlpSeen, MlpTap, Tap
-from ofa.estimators import NormView
 from ofa_kernels import dispatch
 from ofa_kernels.reference import HeadNorm, Rotary
 
@@ -105,10 +105,10 @@ class MlpForm(_Form):
         return stack.flatten(0, 1)
 
     def _weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        gate, up = self._parts.gate.weight(), None if self._parts.up is None else self._parts.up.weight()
+        gate, up = self._parts.gate.stored(), None if self._parts.up is None else self._parts.up.stored()
         if self._parts.fused:
             gate, up = gate.chunk(2, 0)
-        return gate, up, self._parts.down.weight()
+        return gate, up, self._parts.down.stored()
 
     def _shifts(self) -> tuple[Tensor | None, Tensor | None]:
         gate, up = self._parts.gate.shift(self._beta), None

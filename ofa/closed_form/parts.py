@@ -70,10 +70,14 @@ class Linear:
         image = _wide(rows) @ self.weight().mT
         return image if bias is None else image + bias
 
-    def weight(self) -> Tensor:
-        """W, (outputs, inputs), a view in float32 or wider where it is stored so."""
+    def stored(self) -> Tensor:
+        """W, (outputs, inputs), a view in the dtype that it is stored in."""
         weight: Any = self.module.weight
-        return _wide(weight.detach().mT if self.transposed else weight.detach())
+        return weight.detach().mT if self.transposed else weight.detach()
+
+    def weight(self) -> Tensor:
+        """W, (outputs, inputs), in float32 or wider; a view where it is stored so."""
+        return _wide(self.stored())
 
     def bias(self) -> Tensor | None:
         """b, (outputs), or None."""

@@ -10,26 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ofa.anatomy import Branch
-
-
-@dataclass(frozen=True)
-class NormView:
-    """A norm as the kernels take it: scale and shift as they are now, and the formula."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-    kind: str
-    offset: float
-
-    @property
-    def scale(self) -> Tensor:
-        """γ in the widest dtype at hand, (d,): what the norm multiplies by."""
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+from ofa.anatomy import Branch, NormView
 
 
 @dataclass(frozen=True)

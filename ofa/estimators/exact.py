@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ofa.anatomy import Anatomy, Branch
+from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form import forms
 from ofa.closed_form.fit import fit
 from ofa.closed_form.interface import Watching
 from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm
-from ofa.estimators import Handle, Leaving, NormView, Probe
+from ofa.estimators import Handle, Leaving, Probe
 from ofa_kernels import dispatch
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa.anatomy import Branch
-from ofa.estimators import Handle, Leaving, NormView, Probe
+from ofa.anatomy import Branch, NormView
+from ofa.estimators import Handle, Leaving, Probe
 from ofa_kernels import dispatch
 
 EPSILON = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}

@@ -31,9 +31,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ofa.anatomy import Branch, Step
+from ofa.anatomy import Branch, NormView, Step
 from ofa.errors import InputError
-from ofa.estimators import Handle, Leaving, NormView, Probe
+from ofa.estimators import Handle, Leaving, Probe
 from ofa.estimators.tangents import preconditioned_probes, through_norm, wide, zeros
 from ofa_kernels import dispatch, reference
 

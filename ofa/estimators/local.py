@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofa.anatomy import Anatomy, Branch
+from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form.fit import AttentionFit, Fitted, MlpFit, fit
 from ofa.closed_form.forms import attended, head_norm, head_shifts
 from ofa.closed_form.interface import Watching
 from ofa.closed_form.parts import AttentionParts, MlpParts, NoClosedForm
 from ofa.closed_form.taps import AttentionSeen, AttentionTap, MlpSeen, MlpTap, Tap
-from ofa.estimators import Handle, Leaving, NormView, Probe
+from ofa.estimators import Handle, Leaving, Probe
 from ofa.estimators.tangents import preconditioned_probes, through_norm, zeros
 from ofa_kernels import dispatch, reference
 from ofa_kernels.reference import ACTIVATIONS, HeadNorm, Rotary

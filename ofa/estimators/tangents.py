@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa.estimators import NormView, Probe
+from ofa.anatomy import NormView
+from ofa.estimators import Probe
 from ofa_kernels import dispatch
 
 

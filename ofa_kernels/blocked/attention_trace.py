@@ -25,7 +25,7 @@ from ofa_kernels.fused.attention_moments import Attends
 from ofa_kernels.fused.attention_trace import image_gradients, images
 from ofa_kernels.fused.mlp_trace import refuse_gradients
 from ofa_kernels.fused.precision import full_precision
-from ofa_kernels.reference.attention_moments import bias
+from ofa_kernels.reference.attention_moments import bias, check_window
 from ofa_kernels.reference.attention_trace import HeadNorm, Rotary, check_attention_trace, tangent
 from ofa_kernels.reference.stream import widen
 
@@ -87,6 +87,7 @@ def attention_trace(
     shifts = query_shift, key_shift, value_shift
     given = query, key, value, output, query_trace, key_trace, value_trace
     check_attention_trace(*given, *shifts)
+    check_window(window)
     refuse_gradients(query_shift=query_shift, key_shift=key_shift, value_shift=value_shift, mask=mask)
     turns = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
     result: tuple[Tensor, Tensor] = _AttentionTrace.apply(*given, *shifts, mask, *turns, scale, causal, window)

@@ -95,6 +95,11 @@ def check_attention(
         "tangent": (tangent, (sequences, heads, rows, width)),
     }
     check_shapes(expected)
+    check_window(window)
+
+
+def check_window(window: int | None) -> None:
+    """Refuse, with a ValueError, a window without even the query's own key."""
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} keys leaves queries nothing to attend to; it counts their own")
 

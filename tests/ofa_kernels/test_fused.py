@@ -481,12 +481,7 @@ def test_what_does_not_fit_is_refused_with_the_sentence_of_the_reference(case):
         assert refusal(case.operation, case, **{option: "other"}) == refusal(case.oracle, case, **{option: "other"})
 
 
-NOT_YET = pytest.param(
-    "blocked", marks=pytest.mark.xfail(strict=True, reason="RuntimeError of sizes that do not match")
-)
-
-
-@pytest.mark.parametrize("name", ["moments", "fused", "head norms", NOT_YET])
+@pytest.mark.parametrize("name", ["moments", "fused", "head norms", "blocked"])
 def test_a_window_of_no_key_is_refused_with_the_sentence_of_the_reference(name):
     case = CASES[name]
     assert refusal(case.operation, case, window=0) == refusal(case.oracle, case, window=0)
