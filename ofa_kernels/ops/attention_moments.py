@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_kernels import binaries, launch
-from ofa_kernels.ops import launching
-from ofa_kernels.ops.launching import differentiable_once, implement, library
+from ofa_kernels import launch
+from ofa_kernels.ops.launching import differentiable_once, implement, library, start, target
 from ofa_kernels.reference.attention_moments import check_attention
 
 Group = tuple[Any, ...]
@@ -244,27 +243,17 @@ class _Attention:
             kernel.fn.__name__,
             self._widest,
             self._like.element_size(),
-            launching._architecture or launching.architecture(self._like.device),
+            target(self._like),
         )
 
     def _run(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:
         if self._sequences * programs == 0:
             return
         constants = self._constants | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
-        keywords = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        keywords |= {
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            # Fused multiply-adds round once instead of twice; Triton 3.10 turns them off unless asked.
-            "enable_fp_fusion": True,
-        }
-        if config.max_registers is not None:
-            keywords["maxnreg"] = config.max_registers
+        given = {name: value for name, value in constants.items() if name in kernel.arg_names}
         args = tuple(self._arguments[name] for name in kernel.arg_names if name in self._arguments)
-        if self._like.is_cuda:
-            binaries.offer(launching.architecture(self._like.device))
-        with torch.cuda.device_of(self._like):
-            launching._launcher(kernel, self._sequences * programs, args, keywords)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        start(kernel, self._sequences * programs, self._like, args, given, config.max_registers, **options)
 
 
 def _rows(tensor: Tensor | None) -> Group | None:

@@ -44,10 +44,23 @@ def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **consta
     config = configuration(kernel, tensor, width)
     own = {"GROUPS": config.groups, "TILES": config.tiles}
     constants |= {name: value for name, value in own.items() if name in kernel.arg_names}
+    start(kernel, grid, tensor, args, constants, config.max_registers, num_warps=config.num_warps)
+
+
+def start(
+    kernel: Any,
+    grid: int,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    max_registers: int | None,
+    **options: Any,
+) -> None:
+    """Launch a kernel with everything decided: its arguments, its compile-time constants, the compiler's options."""
     # Fused multiply-adds round once instead of twice; Triton 3.10 turns them off unless asked.
-    options: dict[str, Any] = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
+    options["enable_fp_fusion"] = True
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     if tensor.is_cuda:
         binaries.offer(architecture(tensor.device))
     with torch.cuda.device_of(tensor):
@@ -79,9 +92,12 @@ _architecture: str | None = None
 
 def configuration(kernel: Any, tensor: Tensor, width: int) -> launch.Launch:
     """The launch configuration of a kernel for rows like those of `tensor`."""
-    return launch.configure(
-        kernel.fn.__name__, width, tensor.element_size(), _architecture or architecture(tensor.device)
-    )
+    return launch.configure(kernel.fn.__name__, width, tensor.element_size(), target(tensor))
+
+
+def target(tensor: Tensor) -> str:
+    """What launches for a tensor are configured for: its device's architecture, or that of `launching_by`."""
+    return _architecture or architecture(tensor.device)
 
 
 @cache

@@ -136,6 +136,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "yarn, whose rotation is no rotation": ("llama", {"rope_parameters": YARN}),
     "biases everywhere behind RMSNorm": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "biases in front of norms of heads": ("qwen3", {"head_dim": 8, "attention_bias": True}),
     "partial rotary, fused": ("phi3", {"partial_rotary_factor": 0.5}),
     "scores scaled otherwise": ("granite", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}),
     "scores scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
