@@ -252,6 +252,8 @@ class BranchMeter:
         def widen(name: str, tensor: Tensor) -> Tensor:
             if tensor is entering:
                 return fed
+            if not copies:
+                return tensor
             # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
             batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
             return tensor.repeat(1 + copies, *[1] * (tensor.dim() - 1)) if batched else tensor

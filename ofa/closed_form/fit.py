@@ -7,11 +7,12 @@ attend to, and that the last projection ends it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,10 +127,11 @@ def _kind(parts: Parts) -> Any:
     """What distinguishes branches that may compute different things."""
     shapes = tuple(tuple(linear.weight_shape) for linear in parts.linears())
     if isinstance(parts, MlpParts):
-        return "mlp", parts.up is None, shapes
+        return "mlp", parts.up is None, type(parts.activation), repr(parts.activation), shapes
     # SmolLM3 leaves out the rotary embedding in some layers.
     rotates = bool(getattr(parts.module, "use_rope", True))
-    return "attention", type(parts.module), parts.query_norm is None, rotates, shapes
+    norms = tuple(norm if norm is None else (type(norm), repr(norm)) for norm in (parts.query_norm, parts.key_norm))
+    return "attention", type(parts.module), norms, rotates, getattr(parts.module, "scaling", None), shapes
 
 
 def _tap(model: nn.Module, branch: Branch, parts: Parts, kind: Any, fits: dict[Any, Fit]) -> list[Any]:
@@ -161,12 +163,32 @@ def _fit_mlp(parts: MlpParts, seen: MlpSeen) -> MlpFit:
     for found, image in ((seen.gate, gate), (seen.up, up)):
         if image is not None and (found is None or not trial.close(found, image)):
             raise NoClosedForm(f"{parts.gate.path} does not read the branch's input")
-    for name, curve in reference.ACTIVATIONS.items():
-        phi = curve(gate)[0]
-        if trial.close(seen.hidden, phi if up is None else phi * up):
-            return MlpFit(name)
     known = ", ".join(reference.ACTIVATIONS)
+    for name in _activations(parts.activation):
+        phi = reference.ACTIVATIONS[name](_wide(seen.gate))[0]
+        if trial.close(seen.hidden, phi if seen.up is None else phi * _wide(seen.up)):
+            return MlpFit(name)
     raise NoClosedForm(f"the activation in front of {parts.down.path} is none of {known}")
+
+
+def _activations(found: Callable[[Tensor], Tensor] | None) -> list[str]:
+    """The names that an activation may have: by its values, since those of a few tokens need not tell two apart.
+
+    All of them where the model does not say what its activation is.
+    """
+    if found is None:
+        return list(reference.ACTIVATIONS)
+    grid = torch.linspace(-20, 20, 4001)
+    try:
+        values = found(grid.clone())
+    except (RuntimeError, TypeError, ValueError):
+        return []
+    # gelu and its tanh form differ by 5e-4; equal formulas in float32 by a few roundings of 20.
+    return [name for name, curve in reference.ACTIVATIONS.items() if (curve(grid)[0] - values).abs().max() <= 2e-5]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _fit_attention(parts: AttentionParts, seen: AttentionSeen) -> AttentionFit:

@@ -50,25 +50,31 @@ class Watching:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         # The others compare the name with their own, and would do something else under a new one.
-        self._modules = weakref.WeakSet(module for module in modules if supports(module))
-        self._configs: dict[int, Any] = {id(module.config): module.config for module in self._modules}
-        for key, config in self._configs.items():
+        watched = [module for module in modules if supports(module)]
+        configs: dict[int, Any] = {id(module.config): module.config for module in watched}
+        for key, config in configs.items():
             held = _uses.setdefault(key, [config, 0, config._attn_implementation])
             held[1] += 1
             config._attn_implementation = _register(held[2])
+        # Also when nobody closes the regularizers and they are collected with their model.
+        self._release = weakref.finalize(self, _release, weakref.WeakSet(watched), list(configs))
 
     def remove(self) -> None:
         """Let go; the last one puts the old name back. Removing twice does nothing."""
-        for module in self._modules:
-            _watchers.pop(module, None)
-        for key, config in self._configs.items():
-            held = _uses[key]
-            held[1] -= 1
-            if not held[1]:
-                del _uses[key]
-                if config._attn_implementation == _register(held[2]):  # else it was given another one meanwhile
-                    config._attn_implementation = held[2]
-        self._configs = {}
+        self._release()
+
+
+def _release(modules: weakref.WeakSet[nn.Module], keys: list[int]) -> None:
+    for module in modules:
+        _watchers.pop(module, None)
+    for key in keys:
+        held = _uses[key]
+        config, _, name = held
+        held[1] -= 1
+        if not held[1]:
+            del _uses[key]
+            if config._attn_implementation == _register(name):  # else it was given another one meanwhile
+                config._attn_implementation = name
 
 
 def watch(module: nn.Module, watcher: Watcher) -> None:
@@ -114,10 +120,11 @@ def _is_causal(mask: Tensor) -> bool:
     """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
     if isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
         return False
-    if mask not in _causal_masks:
+    seen = _causal_masks.get(mask)
+    if seen is None or seen[0] != mask._version:
         later = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        _causal_masks[mask] = not bool(later.triu(1).any())
-    return bool(_causal_masks[mask])
+        seen = _causal_masks[mask] = mask._version, not bool(later.triu(1).any())
+    return bool(seen[1])
 
 
 def _attending(

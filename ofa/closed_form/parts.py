@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa.anatomy import Branch
+from ofa.errors import InputError
 
 MLP_NAMES = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -34,6 +35,9 @@ ATTENTION_NAMES = tuple(
 """Query, key, value and output projections of an attention, likewise."""
 
 HEAD_NORMS = ("q_norm", "k_norm")
+
+ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation")
+"""What modules call the activation that they apply between projections."""
 
 LAYOUTS = ("separate", "stacked", "per head", "grouped")
 """Rows of fused projections: all of q, then k, then v; (q, k, v) of every head in turn; or a group of query heads, the
@@ -99,11 +103,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class MlpParts:
-    """The projections of an MLP; `up` is None for a plain one, and `gate` itself where both are fused."""
+    """The projections of an MLP; `up` is None for a plain one, and `gate` itself where both are fused.
+
+    `activation` is what stands between them, where the module has it under a known name.
+    """
 
     gate: Linear
     up: Linear | None
     down: Linear
+    activation: Callable[[Tensor], Tensor] | None
 
     @property
     def fused(self) -> bool:
@@ -182,11 +190,17 @@ def mlp_parts(model: nn.Module, branch: Branch) -> MlpParts:
     entry, end = model.get_submodule(branch.entry), model.get_submodule(branch.exit)
     if entry is not end:
         # The layer calls the projections itself: the branch runs from the first to the last.
-        return MlpParts(_linear(branch.entry, entry), None, _linear(branch.exit, end))
+        layer = model.get_submodule(branch.entry.rpartition(".")[0])
+        return MlpParts(_linear(branch.entry, entry), None, _linear(branch.exit, end), _activation(layer))
     for gate, up, down in MLP_NAMES:
         if all(hasattr(entry, name) for name in (gate, up or gate, down)):
-            found = (name and _linear(f"{branch.entry}.{name}", getattr(entry, name)) for name in (gate, up, down))
-            return MlpParts(*found)  # type: ignore[arg-type]
+            first, second, last = (
+                None if name is None else _linear(f"{branch.entry}.{name}", getattr(entry, name))
+                for name in (gate, up, down)
+            )
+            assert first is not None
+            assert last is not None
+            return MlpParts(first, second, last, _activation(entry))
     raise NoClosedForm(f"{branch.entry} ({type(entry).__name__}) has no projections that are known by name")
 
 
@@ -203,6 +217,25 @@ def attention_parts(model: nn.Module, branch: Branch) -> AttentionParts:
             norms = (getattr(module, name, None) for name in HEAD_NORMS)
             return AttentionParts(module, query, key, value, output, *norms)
     raise NoClosedForm(f"{branch.entry} ({type(module).__name__}) has no projections that are known by name")
+
+
+def check_frozen(linears: Iterable[Linear]) -> None:
+    """Refuse projections that are trained, whose gradient would lack what the trace has of them.
+
+    Raises:
+        InputError: the first one.
+    """
+    for linear in linears:
+        if any(parameter.requires_grad for parameter in linear.module.parameters()):
+            raise InputError(
+                f"{linear.path} is trained since the regularizers were attached, and the closed form takes the weights "
+                "as constants; freeze it, or use estimator='hutchinson' or 'jvp'"
+            )
+
+
+def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    found = (getattr(module, name, None) for name in ACTIVATION_NAMES)
+    return next((one for one in found if callable(one)), None)
 
 
 def _linear(path: str, module: nn.Module) -> Linear:

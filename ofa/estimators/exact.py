@@ -15,7 +15,7 @@ from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form import forms
 from ofa.closed_form.fit import fit
 from ofa.closed_form.interface import Watching
-from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm
+from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm, check_frozen
 from ofa.estimators import Handle, Leaving, Probe
 from ofa_kernels import dispatch
 
@@ -49,7 +49,12 @@ class Exact:
         return handles + [handle for form in self._forms.values() for handle in form.tap.handles]
 
     def begin(self) -> None:
-        """A measured pass begins: constants of weights and scales that have changed are computed anew."""
+        """A measured pass begins: constants of weights and scales that have changed are computed anew.
+
+        Raises:
+            InputError: a weight of a branch is trained by now.
+        """
+        check_frozen(self._linears)
         scales = [norm.weight.detach().reshape(-1) for norm in self._norms]  # type: ignore[operator]
         # Compared by value: an optimizer may write through `.data`, which no version counter sees. One comparison for
         # all norms is one wait for the device.

@@ -21,7 +21,7 @@ from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form.fit import AttentionFit, Fitted, MlpFit, fit
 from ofa.closed_form.forms import attended, head_norm, head_shifts
 from ofa.closed_form.interface import Watching
-from ofa.closed_form.parts import AttentionParts, MlpParts, NoClosedForm
+from ofa.closed_form.parts import AttentionParts, MlpParts, NoClosedForm, check_frozen
 from ofa.closed_form.taps import AttentionSeen, AttentionTap, MlpSeen, MlpTap, Tap
 from ofa.estimators import Handle, Leaving, Probe
 from ofa.estimators.tangents import preconditioned_probes, through_norm, zeros
@@ -55,7 +55,12 @@ class LocalForwardMode:
         return handles + [handle for tap in self._taps.values() for handle in tap.handles]
 
     def begin(self) -> None:
-        """Nothing to prepare: probes are functions of their keys."""
+        """Nothing to prepare: probes are functions of their keys.
+
+        Raises:
+            InputError: a weight of a branch is trained by now; biases are taken as constants.
+        """
+        check_frozen(linear for one in self._fitted for linear in one.parts.linears())
 
     def abandon(self) -> None:
         """Let go of what a branch that was entered and never left has collected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -343,3 +344,87 @@ def test_the_trial_run_ends_where_it_is_told_to() -> None:
         trial.run(model, until="model.layers.1.mlp")
     handle.remove()
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1, 4, 40])
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        ("silu", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_new", "gelu_tanh"),
+        ("relu", "relu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_large_and_rounded_activations_hide_no_other(name, activation, expected, factor, dtype) -> None:
+    """One large entry of the hidden units, or roundings of bfloat16, must not let silu pass for gelu."""
+    model = _with(name, activation)
+    for path, parameter in model.named_parameters():
+        if "gate_proj" in path or "h_to_4h" in path:
+            parameter.data *= factor
+    found = {one.fit.activation for one in fitted(model.to(dtype)) if isinstance(one.fit, MlpFit)}
+    if dtype == torch.bfloat16 and "gelu" in expected:
+        # They differ by 5·10⁻⁴ at most, far less than a rounding there.
+        assert found <= {"gelu", "gelu_tanh"}
+    else:
+        assert found == {expected}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1, 4, 40])
+@pytest.mark.parametrize("activation", ["mish", "quick_gelu", "gelu_10", "relu6"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_similar_ones_are_refused(name, activation, factor, dtype) -> None:
+    """Also those that differ only where no pre-activation of a trial run gets to: clipped at 6 or 10."""
+    model = _with(name, activation)
+    for path, parameter in model.named_parameters():
+        if "gate_proj" in path or "h_to_4h" in path:
+            parameter.data *= factor
+    with pytest.raises(NoClosedForm):
+        fitted(model.to(dtype))
+
+
+def test_another_activation_in_a_later_layer_is_seen() -> None:
+    """One layer of each kind is tried, and the activation is part of the kind."""
+    model = _with("llama", "silu")
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    found = [one.fit.activation for one in fitted(model) if isinstance(one.fit, MlpFit)]
+    assert found == ["silu", "relu", "silu"]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "local_jvp"])
+def test_a_weight_that_is_trained_after_attaching_is_refused(estimator) -> None:
+    """Its gradient would silently lack what the trace has of it."""
+    model, given = _with("llama", "silu"), families.inputs("llama")
+    ofa.tune_norms(model)
+    with ofa.fused_regularizers(model, estimator=estimator):
+        model(**given)
+        model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+        with pytest.raises(ofa.InputError, match=r"layers\.0\.mlp\.down_proj is trained since .* freeze it"):
+            model(**given)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_measuring_writes_to_no_weight(name) -> None:
+    """Views of weights go through in-place arithmetic of constants and traces; none of it may reach the weight."""
+    model, given = families.build(name), families.inputs(name)
+    ofa.tune_norms(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with ofa.fused_regularizers(model, estimator="exact") as regularizers:
+        (model(**given).loss + regularizers.penalty()).backward()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_regularizers_that_are_never_closed_give_the_name_back_when_they_are_collected() -> None:
+    model = _with("llama", "silu")
+    ofa.tune_norms(model)
+    config = model.config
+    name = config._attn_implementation
+    regularizers = ofa.fused_regularizers(model, estimator="exact")
+    assert config._attn_implementation != name
+    del model, regularizers
+    gc.collect()
+    assert config._attn_implementation == name
