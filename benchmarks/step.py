@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -41,9 +42,18 @@ class Row:
 
 
 def milliseconds(workload: Workload, model: nn.Module, variant: str) -> float:
-    """Wall-clock time of one step, without attaching and detaching."""
+    """Wall-clock time of one step in a loop of steps, without attaching and detaching.
+
+    A step before it fills the allocator, and the scales are moved a little in between, as an optimizer would: what
+    depends on them has to be computed again.
+    """
     ids, attached = batch(workload), VARIANTS[variant](model, 0)
     try:
+        step(model, ids, attached)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1 + 1e-6)
         started = time.perf_counter()
         step(model, ids, attached)
         return 1e3 * (time.perf_counter() - started)
@@ -52,13 +62,13 @@ def milliseconds(workload: Workload, model: nn.Module, variant: str) -> float:
             attached.close()
 
 
-def interleaved(workload: Workload, model: nn.Module, rounds: int) -> dict[str, list[float]]:
+def interleaved(workload: Workload, model: nn.Module, rounds: int, variants: Sequence[str]) -> dict[str, list[float]]:
     """Milliseconds of every variant in every round, behind a plain step that warms up and does not count.
 
     Each round takes one step of every variant, so that a machine that slows down slows all of them.
     """
     milliseconds(workload, model, PLAIN)
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant, values in times.items():
             values.append(milliseconds(workload, model, variant))
@@ -69,9 +79,10 @@ def table(costs: dict[str, cost.Cost], times: dict[str, Sequence[float]], plain:
     """Time, and time, FLOPs and saved bytes relative to plain; `plain` holds each variant's plain steps, in pairs."""
     lines = [f"{'variant':20} {'ms':>9} {'ratio':>7} {'FLOPs':>7} {'saved':>7}"]
     for variant, values in times.items():
-        ratio = time_ratio(values, plain[variant])
-        flops = costs[variant].flops / costs[PLAIN].flops
-        saved = costs[variant].saved_bytes / costs[PLAIN].saved_bytes
+        ratio, flops, saved = time_ratio(values, plain[variant]), nan, nan
+        if costs:
+            flops = costs[variant].flops / costs[PLAIN].flops
+            saved = costs[variant].saved_bytes / costs[PLAIN].saved_bytes
         lines.append(f"{variant:20} {median(values):9.1f} {ratio:7.3f} {flops:7.3f} {saved:7.3f}")
     return "\n".join(lines)
 
@@ -88,25 +99,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per workload")
     labels = [workload.label for workload in cost.WORKLOADS]
     parser.add_argument("--only", choices=labels, help="one workload instead of all")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="plain and others"
+    )
+    parser.add_argument("--what", choices=["both", "counts", "times"], default="both", help="counts take minutes too")
     options = parser.parse_args(arguments)
     with writing(options.out, Row) as write:
         for workload in cost.WORKLOADS:
             if options.only in (None, workload.label):
-                write(_measure(workload, options.rounds))
+                write(_measure(workload, options.rounds, options.what, options.variants))
 
 
-def _measure(workload: Workload, rounds: int) -> Iterator[Row]:
+def _measure(workload: Workload, rounds: int, what: str, variants: Sequence[str]) -> Iterator[Row]:
     model = build(workload)
     row = _row_maker(workload)
-    costs = {variant: cost.count(workload, model, variant) for variant in VARIANTS}
-    yield from _cost_rows(costs, row)
-    if workload.name != SMOLLM2_135M.name:
+    costs: dict[str, cost.Cost] = {}
+    if what != "times":
+        costs = {variant: cost.count(workload, model, variant) for variant in variants}
+        yield from _cost_rows(costs, row)
+    if workload.name != SMOLLM2_135M.name or what == "counts":
         # Single-precision arithmetic of a 7B shape on a CPU says nothing about where it is used.
         return
-    times = interleaved(workload, model, rounds)
+    times = interleaved(workload, model, rounds, variants)
     print(workload.label, table(costs, times, dict.fromkeys(times, times[PLAIN])), sep="\n")
     for variant, values in times.items():
-        low, *_, high = quantiles(values, n=5, method="inclusive")
+        low, *_, high = quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
         yield row(variant, "time_median", median(values), "ms")
         yield row(variant, "time_p20", low, "ms")
         yield row(variant, "time_p80", high, "ms")
@@ -118,8 +135,9 @@ def _cost_rows(costs: dict[str, cost.Cost], row: Callable[[str, str, float, str]
     for variant, counted in costs.items():
         yield row(variant, "flops", counted.flops, "FLOP")
         yield row(variant, "flops_ratio", counted.flops / plain.flops, "1")
-        yield row(variant, "saved_bytes", counted.saved_bytes, "B")
-        yield row(variant, "saved_bytes_ratio", counted.saved_bytes / plain.saved_bytes, "1")
+        if not isnan(counted.saved_bytes):
+            yield row(variant, "saved_bytes", counted.saved_bytes, "B")
+            yield row(variant, "saved_bytes_ratio", counted.saved_bytes / plain.saved_bytes, "1")
 
 
 def _row_maker(workload: Workload) -> Callable[[str, str, float, str], Row]:

@@ -13,7 +13,7 @@ from ofa_kernels.fused.precision import full_precision
 from ofa_kernels.reference.mlp_trace import check_mlp
 from ofa_kernels.reference.stream import wide_dtype, widen
 
-BLOCK = 32768
+BLOCK = 131072
 """Elements of a block per thread: a handful of float32 tensors of this size stay in a core's second-level cache."""
 
 
