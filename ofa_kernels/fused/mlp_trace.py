@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ofa_kernels.fused.precision import full_precision
 from ofa_kernels.reference.mlp_trace import check_mlp
@@ -79,16 +82,15 @@ class _MlpTrace(torch.autograd.Function):
         if hidden is not None:
             stack[0].copy_(hidden)
         with full_precision(gate):
+            curve = CURVES[activation]
             for rows, g, u in _blocks(gate, up):
-                phi, slope, _ = CURVES[activation](g, 1)
+                phi, slope = curve.value(g), curve.slope_times(g, torch.ones_like(g) if u is None else u)
                 h = hidden_out[rows]
-                if u is not None:
-                    slope.mul_(u)
                 if hidden is None:
                     h.copy_(phi if u is None else phi * u)
                 traces[rows] = slope @ c_g
                 # φ'(g) u (g − b_g) + φ(g)(u − b_u), the last of which is the hidden row but for the shift.
-                moved = slope * g if b_g is None else slope * (g - b_g)
+                moved = slope.mul_(g if b_g is None else g - b_g)
                 if u is not None:
                     assert c_u is not None
                     traces[rows].addmv_(phi, c_u)
@@ -111,15 +113,16 @@ class _MlpTrace(torch.autograd.Function):
         weights = _rows((zero.expand(gate.shape[:-1]) if grad_trace is None else grad_trace).unsqueeze(-1))
         to_gate, to_up = _rows(grad_gate), None if grad_up is None else _rows(grad_up)
         with full_precision(gate):
+            curve = CURVES[ctx.activation]
             for rows, g, u in _blocks(gate, up):
                 y_h, y_t, s = (widen(part[rows]) for part in (from_hidden, from_tangent, weights))
-                phi, slope, bend = CURVES[ctx.activation](g, 2)
+                phi = curve.value(g)
                 # What multiplies φ' u in tangent and trace, and what multiplies φ' in hidden, tangent and trace.
                 along = torch.addcmul(y_t * g if b_g is None else y_t * (g - b_g), s, c_g)
                 both = y_h + y_t
                 if u is None:
-                    to_gate[rows] = both.mul_(slope).addcmul_(bend, along)
-                    grad_c_g += s.squeeze(-1) @ slope
+                    to_gate[rows] = curve.slope_times(g, both).add_(curve.bend_times(g, phi, along))
+                    grad_c_g += s.squeeze(-1) @ curve.slope_times(g, torch.ones_like(g))
                     continue
                 assert to_up is not None
                 assert c_u is not None
@@ -127,10 +130,10 @@ class _MlpTrace(torch.autograd.Function):
                 through = torch.addcmul(s * c_u, both + y_t, u)
                 if b_u is not None:
                     through.addcmul_(y_t, b_u, value=-1)
-                grad_c_g += s.squeeze(-1) @ (slope * u)
+                grad_c_g += s.squeeze(-1) @ curve.slope_times(g, u)
                 grad_c_u += s.squeeze(-1) @ phi
-                to_gate[rows] = through.mul_(slope).addcmul_(bend.mul_(u), along)
-                to_up[rows] = along.mul_(slope).addcmul_(phi, both)
+                to_up[rows] = curve.slope_times(g, along).addcmul_(phi, both)
+                to_gate[rows] = curve.slope_times(g, through).add_(curve.bend_times(g, phi, along.mul_(u)))
         grads = (None if c is None else c.to(v.dtype) for c, v in ((grad_c_g, vectors[0]), (grad_c_u, vectors[1])))
         return grad_gate, grad_up, *grads, None, None, None, None
 
@@ -152,47 +155,47 @@ def _widen_all(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if vector is None else widen(vector) for vector in vectors]
 
 
-Curve = tuple[Tensor, Tensor, Tensor]
+@dataclass(frozen=True)
+class Curve:
+    """An activation: φ(x), φ'(x) y and φ''(x) y, each in as few passes over the rows as PyTorch has kernels for.
+
+    The last is given φ(x) as well, and may write to y.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    slope_times: Callable[[Tensor, Tensor], Tensor]
+    bend_times: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _silu(x: Tensor, order: int) -> Curve:
-    sigmoid = torch.sigmoid(x)
-    value, rest = x * sigmoid, 1 - sigmoid
-    slope = torch.addcmul(sigmoid, value, rest)
-    # φ'' = σ(1 − σ)(2 + x(1 − 2σ)) = (1 − σ)(2σ + φ(1 − 2σ))
-    bend = (value * (rest - sigmoid)).add_(sigmoid, alpha=2).mul_(rest) if order > 1 else slope
-    return value, slope, bend
+def _silu_bend(x: Tensor, phi: Tensor, y: Tensor) -> Tensor:
+    """φ'' = σ(1 − σ)(2 + x − 2φ)"""
+    return torch.ops.aten.sigmoid_backward(torch.add(x, phi, alpha=-2).add_(2).mul_(y), torch.sigmoid(x))
 
 
-def _gelu(x: Tensor, order: int) -> Curve:
-    below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-    density = torch.exp(-0.5 * x * x).div_(math.sqrt(2 * math.pi))
-    slope = torch.addcmul(below, x, density)
-    return x * below, slope, density * (2 - x * x) if order > 1 else slope
+def _gelu_bend(x: Tensor, phi: Tensor, y: Tensor) -> Tensor:
+    """φ'' = (2 − x²) exp(−x²/2)/√(2π)"""
+    square = x * x
+    return torch.exp(-0.5 * square).mul_(y).mul_(square.neg_().add_(2)).mul_(1 / math.sqrt(2 * math.pi))
 
 
-def _gelu_tanh(x: Tensor, order: int) -> Curve:
+def _gelu_tanh_bend(x: Tensor, phi: Tensor, y: Tensor) -> Tensor:
+    """φ'' = t' + x t''/2; t' = (1 − t²) w', t'' = (1 − t²)(w'' − 2t w'²), t = tanh w, w = √(2/π)(x + 0.044715 x³)"""
     factor, cubic = math.sqrt(2 / math.pi), 0.044715
     square = x * x
     t = torch.tanh(factor * x * (1 + cubic * square))
-    inner, rest = factor * (1 + 3 * cubic * square), 1 - t * t
-    slope = 0.5 * (1 + t) + 0.5 * x * rest * inner
-    if order == 1:
-        return 0.5 * x * (1 + t), slope, slope
-    # (x(1 + t))'' = 2t' + x t'',  t' = (1 − t²) y',  t'' = (1 − t²)(y'' − 2t y'²)
-    bend = rest * (inner + 0.5 * x * (6 * factor * cubic * x - 2 * t * inner * inner))
-    return 0.5 * x * (1 + t), slope, bend
+    inner = factor * (1 + 3 * cubic * square)
+    return (1 - t * t) * (inner + 0.5 * x * (6 * factor * cubic * x - 2 * t * inner * inner)) * y
 
 
-def _relu(x: Tensor, order: int) -> Curve:
-    slope = (x > 0).to(x.dtype)
-    return x * slope, slope, torch.zeros_like(x)
-
-
-CURVES: dict[str, Callable[[Tensor, int], Curve]] = {
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": _relu,
+CURVES: dict[str, Curve] = {
+    "silu": Curve(F.silu, lambda x, y: torch.ops.aten.silu_backward(y, x), _silu_bend),
+    "gelu": Curve(F.gelu, lambda x, y: torch.ops.aten.gelu_backward(y, x), _gelu_bend),
+    "gelu_tanh": Curve(
+        partial(F.gelu, approximate="tanh"),
+        lambda x, y: torch.ops.aten.gelu_backward(y, x, approximate="tanh"),
+        _gelu_tanh_bend,
+    ),
+    "relu": Curve(
+        F.relu, lambda x, y: torch.ops.aten.threshold_backward(y, x, 0), lambda x, phi, y: torch.zeros_like(x)
+    ),
 }
-"""φ, φ' and, where the order asks for it, φ''."""
