@@ -316,6 +316,7 @@ def test_the_recorded_terms_are_what_the_regularizers_measure_with_the_passs_pro
     given = {name: settings[name] for name in ("step_ratio", "sharpness")}
     passes = iter(enumerate(watch.inputs))
     sizes = {1: [[2], [2], [1]], 2: [[2, 2], [1]]}[accumulation]
+    ofa.tune_norms(model)  # as the trainer does: which estimator "auto" is depends on what trains
     with ofa.fused_regularizers(model, **given, seed=7) as reg:
         for record, scales, parts in zip(result.records, watch.scales[:-1], sizes, strict=True):
             for name, value in scales.items():
