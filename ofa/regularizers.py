@@ -353,7 +353,7 @@ class Regularizers:
         active = next(dropping, None) if traced else None
         if active is not None:
             raise InputError(
-                f"dropout is active in {active}, which would drown the finite differences; call model.eval() before "
+                f"dropout is active in {active}, and a trace is that of a model without it; call model.eval() before "
                 "training (gradients still flow), or set its rate to 0"
             )
 
