@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,13 +30,19 @@ METHODS = {
 class Predictor:
     """A model adapted to a task. Closing it brings the model back to what it was before `fit`.
 
-    `trainable_parameters` counts what was trained; `training` is None for methods that train nothing.
+    `trainable_parameters` counts what was trained; `training` is None for methods that train nothing. `contexts` says
+    what the method may be tested with in front of a text: nothing ("prompt"), its shots ("demonstrations").
+    `stored_bytes` is what keeping the adaptation takes, the shots themselves not counted; `notes` what the method tells
+    of itself, as JSON values.
     """
 
     scorer: Scorer
     release: Callable[[], None]
     trainable_parameters: int = 0
     training: TrainingResult | None = None
+    contexts: tuple[str, ...] = ("prompt", "demonstrations")
+    stored_bytes: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text."""

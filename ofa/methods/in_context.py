@@ -12,4 +12,5 @@ from ofa.tasks.task import Example, Task
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words after the demonstrations, in the order of `shots`, and the prompt."""
-    return Predictor(Scorer(model, tokenizer, task, demonstrations=shots), nothing_to_release)
+    scorer = Scorer(model, tokenizer, task, demonstrations=shots)
+    return Predictor(scorer, nothing_to_release, contexts=("demonstrations",))

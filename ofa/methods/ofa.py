@@ -57,5 +57,11 @@ def fit(
     except BaseException:
         restore_norms(model)
         raise
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Predictor(scorer, lambda: restore_norms(model), trainable, result)
+    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Predictor(
+        scorer,
+        lambda: restore_norms(model),
+        trainable_parameters=sum(parameter.numel() for parameter in tuned),
+        training=result,
+        stored_bytes=sum(parameter.nbytes for parameter in tuned),
+    )

@@ -12,4 +12,4 @@ from ofa.tasks.task import Example, Task
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words after the bare prompt; the shots are not used."""
-    return Predictor(Scorer(model, tokenizer, task), nothing_to_release)
+    return Predictor(Scorer(model, tokenizer, task), nothing_to_release, contexts=("prompt",))

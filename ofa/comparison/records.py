@@ -1,0 +1,129 @@
+"""What one cell of a comparison is, and the line it leaves in the results file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ofa.errors import InputError
+
+PROTOCOL = 1
+"""Version of what a cell measures: raised whenever the same cell would come out differently."""
+
+CONTEXTS = ("prompt", "demonstrations")
+"""What stands in front of a tested text: nothing, or the cell's shots."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task with one draw of shots; `settings` are the method's options that differ from its own.
+
+    `task_sha256` is the hash of the task, its training and its test examples, so that results of another file of the
+    same name are not taken for these.
+    """
+
+    model: str
+    task: str
+    task_sha256: str
+    method: str
+    seed: int
+    shots: int
+    test_size: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that tell this cell from every other one."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def row(self) -> str:
+        """The method with its settings, as a table names it: `ofa (sharpness=0.01)`."""
+        told = ", ".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
+        return f"{self.method} ({told})" if told else self.method
+
+
+@dataclass(frozen=True)
+class Score:
+    """The test of one cell in one context.
+
+    `metrics` is `Metrics.to_dict()`, `predictions` and `truth` are label indices by example, `seconds_per_text` the
+    latency of a prediction, `extra_tokens` the tokens in front of every prompt.
+    """
+
+    metrics: Mapping[str, Any]
+    predictions: tuple[int, ...]
+    truth: tuple[int, ...]
+    seconds_per_text: float
+    extra_tokens: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct predictions."""
+        return float(self.metrics["accuracy"])
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the results file. `scores` is by context, empty where the cell failed; `error` says why it did.
+
+    `seconds` is the whole cell, `fit_seconds` the adaptation alone; `stored_bytes` is what an adapter of the method
+    takes, `peak_memory_bytes` the worker's largest memory so far (the device's on a GPU); `versions` includes the
+    device's name; `notes` is what a method tells of itself.
+    """
+
+    cell: Cell
+    error: str | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    fit_seconds: float = 0.0
+    seconds: float = 0.0
+    trainable_parameters: int = 0
+    stored_bytes: int = 0
+    peak_memory_bytes: int = 0
+    shots_sha256: str = ""
+    finished: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    protocol: int = PROTOCOL
+
+    @property
+    def done(self) -> bool:
+        """Whether the cell ran to its end."""
+        return self.error is None
+
+    def to_line(self) -> str:
+        """The record as one line of JSON, with the cell's key, without the line end."""
+        return json.dumps({"key": self.cell.key, **asdict(self)}, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_line(cls, line: str, where: str) -> Record:
+        """The record of a line that `to_line` made; `where` names file and line in errors.
+
+        Raises:
+            InputError: the line is of another version of the protocol, or damaged.
+        """
+        try:
+            values = json.loads(line)
+            protocol = values["protocol"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where} is no record of a comparison ({error}): remove the line") from error
+        if protocol != PROTOCOL:
+            raise InputError(
+                f"{where} was made by version {protocol} of the protocol, this is version {PROTOCOL}, and the two must "
+                "not be mixed: choose another output folder"
+            )
+        try:
+            values.pop("key")
+            cell = Cell(**values.pop("cell"))
+            scores = {name: _score(score) for name, score in values.pop("scores").items()}
+            return cls(cell=cell, scores=scores, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{where} is no record of a comparison ({error}): remove the line") from error
+
+
+def _score(values: Mapping[str, Any]) -> Score:
+    lists = {name: tuple(values[name]) for name in ("predictions", "truth")}
+    return Score(**{**values, **lists})
