@@ -31,7 +31,7 @@ class SharedPrefix:
         self.model = model
         self.prefix = list(prefix)
         self.pad_id = pad_id
-        self._accepted = _accepted_arguments(model)
+        self._accepted = accepted_arguments(model)
         layers = _cache_layer_names(model) if self._accepted >= _NEEDED_TO_CONTINUE else set()
         self.reuses_cache = bool(layers) and layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
         # A sliding window counts places, and so counts the padding between a prompt and the word behind it.
@@ -141,7 +141,8 @@ def _log_probabilities_of(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
-def _accepted_arguments(model: PreTrainedModel) -> set[str]:
+def accepted_arguments(model: PreTrainedModel) -> set[str]:
+    """The arguments that a model's forward takes, through an adapter's wrapper; none where it rewrites the input."""
     adapter = getattr(model, "active_peft_config", None)
     if adapter is None:
         return set(inspect.signature(model.forward).parameters)

@@ -1,4 +1,4 @@
-"""The training loop: a few examples, a few thousand norm scales, nothing else.
+"""The training loop: a few examples, a few thousand parameters (by default the norm scales), nothing else.
 
 Everything the loop does next follows from the configuration, the data and the step number: batches are drawn from
 (seed, epoch), probes from (seed, pass), and dropout is off. So a checkpoint is the scales, the optimizer's moments and
@@ -12,11 +12,11 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -30,6 +30,7 @@ from ofa.errors import InputError
 from ofa.evaluation import evaluating
 from ofa.files import claim_folder, write_text
 from ofa.regularizers import Regularizers, fused_regularizers
+from ofa.shared_prefix import accepted_arguments
 from ofa.tasks.task import Example
 from ofa.tuning import tune_norms
 
@@ -90,7 +91,7 @@ class StepRecord:
     """One optimizer step as it is written to the metrics file.
 
     `loss` is the cross-entropy in nats, `step_ratio` and `sharpness` are J and H without their weights (None where the
-    term has weight 0), `drift` is ‖γ − γ₀‖/‖γ₀‖ after the step, `seconds` the time since the run began.
+    term has weight 0), `drift` is ‖θ − θ₀‖/‖θ₀‖ of what is tuned, `seconds` the time since the run began.
     """
 
     step: int
@@ -115,6 +116,21 @@ class TrainingResult:
     best_epoch: int | None = None
 
 
+class Guidance(Protocol):
+    """Puts another gradient than that of the cross-entropy into the parameters."""
+
+    def begin(self, parameters: Sequence[nn.Parameter], loss: Callable[[], Tensor], steps_per_epoch: int) -> None:
+        """Called once ahead of the first step, with the loss over all examples."""
+        ...
+
+    def backward(self, loss: Callable[[], Tensor]) -> float:
+        """Fill the parameters' gradients for one step from the loss of its batch, and return that loss, in nats.
+
+        `loss` computes the cross-entropy of the batch anew whenever it is called.
+        """
+        ...
+
+
 class Diverged(InputError):
     """The loss, a gradient or a scale is no longer a finite number; the last good checkpoint is kept."""
 
@@ -136,20 +152,24 @@ def train(
     resume: bool = False,
     validate: Callable[[], float] | None = None,
     progress: Callable[[StepRecord, int], None] | None = None,
+    tune: Callable[[nn.Module], Mapping[str, nn.Parameter]] | None = None,
+    guidance: Guidance | None = None,
 ) -> TrainingResult:
-    """Tune the norm scales of `model` on the examples, in eval mode, by AdamW with warm-up and cosine decay to 0.
+    """Tune a few parameters of `model` on the examples, in eval mode, by AdamW with warm-up and cosine decay to 0.
 
     Loss = cross-entropy over the full vocabulary at the label's tokens + λ₁ J + λ₂ H.
 
     Args:
+        tune: makes what is to be tuned trainable and returns it by name; without it the norm scales.
+        guidance: makes each step's gradient of the cross-entropy; its state is in no checkpoint.
         folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
         resume: continue from the folder's checkpoint.
         validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
         progress: called after every step with its record and the number of steps in all.
 
     Raises:
-        InputError: there are no examples, the folder cannot be written, the checkpoint belongs to another run, or a
-            norm's scale gets no gradient.
+        InputError: there are no examples, the folder cannot be written, the checkpoint belongs to another run, a
+            parameter gets no gradient, or guidance was asked for together with a folder, accumulation or regularizers.
         Diverged: a loss, gradient or scale is not finite.
         Interrupted: Ctrl-C or SIGTERM arrived; the step under way was finished first.
     """
@@ -157,10 +177,12 @@ def train(
         raise InputError("there is not one example to train on: give at least one")
     if resume and folder is None:
         raise InputError("only a run with a folder can be resumed: give the folder that holds its checkpoint")
+    if guidance is not None and (folder is not None or config.accumulation > 1 or _regularizes(config)):
+        raise InputError("a guided run keeps no folder and takes neither accumulation nor regularizers; leave them out")
     folder = None if folder is None else claim_folder(folder, overwrite=True)
     seed_everything(config.seed)
     data = [_encode(encoder, example) for example in examples]
-    run = _Run(model, data, config, folder, validate)
+    run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
     with evaluating(model), torch.enable_grad(), _regularized(model, config) as regularizers, _stop_signals() as stop:
         # Only here, where the model is known to be usable, does the run begin to write.
         if resume:
@@ -169,6 +191,7 @@ def train(
             (folder / METRICS).write_text("")
             run.save()
         run.attach(regularizers)
+        run.begin()
         for record in run.steps():
             if progress is not None:
                 progress(record, run.total)
@@ -215,8 +238,14 @@ def _encode(encoder: Encoder, example: Example) -> _Encoded:
     return _Encoded(tuple(encoder.encode_prompt(example.text, room=len(targets))), tuple(targets))
 
 
+def _norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = tune_norms(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: parameter for parameter in parameters}
+
+
 class _Run:
-    """The state of one run: scales, optimizer, position."""
+    """The state of one run: what is tuned ("scales", whatever it is), optimizer, position."""
 
     def __init__(
         self,
@@ -225,11 +254,12 @@ class _Run:
         config: TrainingConfig,
         folder: Path | None,
         validate: Callable[[], float] | None,
+        scales: Mapping[str, nn.Parameter],
+        guidance: Guidance | None,
     ) -> None:
         self.model, self.data, self.config, self.folder, self.validate = model, data, config, folder, validate
-        parameters = tune_norms(model)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        self.scales = {names[parameter]: parameter for parameter in parameters}
+        self.guidance, self.scales, parameters = guidance, dict(scales), list(scales.values())
+        self.still = set(self.scales)
         self.origin = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
@@ -246,7 +276,7 @@ class _Run:
             "data": checkpoint.digest([asdict(item) for item in data]),
             "model": checkpoint.model_digest(model),
         }
-        self._takes_positions = "logits_to_keep" in _parameters_of(model)
+        self._takes_positions = "logits_to_keep" in accepted_arguments(model)
 
     @property
     def checkpoint_path(self) -> Path | None:
@@ -256,6 +286,12 @@ class _Run:
         self.regularizers = regularizers
         if regularizers is not None:
             regularizers.passes = self.passes
+
+    def begin(self) -> None:
+        """Show the guidance, if there is one, the loss over all examples."""
+        if self.guidance is not None:
+            parameters = list(self.scales.values())
+            self.guidance.begin(parameters, lambda: self._cross_entropy(self.data), self.steps_per_epoch)
 
     def steps(self) -> Iterator[StepRecord]:
         """Take every step that is left; after each epoch validate and save."""
@@ -282,12 +318,15 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         totals = {"loss": 0.0, "step_ratio": 0.0, "sharpness": 0.0, "penalty": 0.0}
         batch = self._batch(epoch, step % self.steps_per_epoch)
-        for start in range(0, len(batch), self.config.batch_size):
-            part = batch[start : start + self.config.batch_size]
-            for name, value in self._backward(part, len(part) / len(batch)).items():
-                totals[name] += value
+        if self.guidance is not None:
+            totals["loss"] = self.guidance.backward(lambda: self._cross_entropy(batch))
+        else:
+            for start in range(0, len(batch), self.config.batch_size):
+                part = batch[start : start + self.config.batch_size]
+                for name, value in self._backward(part, len(part) / len(batch)).items():
+                    totals[name] += value
         self._check_finite("loss", totals["loss"] + totals["penalty"], step + 1)
-        gradient_norm = self._gradient_norm(first=step == 0)
+        gradient_norm = self._gradient_norm()
         # Before the step, so that the scales a checkpoint may get are always good.
         self._check_finite("gradient", gradient_norm, step + 1)
         self.optimizer.step()
@@ -339,6 +378,8 @@ class _Run:
         # The vocabulary projection is a quarter of a small model's work, and only these positions are read.
         extra: dict[str, Any] = {"logits_to_keep": kept} if self._takes_positions else {}
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+        # A prompt-tuned model has logits of its virtual tokens in front.
+        logits = logits if extra else logits[:, -input_ids.shape[1] :]
         read = logits[rows, places if self._takes_positions else positions]
         return (F.cross_entropy(read.float(), targets, reduction="none") * weights).sum()
 
@@ -353,17 +394,22 @@ class _Run:
         as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
         return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]
 
-    def _gradient_norm(self, *, first: bool) -> float:
+    def _gradient_norm(self) -> float:
         gradients = {name: scale.grad for name, scale in self.scales.items()}
-        if first:
-            still = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
-            if still:
-                raise InputError(
-                    f"{len(still)} of {len(gradients)} norm scales got no gradient in the first step, {still[0]} "
-                    "among them, so they would not be tuned; the model does not use them, or something detached them"
-                )
+        self._check_all_are_tuned(gradients)
         norms = [gradient.norm() for gradient in gradients.values() if gradient is not None]
         return float(torch.stack(norms).norm())
+
+    def _check_all_are_tuned(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Refuse parameters without a gradient; in the first step it may be zero (LoRA's A behind B = 0)."""
+        if self.still:
+            self.still = {name for name in self.still if (grad := gradients[name]) is None or not grad.any()}
+        unused = [name for name in self.still if gradients[name] is None or self.step > 0]
+        if unused:
+            raise InputError(
+                f"{len(unused)} of {len(gradients)} tuned parameters got no gradient in the first steps, {min(unused)} "
+                "among them, so they would not be tuned; the model does not use them, or something detached them"
+            )
 
     def _drift(self) -> float:
         moved = torch.stack([(p.detach() - o).norm() for p, o in zip(self.scales.values(), self.origin, strict=True)])
@@ -442,9 +488,13 @@ def read_metrics(folder: Path) -> list[StepRecord]:
 
 def _regularized(model: nn.Module, config: TrainingConfig) -> Any:
     """The regularizers of the configuration as a context, or nothing where both weights are 0."""
-    if config.step_ratio == 0 and config.sharpness == 0:
+    if not _regularizes(config):
         return nullcontext()
     return fused_regularizers(model, **config.regularizer_options)
+
+
+def _regularizes(config: TrainingConfig) -> bool:
+    return config.step_ratio > 0 or config.sharpness > 0
 
 
 class _Stop:
@@ -472,9 +522,3 @@ def _stop_signals() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _parameters_of(model: nn.Module) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)
