@@ -5,7 +5,7 @@ Heads with norms of their own go through the reference's formula, and only the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,40 +106,24 @@ class _AttentionTrace(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.interleaved, ctx.moments, ctx.settings = interleaved, moments, (scale, causal, window)
         ctx.set_materialize_grads(False)
-        sequences, heads, tokens, _ = query.shape
         # Tokens first, as models lay heads out in front of the last projection.
-        result = query.new_empty((sequences, tokens, heads, value.shape[-1])).transpose(1, 2)
+        result = torch.empty_like(output.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         with full_precision(query):
             turned, aimed, matched = images(value, output, query_trace, key_trace)
-            lse = query.new_empty((sequences, heads, tokens), dtype=turned.dtype)
-            trace = query.new_zeros((sequences, tokens), dtype=turned.dtype)
-            for part in _parts(query, key):
-                rotary = part.rotary(cos, sin, interleaved)
-                q, o = part.query(query), part.query(output)
-                k, v = part.key(key), part.key(value)
-                shifts = part.shifts(query_shift, key_shift, value_shift)
-                masked = part.mask(mask)
-                angle, turn, aim = features(k, part.query(turned), part.query(aimed), rotary)
-                along = None if shifts[0] is None else tangent(q, shifts[0], None, rotary)
-                own_lse, mean, moved = moments.forward(q, k, v, o, angle, turn, aim, along, masked, *ctx.settings)
-                part_tangent, part_trace = combine(
-                    q,
-                    v,
-                    o,
-                    tangent(k, shifts[1], None, rotary),
-                    widen(v) if shifts[2] is None else widen(v) - widen(shifts[2]).unsqueeze(-2),
-                    part.query(matched),
-                    own_score(q, k, masked, scale),
-                    own_lse,
-                    mean,
-                    moved,
-                    value_trace[part.heads],
-                    rotary,
-                    scale,
-                )
-                part.query(result).copy_(part_tangent)
-                part.query(lse).copy_(own_lse)
-                trace[part.sequences] += part_trace
+            rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved)
+            angle, turn, aim = features(key, turned, aimed, rotary)
+            along = None if query_shift is None else tangent(query, query_shift, None, rotary)
+            lse, mean, moved = moments.forward(
+                query, key, value, output, angle, turn, aim, along, mask, scale, causal, window
+            )
+            value_moved = widen(value) if value_shift is None else widen(value) - widen(value_shift).unsqueeze(-2)
+            key_moved, own = tangent(key, key_shift, None, rotary), own_score(query, key, mask, scale)
+            moving, trace = combine(
+                *(query, value, output, key_moved, value_moved, matched, own, lse, mean, moved, value_trace),
+                rotary,
+                scale,
+            )
+            result.copy_(moving)
         given = query, key, value, output, query_trace, key_trace, value_trace
         shifts = query_shift, key_shift, value_shift
         ctx.save_for_backward(*given, *shifts, mask, cos, sin, turned, aimed, matched, lse)
@@ -151,138 +135,38 @@ class _AttentionTrace(torch.autograd.Function):
         saved = ctx.saved_tensors
         query, key, value, output, query_trace, key_trace, value_trace, *shifts = saved[:10]
         mask, cos, sin, turned, aimed, matched, lse = saved[10:]
+        q_shift, k_shift, v_shift = shifts
         scale = ctx.settings[0]
         zero = lse.new_zeros(())
-        d_tangent = zero.expand(output.shape) if grad_tangent is None else grad_tangent
+        d_moved = zero.expand(output.shape) if grad_tangent is None else widen(grad_tangent)
         d_trace = zero.expand(lse.shape) if grad_trace is None else grad_trace.unsqueeze(1).expand(lse.shape)
-        d_query, d_key, d_value, d_output = (torch.empty_like(x, dtype=lse.dtype) for x in (query, key, value, output))
-        d_turned, d_aimed, d_matched = (torch.empty_like(x) for x in (turned, aimed, matched))
-        d_value_trace = torch.zeros_like(value_trace, dtype=lse.dtype)
         with full_precision(query):
-            for part in _parts(query, key):
-                rotary = part.rotary(cos, sin, ctx.interleaved)
-                q, o, w = part.query(query), part.query(output), part.query(turned)
-                k, v = part.key(key), part.key(value)
-                q_shift, k_shift, v_shift = part.shifts(*shifts)
-                masked, part_lse = part.mask(mask), part.query(lse)
-                moved, traced = widen(part.query(d_tangent)), part.query(d_trace)
-                own = _own_token(
-                    q,
-                    k,
-                    v,
-                    o,
-                    part.query(matched),
-                    value_trace[part.heads],
-                    k_shift,
-                    v_shift,
-                    masked,
-                    part_lse,
-                    rotary,
-                    scale,
-                ).gradients(moved, traced)
-                angle, turn, aim = features(k, w, part.query(aimed), rotary)
-                along = None if q_shift is None else tangent(q, q_shift, None, rotary)
-                grads = ctx.moments.backward(
-                    q,
-                    k,
-                    v,
-                    o,
-                    angle,
-                    turn,
-                    aim,
-                    along,
-                    masked,
-                    part_lse,
-                    own.lse,
-                    scale * traced,
-                    moved,
-                    *ctx.settings,
-                )
-                to_query, to_key, to_value, to_output, to_turn, to_aim, to_along = grads
-                assert to_key is not None
-                assert to_value is not None
-                assert to_output is not None
-                assert to_turn is not None
-                assert to_aim is not None
-                whole = own.query + to_query
-                part.query(d_query).copy_(whole if to_along is None else whole + to_along)
-                through_turn, to_turned = _turn_gradients(to_turn, per_query_head(widen(k), q.shape[1]), w, rotary)
-                part.key(d_key).copy_(to_key + _per_key_head(own.key + through_turn, k.shape[1]))
-                part.key(d_value).copy_(to_value + _per_key_head(own.gap + own.value, v.shape[1]))
-                torch.sub(to_output, own.gap, out=part.query(d_output))
-                part.query(d_turned).copy_(to_turned)
-                part.query(d_aimed).copy_(to_aim if rotary is None else rotary.turn(to_aim, -1.0))
-                part.query(d_matched).copy_(own.matched)
-                d_value_trace[part.heads] += own.value_trace
-            d_traces = image_gradients(
-                (d_turned, d_aimed, d_matched), (value, output), (query_trace, key_trace), (d_value, d_output)
+            rotary = None if cos is None else Rotary(cos, sin, ctx.interleaved)
+            own = _own_token(
+                query, key, value, output, matched, value_trace, k_shift, v_shift, mask, lse, rotary, scale
+            ).gradients(d_moved, d_trace)
+            angle, turn, aim = features(key, turned, aimed, rotary)
+            along = None if q_shift is None else tangent(query, q_shift, None, rotary)
+            grads = ctx.moments.backward(
+                *(query, key, value, output, angle, turn, aim, along, mask),
+                *(lse, own.lse, scale * d_trace, d_moved),
+                *ctx.settings,
             )
-        grads = d_query, d_key, d_value, d_output, *d_traces, d_value_trace
+            to_query, to_key, to_value, to_output, to_turn, to_aim, to_along = grads
+            d_query = own.query + to_query
+            d_query = d_query if to_along is None else d_query + to_along
+            through_turn, d_turned = _turn_gradients(
+                to_turn, per_query_head(widen(key), query.shape[1]), turned, rotary
+            )
+            d_key = to_key + _per_key_head(own.key + through_turn, key.shape[1])
+            d_value = to_value + _per_key_head(own.gap + own.value, value.shape[1])
+            d_output = to_output - own.gap
+            d_aimed = to_aim if rotary is None else rotary.turn(to_aim, -1.0)
+            d_images = d_turned, d_aimed, own.matched
+            d_traces = image_gradients(d_images, (value, output), (query_trace, key_trace), (d_value, d_output))
+        made = d_query, d_key, d_value, d_output, *d_traces, own.value_trace
         dtypes = [tensor.dtype for tensor in saved[:7]]
-        return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), *(None,) * 11
-
-
-BLOCK = 65536
-"""Elements of the query heads that are worked on at a time, per thread: what is made of them stays in the cache."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some sequences and some key heads, with the query heads that share them."""
-
-    sequences: slice
-    shared: slice
-    heads: slice
-
-    def query(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor with query heads, (B, H, ...)."""
-        return tensor[self.sequences, self.heads]
-
-    def key(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor with key heads, (B, K, ...)."""
-        return tensor[self.sequences, self.shared]
-
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        """The part of a mask, which may leave out leading dimensions or have 1 there."""
-        if mask is None or mask.dim() < 3:
-            return mask
-        mask = mask if mask.dim() == 4 else mask.unsqueeze(0)
-        mask = mask[self.sequences] if mask.shape[0] > 1 else mask
-        return mask[:, self.heads] if mask.shape[1] > 1 else mask
-
-    def rotary(self, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rotary | None:
-        """The rotary embedding of these sequences."""
-        if cos is None or sin is None:
-            return None
-        cos, sin = (x[self.sequences] if x.shape[0] > 1 else x for x in (cos, sin))
-        return Rotary(cos, sin, interleaved)
-
-    def shifts(
-        self, query: Tensor | None, key: Tensor | None, value: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The shifts of these heads."""
-        return (
-            None if query is None else query[self.heads],
-            None if key is None else key[self.shared],
-            None if value is None else value[self.shared],
-        )
-
-
-def _parts(query: Tensor, key: Tensor) -> Iterator[_Part]:
-    """Parts of a size that fits the cache; everything at once on a GPU."""
-    (sequences, heads, tokens, width), shared = query.shape, key.shape[1]
-    groups = heads // shared
-    size = max(1, BLOCK * torch.get_num_threads() // max(1, groups * tokens * width))
-    if query.device.type != "cpu":
-        size = sequences * shared
-    at_once, step = max(1, size // shared), min(shared, size)
-    for first in range(0, sequences, at_once):
-        for head in range(0, shared, step):
-            yield _Part(
-                slice(first, min(first + at_once, sequences)),
-                slice(head, min(head + step, shared)),
-                slice(head * groups, min(head + step, shared) * groups),
-            )
+        return *(grad.to(dtype) for grad, dtype in zip(made, dtypes, strict=True)), *(None,) * 11
 
 
 def images(value: Tensor, output: Tensor, query_trace: Tensor, key_trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -193,7 +193,6 @@ def cut(monkeypatch, name: str, case: Case) -> None:
     if "query" in case.given:
         _, heads, rows, width = case.given["query"].shape
         elements = parts * heads // case.given["key"].shape[1] * rows * width
-        monkeypatch.setattr(fused, "BLOCK", elements)
         monkeypatch.setattr(blocked, "ELEMENTS", elements)
     for module in (fused_mlp, fused_norm):
         monkeypatch.setattr(module, "BLOCK", 7 * queries)
