@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from ofa.commands.console import fail
@@ -25,12 +27,25 @@ for command in (demo, fit, evaluate, predict, merge, inspect, doctor):
     app.command()(command)
 
 
+# Typer brings a click of its own or takes the installed one; this is the base of what either raises for wrong options.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
     """Entry point of the console script: errors in the options are one sentence too."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except InputError as error:
         fail(error)
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except _UsageError as error:
+        message = " ".join(error.format_message().split()).rstrip(".?")
+        if not message:  # no arguments at all: the help was shown
+            raise SystemExit(2) from None
+        command = error.ctx.command_path if error.ctx else "ofa"
+        fail(InputError(f"{message[0].lower()}{message[1:]}; `{command} --help` shows how it is used"))
+    raise SystemExit(status or 0)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,32 @@ def test_every_command_explains_itself(command: str) -> None:
     assert all(name in done.stdout for name in ([command] if command else COMMANDS))
 
 
-def test_a_mistyped_option_is_no_traceback() -> None:
-    """What the parser of the options refuses leaves with a status and without a traceback as well."""
-    done = python("-m", "ofa", "fit", "--shot", "5")
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        (["fit", "--shot", "5"], "--shot"),
+        (["fit", "--data", "d", "--out", "o", "--shots", "five"], "--shots"),
+        (["evaluate"], "missing option '--data'"),
+        (["predict"], "missing argument 'adapter'"),
+        (["fti"], "did you mean 'fit'"),
+    ],
+    ids=["unknown option", "no number", "missing option", "missing argument", "unknown command"],
+)
+def test_wrong_options_are_one_sentence(arguments: list[str], about: str) -> None:
+    """What the parser of the options refuses looks like everything else that is refused."""
+    done = python("-m", "ofa", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ofa: ")
+    assert about in line.lower()
+    assert "--help` shows how it is used" in line
+
+
+def test_no_arguments_at_all_show_the_help() -> None:
+    """Status 2, as nothing was done, and what there is to do."""
+    done = python("-m", "ofa")
     assert done.returncode == 2
-    assert done.stdout == ""
-    assert "--shot" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Usage:" in done.stdout + done.stderr
 
 
 @pytest.fixture
