@@ -22,15 +22,14 @@ import numpy
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ofa import checkpoint
-from ofa.encoding import Encoder, collate, scores_whole_words
+from ofa.encoding import Encoder
 from ofa.errors import InputError
 from ofa.evaluation import evaluating
 from ofa.files import claim_folder, write_text
+from ofa.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, encode_example
 from ofa.regularizers import Regularizers, fused_regularizers
-from ofa.shared_prefix import accepted_arguments
 from ofa.tasks.task import Example
 from ofa.tuning import tune_norms
 
@@ -119,8 +118,8 @@ class TrainingResult:
 class Guidance(Protocol):
     """Puts another gradient than that of the cross-entropy into the parameters."""
 
-    def begin(self, parameters: Sequence[nn.Parameter], loss: Callable[[], Tensor], steps_per_epoch: int) -> None:
-        """Called once ahead of the first step, with the loss over all examples."""
+    def begin(self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Called once ahead of the first step; `losses`, as many as an epoch has steps, sum to that over all examples."""
         ...
 
     def backward(self, loss: Callable[[], Tensor]) -> float:
@@ -181,7 +180,7 @@ def train(
         raise InputError("a guided run keeps no folder and takes neither accumulation nor regularizers; leave them out")
     folder = None if folder is None else claim_folder(folder, overwrite=True)
     seed_everything(config.seed)
-    data = [_encode(encoder, example) for example in examples]
+    data = [encode_example(encoder, example) for example in examples]
     run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
     with evaluating(model), torch.enable_grad(), _regularized(model, config) as regularizers, _stop_signals() as stop:
         # Only here, where the model is known to be usable, does the run begin to write.
@@ -216,28 +215,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A prompt, and the tokens to predict behind it; all but the last of them are read too."""
-
-    prompt: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @property
-    def read(self) -> list[int]:
-        return [*self.prompt, *self.targets[:-1]]
-
-
-def _encode(encoder: Encoder, example: Example) -> _Encoded:
-    targets = encoder.encode_target(example.label)
-    if encoder.task.open_ended:
-        end = encoder.tokenizer.eos_token_id
-        targets = targets if end is None else [*targets, int(end)]
-    elif not scores_whole_words(encoder.labels):
-        targets = targets[:1]
-    return _Encoded(tuple(encoder.encode_prompt(example.text, room=len(targets))), tuple(targets))
-
-
 def _norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = tune_norms(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -250,7 +227,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        data: Sequence[_Encoded],
+        data: Sequence[EncodedExample],
         config: TrainingConfig,
         folder: Path | None,
         validate: Callable[[], float] | None,
@@ -276,7 +253,6 @@ class _Run:
             "data": checkpoint.digest([asdict(item) for item in data]),
             "model": checkpoint.model_digest(model),
         }
-        self._takes_positions = "logits_to_keep" in accepted_arguments(model)
 
     @property
     def checkpoint_path(self) -> Path | None:
@@ -290,8 +266,8 @@ class _Run:
     def begin(self) -> None:
         """Show the guidance, if there is one, the loss over all examples."""
         if self.guidance is not None:
-            parameters = list(self.scales.values())
-            self.guidance.begin(parameters, lambda: self._cross_entropy(self.data), self.steps_per_epoch)
+            losses = cross_entropy_in_parts(self.model, self.data, self.config.batch_size)
+            self.guidance.begin(list(self.scales.values()), losses)
 
     def steps(self) -> Iterator[StepRecord]:
         """Take every step that is left; after each epoch validate and save."""
@@ -319,7 +295,7 @@ class _Run:
         totals = {"loss": 0.0, "step_ratio": 0.0, "sharpness": 0.0, "penalty": 0.0}
         batch = self._batch(epoch, step % self.steps_per_epoch)
         if self.guidance is not None:
-            totals["loss"] = self.guidance.backward(lambda: self._cross_entropy(batch))
+            totals["loss"] = self.guidance.backward(lambda: cross_entropy(self.model, batch))
         else:
             for start in range(0, len(batch), self.config.batch_size):
                 part = batch[start : start + self.config.batch_size]
@@ -347,7 +323,7 @@ class _Run:
             seconds=round(self.seconds, 4),
         )
 
-    def _batch(self, epoch: int, index: int) -> list[_Encoded]:
+    def _batch(self, epoch: int, index: int) -> list[EncodedExample]:
         """The examples of one optimizer step: each epoch is a new permutation, fixed by (seed, epoch)."""
         # Not torch.Generator: on the CPU it takes only the low 32 bits of a seed. And only random() is promised to give
         # the same numbers in every version of Python.
@@ -357,9 +333,9 @@ class _Run:
         size = self.config.batch_size * self.config.accumulation
         return [self.data[i] for i in order[index * size : (index + 1) * size]]
 
-    def _backward(self, part: Sequence[_Encoded], share: float) -> dict[str, float]:
+    def _backward(self, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
         """Add the gradient of one micro-batch, `share` of the step's examples, and return its terms."""
-        loss = self._cross_entropy(part)
+        loss = cross_entropy(self.model, part)
         if self.regularizers is None:
             (share * loss).backward()
             return {"loss": share * loss.item()}
@@ -368,31 +344,6 @@ class _Run:
         measured = self.regularizers.measurements
         terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
         return {name: share * value.item() for name, value in terms.items() if value is not None}
-
-    def _cross_entropy(self, part: Sequence[_Encoded]) -> Tensor:
-        """Mean over the examples of the mean over their target tokens, in nats, full vocabulary, float32."""
-        device = next(self.model.parameters()).device
-        input_ids, attention_mask = (t.to(device) for t in collate([example.read for example in part], 0))
-        rows, positions, targets, weights = self._targets(part, device)
-        kept, places = positions.unique(return_inverse=True)
-        # The vocabulary projection is a quarter of a small model's work, and only these positions are read.
-        extra: dict[str, Any] = {"logits_to_keep": kept} if self._takes_positions else {}
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
-        # A prompt-tuned model has logits of its virtual tokens in front.
-        logits = logits if extra else logits[:, -input_ids.shape[1] :]
-        read = logits[rows, places if self._takes_positions else positions]
-        return (F.cross_entropy(read.float(), targets, reduction="none") * weights).sum()
-
-    def _targets(self, part: Sequence[_Encoded], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, positions, targets, weights = [], [], [], []
-        for row, example in enumerate(part):
-            for offset, target in enumerate(example.targets):
-                rows.append(row)
-                positions.append(len(example.prompt) - 1 + offset)
-                targets.append(target)
-                weights.append(1 / (len(example.targets) * len(part)))
-        as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
-        return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]
 
     def _gradient_norm(self) -> float:
         gradients = {name: scale.grad for name, scale in self.scales.items()}

@@ -1,0 +1,82 @@
+"""The loss of training: cross-entropy over the full vocabulary at the tokens of the label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ofa.encoding import Encoder, collate, scores_whole_words
+from ofa.shared_prefix import accepted_arguments
+from ofa.tasks.task import Example
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A prompt, and the tokens to predict behind it; all but the last of them are read too."""
+
+    prompt: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def read(self) -> list[int]:
+        """The ids that the model is given."""
+        return [*self.prompt, *self.targets[:-1]]
+
+
+def encode_example(encoder: Encoder, example: Example) -> EncodedExample:
+    """The example with its label's first token, or the whole of it where two labels begin alike.
+
+    An open-ended task has the whole completion and the end of the text.
+    """
+    targets = encoder.encode_target(example.label)
+    if encoder.task.open_ended:
+        end = encoder.tokenizer.eos_token_id
+        targets = targets if end is None else [*targets, int(end)]
+    elif not scores_whole_words(encoder.labels):
+        targets = targets[:1]
+    return EncodedExample(tuple(encoder.encode_prompt(example.text, room=len(targets))), tuple(targets))
+
+
+def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tensor:
+    """Mean over the examples of the mean over their target tokens, in nats, full vocabulary, float32."""
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (t.to(device) for t in collate([example.read for example in examples], 0))
+    rows, positions, targets, weights = _targets(examples, device)
+    kept, places = positions.unique(return_inverse=True)
+    takes_positions = "logits_to_keep" in accepted_arguments(model)
+    # The vocabulary projection is a quarter of a small model's work, and only these positions are read.
+    extra: dict[str, Any] = {"logits_to_keep": kept} if takes_positions else {}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+    # A prompt-tuned model has logits of its virtual tokens in front.
+    logits = logits if takes_positions else logits[:, -input_ids.shape[1] :]
+    read = logits[rows, places if takes_positions else positions]
+    return (F.cross_entropy(read.float(), targets, reduction="none") * weights).sum()
+
+
+def cross_entropy_in_parts(
+    model: nn.Module, examples: Sequence[EncodedExample], size: int
+) -> list[Callable[[], Tensor]]:
+    """The cross-entropy of all the examples as losses of at most `size` of them, in their order, that sum to it."""
+
+    def part(start: int) -> Callable[[], Tensor]:
+        own = examples[start : start + size]
+        return lambda: len(own) / len(examples) * cross_entropy(model, own)
+
+    return [part(start) for start in range(0, len(examples), size)]
+
+
+def _targets(part: Sequence[EncodedExample], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, positions, targets, weights = [], [], [], []
+    for row, example in enumerate(part):
+        for offset, target in enumerate(example.targets):
+            rows.append(row)
+            positions.append(len(example.prompt) - 1 + offset)
+            targets.append(target)
+            weights.append(1 / (len(example.targets) * len(part)))
+    as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
+    return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]
