@@ -63,24 +63,8 @@ def evaluate(
     greedy completions and by the likelihood of the true ones. Raises InputError for no examples, empty texts, and
     labels the task does not have.
     """
-    if not examples:
-        raise InputError(f"there is not one example of task {task.name!r} to evaluate on: give at least one")
-    start = time.perf_counter()
     scorer = Scorer(model, tokenizer, task, demonstrations=demonstrations, batch_size=batch_size)
-    if task.open_ended:
-        return _evaluate_completions(scorer, examples, progress, start)
-    truth = [example.label for example in examples]
-    for label in truth:
-        scorer.encoder.encode_target(label)
-    probabilities = scorer.predict_proba([example.text for example in examples], progress=progress)
-    return Evaluation(
-        metrics=metrics(probabilities, truth, task.labels),
-        predictions=tuple(task.labels[index] for index in probabilities.argmax(1).tolist()),
-        probabilities=probabilities,
-        seconds=time.perf_counter() - start,
-        truncated=scorer.truncated,
-        mode=scorer.mode,
-    )
+    return scorer.evaluate(examples, progress=progress)
 
 
 class Scorer:
@@ -129,7 +113,7 @@ class Scorer:
         demonstrations, prompts = self._encode(texts)
         scores = torch.empty(len(texts), len(words))
         with evaluating(self.model):
-            shared = SharedPrefix(self.model, demonstrations, self.encoder.pad_id)
+            shared = self.shared_prefix(demonstrations)
             for batch in self._batches(prompts, progress):
                 chosen = [prompts[index] for index in batch]
                 if self.mode == "whole word":
@@ -164,6 +148,35 @@ class Scorer:
                     completions[index] = text.strip()
         return completions
 
+    def evaluate(self, examples: Sequence[Example], *, progress: Progress | None = None) -> Evaluation:
+        """Predict the examples and measure the predictions, as the function `evaluate` does."""
+        if not examples:
+            raise InputError(f"there is not one example of task {self.task.name!r} to evaluate on: give at least one")
+        start, cut_before = time.perf_counter(), self.truncated
+        if self.task.open_ended:
+            return _evaluate_completions(self, examples, progress, start)
+        truth = [example.label for example in examples]
+        for label in truth:
+            self.encoder.encode_target(label)
+        probabilities = self.predict_proba([example.text for example in examples], progress=progress)
+        return Evaluation(
+            metrics=metrics(probabilities, truth, self.task.labels),
+            predictions=tuple(self.task.labels[index] for index in probabilities.argmax(1).tolist()),
+            probabilities=probabilities,
+            seconds=time.perf_counter() - start,
+            truncated=self.truncated - cut_before,
+            mode=self.mode,
+        )
+
+    def accuracy(self, examples: Sequence[Example]) -> float:
+        """Share of the examples whose label is predicted."""
+        predicted = self.predict([example.text for example in examples])
+        return sum(word == e.label for word, e in zip(predicted, examples, strict=True)) / len(examples)
+
+    def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
+        """The model behind the ids of demonstrations, as it scores prompts; methods that change that override it."""
+        return SharedPrefix(self.model, demonstrations, self.encoder.pad_id)
+
     def completion_log_likelihood(self, examples: Sequence[Example]) -> Tensor:
         """Mean log-likelihood per token (n,), float32, on the CPU, of each example's own label or completion."""
         totals, counts = self.completion_totals(examples)
@@ -176,7 +189,7 @@ class Scorer:
         demonstrations, prompts = self._encode([example.text for example in examples], room=room)
         totals = torch.empty(len(examples))
         with evaluating(self.model):
-            shared = SharedPrefix(self.model, demonstrations, self.encoder.pad_id)
+            shared = self.shared_prefix(demonstrations)
             whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
             for batch in self._batches(whole, None):
                 behind = [targets[index] for index in batch]
@@ -235,10 +248,11 @@ def _evaluate_completions(
     scorer: Scorer, examples: Sequence[Example], progress: Progress | None, start: float
 ) -> Evaluation:
     truth = [example.label.strip() for example in examples]
+    cut_before = scorer.truncated
     # One token more than the longest truth, so that an answer which runs on is not taken for a match.
     longest = max(len(scorer.encoder.encode_target(example.label)) for example in examples)
     generated = scorer.generate([example.text for example in examples], longest + 1, progress=progress)
-    truncated = scorer.truncated
+    truncated = scorer.truncated - cut_before
     predictions = tuple(_first_lines(text, like) for text, like in zip(generated, truth, strict=True))
     totals, counts = scorer.completion_totals(examples)
     matches = sum(prediction == like for prediction, like in zip(predictions, truth, strict=True))

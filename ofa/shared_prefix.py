@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ofa.encoding import collate
+from ofa.encoding import collate, model_window
+from ofa.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Intervention = Callable[[Tensor], AbstractContextManager[None]]
+"""Given the column (B,) of each prompt's last token in the input, int64: what surrounds the pass that computes it."""
 
 _NEEDED_TO_CONTINUE = {"past_key_values", "position_ids", "use_cache"}
 _ROTATIONS_THAT_DEPEND_ON_LENGTH = {"dynamic", "longrope"}
@@ -25,17 +30,40 @@ class SharedPrefix:
     Keys and values of the prefix are computed once, here, with the weights of this moment, and every batch reads the
     same copy. A model whose cache cannot be continued from outside (`reuses_cache` is False) gets the prefix in front
     of every sequence instead; the numbers are the same. The caller puts the model in eval mode and turns gradients off.
+
+    With `kept` only the keys and values at these positions of the prefix stay, after all of it was computed. What comes
+    behind has the positions it has behind the whole prefix, or, where positions are learned, behind the kept ones. A
+    sliding window counts what is kept. An `intervention` surrounds every pass with prompts in it, and no other.
+
+    Raises:
+        InputError: a part of the prefix is to be kept, and the model's cache cannot be continued.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefix: Sequence[int],
+        pad_id: int,
+        *,
+        kept: Sequence[int] | None = None,
+        intervention: Intervention | None = None,
+    ) -> None:
         self.model = model
         self.prefix = list(prefix)
         self.pad_id = pad_id
+        self.kept = list(range(len(self.prefix)) if kept is None else kept)
+        self._intervention = intervention
         self._accepted = accepted_arguments(model)
         layers = _cache_layer_names(model) if self._accepted >= _NEEDED_TO_CONTINUE else set()
         self.reuses_cache = bool(layers) and layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
         # A sliding window counts places, and so counts the padding between a prompt and the word behind it.
         self._continues_behind_padding = layers == {"DynamicLayer"}
+        if len(self.kept) < len(self.prefix) and not self.reuses_cache:
+            raise InputError(
+                f"a {model.config.model_type} model cannot go on from a part of its cache, which is what this method "
+                "does: choose another method, or another model"
+            )
+        self._start = len(self.kept if _learns_positions(model) else self.prefix)
         self._layers = self._prefix_layers() if self.prefix and self.reuses_cache else []
 
     def last_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -74,14 +102,17 @@ class SharedPrefix:
 
     def _rest_of_word(self, cache: Any, mask: Tensor, lengths: Tensor, word: Sequence[int]) -> Tensor:
         read, targets = (torch.tensor(part).expand(len(lengths), -1) for part in (word[:-1], word[1:]))
-        positions = len(self.prefix) + lengths[:, None] + torch.arange(read.shape[1])
+        positions = self._start + lengths[:, None] + torch.arange(read.shape[1])
         mask = self._behind_prefix(torch.cat([mask, torch.ones_like(read)], dim=1))
         grown = _cache_from(cache.layers, len(lengths))
         logits = self._run(read, mask, positions, torch.arange(read.shape[1]), grown).float()
         return _log_probabilities_of(logits, targets.to(logits.device)).sum(1)
 
     def _logits_at(self, sequences: Sequence[Sequence[int]], positions: Tensor, cache: Any = None) -> Tensor:
-        """Logits (B, K, vocabulary), float32, at `positions` (B, K) of the sequences, counted behind the prefix."""
+        """Logits (B, K, vocabulary), float32, at `positions` (B, K) of the sequences, counted behind the prefix.
+
+        The first of a row's positions is the last token of its prompt.
+        """
         if self.prefix and not self.reuses_cache:
             sequences = [[*self.prefix, *sequence] for sequence in sequences]
             positions = positions + len(self.prefix)
@@ -90,14 +121,15 @@ class SharedPrefix:
         input_ids, mask = collate(sequences, self.pad_id)
         if cache is not None:
             mask = self._behind_prefix(mask)
-        position_ids = (len(self.prefix) + torch.arange(input_ids.shape[1])).expand_as(input_ids)
-        kept, places = positions.unique(return_inverse=True)
-        logits = self._run(input_ids, mask, position_ids, kept, cache)
+        position_ids = (self._start + torch.arange(input_ids.shape[1])).expand_as(input_ids)
+        read, places = positions.unique(return_inverse=True)
+        with nullcontext() if self._intervention is None else self._intervention(positions[:, 0]):
+            logits = self._run(input_ids, mask, position_ids, read, cache)
         rows = torch.arange(len(sequences))[:, None]
         return logits[rows.to(logits.device), places.to(logits.device)].float()
 
-    def _run(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, kept: Tensor, cache: Any) -> Tensor:
-        """Logits (B, kept places, vocabulary); `cache`, where there is one, grows by the input."""
+    def _run(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, read: Tensor, cache: Any) -> Tensor:
+        """Logits (B, places to read, vocabulary); `cache`, where there is one, grows by the input."""
         device = next(self.model.parameters()).device
         arguments: dict[str, Any] = {}
         if cache is not None:
@@ -106,20 +138,23 @@ class SharedPrefix:
             arguments = {"use_cache": False}
         arguments |= {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
         if "logits_to_keep" in self._accepted:
-            return self.model(**arguments, logits_to_keep=kept.to(device)).logits
+            return self.model(**arguments, logits_to_keep=read.to(device)).logits
         # Counted from the end, because a prompt-tuned model puts its virtual tokens in front.
         logits = self.model(**arguments).logits[:, -input_ids.shape[1] :]
-        return logits[:, kept.to(logits.device)]
+        return logits[:, read.to(logits.device)]
 
     def _prefix_layers(self) -> list[Any]:
         cache = _cache_from([], 1)
         ids = torch.tensor([self.prefix])
         positions = torch.arange(ids.shape[1])[None]
         self._run(ids, torch.ones_like(ids), positions, positions[0, -1:], cache)
+        if len(self.kept) < len(self.prefix):
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, self.kept], layer.values[:, :, self.kept]
         return cache.layers
 
     def _behind_prefix(self, mask: Tensor) -> Tensor:
-        return torch.cat([mask.new_ones(len(mask), len(self.prefix)), mask], dim=1)
+        return torch.cat([mask.new_ones(len(mask), len(self.kept)), mask], dim=1)
 
 
 def _cache_from(layers: Sequence[Any], batch: int) -> Any:
@@ -160,6 +195,13 @@ def _cache_layer_names(model: PreTrainedModel) -> set[str]:
         return set()
     cache = DynamicCache(config=config)
     return {type(layer).__name__ for layer in cache.layers}
+
+
+def _learns_positions(model: PreTrainedModel) -> bool:
+    """Whether the model has an embedding of positions, and not only of tokens."""
+    window, tokens = model_window(model), model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    return window is not None and any(table.num_embeddings >= window for table in tables)
 
 
 def _rotates_by_length(config: Any) -> bool:
