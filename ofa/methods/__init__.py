@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import TracebackType
@@ -13,15 +14,21 @@ from ofa.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ofa.evaluation import Evaluation, Scorer
+    from ofa.evaluation import Evaluation, Progress, Scorer
     from ofa.tasks.task import Example
     from ofa.trainer import TrainingResult
 
 METHODS = {
     "zero-shot": "ofa.methods.zero_shot",
     "icl": "ofa.methods.in_context",
+    "soft-prompt": "ofa.methods.soft_prompt",
+    "ia3": "ofa.methods.ia3",
+    "lora": "ofa.methods.lora",
+    "lora-r1": "ofa.methods.lora_r1",
     "norm-tuning": "ofa.methods.norm_tuning",
     "ofa": "ofa.methods.ofa",
+    "ofa-step-ratio": "ofa.methods.ofa_step_ratio",
+    "ofa-sharpness": "ofa.methods.ofa_sharpness",
 }
 """Method name → module with its `fit`; modules are imported on use."""
 
@@ -52,12 +59,24 @@ class Predictor:
         """Probability of each label, (texts, labels), float32."""
         return self.scorer.predict_proba(texts)
 
-    def evaluate(self, examples: Sequence[Example], **options: Any) -> Evaluation:
-        """Predict the examples and score the predictions; see `evaluation.evaluate` for the options."""
-        from ofa.evaluation import evaluate
+    def evaluate(
+        self,
+        examples: Sequence[Example],
+        *,
+        demonstrations: Sequence[Example] | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Predict the examples and measure the predictions, as `evaluation.evaluate` does, in the method's own way.
 
-        options.setdefault("demonstrations", self.scorer.demonstrations)
-        return evaluate(self.scorer.model, self.scorer.tokenizer, self.scorer.task, examples, **options)
+        Demonstrations and batch size are the scorer's where they are not given.
+        """
+        scorer = copy(self.scorer)
+        if demonstrations is not None:
+            scorer.demonstrations = tuple(demonstrations)
+        if batch_size is not None:
+            scorer.batch_size = batch_size
+        return scorer.evaluate(examples, progress=progress)
 
     def close(self) -> None:
         """Leave the model as `fit` found it."""

@@ -1,0 +1,41 @@
+"""IA3: learned scales of keys, values and the MLP's inner activation (arXiv 2205.05638), by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ofa.methods import Predictor
+from ofa.methods.peft_training import fit_adapter
+from ofa.methods.projections import find_projections, stored_transposed
+from ofa.tasks.task import Example, Task
+
+SETTINGS = {"learning_rate": 3e-3}
+"""Where the method's own settings differ from `TrainingConfig`."""
+
+
+def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
+    """Train one scale per output of the key and value projections and per input of the MLP's last one, 1 at first.
+
+    A projection that also makes queries is scaled whole, as PEFT does; `options` as for `fit_adapter`.
+
+    Raises:
+        InputError: see `fit_adapter`.
+    """
+    return fit_adapter(model, tokenizer, task, shots, seed, config_for, notes={}, **{**SETTINGS, **options})
+
+
+def config_for(model: Any) -> Any:
+    """PEFT's configuration of these scales for a model.
+
+    Raises:
+        InputError: the projections are not found.
+    """
+    from peft import IA3Config
+
+    found = find_projections(model)
+    inner = list(found.down)
+    targets = list(dict.fromkeys((*found.key, *found.value, *inner)))
+    return IA3Config(
+        target_modules=targets, feedforward_modules=inner, fan_in_fan_out=stored_transposed(model, targets)
+    )

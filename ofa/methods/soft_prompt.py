@@ -1,0 +1,71 @@
+"""Soft prompt: one trained vector in front of the tokens' embeddings (arXiv 2104.08691), by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ofa.errors import InputError
+from ofa.evaluation import Scorer
+from ofa.methods import Predictor
+from ofa.methods.peft_training import fit_adapter
+from ofa.shared_prefix import SharedPrefix
+from ofa.tasks.task import Example, Task
+
+SETTINGS = {"learning_rate": 0.1, "epochs": 50}
+"""Where the method's own settings differ from `TrainingConfig`."""
+
+
+def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
+    """Train one vector (d,), at first the embedding of a token drawn from the vocabulary, uniformly, by `seed`.
+
+    Labels are scored at the last token of the prompt, one place further on than without the vector; demonstrations
+    stand between the two. `options` as for `fit_adapter`.
+
+    Raises:
+        InputError: the task is open-ended; see also `fit_adapter`.
+    """
+    if task.open_ended:
+        # PEFT gives a generation no positions, so that the padding of a batch would move its shorter prompts.
+        raise InputError(f"task {task.name!r} has no labels, and soft-prompt only scores labels; choose another method")
+    chosen = {**SETTINGS, **options}
+    return fit_adapter(model, tokenizer, task, shots, seed, config_for, scored_by=SoftPromptScorer, notes={}, **chosen)
+
+
+class SoftPromptScorer(Scorer):
+    """Scores labels behind the vector, whose keys and values are computed once, with those of the demonstrations."""
+
+    def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
+        """The base model behind the vector and the ids of demonstrations; PEFT's where no cache can be continued."""
+        base: Any = self.model.get_base_model()
+        vectors = self.model.get_prompt(1)
+        places = [self.encoder.pad_id] * vectors.shape[1]
+        with _embedded_first(base.get_input_embeddings(), vectors):
+            shared = SharedPrefix(base, [*places, *demonstrations], self.encoder.pad_id)
+        return shared if shared.reuses_cache else super().shared_prefix(demonstrations)
+
+
+def config_for(model: Any) -> Any:
+    """PEFT's configuration of the vector for a model."""
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1, prompt_tuning_init="SAMPLE_VOCAB")
+
+
+@contextmanager
+def _embedded_first(embedding: nn.Module, vectors: Tensor) -> Iterator[None]:
+    """Let `vectors` (1, K, d) take the places of the first K tokens' embeddings."""
+
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, : vectors.shape[1]] = vectors.to(output.dtype)
+        return output
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
