@@ -66,6 +66,11 @@ class SharedPrefix:
         self._start = len(self.kept if _learns_positions(model) else self.prefix)
         self._layers = self._prefix_layers() if self.prefix and self.reuses_cache else []
 
+    @property
+    def cached_bytes(self) -> int:
+        """Size of the keys and values that every prompt reads."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+
     def last_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Logits (B, vocabulary), float32, at the last token of each sequence."""
         last = torch.tensor([[len(sequence) - 1] for sequence in sequences])

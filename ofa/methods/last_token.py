@@ -1,0 +1,32 @@
+"""What modules return at the last token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ofa.evaluation import evaluating
+from ofa.module_io import hidden_output
+from ofa.shared_prefix import SharedPrefix
+
+
+def last_token_outputs(model: Any, paths: Sequence[str], ids: Sequence[int]) -> list[Tensor]:
+    """Output (d,) of each module at the last token of `ids`, in its own dtype, all from one pass."""
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(path: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = hidden_output(output)
+            # OPT's MLP has no batch dimension. A copy, because some layers add into a branch's output.
+            outputs[path] = hidden.reshape(-1, hidden.shape[-1])[-1].clone()
+
+        return record
+
+    with ExitStack() as hooks, evaluating(model):
+        for path in paths:
+            hooks.callback(model.get_submodule(path).register_forward_hook(recorder(path)).remove)
+        SharedPrefix(model, (), pad_id=0).last_logits([ids])
+    return [outputs[path] for path in paths]

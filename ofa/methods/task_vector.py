@@ -1,0 +1,117 @@
+"""Task vector: one layer's state behind the demonstrations stands in for them (arXiv 2310.15916).
+
+Prompt = demonstrations + one unlabelled training prompt; h_l = output of decoder layer l at its last token. At test the
+output of layer l at the last token of the bare prompt is overwritten with h_l. Other positions see none of it, since
+attention is causal; words scored whole read keys and values of the overwritten state at the prompt's last token and
+are not overwritten themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa import anatomy
+from ofa.encoding import Encoder, model_window
+from ofa.errors import InputError
+from ofa.evaluation import Scorer
+from ofa.methods import Predictor, nothing_to_release
+from ofa.methods.last_token import last_token_outputs
+from ofa.module_io import hidden_output, replace_hidden_output
+from ofa.shared_prefix import SharedPrefix
+from ofa.tasks.sampling import class_balanced
+from ofa.tasks.task import Example, Task
+
+VALIDATION_SIZE = 32
+"""Training examples, as balanced over the classes as they can be, by whose accuracy the layer is chosen."""
+
+
+def fit(
+    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, *, pool: Sequence[Example] = ()
+) -> Predictor:
+    """Take the states of all layers in one pass and choose the layer by accuracy; the lowest one where several tie.
+
+    `pool` holds training examples; those that are no shots give the unlabelled prompt and up to `VALIDATION_SIZE`
+    others to validate on, both drawn by `seed`. The notes tell how many these were, their accuracy with the state of
+    each layer, and the layer, counted from 0.
+
+    Raises:
+        InputError: the pool without the shots does not hold an example of every class and one more, the task has no
+            labels, or the model's layers are not recognized.
+    """
+    if task.open_ended:
+        raise InputError(f"task {task.name!r} has no labels to choose the layer of a task vector by: use icl instead")
+    query, validation = draw(task, shots, pool, seed)
+    layers = anatomy.find(model).layers
+    states = last_token_outputs(model, layers, _prompt(model, tokenizer, task, shots, query))
+    scorers = [
+        TaskVectorScorer(model, tokenizer, task, layer=layer, state=state)
+        for layer, state in zip(layers, states, strict=True)
+    ]
+    accuracies = [scorer.accuracy(validation) for scorer in scorers]
+    best = accuracies.index(max(accuracies))
+    return Predictor(
+        scorers[best],
+        nothing_to_release,
+        contexts=("prompt",),
+        stored_bytes=states[best].nbytes,
+        notes={"layer": best, "validation_examples": len(validation), "validation_accuracies": accuracies},
+    )
+
+
+def draw(task: Task, shots: Sequence[Example], pool: Sequence[Example], seed: int) -> tuple[Example, list[Example]]:
+    """The unlabelled prompt's example and the validation examples: different texts, none of them a shot's.
+
+    Raises:
+        InputError: there are too few.
+    """
+    texts = {shot.text for shot in shots}
+    unseen = {e.text: e for e in pool if e.text not in texts and e.label in task.labels}
+    missing = sorted(set(task.labels) - {example.label for example in unseen.values()})
+    if missing or len(unseen) <= len(task.labels):
+        lack = f'there is none of class "{missing[0]}"' if missing else f"there are only {len(unseen)}"
+        raise InputError(
+            "the layer of a task vector is chosen on training examples that are no shots, one of every class at least "
+            f"and one more, but {lack}: give it more training examples as its pool"
+        )
+    examples = list(unseen.values())
+    validation = class_balanced(examples, task.labels, min(VALIDATION_SIZE, len(examples) - 1), seed)
+    rest = [example for example in examples if example not in validation]
+    return class_balanced(rest, (), 1, seed)[0], list(validation)
+
+
+class TaskVectorScorer(Scorer):
+    """Scores labels with the output of one layer overwritten at the last token of every prompt."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, *, layer: str, state: Tensor) -> None:
+        super().__init__(model, tokenizer, task)
+        self._layer = model.get_submodule(layer)
+        self._state = state
+
+    def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
+        """As the plain scorer's, but for the overwritten state."""
+        return SharedPrefix(self.model, demonstrations, self.encoder.pad_id, intervention=self._overwriting)
+
+    @contextmanager
+    def _overwriting(self, columns: Tensor) -> Iterator[None]:
+        def overwrite(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = hidden_output(output).clone()
+            rows = torch.arange(len(hidden), device=hidden.device)
+            hidden[rows, columns.to(hidden.device)] = self._state
+            return replace_hidden_output(output, hidden, lambda other: other)
+
+        handle = self._layer.register_forward_hook(overwrite)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _prompt(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], query: Example) -> list[int]:
+    encoder = Encoder(tokenizer, task, model_window(model))
+    demonstrations = encoder.encode_demonstrations(shots, texts=[query.text])
+    return [*demonstrations, *encoder.encode_prompt(query.text, demonstrations=demonstrations)]
