@@ -119,7 +119,7 @@ class Guidance(Protocol):
     """Puts another gradient than that of the cross-entropy into the parameters."""
 
     def begin(self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Called once ahead of the first step; `losses`, as many as an epoch has steps, sum to that over all examples."""
+        """Called once ahead of the first step; `losses`, one per step of an epoch, sum to that over all examples."""
         ...
 
     def backward(self, loss: Callable[[], Tensor]) -> float:
