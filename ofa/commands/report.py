@@ -1,0 +1,73 @@
+"""`ofa report`: what a comparison says, as Markdown and as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ofa.commands.console import notice, reports_errors, show, show_json
+from ofa.commands.options import ConfigOption, JsonOption
+from ofa.comparison.records import CONTEXTS
+
+if TYPE_CHECKING:
+    from ofa.report.content import Content
+    from ofa.report.table import Table as Told
+
+
+@reports_errors
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `ofa compare --out` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.md and report.html, instead of the comparison's own.")
+    ] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Write what a comparison says, finished or not, as report.md and as report.html, one page that needs nothing else.
+
+    Example: ofa report results
+    """
+    from ofa.comparison.store import read_records
+    from ofa.errors import InputError
+    from ofa.files import claimed_folder
+    from ofa.report import build, read_runs, summary, write_report
+
+    records = read_records(folder)
+    if not records:
+        raise InputError(f"{folder} has no finished cell yet: let `ofa compare --out {folder}` finish one")
+    content = build(records, read_runs(folder))
+    with claimed_folder(out or folder, overwrite=True) as target:
+        written = write_report(content, target)
+    if as_json:
+        show_json({**summary(content), "files": [str(path) for path in written]})
+    else:
+        _show(content)
+        notice(f"report: {' and '.join(map(str, written))}")
+
+
+def _show(content: Content) -> None:
+    """The answers; everything else is in the files."""
+    from ofa.report import tables, verdicts
+
+    show(f"{verdicts.title(content)}: {verdicts.progress(content)}")
+    for comparison in content.comparisons:
+        show(verdicts.subject(comparison))
+        for context in CONTEXTS:
+            if comparison.in_context(context):
+                _show_table(tables.glance(comparison, context))
+        for sentence in (*verdicts.best(comparison), *verdicts.terms(comparison)):
+            show(sentence)
+
+
+def _show_table(table: Told) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(table.caption))
+    for column in table.columns:
+        shown.add_column(Text(column.title), justify="right" if column.numeric else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(entry.text, style="bold" if entry.tone == "best" else "") for entry in row))
+    show(shown)

@@ -1,0 +1,93 @@
+"""The tables beside the results: cells without one, remarks, the paper's figures, versions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from ofa.comparison.outcomes import Draw
+from ofa.comparison.records import CONTEXTS
+from ofa.report import formatting as shown
+from ofa.report.content import Comparison, Content
+from ofa.report.paper import PaperFigure, paper_figures
+from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
+from ofa.statistics import Spread
+
+
+def gaps(comparison: Comparison) -> Table:
+    """Cells without a result: a line for each method, task and error, and one for what a method has not run."""
+    method, task, seeds, what = (Column(title, numeric=False) for title in ("method", "task", "seeds", "what happened"))
+    groups: dict[tuple[str, str, str], list[Draw]] = defaultdict(list)
+    for gap in comparison.gaps:
+        name = comparison.names[gap.draw.problem]
+        groups[gap.name, name, f"failed: {gap.error}" if gap.error is not None else "not run"].append(gap.draw)
+    rows = [
+        (
+            Entry(row, row),
+            Entry(name, name),
+            Entry(", ".join(str(draw.seed) for draw in draws), draws[0].seed),
+            Entry(str(len(draws)), len(draws)),
+            Entry(told, told),
+        )
+        for (row, name, told), draws in groups.items()
+    ]
+    return Table("cells without a result", (method, task, seeds, Column("cells"), what), tuple(rows))
+
+
+def remarks(comparison: Comparison) -> Table:
+    """What methods warned of, once each, with the rows and the number of cells it was said in."""
+    columns = (Column("methods", numeric=False), Column("cells"), Column("remark", numeric=False))
+    rows = [
+        (
+            Entry(shown.listed(list(dict.fromkeys(names))), names[0]),
+            Entry(str(len(names)), len(names)),
+            Entry(text, text),
+        )
+        for text, names in comparison.remarks.items()
+    ]
+    return Table("remarks", columns, tuple(rows))
+
+
+def paper(comparison: Comparison) -> Table | None:
+    """The paper's figures beside ours, in either context; None where there are none for this model."""
+    known = paper_figures(comparison.model)
+    if known is None or not known.figures:
+        return None
+    columns = (
+        Column("task", numeric=False),
+        METHOD,
+        Column("demonstrations in context", "as the paper has it", numeric=False),
+        Column("paper, %"),
+        *(Column(f"here {WITH[context]}, %") for context in CONTEXTS),
+    )
+    told = {"prompt": "without", "demonstrations": "with", None: "not stated"}
+    rows = [
+        (
+            Entry(figure.task, figure.task),
+            Entry(figure.method, figure.method),
+            Entry(told[figure.context], told[figure.context]),
+            Entry(f"{100 * figure.accuracy:.4g}", figure.accuracy),
+            *(spread_entry(_here(comparison, figure, context), 0) for context in CONTEXTS),
+        )
+        for figure in known.figures
+    ]
+    sources = dict.fromkeys(figure.source for figure in known.figures)
+    return Table(f"{known.model} in the paper", columns, tuple(rows), (known.citation + ".", known.protocol, *sources))
+
+
+def versions(content: Content) -> Table:
+    """The versions that made the cells; one column of values for each set of them."""
+    sets = content.versions
+    names = sorted({name for found, _ in sets for name in found})
+    columns = (
+        Column("component", numeric=False),
+        *(Column(shown.plural(count, "cell"), numeric=False) for _, count in sets),
+    )
+    rows = [(Entry(name), *(Entry(found.get(name, shown.NOTHING)) for found, _ in sets)) for name in names]
+    return Table("versions", columns, tuple(rows))
+
+
+def _here(comparison: Comparison, figure: PaperFigure, context: str) -> Spread | None:
+    """Our own result on the task that a figure of the paper is for."""
+    line = comparison.named(figure.method, context)
+    tasks = line.tasks if line else {}
+    return next((spread for problem, spread in tasks.items() if problem.task == figure.task), None)

@@ -1,0 +1,312 @@
+"""What a report tells of a comparison: its lines, how they compare, what failed and what is missing, how it was run."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ofa.comparison.outcomes import (
+    Draw,
+    Outcome,
+    Problem,
+    Row,
+    baseline_of,
+    by_row,
+    draw_of,
+    metric,
+    row_of,
+)
+from ofa.comparison.records import Cell, Record
+from ofa.report.runs import NO_RUNS, Runs
+from ofa.statistics import (
+    Confusion,
+    Cost,
+    Difference,
+    Interval,
+    Rank,
+    Ranks,
+    Spread,
+    confusion,
+    cost,
+    example_interval,
+    fit_time_ratio,
+    macro_average,
+    macro_by_seed,
+    mean_ranks,
+    paired_difference,
+    per_task,
+)
+
+NORM_TUNING, OFA = "norm-tuning", "ofa"
+TERMS = {"ofa-step-ratio": "J alone", "ofa-sharpness": "H alone", OFA: "J and H"}
+"""What each method adds to norm tuning."""
+
+_TIMED_ON = ("device", "threads")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A row against a baseline over the draws of shots both finished, and over the test examples of those."""
+
+    baseline: Row
+    difference: Difference
+    examples: Interval | None
+    fit_time: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the tables. Where not one cell finished, there are no numbers and no cost."""
+
+    row: Row
+    macro: Spread | None
+    macro_f1: Spread | None
+    tasks: Mapping[Problem, Spread]
+    accuracy: Mapping[Draw, float]
+    by_seed: Mapping[int, float]
+    contrasts: Mapping[str, Contrast]
+    rank: Rank | None
+    cost: Cost | None
+    confusions: Mapping[Problem, Confusion]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A cell without a result: it failed with `error`, or (None) was not run."""
+
+    name: str
+    draw: Draw
+    key: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The line with the highest macro average of a context, and those that its lead does not tell apart from it."""
+
+    line: Line
+    others: int
+    not_told_apart: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of one model, best macro average first; rows without one behind them.
+
+    `tested` is the number of test examples of each task that has a result, `machines` counts the kinds of device and
+    numbers of threads that the finished cells were timed on, `remarks` has the rows whose cells warned of something.
+    """
+
+    model: str
+    problems: tuple[Problem, ...]
+    seeds: tuple[int, ...]
+    draws: tuple[Draw, ...]
+    lines: tuple[Line, ...]
+    ranks: Ranks | None
+    gaps: tuple[Gap, ...]
+    cells: int
+    tested: Mapping[Problem, int]
+    machines: int
+    remarks: Mapping[str, Sequence[str]]
+
+    @cached_property
+    def names(self) -> Mapping[Problem, str]:
+        """A name for every task; where one occurs in several forms, with what tells them apart."""
+        forms = Counter(problem.task for problem in self.problems)
+        return {
+            problem: _distinct(problem, self.problems) if forms[problem.task] > 1 else problem.task
+            for problem in self.problems
+        }
+
+    def in_context(self, context: str) -> list[Line]:
+        """The lines of one context whose macro average rests on the most seeds, best first; others do not compete."""
+        counts = {line.row: line.macro.count for line in self.lines if line.row.context == context and line.macro}
+        most = max(counts.values(), default=0)
+        return [line for line in self.lines if counts.get(line.row) == most]
+
+    def winner(self, context: str) -> Winner | None:
+        """The best line of a context; None where no line has every task."""
+        lines = self.in_context(context)
+        if not lines:
+            return None
+        best, *others = lines
+        leads = [paired_difference(best.accuracy, other.accuracy) for other in others]
+        near = [other for other, lead in zip(others, leads, strict=True) if lead is None or lead.sign <= 0]
+        return Winner(best, len(others), tuple(near))
+
+    def named(self, name: str, context: str) -> Line | None:
+        """The line of a method with its settings, in one context."""
+        return next((line for line in self.lines if (line.row.name, line.row.context) == (name, context)), None)
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything a report tells.
+
+    `versions` has every set of versions and how many cells it made, `finished` is the last cell's time, `waiting`
+    counts cells that a run asked for and that no record or gap stands for yet.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    versions: tuple[tuple[Mapping[str, str], int], ...]
+    finished: str
+    commands: tuple[str, ...]
+    waiting: int
+
+
+def build(records: Sequence[Record], runs: Runs = NO_RUNS) -> Content:
+    """The content of a report: one record per cell, and what is known of the runs that made them.
+
+    Raises:
+        InputError: a finished cell has no accuracy.
+    """
+    models: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        models[record.cell.model].append(record)
+    comparisons = tuple(_comparison(model, of_model) for model, of_model in models.items())
+    told = {record.cell.key for record in records} | {gap.key for one in comparisons for gap in one.gaps}
+    versions = Counter(tuple(sorted(record.versions.items())) for record in records)
+    return Content(
+        comparisons=comparisons,
+        versions=tuple((dict(found), count) for found, count in versions.most_common()),
+        finished=max((record.finished for record in records), default=""),
+        commands=runs.commands,
+        waiting=len(runs.cells - told),
+    )
+
+
+def _comparison(model: str, records: Sequence[Record]) -> Comparison:
+    rows = by_row(records)
+    draws = tuple(sorted({draw_of(record) for record in records}))
+    problems = tuple(sorted({draw.problem for draw in draws}))
+    accuracy = {row: metric(outcomes) for row, outcomes in rows.items()}
+    ranks = mean_ranks(accuracy)
+    lines = [_line(row, rows, accuracy, problems, ranks) for row in rows]
+    lines += [_empty(row) for row in _without_result(records)]
+    gaps = _gaps(records, draws)
+    return Comparison(
+        model=model,
+        problems=problems,
+        seeds=tuple(sorted({draw.seed for draw in draws})),
+        draws=draws,
+        lines=tuple(sorted(lines, key=_order)),
+        ranks=ranks,
+        gaps=gaps,
+        cells=len(records) + sum(gap.error is None for gap in gaps),
+        tested={
+            draw.problem: len(outcome.score.truth) for outcomes in rows.values() for draw, outcome in outcomes.items()
+        },
+        machines=len({tuple(map(record.versions.get, _TIMED_ON)) for record in records if record.done}),
+        remarks=_remarks(records),
+    )
+
+
+def _line(
+    row: Row,
+    rows: Mapping[Row, Mapping[Draw, Outcome]],
+    accuracy: Mapping[Row, Mapping[Draw, float]],
+    problems: Sequence[Problem],
+    ranks: Ranks | None,
+) -> Line:
+    outcomes = rows[row]
+    has_f1 = all("macro_f1" in outcome.score.metrics for outcome in outcomes.values())
+    matrices = {problem: confusion(outcomes, problem) for problem in problems}
+    return Line(
+        row=row,
+        macro=macro_average(accuracy[row], problems),
+        macro_f1=macro_average(metric(outcomes, "macro_f1"), problems) if has_f1 else None,
+        tasks=per_task(accuracy[row]),
+        accuracy=accuracy[row],
+        by_seed=macro_by_seed(accuracy[row], problems),
+        contrasts=_contrasts(row, rows, accuracy),
+        rank=ranks.rows.get(row) if ranks else None,
+        cost=cost(outcomes),
+        confusions={problem: matrix for problem, matrix in matrices.items() if matrix},
+    )
+
+
+def _contrasts(
+    row: Row, rows: Mapping[Row, Mapping[Draw, Outcome]], accuracy: Mapping[Row, Mapping[Draw, float]]
+) -> dict[str, Contrast]:
+    """The row against norm tuning and against OFA, as far as they are there and not the row itself."""
+    found = {}
+    for method in (NORM_TUNING, OFA):
+        baseline = baseline_of(row, rows, method)
+        if baseline is None or baseline == row:
+            continue
+        difference = paired_difference(accuracy[row], accuracy[baseline])
+        if difference is not None:
+            examples = example_interval(rows[row], rows[baseline])
+            found[method] = Contrast(baseline, difference, examples, fit_time_ratio(rows[row], rows[baseline]))
+    return found
+
+
+def _without_result(records: Iterable[Record]) -> list[Row]:
+    """Rows of which no cell has a result: they stand in the tables all the same."""
+    records = list(records)
+    finished = {record.cell.row for record in records if record.scores}
+    rows = {record.cell.row: row_of(record, "prompt") for record in records if record.cell.row not in finished}
+    return list(rows.values())
+
+
+def _empty(row: Row) -> Line:
+    return Line(row, None, None, {}, {}, {}, {}, None, None, {})
+
+
+def _gaps(records: Iterable[Record], draws: Iterable[Draw]) -> tuple[Gap, ...]:
+    """What failed, and what other methods have run and this one has not."""
+    by_name: dict[str, dict[Draw, Record]] = defaultdict(dict)
+    for record in records:
+        by_name[record.cell.row][draw_of(record)] = record
+    gaps = []
+    for name, there in by_name.items():
+        for draw in draws:
+            if draw not in there:
+                gaps.append(Gap(name, draw, _cell_at(next(iter(there.values())).cell, draw).key, None))
+            elif not there[draw].done:
+                gaps.append(Gap(name, draw, there[draw].cell.key, there[draw].error))
+    return tuple(gaps)
+
+
+def _remarks(records: Iterable[Record]) -> dict[str, list[str]]:
+    """What the cells' notes warn of, and in which rows' cells."""
+    told: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        cut = record.notes.get("truncated_texts")
+        warnings = [*record.notes.get("warnings", ()), *(["texts were cut to fit the model's window"] if cut else ())]
+        for warning in warnings:
+            told[str(warning)].append(record.cell.row)
+    return dict(told)
+
+
+def _cell_at(cell: Cell, draw: Draw) -> Cell:
+    """The cell of the same method at another draw."""
+    problem = draw.problem
+    return replace(
+        cell,
+        task=problem.task,
+        task_sha256=problem.task_sha256,
+        shots=problem.shots,
+        test_size=problem.test_size,
+        seed=draw.seed,
+    )
+
+
+def _order(line: Line) -> tuple[bool, float, float, str]:
+    known = line.macro.mean if line.macro else 0.0
+    mean = sum(line.accuracy.values()) / len(line.accuracy) if line.accuracy else 0.0
+    return (line.macro is None, -known, -mean, line.row.label)
+
+
+def _distinct(problem: Problem, problems: Iterable[Problem]) -> str:
+    same = [other for other in problems if other.task == problem.task]
+    parts = []
+    if len({other.shots for other in same}) > 1:
+        parts.append(f"{problem.shots} {'shot' if problem.shots == 1 else 'shots'}")
+    if len({other.test_size for other in same}) > 1:
+        parts.append(f"{problem.test_size} tests")
+    if len({other.task_sha256 for other in same}) > 1:
+        parts.append(f"file {problem.task_sha256[:6]}")
+    return f"{problem.task} ({', '.join(parts)})"

@@ -1,0 +1,115 @@
+"""A report as one HTML page that needs nothing beside it: style, script and figures are inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ofa.comparison.records import CONTEXTS
+from ofa.report import background, tables, verdicts
+from ofa.report.content import NORM_TUNING, OFA, Comparison, Content
+from ofa.report.figures import figures, role
+from ofa.report.formatting import moment
+from ofa.report.table import Table
+from ofa.statistics import Confusion
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix as it is shown: counts, and their shares of the row from 0 to 100, which the shade follows."""
+
+    label: str
+    labels: tuple[str, ...]
+    rows: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One model's part of the page."""
+
+    id: str
+    comparison: Comparison
+    subject: str
+    best: Sequence[str]
+    glances: Sequence[Table]
+    terms_told: Sequence[str]
+    terms: Table
+    results: Table
+    costs: Table
+    differences: Sequence[Table]
+    figures: dict[str, dict[str, object]]
+    matrices: Sequence[tuple[str, Sequence[Matrix]]]
+    paper: Table | None
+    gaps: Table
+    remarks: Table
+
+
+def page(content: Content) -> str:
+    """The report as one HTML document. Whatever comes from the results is escaped."""
+    environment = Environment(
+        loader=PackageLoader("ofa.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["role"] = role
+    return environment.get_template("page.html.j2").render(
+        title=verdicts.title(content),
+        progress=verdicts.progress(content),
+        incomplete=any(one.gaps for one in content.comparisons) or content.waiting > 0,
+        sections=[_section(comparison, place) for place, comparison in enumerate(content.comparisons, start=1)],
+        not_in_paper=verdicts.NOT_IN_PAPER,
+        no_command=verdicts.NO_COMMAND,
+        nothing_to_compare=verdicts.NOTHING_TO_COMPARE,
+        commands=content.commands,
+        versions=background.versions(content),
+        finished=moment(content.finished),
+    )
+
+
+def _section(comparison: Comparison, place: int) -> Section:
+    key = f"model-{place}"
+    contrasts = [tables.differences(comparison, method) for method in (NORM_TUNING, OFA)]
+    return Section(
+        id=key,
+        comparison=comparison,
+        subject=verdicts.subject(comparison),
+        best=verdicts.best(comparison),
+        glances=[tables.glance(comparison, context) for context in CONTEXTS if comparison.in_context(context)],
+        terms_told=verdicts.terms(comparison),
+        terms=tables.terms(comparison),
+        results=tables.results(comparison),
+        costs=tables.costs(comparison),
+        differences=[table for table in contrasts if table.rows],
+        figures={
+            drawn.name: {"title": drawn.title, "caption": drawn.caption, "svg": Markup(drawn.svg)}
+            for drawn in figures(comparison, key)
+        },
+        matrices=_matrices(comparison),
+        paper=background.paper(comparison),
+        gaps=background.gaps(comparison),
+        remarks=background.remarks(comparison),
+    )
+
+
+def _matrices(comparison: Comparison) -> list[tuple[str, list[Matrix]]]:
+    """Confusion matrices by task, the rows in the order of the tables."""
+    by_task = []
+    for problem in comparison.problems:
+        shown = [
+            _matrix(line.row.label, line.confusions[problem]) for line in comparison.lines if problem in line.confusions
+        ]
+        if shown:
+            by_task.append((comparison.names[problem], shown))
+    return by_task
+
+
+def _matrix(label: str, confusion: Confusion) -> Matrix:
+    rows = tuple(
+        tuple((count, round(100 * count / max(sum(counts), 1))) for count in counts) for counts in confusion.counts
+    )
+    return Matrix(label, confusion.labels, rows)

@@ -1,0 +1,52 @@
+"""The paper's own figures, for models it reports: each with where it is known from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """One accuracy of the paper, between 0 and 1; `context` is None where it is not known."""
+
+    task: str
+    method: str
+    context: str | None
+    accuracy: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What is known of the paper's figures for one model: which model of the paper's it is, and the figures."""
+
+    citation: str
+    protocol: str
+    model: str
+    figures: tuple[PaperFigure, ...]
+
+
+def paper_figures(model: str) -> Paper | None:
+    """The paper's figures for a model by hub id or folder; None for a model that the paper does not report.
+
+    Names are compared without owner and case: a copy of the same weights counts, a chat-tuned variant does not.
+    """
+    data = _data()
+    name = model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].casefold()
+    known = next((paper for paper, names in data["models"].items() if name in map(str.casefold, names)), None)
+    if known is None:
+        return None
+    rows = [
+        {key: value for key, value in row.items() if key != "model"} for row in data["figures"] if row["model"] == known
+    ]
+    return Paper(data["paper"], data["protocol"], known, tuple(PaperFigure(**row) for row in rows))
+
+
+@cache
+def _data() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(files("ofa.report").joinpath("paper.json").read_text(encoding="utf-8"))
+    return content

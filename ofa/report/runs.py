@@ -1,0 +1,51 @@
+"""What the folder of a comparison tells of its runs: the command lines, and the cells they were to fill."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofa.comparison.store import RUN
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The commands of a folder, the oldest first and each once, and the keys of the cells they asked for."""
+
+    commands: tuple[str, ...] = ()
+    cells: frozenset[str] = frozenset()
+
+
+NO_RUNS = Runs()
+
+
+def read_runs(folder: Path) -> Runs:
+    """What `ofa compare` noted of its runs in a folder; nothing where it noted nothing that can be read.
+
+    The records are the results; a report of them is not refused because a note beside them is lost.
+    """
+    try:
+        newest = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return NO_RUNS
+    noted = list(_noted(newest))
+    commands = dict.fromkeys(_command(run) for run in reversed(noted) if run.get("command"))
+    listed = [run["cells"] for run in noted if isinstance(run.get("cells"), list)]
+    cells = frozenset(str(key) for keys in listed for key in keys)
+    return Runs(tuple(commands), cells)
+
+
+def _noted(newest: Any) -> Iterator[Mapping[str, Any]]:
+    """The runs, the newest first."""
+    if isinstance(newest, Mapping):
+        yield newest
+        yield from (run for run in newest.get("earlier", ()) if isinstance(run, Mapping))
+
+
+def _command(run: Mapping[str, Any]) -> str:
+    command = run["command"]
+    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)

@@ -1,0 +1,73 @@
+"""A report as JSON values, for programs: the numbers of its tables, unrounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ofa.report import verdicts
+from ofa.report.content import Comparison, Content, Contrast, Line
+
+
+def summary(content: Content) -> dict[str, Any]:
+    """Every number of the report; accuracies and differences are shares between 0 and 1."""
+    return {
+        "title": verdicts.title(content),
+        "finished": content.finished,
+        "commands": list(content.commands),
+        "versions": [{"cells": count, **found} for found, count in content.versions],
+        "waiting": content.waiting,
+        "comparisons": [_comparison(comparison) for comparison in content.comparisons],
+    }
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "model": comparison.model,
+        "tasks": [{"name": comparison.names[problem], **asdict(problem)} for problem in comparison.problems],
+        "seeds": list(comparison.seeds),
+        "cells": comparison.cells,
+        "verdicts": [*verdicts.best(comparison), *verdicts.terms(comparison)],
+        "rows": [_line(line, comparison) for line in comparison.lines],
+        "gaps": [
+            {
+                "row": gap.name,
+                "task": comparison.names[gap.draw.problem],
+                "seed": gap.draw.seed,
+                "error": gap.error,
+            }
+            for gap in comparison.gaps
+        ],
+    }
+
+
+def _line(line: Line, comparison: Comparison) -> dict[str, Any]:
+    row = line.row
+    return {
+        "row": row.name,
+        "method": row.method,
+        "settings": dict(sorted(row.settings)),
+        "context": row.context,
+        "cells": len(line.accuracy),
+        "accuracy": _values(line.macro),
+        "macro_f1": _values(line.macro_f1),
+        "tasks": {comparison.names[problem]: asdict(spread) for problem, spread in line.tasks.items()},
+        "seeds": {str(seed): value for seed, value in line.by_seed.items()},
+        "rank": _values(line.rank),
+        "cost": _values(line.cost),
+        "against": {method: _contrast(contrast) for method, contrast in line.contrasts.items()},
+    }
+
+
+def _contrast(contrast: Contrast) -> dict[str, Any]:
+    return {
+        "row": contrast.baseline.name,
+        **asdict(contrast.difference),
+        "by_example": _values(contrast.examples),
+        "fit_time": contrast.fit_time,
+    }
+
+
+def _values(value: Any) -> Mapping[str, Any] | None:
+    return None if value is None else asdict(value)

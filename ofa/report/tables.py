@@ -1,0 +1,246 @@
+"""The tables of results: at a glance, what the terms add, everything, costs, differences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ofa.comparison.outcomes import Problem, Row
+from ofa.comparison.records import CONTEXTS
+from ofa.report import formatting as shown
+from ofa.report.content import NORM_TUNING, OFA, TERMS, Comparison, Contrast, Line
+from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
+from ofa.statistics import FEWEST_PAIRS, Interval
+
+_SHORT = {"prompt": "without", "demonstrations": "with demonstrations"}
+_GLANCE, _MOST_TERMS = 5, 6
+
+
+_MACRO = Column("accuracy", "macro average in %: mean over tasks per seed, then mean ± standard deviation over seeds")
+_FIT = Column("fit", "mean seconds to adapt to one task", less=True)
+_LATENCY = Column("per text", "mean seconds to label one text", less=True)
+_TRAINED = Column("trained", "parameters that are trained", less=True)
+_STORED = Column("stored", "bytes an adapter takes, the shots themselves not counted", less=True)
+
+
+def glance(comparison: Comparison, context: str) -> Table:
+    """The best rows of a context and what they cost, with norm tuning and OFA always among them."""
+    lines = comparison.in_context(context)
+    chosen = [line for place, line in enumerate(lines) if place < _GLANCE or line.row.name in (NORM_TUNING, OFA)]
+    rows = []
+    for line in chosen:
+        macro = _macro(line, comparison, best=line is lines[0])
+        rows.append((_name(line.row, short=True), macro, *_costs(line)[:4]))
+    left = len(lines) - len(chosen)
+    notes = (f"{left} more in the table of all results.",) if left else ()
+    return Table(WITH[context], (METHOD, _MACRO, _FIT, _LATENCY, _TRAINED, _STORED), tuple(rows), notes)
+
+
+def terms(comparison: Comparison) -> Table:
+    """What J, H and both add to norm tuning, in either context: own weights first, then other settings."""
+    lines = [line for line in comparison.lines if line.row.method in TERMS and NORM_TUNING in line.contrasts]
+    contexts = [context for context in CONTEXTS if any(line.row.context == context for line in lines)]
+    columns = (Column("term", numeric=False), *(Column(_SHORT[context]) for context in contexts), Column("fit"))
+    names = list(dict.fromkeys(line.row.name for line in sorted(lines, key=_own_settings_first)))
+    rows = [_term(name, [comparison.named(name, context) for context in contexts]) for name in names[:_MOST_TERMS]]
+    notes = [
+        "Points of accuracy against norm-tuning on the same shots, without and with demonstrations in context, with "
+        "95 % intervals over task and seed; time to fit relative to norm-tuning."
+    ]
+    if len(names) > _MOST_TERMS:
+        notes.append(f"{len(names) - _MOST_TERMS} more settings in the table of differences.")
+    if any(line.row.settings for line in lines):
+        notes.append(
+            "Settings are in the order of their results on these test texts: the best of several is better here than "
+            "it will be elsewhere."
+        )
+    return Table("added to norm tuning", columns, tuple(rows), (*notes, *_few(comparison)) if rows else ())
+
+
+def _own_settings_first(line: Line) -> tuple[bool, int]:
+    return (True, 0) if line.row.settings else (False, list(TERMS).index(line.row.method))
+
+
+def _term(name: str, lines: Sequence[Line | None]) -> tuple[Entry, ...]:
+    """A row of the table of terms from the lines of its contexts."""
+    contrasts = [line.contrasts.get(NORM_TUNING) if line else None for line in lines]
+    row = next(line.row for line in lines if line)
+    time = next((contrast.fit_time for contrast in contrasts if contrast and contrast.fit_time), None)
+    told = name if row.settings else f"{TERMS[row.method]} ({name})"
+    ratio = Entry(shown.ratio(time), time) if time else Entry(shown.NOTHING)
+    return (Entry(told, row=row), *(_contrast(contrast) for contrast in contrasts), ratio)
+
+
+def results(comparison: Comparison) -> Table:
+    """Every row: macro average, each task, rank, and how many of its cells finished."""
+    names = comparison.names
+    columns = (
+        METHOD,
+        _MACRO,
+        *(
+            Column(names[problem], "accuracy in %: mean ± standard deviation over seeds")
+            for problem in comparison.problems
+        ),
+        Column("macro-F1", "in %, averaged like the accuracy"),
+        Column("rank", "mean rank: 1 is best; ties share their places", less=True),
+        Column("cells", "finished, of those that any method was given"),
+    )
+    best = {context: _best_by_task(comparison, context) for context in CONTEXTS}
+    seeds = Counter(draw.problem for draw in comparison.draws)
+    winners = [comparison.in_context(context)[:1] for context in CONTEXTS]
+    rows = []
+    for line in comparison.lines:
+        tasks = [
+            spread_entry(line.tasks.get(problem), seeds[problem], best[line.row.context].get(problem))
+            for problem in comparison.problems
+        ]
+        rank = Entry(f"{line.rank.mean:.1f}", line.rank.mean) if line.rank else Entry(shown.NOTHING)
+        macro = _macro(line, comparison, best=[line] in winners)
+        f1 = spread_entry(line.macro_f1, len(comparison.seeds))
+        rows.append((_name(line.row), macro, *tasks, f1, rank, _cells(line, comparison)))
+    return Table("accuracy", columns, tuple(rows), _result_notes(comparison))
+
+
+def costs(comparison: Comparison) -> Table:
+    """What every row costs."""
+    columns = (
+        METHOD,
+        _MACRO,
+        _FIT,
+        _LATENCY,
+        _TRAINED,
+        _STORED,
+        Column("extra tokens", "mean tokens in front of every prompt", less=True),
+        Column("memory", "on a GPU the largest peak of its cells; on a CPU an upper bound, see below", less=True),
+    )
+    rows = [(_name(line.row), _macro(line, comparison), *_costs(line)) for line in comparison.lines if line.cost]
+    notes = [
+        "Seconds are means over tasks and seeds; a fit serves both contexts. A CPU's memory is the most that the "
+        "worker had taken when it finished the cell, whatever it ran before: an upper bound."
+    ]
+    if comparison.machines > 1:
+        notes.append(
+            f"The cells were timed on {comparison.machines} different devices or numbers of threads: seconds of rows "
+            "that ran on different ones do not compare."
+        )
+    return Table("cost", columns, tuple(rows), tuple(notes))
+
+
+def differences(comparison: Comparison, method: str) -> Table:
+    """Every row against the row of `method` in the same context."""
+    columns = (
+        METHOD,
+        Column("difference", "mean over (task, seed), in points of accuracy"),
+        Column("95 % by task and seed", "bootstrap over (task, seed): other shots, tasks such as these"),
+        Column("95 % by test example", "bootstrap over test examples: these adapters, other texts"),
+        Column("wins", "(task, seed) pairs in which it is better"),
+        Column("ties"),
+        Column("losses", less=True),
+        Column("time to fit", "median over the pairs, relative to the baseline", less=True),
+    )
+    rows = []
+    for line in comparison.lines:
+        contrast = line.contrasts.get(method)
+        if contrast is not None:
+            rows.append((_name(line.row), *_difference(contrast)))
+    return Table(f"against {method}", columns, tuple(rows), _few(comparison) if rows else ())
+
+
+def _name(row: Row, *, short: bool = False) -> Entry:
+    return Entry(row.name if short else row.label, row.label, row=row)
+
+
+def _macro(line: Line, comparison: Comparison, *, best: bool = False) -> Entry:
+    return spread_entry(line.macro, len(comparison.seeds), line.macro.mean if best and line.macro else None)
+
+
+def _best_by_task(comparison: Comparison, context: str) -> dict[Problem, float]:
+    """The highest mean of each task among the rows with the most seeds, where there is something to be better than."""
+    best = {}
+    for problem in comparison.problems:
+        found = [
+            line.tasks[problem] for line in comparison.lines if line.row.context == context and problem in line.tasks
+        ]
+        most = max((spread.count for spread in found), default=0)
+        means = [spread.mean for spread in found if spread.count == most]
+        if len(means) > 1:
+            best[problem] = max(means)
+    return best
+
+
+def _cells(line: Line, comparison: Comparison) -> Entry:
+    finished, expected = len(line.accuracy), len(comparison.draws)
+    return Entry(f"{finished}/{expected}", finished, "" if finished == expected else "down")
+
+
+def _costs(line: Line) -> tuple[Entry, ...]:
+    if line.cost is None:
+        return (Entry(shown.NOTHING),) * 6
+    cost = line.cost
+    memory = cost.peak_memory_bytes
+    return (
+        Entry(shown.seconds(cost.fit_seconds.mean), cost.fit_seconds.mean),
+        Entry(shown.seconds(cost.seconds_per_text.mean), cost.seconds_per_text.mean),
+        Entry(shown.integer(cost.trainable_parameters), cost.trainable_parameters),
+        Entry(shown.size(cost.stored_bytes), cost.stored_bytes),
+        Entry(shown.integer(cost.extra_tokens), cost.extra_tokens),
+        Entry(shown.size(memory), memory) if memory else Entry(shown.NOTHING),
+    )
+
+
+def _contrast(contrast: Contrast | None) -> Entry:
+    if contrast is None:
+        return Entry(shown.NOTHING)
+    difference = contrast.difference
+    text = f"{shown.points(difference.mean)} {shown.points_interval(difference.interval)}".strip()
+    return Entry(text, difference.mean, _tone(difference.sign))
+
+
+def _difference(contrast: Contrast) -> tuple[Entry, ...]:
+    difference = contrast.difference
+    time = contrast.fit_time
+    return (
+        Entry(shown.points(difference.mean), difference.mean, _tone(difference.sign)),
+        _interval(difference.interval),
+        _interval(contrast.examples),
+        *(Entry(str(count), count) for count in (difference.wins, difference.ties, difference.losses)),
+        Entry(shown.ratio(time), time) if time is not None else Entry(shown.NOTHING),
+    )
+
+
+def _interval(interval: Interval | None) -> Entry:
+    return Entry(shown.points_interval(interval), interval.low) if interval else Entry(shown.NOTHING)
+
+
+def _tone(sign: int) -> str:
+    return {1: "up", -1: "down", 0: "muted"}[sign]
+
+
+def _few(comparison: Comparison) -> tuple[str, ...]:
+    if len(comparison.draws) >= FEWEST_PAIRS:
+        return ()
+    return (
+        f"With {shown.plural(len(comparison.draws), 'pair')} of task and seed no interval holds 95 %: at least "
+        f"{FEWEST_PAIRS} are needed to tell two rows apart.",
+    )
+
+
+def _result_notes(comparison: Comparison) -> tuple[str, ...]:
+    notes = [
+        "Accuracy in %, mean ± standard deviation over seeds; the first column is the average over tasks. Bold: the "
+        "best of its context."
+    ]
+    if any(len(line.accuracy) < len(comparison.draws) for line in comparison.lines):
+        notes.append(
+            "In brackets: the number of seeds, where it is not all of them. An average takes the seeds that have every "
+            "task, so that such rows rest on other tasks or seeds than the rest."
+        )
+    ranks = comparison.ranks
+    if ranks is not None:
+        left_out: Sequence[Row] = ranks.left_out
+        told = f"; not ranked, with less than half of them: {shown.listed([row.label for row in left_out])}"
+        notes.append(
+            f"Ranks are over the {shown.plural(ranks.draws, 'pair')} of task and seed that every ranked row finished"
+            f"{told if left_out else ''}."
+        )
+    return tuple(notes)

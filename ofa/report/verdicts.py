@@ -1,0 +1,119 @@
+"""What a comparison says, in sentences: which row is best and how sure that is, and what J and H add to norm tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ofa.comparison.records import CONTEXTS
+from ofa.report import formatting as shown
+from ofa.report.content import NORM_TUNING, OFA, Comparison, Content, Contrast, Line, Winner
+from ofa.report.table import WITH
+from ofa.statistics import FEWEST_PAIRS
+
+NOT_IN_PAPER = "No figure of the paper is known for this model, so that none stand beside these."
+NOTHING_TO_COMPARE = "There are no two rows with a pair of task and seed in common."
+NO_TERMS = f"What J and H add cannot be said: {NORM_TUNING} and {OFA} have no pair of task and seed in common."
+NO_COMMAND = "The folder does not tell which command made it."
+
+_MOST_NAMES = 4
+
+
+def title(content: Content) -> str:
+    """What the report is of."""
+    methods = {line.row.method for one in content.comparisons for line in one.lines}
+    tasks = sorted({problem.task for one in content.comparisons for problem in one.problems})
+    where = shown.listed(tasks) if len(tasks) <= _MOST_NAMES else shown.plural(len(tasks), "task")
+    models = f", {len(content.comparisons)} models" if len(content.comparisons) > 1 else ""
+    return f"{shown.plural(len(methods), 'method')} on {where}{models}"
+
+
+def subject(comparison: Comparison) -> str:
+    """What was compared: model, tasks, shots, seeds, test examples."""
+    shots = sorted({problem.shots for problem in comparison.problems})
+    tests = sorted(set(comparison.tested.values()) or {problem.test_size for problem in comparison.problems})
+    seeds = [str(seed) for seed in comparison.seeds]
+    return " · ".join(
+        (
+            comparison.model,
+            shown.plural(len(comparison.problems), "task"),
+            f"{_range(shots)} {'shot' if shots == [1] else 'shots'} per class",
+            f"{'seed' if len(seeds) == 1 else 'seeds'} {shown.listed(seeds)}",
+            f"{_range(tests)} test texts per task",
+        )
+    )
+
+
+def progress(content: Content) -> str:
+    """How many cells there are, and how many of them have no result."""
+    gaps = [gap for comparison in content.comparisons for gap in comparison.gaps]
+    failed = sum(gap.error is not None for gap in gaps)
+    absent = len(gaps) - failed + content.waiting
+    cells = sum(comparison.cells for comparison in content.comparisons) + content.waiting
+    told = [f"{cells - failed - absent:,} of {shown.plural(cells, 'cell')} finished"]
+    told += [f"{failed:,} failed"] if failed else []
+    told += [f"{absent:,} not run"] if absent else []
+    return ", ".join(told)
+
+
+def best(comparison: Comparison) -> list[str]:
+    """One sentence per context: the highest macro average, and which rows it is not told apart from."""
+    winners = [comparison.winner(context) for context in CONTEXTS]
+    told = [_best(winner) for winner in winners if winner is not None]
+    return told or ["No method has a result on every task yet, so that there is no average to compare."]
+
+
+def terms(comparison: Comparison) -> list[str]:
+    """What J and H together change, by context and in time; why nothing can be said where that is so."""
+    lines = [line for line in comparison.lines if line.row.method == OFA and NORM_TUNING in line.contrasts]
+    contrasts = {line.row.context: line.contrasts[NORM_TUNING] for line in lines if not line.row.settings}
+    if not contrasts:
+        return [_settings(lines) if lines else NO_TERMS]
+    told = [_term(contrasts[context], context) for context in CONTEXTS if context in contrasts]
+    sentences = [f"With J and H, norm tuning {shown.listed(told)}."]
+    time = next((contrast.fit_time for contrast in contrasts.values() if contrast.fit_time), None)
+    if time is not None:
+        sentences.append(f"Fitting takes {time:.2f} times as long.")
+    return sentences
+
+
+def _settings(lines: Sequence[Line]) -> str:
+    """How many settings of OFA are told apart from norm tuning, where none of them is the method's own."""
+    told = []
+    for context in CONTEXTS:
+        signs = [line.contrasts[NORM_TUNING].difference.sign for line in lines if line.row.context == context]
+        if signs:
+            told.append(f"{signs.count(1)} of {len(signs)} above and {signs.count(-1)} below it {WITH[context]}")
+    return f"Of OFA's settings, set against {NORM_TUNING}, {shown.listed(told)}; the others are not told apart from it."
+
+
+def _best(winner: Winner) -> str:
+    line = winner.line
+    score = shown.percent_spread(line.macro)
+    where = WITH[line.row.context]
+    first = f"Highest {where}: {line.row.name}, {score} %"
+    if not winner.others:
+        return f"{first}, the only row with every task."
+    if len(line.accuracy) < FEWEST_PAIRS:
+        return f"{first}; {shown.plural(len(line.accuracy), 'pair')} of task and seed cannot tell rows apart."
+    near = [other.row.name for other in winner.not_told_apart]
+    if not near:
+        others = "the other row" if winner.others == 1 else f"all {winner.others} other rows"
+        return f"{first}, told apart from {others}."
+    named = near if len(near) <= _MOST_NAMES else [*near[: _MOST_NAMES - 1], f"{len(near) - _MOST_NAMES + 1} more"]
+    return f"{first}; not told apart from {shown.listed(named)}."
+
+
+def _term(contrast: Contrast, context: str) -> str:
+    difference = contrast.difference
+    amount = (
+        f"{shown.points(abs(difference.mean)).lstrip('+')} points {shown.points_interval(difference.interval)}".strip()
+    )
+    verb = {1: "gains", -1: "loses"}.get(difference.sign)
+    if verb is None:
+        signed = f"{shown.points(difference.mean)} points {shown.points_interval(difference.interval)}".strip()
+        return f"changes by {signed} {WITH[context]} (not told apart from zero)"
+    return f"{verb} {amount} {WITH[context]}"
+
+
+def _range(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"

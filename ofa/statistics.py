@@ -1,0 +1,287 @@
+"""What the records of a comparison say: spreads over seeds, averages over tasks, paired differences, ranks, costs.
+
+Pure functions of records; accuracies and their differences are shares between 0 and 1. Methods are compared on the same
+draw of shots, task by task, so everything that sets two rows against each other is paired by `Draw`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa.comparison.outcomes import Draw, Outcome, Problem, Row
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+FEWEST_PAIRS = 6
+"""Below it no percentile interval holds 95 %: [smallest, largest] of n values misses their median with probability
+2^(1−n), which is 6 % for five and 3 % for six."""
+
+_EQUAL = 1e-12  # accuracies are quotients of small integers: what is closer than this is the same number
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n − 1) of `count` numbers; one number has no deviation."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile bootstrap interval of 95 %."""
+
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 above zero, −1 below it, 0 where zero is inside."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus its baseline over the draws that both finished; `interval` is None for a single pair."""
+
+    mean: float
+    interval: Interval | None
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def pairs(self) -> int:
+        """How many draws both rows finished."""
+        return self.wins + self.ties + self.losses
+
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the interval excludes zero and rests on enough pairs, else 0: not told apart."""
+        return self.interval.sign if self.interval and self.pairs >= FEWEST_PAIRS else 0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Mean rank of a row (1 is best, ties share the mean of their places) and its interval over the draws."""
+
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Mean ranks over the `draws` that all ranked rows finished; `left_out` rows finished less than half of them."""
+
+    rows: Mapping[Row, Rank]
+    draws: int
+    left_out: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row costs, over its finished cells; see `cost`."""
+
+    fit_seconds: Spread
+    seconds_per_text: Spread
+    extra_tokens: float
+    trainable_parameters: int
+    stored_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Test examples summed over seeds: `counts[i][j]` of label i were predicted as label j."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def spread(numbers: Iterable[float]) -> Spread:
+    """Mean ± sample standard deviation of at least one number."""
+    values = np.asarray(list(numbers), dtype=np.float64)
+    deviation = float(values.std(ddof=1)) if values.size > 1 else None
+    return Spread(float(values.mean()), deviation, int(values.size))
+
+
+def per_task(values: Mapping[Draw, float]) -> dict[Problem, Spread]:
+    """Mean ± standard deviation over the seeds of each task."""
+    groups: dict[Problem, list[float]] = defaultdict(list)
+    for draw, value in values.items():
+        groups[draw.problem].append(value)
+    return {problem: spread(group) for problem, group in groups.items()}
+
+
+def macro_by_seed(values: Mapping[Draw, float], problems: Sequence[Problem]) -> dict[int, float]:
+    """The mean over all `problems`, for each seed that has every one of them."""
+    seeds = sorted({draw.seed for draw in values})
+    whole = [seed for seed in seeds if all(Draw(problem, seed) in values for problem in problems)]
+    return {seed: sum(values[Draw(problem, seed)] for problem in problems) / len(problems) for seed in whole}
+
+
+def macro_average(values: Mapping[Draw, float], problems: Sequence[Problem]) -> Spread | None:
+    """Macro average over tasks: per seed first, then mean ± standard deviation over the seeds that have every task.
+
+    The deviation is so that of the number a reader would quote, and not of the tasks' own. None without such a seed.
+    """
+    averages = macro_by_seed(values, problems)
+    return spread(averages.values()) if averages else None
+
+
+def paired_difference(
+    values: Mapping[Draw, float], baseline: Mapping[Draw, float], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Difference | None:
+    """`values` − `baseline` over the draws both have, with a percentile bootstrap interval; None without a common draw.
+
+    What is resampled are the pairs, one for each (task, seed). The question is whether the difference would come
+    out again with other shots on tasks such as these; what varies then is the draw of shots and how much the method
+    matters to the task, and a pair carries both. Pairs of one task are alike, so that the interval speaks of this
+    mixture of tasks. Resampling seeds within tasks would leave the tasks' part out and, with three seeds, be too narrow
+    by a third of the variance; resampling whole tasks needs more tasks than a comparison has. The luck of the test
+    examples is apart: `example_interval`.
+    """
+    common = sorted(values.keys() & baseline.keys())
+    if not common:
+        return None
+    differences = np.array([values[draw] - baseline[draw] for draw in common])
+    wins, losses = int((differences > _EQUAL).sum()), int((differences < -_EQUAL).sum())
+    interval = None
+    if len(common) > 1:
+        interval = _percentile_interval(_resampled_means(differences[:, None], resamples, seed)[:, 0])
+    return Difference(float(differences.mean()), interval, wins, len(common) - wins - losses, losses)
+
+
+def example_interval(
+    outcomes: Mapping[Draw, Outcome],
+    baseline: Mapping[Draw, Outcome],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval | None:
+    """Bootstrap interval of the same difference over test examples: the adapters stay, other texts are tested.
+
+    For each example the right and wrong answers of both rows are paired and averaged over the seeds; examples are
+    resampled within each task, and a task weighs by its number of draws, as in `paired_difference`. Seeds
+    are resampled together by position: where they test the same examples, their agreement is kept; where they test
+    different ones, positions have nothing in common and their covariance is zero. None without a common draw.
+    """
+    common = outcomes.keys() & baseline.keys()
+    if not common:
+        return None
+    generator = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for draws in _positioned_alike(sorted(common), outcomes):
+        per_example = np.mean([_right(outcomes[draw]) - _right(baseline[draw]) for draw in draws], axis=0)
+        # The mean of a resample is a sum over the few values that occur, weighted by multinomial counts.
+        occurring, counts = np.unique(per_example, return_counts=True)
+        weights = generator.multinomial(per_example.size, counts / per_example.size, size=resamples) / per_example.size
+        total += len(draws) * (weights @ occurring)
+    return _percentile_interval(total / len(common))
+
+
+def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Ranks | None:
+    """Mean rank of every row over the draws that all ranked rows finished, with a bootstrap interval over those draws.
+
+    Rows that finished less than half of all draws are not ranked, so that one that has just begun does not take
+    the others' draws away. None where no draw is left.
+    """
+    everything = {draw for values in rows.values() for draw in values}
+    ranked = [row for row, values in rows.items() if values and 2 * len(values) >= len(everything)]
+    common = sorted(set.intersection(*(set(rows[row]) for row in ranked))) if ranked else []
+    if not common:
+        return None
+    ranks = np.array([_ranks([rows[row][draw] for row in ranked]) for draw in common])
+    intervals: list[Interval | None] = [None] * len(ranked)
+    if len(common) > 1:
+        means = _resampled_means(ranks, resamples, seed)
+        intervals = [_percentile_interval(means[:, index]) for index in range(len(ranked))]
+    found = {row: Rank(float(ranks[:, index].mean()), intervals[index]) for index, row in enumerate(ranked)}
+    return Ranks(found, len(common), tuple(row for row in rows if row not in found))
+
+
+def cost(outcomes: Mapping[Draw, Outcome]) -> Cost:
+    """Costs over a row's cells: means of seconds and tokens, the largest number of parameters and stored bytes.
+
+    On a GPU a record has the peak of its own cell, and the largest counts. On a CPU it has the most that the worker
+    ever took, whatever it ran before: every cell gives an upper bound, and the smallest is the closest one.
+    """
+    records = [outcome.record for outcome in outcomes.values()]
+    scores = [outcome.score for outcome in outcomes.values()]
+    closest = min if any(record.versions.get("device", "cpu") == "cpu" for record in records) else max
+    return Cost(
+        fit_seconds=spread(record.fit_seconds for record in records),
+        seconds_per_text=spread(score.seconds_per_text for score in scores),
+        extra_tokens=spread(score.extra_tokens for score in scores).mean,
+        trainable_parameters=max(record.trainable_parameters for record in records),
+        stored_bytes=max(record.stored_bytes for record in records),
+        peak_memory_bytes=closest(record.peak_memory_bytes for record in records),
+    )
+
+
+def fit_time_ratio(outcomes: Mapping[Draw, Outcome], baseline: Mapping[Draw, Outcome]) -> float | None:
+    """Median over the common draws of a row's fit seconds to its baseline's; None where the baseline fits nothing."""
+    pairs = [(outcomes[draw].record, baseline[draw].record) for draw in outcomes.keys() & baseline.keys()]
+    ratios = [record.fit_seconds / other.fit_seconds for record, other in pairs if other.fit_seconds > 0]
+    return float(np.median(ratios)) if ratios else None
+
+
+def confusion(outcomes: Mapping[Draw, Outcome], problem: Problem) -> Confusion | None:
+    """A row's confusion matrix on one task, summed over its seeds; None where it has none."""
+    scores = [outcome.score for draw, outcome in outcomes.items() if draw.problem == problem]
+    matrices = [score.metrics["confusion"] for score in scores if "confusion" in score.metrics]
+    if not matrices:
+        return None
+    summed = np.sum(np.asarray(matrices, dtype=np.int64), axis=0)
+    return Confusion(tuple(scores[0].metrics["labels"]), tuple(tuple(row) for row in summed.tolist()))
+
+
+def _resampled_means(columns: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Means (resamples, k) of the columns of an (n, k) array, rows drawn n times with replacement."""
+    means: NDArray[np.float64] = _weights(len(columns), resamples, seed) @ columns
+    return means
+
+
+@lru_cache(maxsize=4)
+def _weights(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """How much each of `count` rows weighs in each resample: kept, since all rows of a table have the same pairs."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
+
+
+def _percentile_interval(means: NDArray[np.float64]) -> Interval:
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    # Sums of the same numbers in another order: a difference that is zero must not come out as 1e-18.
+    return Interval(_without_dust(low), _without_dust(high))
+
+
+def _without_dust(value: float) -> float:
+    return 0.0 if abs(value) < _EQUAL else float(value)
+
+
+def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Places by descending value, 1 for the largest; equal values share the mean of their places."""
+    numbers = np.asarray(values)
+    above = (numbers[None, :] > numbers[:, None] + _EQUAL).sum(axis=1)
+    equal = (np.abs(numbers[None, :] - numbers[:, None]) <= _EQUAL).sum(axis=1)
+    places: NDArray[np.float64] = above + (equal + 1) / 2
+    return places
+
+
+def _right(outcome: Outcome) -> NDArray[np.float64]:
+    return (np.asarray(outcome.score.predictions) == np.asarray(outcome.score.truth)).astype(np.float64)
+
+
+def _positioned_alike(draws: Sequence[Draw], outcomes: Mapping[Draw, Outcome]) -> list[list[Draw]]:
+    """The draws in groups of one task and one number of test examples."""
+    groups: dict[tuple[Problem, int], list[Draw]] = defaultdict(list)
+    for draw in draws:
+        groups[draw.problem, len(outcomes[draw].score.truth)].append(draw)
+    return list(groups.values())
