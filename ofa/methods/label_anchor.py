@@ -30,7 +30,7 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
     """Score the label words of prompts that attend to the anchors of the demonstrations, in the order of `shots`.
 
     Positions and what fits the window are as with all demonstrations in context, see `SharedPrefix` and `Encoder`. The
-    notes tell how many of the demonstrations' tokens are kept.
+    notes tell how many anchors there are, special tokens not counted.
 
     Raises:
         InputError: the task has no labels, or the model cannot go on from a part of its cache.
@@ -45,7 +45,7 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
         nothing_to_release,
         contexts=("prompt",),
         stored_bytes=prefix.cached_bytes,
-        notes={"kept_tokens": len(prefix.kept), "demonstration_tokens": len(prefix.prefix)},
+        notes={"extra_tokens": max(0, len(prefix.kept) - len(scorer.encoder.leading))},
     )
 
 

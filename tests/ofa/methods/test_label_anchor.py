@@ -160,7 +160,7 @@ def test_labels_are_scored_behind_the_anchors(tiny_model, family, task):
     expected = torch.stack(expected).view(len(TEXTS), -1).log_softmax(1).float()
     with fit(model, tokenizer, task, shots, 5) as predictor:
         assert predictor.contexts == ("prompt",)
-        assert predictor.notes == {"kept_tokens": len(encoder.anchors), "demonstration_tokens": len(prefix)}
+        assert predictor.notes == {"extra_tokens": len(encoder.anchors)}
         assert predictor.stored_bytes == cache_bytes(model, len(encoder.anchors))
         actual = predictor.scorer.log_probabilities(TEXTS)
         examples = [Example(text, task.labels[0]) for text in TEXTS]
