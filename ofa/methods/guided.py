@@ -1,0 +1,126 @@
+"""Structured gradient guidance of norm tuning, its gradient exact by a second backward pass (docs/theory.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ofa.encoding import Encoder, model_window
+from ofa.errors import InputError
+from ofa.evaluation import Scorer
+from ofa.guidance import ExactGuidance, Loss, StructuredGuidance, Weights, check_attention
+from ofa.loss import cross_entropy_in_parts, encode_example
+from ofa.methods import Predictor
+from ofa.methods.options import special_case
+from ofa.tasks.task import Example, Task
+from ofa.trainer import StepRecord, TrainingConfig, checked_config, train
+from ofa.tuning import restore_norms
+
+DIRECTION = 1e-2
+"""λ_d, ours."""
+MAGNITUDE = 1e-5
+"""λ_m, ours; its unit is that of 1/‖g‖²."""
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    *,
+    direction: float = DIRECTION,
+    magnitude: float = MAGNITUDE,
+    alignment: float = 0.0,
+    other_tasks: Sequence[tuple[Task, Sequence[Example]]] = (),
+    **options: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots along the exact gradient of the guided objective.
+
+    Args:
+        direction: λ_d, the weight of 1 − cos(g, r).
+        magnitude: λ_m, the weight of max(0, ‖g‖ − τ)².
+        alignment: λ_a, the weight of cos(g, s).
+        other_tasks: each with its shots, which s is the gradient of.
+        options: as for `fit_guided`.
+
+    Raises:
+        InputError: a setting is wrong, or the model's attention has no second derivative; see also `trainer.train`.
+    """
+    weights = Weights(direction, magnitude, alignment)
+
+    def guidance(config: TrainingConfig) -> StructuredGuidance:
+        check_attention(model)
+        return ExactGuidance(weights, source_losses(model, tokenizer, other_tasks, config.batch_size))
+
+    return fit_guided("guided", model, tokenizer, task, shots, seed, guidance, **options)
+
+
+def fit_guided(
+    method: str,
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    guidance: Callable[[TrainingConfig], StructuredGuidance],
+    *,
+    validation: Sequence[Example] = (),
+    progress: Callable[[StepRecord, int], None] | None = None,
+    **settings: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots under a guidance; `settings` are fields of `TrainingConfig`.
+
+    With `validation` examples the scales of the epoch with the best accuracy on them are kept. A run that fails or is
+    interrupted leaves the model as it was. The predictor's notes are the guidance's log.
+
+    Raises:
+        InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `trainer.train`.
+    """
+    config = checked_config(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
+    encoder, scorer = Encoder(tokenizer, task, model_window(model)), Scorer(model, tokenizer, task)
+    guide = guidance(config)
+    try:
+        result = train(
+            model,
+            encoder,
+            shots,
+            config,
+            validate=(lambda: scorer.accuracy(validation)) if validation else None,
+            progress=progress,
+            guidance=guide,
+        )
+    except BaseException:
+        restore_norms(model)
+        raise
+    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Predictor(
+        scorer,
+        lambda: restore_norms(model),
+        trainable_parameters=sum(parameter.numel() for parameter in tuned),
+        training=result,
+        stored_bytes=sum(parameter.nbytes for parameter in tuned),
+        notes=guide.notes,
+    )
+
+
+def source_losses(
+    model: Any, tokenizer: Any, other_tasks: Sequence[tuple[Task, Sequence[Example]]], size: int
+) -> list[Loss]:
+    """Losses of at most `size` examples each that sum to the mean over the tasks of the cross-entropy of their shots.
+
+    Raises:
+        InputError: a task has no shots.
+    """
+    losses: list[Loss] = []
+    for task, shots in other_tasks:
+        if not shots:
+            raise InputError(f'the other task "{task.name}" has no shots to align with: give at least one')
+        encoder = Encoder(tokenizer, task, model_window(model))
+        encoded = [encode_example(encoder, shot) for shot in shots]
+        losses += [_divided(loss, len(other_tasks)) for loss in cross_entropy_in_parts(model, encoded, size)]
+    return losses
+
+
+def _divided(loss: Loss, count: int) -> Loss:
+    return lambda: loss() / count

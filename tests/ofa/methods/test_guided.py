@@ -1,0 +1,220 @@
+"""Guided norm tuning: without weights it is norm tuning, with them it is not, and the model is given back."""
+
+from __future__ import annotations
+
+import json
+import signal
+from importlib import import_module
+
+import pytest
+import torch
+
+from ofa.encoding import Encoder, model_window
+from ofa.errors import InputError
+from ofa.evaluation import Scorer
+from ofa.guidance import ExactGuidance, Weights
+from ofa.loss import cross_entropy, encode_example
+from ofa.methods import method
+from ofa.methods.guided import source_losses
+from ofa.tasks import few_shot, load_demo_task
+from ofa.trainer import Diverged, Interrupted
+from ofa.tuning import restore_norms, tune_norms
+from tests.ofa.test_methods import SHOTS, TASK, TEXTS, at_step_2, state
+
+EXACT, DIFFERENCE, FIRST_ORDER = VARIANTS = ("guided", "guided_finite_difference", "guided_first_order")
+QUICK = {"epochs": 4, "batch_size": 2, "learning_rate": 1e-2}
+OFF = {"direction": 0.0, "magnitude": 0.0}
+STRONG = {
+    EXACT: {"direction": 0.3, "magnitude": 0.1},
+    DIFFERENCE: {"direction": 0.3, "magnitude": 0.1},
+    FIRST_ORDER: {"direction": 0.3, "magnitude": 1.0},
+}
+
+
+def fit_of(name):
+    return import_module(f"ofa.methods.{name}").fit
+
+
+@pytest.fixture
+def unchanged(tiny_model):
+    """The tiny model with modes and flags of its own, all of which must be the same after the test."""
+    model, tokenizer = tiny_model
+    model.train()
+    model.model.layers[0].eval()
+    model.model.norm.weight.requires_grad_(False)
+    before = state(model), model.config.to_dict()
+    yield model, tokenizer
+    assert (state(model), model.config.to_dict()) == before
+
+
+def trained(loaded, fit, **options):
+    """Tuned scales, records and notes of a run, the model being given back."""
+    with fit(*loaded, TASK, SHOTS, 5, **{**QUICK, **options}) as predictor:
+        scales = {name: p.detach().clone() for name, p in loaded[0].named_parameters() if p.requires_grad}
+        return scales, predictor.training.records, predictor.notes
+
+
+def demo_shots(name, seed=1):
+    data = load_demo_task(name)
+    return data.task, few_shot(data.train, data.task.labels, 2, seed).examples
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("off", [OFF, {**OFF, "other_tasks": [(TASK, SHOTS)]}], ids=["alone", "with another task"])
+def test_without_weights_it_is_norm_tuning_bit_for_bit(unchanged, name, off):
+    """Scales after four epochs and the loss of every step."""
+    expected, records, _ = trained(unchanged, method("norm-tuning"))
+    scales, own, _ = trained(unchanged, fit_of(name), **off)
+    assert scales.keys() == expected.keys()
+    assert all(torch.equal(scales[path], value) for path, value in expected.items())
+    assert [record.loss for record in own] == [record.loss for record in records]
+    assert [record.gradient_norm for record in own] == [record.gradient_norm for record in records]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_term_changes_the_result(unchanged, name):
+    """Each alone leads elsewhere than norm tuning. At a high rate, so that some ‖g‖ exceeds the first epoch's."""
+    fast = {"learning_rate": 0.1}
+    plain, _, _ = trained(unchanged, method("norm-tuning"), **fast)
+    other_tasks = [demo_shots("tickets")]
+    for setting in ("direction", "magnitude", "alignment"):
+        weight = {setting: 0.5, "other_tasks": other_tasks}
+        scales, _, notes = trained(unchanged, fit_of(name), **{**fast, **OFF, **weight})
+        assert any(not torch.equal(scales[path], value) for path, value in plain.items()), setting
+        if setting == "magnitude":
+            assert max(notes["gradient_norm"][2:]) > notes["gradient_norm_threshold"]
+
+
+def test_the_finite_difference_follows_the_exact_gradient(unchanged):
+    """The gradients of the first step: scales are moved by AdamW, whatever a gradient's size."""
+    gradients = []
+
+    def progress(record, total):
+        if record.step == 1:
+            scales = [p for p in unchanged[0].parameters() if p.requires_grad]
+            gradients.append(torch.cat([scale.grad.flatten() for scale in scales]))
+
+    for fit, options in ((EXACT, OFF), (EXACT, STRONG[EXACT]), (DIFFERENCE, STRONG[DIFFERENCE])):
+        trained(unchanged, fit_of(fit), progress=progress, **options)
+    plain, exact, difference = gradients
+    # Some √ε of the product, as in tests/ofa/test_guidance.py.
+    assert (difference - exact).norm() < 1e-2 * (exact - plain).norm()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_fit_learns_its_shots_tells_of_its_gradients_and_is_given_back(unchanged, name):
+    """Default weights; closed (twice), the model scores as before, to the bit (and see the fixture)."""
+    model, tokenizer = unchanged
+    base = Scorer(model, tokenizer, TASK).predict_proba(TEXTS)
+    predictor = fit_of(name)(model, tokenizer, TASK, SHOTS, 5, **{**QUICK, "epochs": 10, "learning_rate": 0.05})
+    assert (predictor.trainable_parameters, predictor.stored_bytes) == (7 * 64, 7 * 64 * 4)
+    assert predictor.contexts == ("prompt", "demonstrations")
+    losses = [record.loss for record in predictor.training.records]
+    assert losses[-1] < losses[0] - 0.1
+    notes = json.loads(json.dumps(predictor.notes))
+    assert len(notes["gradient_norm"]) == len(notes["cosine_to_previous"]) == len(notes["cosine_to_average"]) == 20
+    assert notes["cosine_to_previous"][0] is None
+    assert all(-1 <= cosine <= 1 for cosine in (*notes["cosine_to_previous"][1:], *notes["cosine_to_average"]))
+    assert notes["gradient_norm_std"] > 0
+    assert not torch.equal(predictor.predict_proba(TEXTS), base)
+    predictor.close()
+    predictor.close()
+    assert torch.equal(Scorer(model, tokenizer, TASK).predict_proba(TEXTS), base)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_seed_fixes_the_result(unchanged, name):
+    first, _, notes = trained(unchanged, fit_of(name), **STRONG[name])
+    torch.manual_seed(999)
+    again, _, own = trained(unchanged, fit_of(name), **STRONG[name])
+    assert all(torch.equal(again[path], value) for path, value in first.items())
+    assert own == notes
+
+
+def test_validation_keeps_the_best_epoch(unchanged):
+    """Labels that are what the untrained scales predict are best answered by the first epoch."""
+    examples = [type(SHOTS[0])(text, Scorer(*unchanged, TASK).predict([text])[0]) for text in TEXTS]
+    options = {**QUICK, **STRONG[FIRST_ORDER], "learning_rate": 1e-6, "validation": examples}
+    with fit_of(FIRST_ORDER)(*unchanged, TASK, SHOTS, 5, **options) as predictor:
+        assert predictor.training.best_epoch == 1
+
+
+@pytest.mark.parametrize("name", [EXACT, FIRST_ORDER])
+def test_a_bfloat16_model_is_guided(tiny_model, name):
+    """Its scales are float32, and so is their gradient."""
+    model, tokenizer = tiny_model[0].bfloat16(), tiny_model[1]
+    scales, records, _ = trained((model, tokenizer), fit_of(name), **STRONG[name])
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in scales.values())
+    assert len(records) == 8
+
+
+# Other tasks
+
+
+def test_the_source_gradient_is_that_of_the_other_tasks_mean_loss(tiny_model):
+    """Two demo tasks in parts of 3 shots, each task with its own template and labels, against their losses at once."""
+    model, tokenizer = tiny_model
+    other_tasks = [demo_shots("tickets"), demo_shots("questions")]
+    parameters = tune_norms(model)
+    guidance = ExactGuidance(Weights(0, 0, 0.5), source_losses(model, tokenizer, other_tasks, 3))
+    guidance.begin(parameters, [lambda: parameters[0].sum()])
+    guidance.backward(lambda: (parameters[0] ** 2).sum())
+    whole = []
+    for task, shots in other_tasks:
+        encoder = Encoder(tokenizer, task, model_window(model))
+        whole.append(cross_entropy(model, [encode_example(encoder, shot) for shot in shots]))
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(sum(whole) / 2, parameters)])
+    # The same sums in another order, float32.
+    torch.testing.assert_close(guidance._source.float(), expected, rtol=1e-4, atol=1e-5 * float(expected.norm()))
+
+
+# Refusals and failures
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (EXACT, {"direction": -1.0}, r"direction=-1.0 .* at least 0"),
+        (FIRST_ORDER, {"magnitude": 2.0}, r"magnitude=2.0 .* at most 1"),
+        (EXACT, {"alignment": 0.1}, r"alignment=0.1 aligns with other tasks"),
+        (EXACT, {"alignment": 0.1, "other_tasks": [(TASK, ())]}, r'other task "mood" has no shots'),
+        (EXACT, {"sharpness": 0.1}, r"guided means sharpness=0.0"),
+        (DIFFERENCE, {"accumulation": 2}, r"takes neither accumulation"),
+        (FIRST_ORDER, {"speed": 2}, r"speed=2 is not usable"),
+    ],
+)
+def test_wrong_options_are_refused(unchanged, name, options, words):
+    with pytest.raises(InputError, match=words):
+        fit_of(name)(*unchanged, TASK, SHOTS, 5, **{**QUICK, **options})
+
+
+def test_a_difference_of_bfloat16_gradients_is_refused(tiny_model):
+    with pytest.raises(InputError, match=r"is bfloat16.*load the model in float32"):
+        fit_of(DIFFERENCE)(tiny_model[0].bfloat16(), tiny_model[1], TASK, SHOTS, 5)
+
+
+def break_gradient(model):
+    model.get_parameter("model.norm.weight").register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("error", [Interrupted, Diverged])
+def test_a_fit_that_fails_leaves_the_model_as_it_was(unchanged, name, error):
+    """On Ctrl-C, and where a gradient is no number; the fixture compares all that could be left."""
+    model, _ = unchanged
+    act = {Interrupted: lambda: signal.raise_signal(signal.SIGINT), Diverged: lambda: break_gradient(model)}[error]
+    with pytest.raises(error):
+        trained(unchanged, fit_of(name), **STRONG[name], **at_step_2(act))
+
+
+def test_attention_without_a_second_derivative_is_refused_before_anything_is_touched(tiny_model):
+    model, _ = tiny_model
+    model.config._attn_implementation = "flash_attention_2"
+    before = state(model)
+    with pytest.raises(InputError, match="attn_implementation='sdpa' or 'eager'"):
+        trained(tiny_model, fit_of(EXACT))
+    assert state(model) == before
+    restore_norms(model)
