@@ -1,0 +1,286 @@
+"""`ofa probe`: layer by layer, what a model and its adapters know, how long their steps are, and how sharp."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.options import (
+    BatchOption,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LabelsOption,
+    ModelOption,
+    OfflineOption,
+    OverwriteOption,
+    TemplateOption,
+    TrustOption,
+)
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.adapters import Adapter
+    from ofa.commands.adapted import Adapted
+    from ofa.probe_results import Probe
+    from ofa.tasks import Example, Task
+
+BASE = "base model"
+"""What the model without an adapter is called in the figure and the data."""
+
+
+@reports_errors
+def probe(
+    data: Annotated[
+        str, typer.Option(help="Labelled examples: a .jsonl or .csv file, a folder with task.json, or a task's name.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for probe.png, probe.csv and probe.json.")],
+    adapters: Annotated[
+        list[Path] | None, typer.Argument(help="Adapter folders to see beside their base; without any, the base alone.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Probe with a class-balanced subset of this many.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the subsets and the demonstrations, and fixes the probes.")] = 42,
+    linear_probe: Annotated[
+        str | None,
+        typer.Option(help="Training examples: also train a linear classifier on every layer's hidden states."),
+    ] = None,
+    linear_size: Annotated[
+        int, typer.Option(min=1, help="Train the linear probe on a class-balanced subset of at most this many.")
+    ] = 500,
+    demonstrations: Annotated[
+        str | None, typer.Option(help="Training examples to draw demonstrations from, the same for every model.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=1, help="Demonstrations per class.")] = 5,
+    estimator: Annotated[
+        str,
+        typer.Option(help="How the trace of a branch is measured: auto, exact, hutchinson, jvp or local_jvp."),
+    ] = "auto",
+    samples: Annotated[int, typer.Option(min=1, help="Probes N per step, where it is measured with probes.")] = 1,
+    convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",
+    tokens: Annotated[str, typer.Option(help="Tokens that count for the step ratio: all or last.")] = "all",
+    template: TemplateOption = None,
+    labels: LabelsOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    overwrite: OverwriteOption = False,
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Draw accuracy, loss, step ratio and sharpness over the decoder layers, a line for each adapter and its base.
+
+    Example: ofa probe adapter-ofa adapter-norm-tuning --data test.jsonl --out probed
+
+    The accuracy is that of the logit lens: every layer's hidden state, read by the model's own final norm and head.
+    """
+    from ofa.commands.data import demonstration_pool, test_data
+    from ofa.files import claimed_folder
+    from ofa.regularizers import check_options
+    from ofa.tasks import few_shot
+
+    folders = adapters or []
+    names = _names(folders)
+    how: dict[str, Any] = {"estimator": estimator, "samples": samples, "convention": convention, "tokens": tokens}
+    check_options(**how, step_ratio=1, sharpness=1, granularity="layer", epsilon=None, probe="rademacher", steps=1)
+    how |= {"seed": seed, "batch_size": batch_size}
+    where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
+    with claimed_folder(out, overwrite=overwrite) as folder:
+        read = _read(folders)
+        subject = _subject(folders, model, data, template, labels, where)
+        task = subject.task
+        examples = _at_most(size, test_data(data, task), task, seed)
+        pool, shown = (demonstration_pool(name, task) if name else () for name in (linear_probe, demonstrations))
+        how["training"] = _at_most(linear_size, pool, task, seed)
+        how["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
+        probes = _probe_all(subject, dict(zip(names, read, strict=True)), examples, how)
+        document = {
+            "model": subject.model.name_or_path,
+            "data": data,
+            "task": task.to_dict(),
+            "texts": len(examples),
+            **{name: len(value) if isinstance(value, tuple) else value for name, value in how.items()},
+            "dtype": dtype,
+            **_told(probes, dict(zip(names, folders, strict=True))),
+        }
+        _write(folder, f"{task.name}: {len(examples)} texts, {Path(document['model']).name}", probes, document)
+    tell_truncated(max(one.truncated for one in probes.values()))
+    if as_json:
+        show_json(document)
+    else:
+        _show(document)
+        notice(f"figure and data: {folder / 'probe.png'}, probe.csv, probe.json")
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The adapters' folders by their own names, or in full where two have the same.
+
+    Raises:
+        InputError: a folder is given twice.
+    """
+    places = [folder.resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise InputError(f"the adapter {twice} is given twice; name it once")
+    short = [BASE, *(place.name for place in places)]
+    return [str(place) if short.count(place.name) > 1 else place.name for place in places]
+
+
+def _at_most(size: int | None, examples: tuple[Example, ...], task: Task, seed: int) -> tuple[Example, ...]:
+    """The examples, or a class-balanced subset of this many."""
+    from ofa.tasks import class_balanced
+
+    return class_balanced(examples, task.labels, size, seed) if size is not None and examples else examples
+
+
+def _read(folders: list[Path]) -> list[Adapter]:
+    """The adapters, all of one task.
+
+    Raises:
+        InputError: a folder is no adapter of ours, or was made for another task than the first.
+    """
+    from ofa.adapters import read_adapter
+
+    read = [read_adapter(folder) for folder in folders]
+    for adapter in read:
+        if "task" not in adapter.details:
+            raise InputError(f"{adapter.folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
+        asked, first = ({**one.details["task"], "name": ""} for one in (adapter, read[0]))
+        if asked != first:
+            raise InputError(
+                f"{adapter.folder} was made for another template or other labels than {read[0].folder}; "
+                "probe adapters of different tasks one by one"
+            )
+    return read
+
+
+def _subject(
+    folders: list[Path],
+    model: str | None,
+    data: str,
+    template: str | None,
+    labels: str | None,
+    where: dict[str, Any],
+) -> Adapted:
+    """The base model, without any adapter in it, and the task."""
+    from ofa.commands.adapted import Adapted, open_adapter
+    from ofa.commands.data import training_data
+    from ofa.models import load_model
+    from ofa.tuning import restore_norms
+
+    if not folders:
+        task = training_data(data, template, labels).task
+        loaded = load_model(model, progress=notice, **where)
+        return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
+    if template or labels:
+        raise InputError(f"{folders[0]} brings its own template and labels; leave out --template and --labels")
+    subject = open_adapter(folders[0], model, **where)
+    restore_norms(subject.model)
+    return subject
+
+
+def _probe_all(
+    subject: Adapted, adapters: dict[str, Adapter], examples: tuple[Example, ...], how: dict[str, Any]
+) -> dict[str, Probe]:
+    """The base and then every adapter in it; that all of them fit is known before the first is measured."""
+    from ofa.adapters import load_adapter
+    from ofa.probing import probe as measure
+    from ofa.tuning import restore_norms
+
+    model = subject.model
+    for adapter in adapters.values():
+        load_adapter(model, adapter)
+        restore_norms(model)
+    probes: dict[str, Probe] = {}
+    with progress_bar("probing") as update:
+        for index, (name, adapter_or_none) in enumerate([(BASE, None), *adapters.items()]):
+
+            def report(done: int, total: int, index: int = index, name: str = name) -> None:
+                update(index * total + done, (1 + len(adapters)) * total, name)
+
+            if adapter_or_none is not None:
+                load_adapter(model, adapter_or_none)
+            probes[name] = measure(model, subject.tokenizer, subject.task, examples, progress=report, **how)
+            restore_norms(model)
+    return probes
+
+
+def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, Any]:
+    """What was found, as JSON values."""
+    from ofa.adapters import versions
+
+    first = next(iter(probes.values()))
+    return {
+        "scored": first.mode,
+        "truncated": first.truncated,
+        "estimators": {granularity: steps.estimator for granularity, steps in first.steps.items()},
+        "versions": versions(),
+        "models": [_model(name, one, folders.get(name)) for name, one in probes.items()],
+    }
+
+
+def _model(name: str, probe: Probe, folder: Path | None) -> dict[str, Any]:
+    steps = next(iter(probe.steps.values()))
+    curves: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    for value in probe.values():
+        curve = curves.setdefault(value.granularity, {}).setdefault(value.metric, {})
+        for key in ("step", "layer", "branch", "value", "standard_error"):
+            curve.setdefault(key, []).append(getattr(value, key))
+    return {
+        "name": name,
+        "adapter": None if folder is None else str(folder),
+        "accuracy": float(probe.lens.accuracy[-1]),
+        "loss": float(probe.lens.loss[-1]),
+        "step_ratio": steps.step_ratio,
+        "sharpness": steps.sharpness,
+        "seconds": round(probe.seconds, 2),
+        "curves": curves,
+    }
+
+
+def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[str, Any]) -> None:
+    from ofa.files import json_writer, text_writer, write_together
+    from ofa.probe_figures import probe_figure
+
+    figure = probe_figure(probes, title)
+    write_together(
+        {
+            folder / "probe.csv": text_writer(_long_form(probes)),
+            folder / "probe.json": json_writer(document),
+            folder / "probe.png": lambda path: figure.savefig(path, format="png", dpi=150),
+        }
+    )
+
+
+def _long_form(probes: dict[str, Probe]) -> str:
+    from ofa.probe_results import Value
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["model", *(field.name for field in fields(Value))], lineterminator="\n")
+    writer.writeheader()
+    for name, probe in probes.items():
+        writer.writerows({"model": name, **asdict(value)} for value in probe.values())
+    return text.getvalue()
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    steps = next(iter(document["estimators"]))
+    table = Table(title=f"{document['task']['name']}: {document['texts']} texts; J and H by {steps}")
+    table.add_column("model")
+    for name in ("accuracy", "loss", "step ratio J", "sharpness H"):
+        table.add_column(name, justify="right")
+    for one in document["models"]:
+        row = one["accuracy"], one["loss"], one["step_ratio"], one["sharpness"]
+        table.add_row(one["name"], *(f"{value:.4g}" for value in row))
+    show(table)

@@ -1,0 +1,245 @@
+"""`ofa probe` through the command line: figure and data of adapters beside their base, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ofa.commands.probe import BASE
+from tests.ofa.test_cli import LABELS, TEMPLATE, TEST, TRAIN, Finished, done, names, ofa, write_rows
+
+PAIRS = ("prompt", "completion")
+FILES = {"probe.csv", "probe.json", "probe.png"}
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Two adapters of the tiny model, and one finished `ofa probe` of both."""
+
+    here: Path
+    model: Path
+    finished: Finished
+
+    @property
+    def adapters(self) -> tuple[Path, Path]:
+        return self.here / "norm-tuning", self.here / "ofa"
+
+    @property
+    def test(self) -> Path:
+        return self.here / "test.jsonl"
+
+    def rows(self) -> list[dict[str, str]]:
+        with (self.here / "out" / "probe.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    here = tmp_path_factory.mktemp("probed")
+    train, test = write_rows(here / "train.jsonl", TRAIN), write_rows(here / "test.jsonl", TEST)
+    given = ["--data", train, "--template", TEMPLATE, "--model", tiny_folder, "--shots", 2, "--epochs", 1]
+    done("fit", *given, "--learning-rate", 0.05, "--out", here / "ofa")
+    off = ["--step-ratio", 0, "--sharpness", 0]
+    done("fit", *given, *off, "--learning-rate", 0.05, "--out", here / "norm-tuning")
+    both = [here / "norm-tuning", here / "ofa"]
+    finished = done("probe", *both, "--data", test, "--linear-probe", train, "--out", here / "out", "--json")
+    return Probed(here, tiny_folder, finished)
+
+
+def test_it_leaves_a_figure_and_its_data(probed: Probed) -> None:
+    """Three files, whole, and one JSON document on standard output that is also the file's."""
+    assert names(probed.here / "out") == FILES
+    assert (probed.here / "out" / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((probed.here / "out" / "probe.json").read_text()) == probed.finished.json
+    assert probed.finished.err == ""
+    document = probed.finished.json
+    assert [(one["name"], one["adapter"] is None) for one in document["models"]] == [
+        *((BASE, True), ("norm-tuning", False), ("ofa", False))
+    ]
+    assert document["estimators"] == {"sublayer": "exact", "layer": "hutchinson"}
+    assert (document["texts"], document["training"], document["demonstrations"]) == (4, 6, 0)
+    assert document["scored"] in ("first token", "whole word")
+
+
+def test_the_long_form_holds_every_point_of_every_curve(probed: Probed) -> None:
+    """A line per model, step and metric; the same numbers as in the JSON document."""
+    rows = probed.rows()
+    counts = {model: sum(row["model"] == model for row in rows) for model in (BASE, "norm-tuning", "ofa")}
+    # Two probes of two metrics on 3 layers; norms and traces of 3 and 6 steps, ratios of 2 and 5.
+    assert counts == dict.fromkeys(counts, 2 * 2 * 3 + (3 + 3 + 2) + (6 + 6 + 5))
+    assert list(rows[0]) == ["model", "granularity", "step", "layer", "branch", "metric", "value", "standard_error"]
+    for model in probed.finished.json["models"]:
+        curve = model["curves"]["sublayer"]["step_ratio"]
+        own = [row for row in rows if (row["model"], row["metric"]) == (model["name"], "step_ratio")]
+        own = [row for row in own if row["granularity"] == "sublayer"]
+        assert [int(row["step"]) for row in own] == curve["step"] == [2, 3, 4, 5, 6]
+        assert [float(row["value"]) for row in own] == curve["value"]
+
+
+@pytest.mark.parametrize("name", [BASE, "norm-tuning", "ofa"])
+def test_every_model_is_itself(probed: Probed, name: str) -> None:
+    """Behind the last layer stands what `ofa evaluate` says of that model alone: no adapter is left in the next."""
+    told = {one["name"]: one for one in probed.finished.json["models"]}
+    subject = [probed.here / name] if name != BASE else ["--model", probed.model, "--template", TEMPLATE]
+    alone = done("evaluate", *subject, "--data", probed.test, "--json").json
+    assert told[name]["accuracy"] == alone["accuracy"]
+    assert told[name]["curves"]["layer"]["lens_accuracy"]["value"][-1] == pytest.approx(alone["accuracy"])
+    assert len({one["loss"] for one in told.values()}) == 3
+
+
+def test_the_base_alone_can_be_probed(probed: Probed, tmp_path: Path) -> None:
+    """Without an adapter the data and the template make the task; the reader gets a table and the files' place."""
+    bare = ["--model", probed.model, "--data", probed.test, "--template", TEMPLATE, "--labels", LABELS]
+    finished = done("probe", *bare, "--size", 2, "--out", tmp_path / "out")
+    assert BASE in finished.out
+    assert "test: 2 texts; J and H by sublayer" in finished.out
+    assert str(tmp_path / "out" / "probe.png") in finished.err
+    (base,) = json.loads((tmp_path / "out" / "probe.json").read_text())["models"]
+    assert "linear_accuracy" not in base["curves"]["layer"]
+
+
+def test_options_reach_the_measurement(probed: Probed, tmp_path: Path) -> None:
+    """Estimator, demonstrations from a draw, and the convention: its sign turns every trace without noise."""
+    bare = ["--model", probed.model, "--data", probed.test, "--template", TEMPLATE]
+    exact = done("probe", *bare, "--convention", "algorithm1", "--out", tmp_path / "out", "--json").json
+    before, turned = (
+        document["models"][0]["curves"]["sublayer"]["trace"]["value"] for document in (probed.finished.json, exact)
+    )
+    assert turned == pytest.approx([-value for value in before])
+    shown = ["--demonstrations", probed.here / "train.jsonl", "--shots", 1]
+    arguments = [
+        "probe",
+        *bare,
+        *shown,
+        "--estimator",
+        "hutchinson",
+        "--out",
+        tmp_path / "out",
+        "--overwrite",
+        "--json",
+    ]
+    document = done(*arguments).json
+    assert document["demonstrations"] == 2
+    assert document["estimators"] == {"sublayer": "hutchinson", "layer": "hutchinson"}
+    assert document["models"][0]["accuracy"] == done("evaluate", *bare, *shown, "--json").json["accuracy"]
+
+
+def test_adapters_of_one_name_are_told_apart_by_their_place(probed: Probed, tmp_path: Path) -> None:
+    """Two runs often end in folders of the same name."""
+    other = Path(shutil.copytree(probed.adapters[1], tmp_path / "other" / "ofa"))
+    arguments = ["probe", probed.adapters[1], other, "--data", probed.test, "--size", 2, "--out", tmp_path / "out"]
+    told = done(*arguments, "--json").json["models"]
+    assert [one["name"] for one in told] == [BASE, str(probed.adapters[1]), str(other)]
+
+
+Case = tuple[Callable[[Probed, Path], list[object]], tuple[str, ...]]
+
+REFUSALS: dict[str, Case] = {
+    "no adapter there": (
+        lambda p, here: [p.here, "--data", p.test],
+        ("is not an adapter folder", "`ofa fit` wrote"),
+    ),
+    "adapter given twice": (
+        lambda p, here: [p.adapters[0], p.adapters[0] / ".", "--data", p.test],
+        ("norm-tuning is given twice", "name it once"),
+    ),
+    "adapters of different tasks": (
+        lambda p, here: [p.adapters[0], _retold(p.adapters[1], here, template="Text: {text}"), "--data", p.test],
+        ("made for another template or other labels", "one by one"),
+    ),
+    "adapter of another base": (
+        lambda p, here: [p.adapters[0], _retold(p.adapters[1], here, base="0" * 64), "--data", p.test],
+        ("this model's own norms are others", "load that base instead"),
+    ),
+    "adapter without its task": (
+        lambda p, here: [_retold(p.adapters[1], here, task=None), "--data", p.test],
+        ("does not say its task", "make it with `ofa fit`"),
+    ),
+    "template for adapters": (
+        lambda p, here: [p.adapters[0], "--data", p.test, "--template", TEMPLATE],
+        ("brings its own template", "leave out --template"),
+    ),
+    "open-ended task": (
+        lambda p, here: [
+            *(
+                "--model",
+                p.model,
+                "--data",
+                write_rows(here / "sums.jsonl", [("1 + 1 is", "2")], ("prompt", "completion")),
+            )
+        ],
+        ("'sums' has no labels", "`ofa evaluate` scores open-ended tasks"),
+    ),
+    "no examples": (
+        lambda p, here: [p.adapters[0], "--data", write_rows(here / "none.jsonl", [])],
+        ("none.jsonl", "example"),
+    ),
+    "unknown estimator": (
+        lambda p, here: [p.adapters[0], "--data", p.test, "--estimator", "guess"],
+        ("estimator must be one of auto", "not 'guess'"),
+    ),
+    "label missing for the linear probe": (
+        lambda p, here: [
+            *(p.adapters[0], "--data", p.test, "--linear-probe", write_rows(here / "one.jsonl", [("a", "objective")]))
+        ],
+        ("'subjective' is among the 1 to train the linear probe on", "give some of every label"),
+    ),
+    "too few demonstrations": (
+        lambda p, here: [p.adapters[0], "--data", p.test, "--demonstrations", p.here / "train.jsonl", "--shots", 9],
+        ('the class "objective" has 3 training examples but 9 shots', "ask for fewer"),
+    ),
+}
+
+
+def _retold(adapter: Path, here: Path, **change: object) -> Path:
+    """A copy of an adapter whose `ofa_config.json` tells another story."""
+    copy = Path(shutil.copytree(adapter, here / "retold"))
+    known = json.loads((copy / "ofa_config.json").read_text())
+    if "template" in change:
+        known["task"]["template"] = change["template"]
+    if "base" in change:
+        known |= dict.fromkeys(("base_fingerprint", "base_fingerprint_float16"), change["base"])
+    if "task" in change:
+        del known["task"]
+    (copy / "ofa_config.json").write_text(json.dumps(known))
+    return copy
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_probed_is_refused_in_one_sentence(probed: Probed, tmp_path: Path, case: str) -> None:
+    """Status 2, one line that says what, where and what to do, and no folder left behind."""
+    arguments, words = REFUSALS[case]
+    finished = ofa("probe", *arguments(probed, tmp_path), "--out", tmp_path / "new" / "out")
+    assert finished.status == 2, finished.err
+    assert len(finished.err.strip().splitlines()) == 1
+    assert all(word in finished.err for word in words), finished.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_results_are_not_written_over_by_accident(probed: Probed) -> None:
+    finished = ofa("probe", probed.adapters[0], "--data", probed.test, "--out", probed.here / "out")
+    assert finished.status == 2
+    assert "already holds probe.csv and more; choose another one or pass --overwrite" in finished.err
+
+
+def test_a_disk_that_fills_leaves_the_old_files(probed: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three files are replaced together or not at all; the figure is the last to be written."""
+    from matplotlib.figure import Figure
+
+    def full(*given, **options):
+        raise OSError(28, "No space left on device")
+
+    out = probed.here / "out"
+    before = {name: (out / name).read_bytes() for name in FILES}
+    monkeypatch.setattr(Figure, "savefig", full)
+    finished = ofa("probe", probed.adapters[0], "--data", probed.test, "--size", 2, "--out", out, "--overwrite")
+    assert finished.status == 2
+    assert "probe.png cannot be written (No space left on device)" in finished.err
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+    assert names(out) == FILES
