@@ -22,13 +22,19 @@ METHODS = {
     "zero-shot": "ofa.methods.zero_shot",
     "icl": "ofa.methods.in_context",
     "soft-prompt": "ofa.methods.soft_prompt",
+    "label-anchor": "ofa.methods.label_anchor",
+    "task-vector": "ofa.methods.task_vector",
     "ia3": "ofa.methods.ia3",
     "lora": "ofa.methods.lora",
     "lora-r1": "ofa.methods.lora_r1",
+    "i2cl": "ofa.methods.i2cl",
     "norm-tuning": "ofa.methods.norm_tuning",
     "ofa": "ofa.methods.ofa",
     "ofa-step-ratio": "ofa.methods.ofa_step_ratio",
     "ofa-sharpness": "ofa.methods.ofa_sharpness",
+    "guided": "ofa.methods.guided",
+    "guided-finite-difference": "ofa.methods.guided_finite_difference",
+    "guided-first-order": "ofa.methods.guided_first_order",
 }
 """Method name → module with its `fit`; modules are imported on use."""
 

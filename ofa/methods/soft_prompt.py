@@ -31,8 +31,8 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
     if task.open_ended:
         # PEFT gives a generation no positions, so that the padding of a batch would move its shorter prompts.
         raise InputError(f"task {task.name!r} has no labels, and soft-prompt only scores labels; choose another method")
-    chosen = {**SETTINGS, **options}
-    return fit_adapter(model, tokenizer, task, shots, seed, config_for, scored_by=SoftPromptScorer, notes={}, **chosen)
+    own = {"scored_by": SoftPromptScorer, "notes": {"extra_tokens": 1}}
+    return fit_adapter(model, tokenizer, task, shots, seed, config_for, **{**SETTINGS, **options, **own})
 
 
 class SoftPromptScorer(Scorer):
