@@ -1,0 +1,227 @@
+"""`ofa compare`: every method on every task and seed, each cell kept as soon as it is finished."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict
+
+from ofa.commands.console import notice, reports_errors, show_json
+from ofa.commands.options import DeviceOption, DtypeOption, JsonOption, ModelOption, OfflineOption, TrustOption
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.comparison.engines.machines import Machines
+    from ofa.comparison.grid import Grid
+    from ofa.comparison.plan import Plan, Size
+    from ofa.comparison.records import Record
+
+
+class _Wishes(BaseModel):
+    """What to do with the results."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    out: Path
+    retry_failed: bool = False
+    drop_demonstrations: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+
+
+@reports_errors
+def compare(
+    context: typer.Context,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks, separated by commas: names of the paper's tasks (sst2, trec, …) or of demo tasks (reviews, "
+            "tickets, questions), or folders with task.json, train.jsonl and test.jsonl."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results. One that holds results is continued: only what is missing runs."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas, or all.")] = "all",
+    seeds: Annotated[
+        str, typer.Option(help="A range such as 42-46, or a list. A seed draws the shots, the same for all methods.")
+    ] = "42-46",
+    shots: Annotated[int, typer.Option(help="Examples per class to learn from.")] = 5,
+    test_size: Annotated[
+        int, typer.Option(help="Test examples per task, class-balanced, the same for all methods and seeds.")
+    ] = 500,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="auto spreads a model that is too large for one GPU over all GPUs of its worker."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local: processes of this machine. ray: actors of a Ray cluster.")] = (
+        "local"
+    ),
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Cells that run at once, each with a model of its own. Without it: one per GPU, or one."),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts per batch when testing.")] = 16,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run the cells again that failed in an earlier run.")
+    ] = False,
+    drop_demonstrations: Annotated[
+        bool,
+        typer.Option(
+            "--drop-demonstrations",
+            help="Where demonstrations do not fit the model's window, leave the first ones out instead of refusing.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list the cells and what they may take, run nothing.")
+    ] = False,
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with the same names as these options; options given here win over it."),
+    ] = None,
+) -> None:
+    """Compare adaptation methods: every method on every task and every seed, the same shots for all of them.
+
+    Example: ofa compare --tasks sst2,trec --seeds 42-46 --out results, then: ofa report results
+
+    Each finished cell (task, method, seed) is a line of results.jsonl at once.
+    Ctrl-C, a kill or a full disk cost no more than the cells under way; the same command continues.
+
+    In a YAML file methods may have settings, and a list of values makes a row of each:
+    methods: {norm-tuning: , ofa: {sharpness: [0.001, 0.01], epochs: 30}}
+    """
+    from ofa.comparison.engines.machines import Machines, check_machines
+    from ofa.comparison.grid import Grid, checked_part
+
+    values = _merged(context, config)
+    grid, machines, wishes = checked_part(Grid, values), checked_part(Machines, values), checked_part(_Wishes, values)
+    check_machines(machines)
+    plan, sizes = _plan(grid, machines, wishes)
+    from ofa.commands.compared import show_scores, summary
+
+    if wishes.dry_run:
+        _foresee(plan, sizes, machines, wishes)
+        return
+    records = _run(plan, machines, wishes)
+    if wishes.as_json:
+        show_json(summary(plan, records, str(wishes.out)))
+    else:
+        show_scores(records)
+        notice(f"try: ofa report {wishes.out}")
+    failed = sum(not record.done for record in records)
+    if failed:
+        notice(f"ofa: {failed} of {len(records)} cells failed; the same command with --retry-failed runs them again")
+        raise SystemExit(1)
+
+
+def _merged(context: typer.Context, config: Path | None) -> dict[str, Any]:
+    """Options as they were typed, else as the file has them, else their defaults; by name, with underscores.
+
+    Raises:
+        InputError: the file cannot be read, or has an entry that is no option.
+    """
+    from ofa.commands.options import _mapping
+    from ofa.tasks import did_you_mean
+
+    values = {name: value for name, value in context.params.items() if name != "config"}
+    if config is None:
+        return values
+    for name, value in _mapping(config).items():
+        option = "as_json" if name == "json" else str(name).replace("-", "_")
+        if option not in values:
+            hint = did_you_mean(str(name), tuple(values)) or f"; use one of {', '.join(sorted(values))}"
+            raise InputError(f'{config} sets "{name}", which is no option{hint}')
+        source = context.get_parameter_source(option)
+        if source is None or source.name != "COMMANDLINE":
+            values[option] = value
+    return values
+
+
+def _plan(grid: Grid, machines: Machines, wishes: _Wishes) -> tuple[Plan, Mapping[str, Size]]:
+    """The cells, after everything was checked that can be without the weights."""
+    from ofa.comparison.plan import Plan, check_window, read_tasks, sizes
+    from ofa.encoding import model_window
+    from ofa.models import load_tokenizer
+
+    tasks = read_tasks(grid)
+    loaded: Any = load_tokenizer(
+        grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
+    )
+    measured = sizes(tasks, loaded.tokenizer)
+    if not wishes.drop_demonstrations:
+        check_window(measured, model_window(loaded))
+    for name, task in tasks.items():
+        if len(task.tested) < grid.test_size:
+            notice(f"ofa: {name} is tested on {len(task.tested)} examples, as many as its classes have")
+    return Plan(grid, loaded.name, tasks), measured
+
+
+def _run(plan: Plan, machines: Machines, wishes: _Wishes) -> tuple[Record, ...]:
+    """Run what is missing; the records of all cells of the plan."""
+    from ofa.comparison.engines.machines import open_engine
+    from ofa.comparison.progress import Tally, shown
+    from ofa.comparison.run import run_cells
+    from ofa.comparison.store import opened
+
+    with opened(wishes.out) as results:
+        plan.check_against(results.records)
+        cells = plan.missing(results.records, retry_failed=wishes.retry_failed)
+        notice(f"ofa: {len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there, {len(cells)} to run")
+        if cells:
+            source = machines.source(plan.grid.model, plan.grid.dtype)
+            try:
+                with (
+                    open_engine(machines, source) as engine,
+                    shown(Tally(cells, results.records, engine.workers)) as progress,
+                ):
+                    run_cells(plan, cells, results, engine, progress, _described(plan, machines))
+            except KeyboardInterrupt:
+                left = len(plan.missing(results.records))
+                raise KeyboardInterrupt(f"stopped with {left} cells to run; the same command continues") from None
+        wanted = {cell.key for cell in plan.cells}
+        return tuple(record for record in results.records if record.cell.key in wanted)
+
+
+def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
+    """What `run.json` keeps of a run."""
+    from ofa.comparison.environment import library_versions
+    from ofa.comparison.plan import TEST_SEED
+
+    return {
+        "command": shlex.join(["ofa", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": plan.model,
+        "grid": plan.grid.as_json(),
+        "machines": machines.model_dump(),
+        "test_seed": TEST_SEED,
+        "versions": library_versions(),
+        "cells": [cell.key for cell in plan.cells],
+    }
+
+
+def _foresee(plan: Plan, sizes: Mapping[str, Size], machines: Machines, wishes: _Wishes) -> None:
+    """List the cells, and what they may take; nothing is written."""
+    from ofa.commands.compared import show_plan
+    from ofa.comparison.store import RESULTS, read_records
+
+    records = read_records(wishes.out) if (wishes.out / RESULTS).is_file() else []
+    plan.check_against(records)
+    cells = plan.missing(records, retry_failed=wishes.retry_failed)
+    show_plan(plan, cells, records, sizes, machines.workers or 1, wishes.as_json)

@@ -1,0 +1,84 @@
+"""What a method can be given, read off its `fit`: settings from the grid, and examples beside the shots.
+
+The signature is the declaration. An argument that has the name of a field of `Material` asks for it; every other one is
+a setting, and `**settings` stands for the fields of `TrainingConfig`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ofa.errors import InputError
+from ofa.methods import method
+from ofa.tasks import Example, Task, did_you_mean
+
+_COMMON = {"model", "tokenizer", "task", "shots", "seed"}
+_OF_SINGLE_RUNS = {"folder", "resume", "validation", "progress"}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a method may ask for beside the shots of its task."""
+
+    pool: Sequence[Example]
+    """All training examples of the task, the shots among them."""
+    other_tasks: Sequence[tuple[Task, Sequence[Example]]]
+    """The other tasks of the grid, each with its shots of the same seed."""
+
+
+MATERIAL = frozenset(field.name for field in fields(Material))
+
+
+def material_for(name: str, material: Material) -> dict[str, Any]:
+    """The parts of the material that the method of this name asks for, by argument."""
+    return {part: getattr(material, part) for part in sorted(MATERIAL & _parameters(method(name)).keys())}
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """See that the method takes these settings, before anything slow begins.
+
+    Raises:
+        InputError: it has no such setting (the nearest is offered), or the value cannot be used.
+    """
+    fit = method(name)
+    own, shared = _own_settings(fit), _training_settings(fit)
+    known = sorted({*own, *shared})
+    for setting in settings:
+        if setting not in known:
+            hint = did_you_mean(setting, known) or (f": use one of {', '.join(known)}" if known else ": it has none")
+            raise InputError(f'the method {name} has no setting "{setting}"{hint}')
+    trained = {setting: value for setting, value in settings.items() if setting in shared and setting not in own}
+    if trained:
+        _check_training(name, trained)
+
+
+def _check_training(name: str, settings: Mapping[str, Any]) -> None:
+    from ofa.regularizers import check_options
+    from ofa.trainer import checked_config
+
+    try:
+        check_options(**checked_config(**settings).regularizer_options)
+    except InputError as error:
+        raise InputError(f"in the method {name}, {error}") from error
+
+
+def _own_settings(fit: Callable[..., Any]) -> set[str]:
+    named = {
+        name for name, parameter in _parameters(fit).items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    return named - _COMMON - _OF_SINGLE_RUNS - MATERIAL
+
+
+def _training_settings(fit: Callable[..., Any]) -> set[str]:
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in _parameters(fit).values()):
+        return set()
+    from ofa.trainer import TrainingConfig
+
+    return set(TrainingConfig.model_fields) - {"seed"}
+
+
+def _parameters(fit: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(fit).parameters

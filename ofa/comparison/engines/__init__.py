@@ -1,0 +1,84 @@
+"""Ways to run the cells of a plan: in processes of this machine, or on a Ray cluster. Same cells, same results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ofa.comparison.records import Cell, Record
+
+if TYPE_CHECKING:
+    from ofa.comparison.plan import Job
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that every worker loads, as the arguments of `load_model`, and the batch size of its tests."""
+
+    model: str | None
+    dtype: str = "float32"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    offline: bool = False
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one worker computes. `visible_gpus` is what CUDA_VISIBLE_DEVICES becomes; None leaves it as it is."""
+
+    device: str
+    threads: int
+    visible_gpus: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has loaded the model; `versions` as in its records."""
+
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A cell was given to the worker process of this id."""
+
+    cell: Cell
+    pid: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell is done or has failed; nobody works on it any more."""
+
+    record: Record
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the person at the terminal should know."""
+
+    text: str
+
+
+Event = Ready | Started | Finished | Notice
+
+
+class Engine(Protocol):
+    """Runs cells in workers that each load the model once."""
+
+    @property
+    def workers(self) -> int:
+        """How many cells run at the same time."""
+        ...
+
+    def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
+        """Run every cell, in this order as far as several workers can; closing the iterator ends all workers at once.
+
+        A cell whose worker dies runs again, see `crew.ATTEMPTS`.
+
+        Raises:
+            InputError: the workers cannot start or cannot load the model.
+        """
+        ...

@@ -1,0 +1,160 @@
+"""How work is handed out: every worker loads the model, gets one cell after the other, and is replaced when it dies."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from ofa.comparison.engines import Event, Finished, Notice, Placement, Ready, Started
+from ofa.comparison.engines.worker import Refused
+from ofa.comparison.records import Cell, Record
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.comparison.cell import Outcome
+    from ofa.comparison.plan import Job
+
+ATTEMPTS = 3
+"""How often a cell is begun whose worker dies over it, and how often a worker that dies before it has loaded."""
+
+
+class Worker(Protocol):
+    """A process that runs cells, as seen from outside."""
+
+    placement: Placement
+
+    @property
+    def pid(self) -> int:
+        """Its process id, once it is ready."""
+        ...
+
+    def receive(self) -> Ready | Refused | Outcome | None:
+        """What it has to say; None where it has died."""
+        ...
+
+    def give(self, job: Job) -> None:
+        """Let it run a cell; if it has died meanwhile, `receive` tells."""
+        ...
+
+    def end_in_words(self) -> str:
+        """How it ended, having died."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once: it holds nothing that would be missed."""
+        ...
+
+
+W = TypeVar("W", bound=Worker)
+
+
+def run_crew(
+    cells: Sequence[Cell],
+    job: Callable[[Cell], Job],
+    placements: Sequence[Placement],
+    hire: Callable[[Placement], W],
+    await_news: Callable[[list[W]], list[W]],
+) -> Iterator[Event]:
+    """Run all cells on one worker for each placement.
+
+    `hire` starts a worker; `await_news` waits until some have something to say or have died, and returns them, or none
+    of them after a while.
+
+    Raises:
+        InputError: the workers refuse, or die before they have loaded the model.
+    """
+    crew = _Crew(cells, job, hire)
+    try:
+        for placement in placements[: len(cells)]:
+            crew.engage(placement)
+        while crew.workers:
+            heard = await_news(list(crew.workers))
+            yield from crew.silence() if not heard else ()
+            for worker in heard:
+                yield from crew.hear(worker)
+    finally:
+        for worker in crew.workers:
+            worker.kill()
+
+
+class _Crew(Generic[W]):
+    """The workers, each with the cell it runs, and the cells that nobody works on yet."""
+
+    def __init__(self, cells: Sequence[Cell], job: Callable[[Cell], Job], hire: Callable[[Placement], W]) -> None:
+        self.workers: dict[W, Cell | None] = {}
+        self._loaded: set[W] = set()
+        self._backlog = deque(cells)
+        self._job, self._hire = job, hire
+        self._deaths: Counter[str] = Counter()
+        self._failed_starts = 0
+        self._told_of_silence = False
+
+    def engage(self, placement: Placement) -> None:
+        """Start a worker."""
+        self.workers[self._hire(placement)] = None
+
+    def silence(self) -> Iterator[Event]:
+        """Say once that nobody can begin."""
+        if not self._loaded and not self._told_of_silence:
+            self._told_of_silence = True
+            yield Notice("no worker has begun yet: the model takes long to load, or the cluster has no free place")
+
+    def hear(self, worker: W) -> Iterator[Event]:
+        """Act on what a worker has to say."""
+        message = worker.receive()
+        if message is None:
+            yield from self._bury(worker)
+        elif isinstance(message, Refused):
+            raise message
+        elif isinstance(message, Ready):
+            self._loaded.add(worker)
+            self._failed_starts = 0
+            yield message
+            yield from self._give_next(worker)
+        else:
+            yield Finished(message.record)
+            yield from self._give_next(worker) if message.intact else self._replace(worker)
+
+    def _give_next(self, worker: W) -> Iterator[Event]:
+        if not self._backlog:
+            self._dismiss(worker)
+            return
+        cell = self.workers[worker] = self._backlog.popleft()
+        worker.give(self._job(cell))
+        yield Started(cell, worker.pid)
+
+    def _replace(self, worker: W) -> Iterator[Event]:
+        """Its model is no longer what it was."""
+        self._dismiss(worker)
+        if self._backlog:
+            yield Notice("a method did not give the model back as it was; the worker loads it anew")
+            self.engage(worker.placement)
+
+    def _bury(self, worker: W) -> Iterator[Event]:
+        cell, why = self.workers.pop(worker), worker.end_in_words()
+        if cell is not None:
+            yield self._lost(cell, why)
+        elif worker not in self._loaded:
+            self._failed_starts += 1
+            if self.workers:
+                yield Notice(f"a worker {why} while it loaded the model; {len(self.workers)} carry on")
+                return
+            if self._failed_starts == ATTEMPTS:
+                raise InputError(
+                    f"{ATTEMPTS} workers could not load the model, the last one {why}: give them more memory, or "
+                    "choose a smaller model"
+                )
+        if self._backlog:
+            self.engage(worker.placement)
+
+    def _lost(self, cell: Cell, why: str) -> Event:
+        self._deaths[cell.key] += 1
+        if self._deaths[cell.key] == ATTEMPTS:
+            return Finished(Record(cell, error=f"{ATTEMPTS} workers died over this cell, the last one {why}"))
+        self._backlog.appendleft(cell)
+        return Notice(f"the worker that ran {cell.row} on {cell.task}, seed {cell.seed}, {why}; the cell runs again")
+
+    def _dismiss(self, worker: W) -> None:
+        del self.workers[worker]
+        worker.kill()

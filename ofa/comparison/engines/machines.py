@@ -1,0 +1,95 @@
+"""Where the cells of a comparison run, as options, and the engine that follows from them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ofa.comparison.engines import Engine, Placement, Source
+from ofa.comparison.engines.local import LocalEngine
+from ofa.comparison.engines.placement import available_cores, placements, visible_gpus
+from ofa.comparison.engines.ray import check_installed, ray_engine
+from ofa.errors import InputError
+
+_DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+class Machines(BaseModel):
+    """The engine, its workers, and what each of them needs to load the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = Field(None, ge=1)
+    ray_address: str | None = None
+    device: str = "auto"
+    device_map: str | None = None
+    batch_size: int = Field(16, ge=1)
+    offline: bool = False
+    trust_remote_code: bool = False
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not _DEVICES.fullmatch(value):
+            raise InputError(f"the device {value!r} is not known: choose auto, cpu, cuda, cuda:N or mps")
+        return value
+
+    def source(self, model: str | None, dtype: str) -> Source:
+        """The model as these workers load it."""
+        return Source(model, dtype, self.device_map, self.trust_remote_code, self.offline, self.batch_size)
+
+
+def check_machines(machines: Machines) -> None:
+    """See that the engine can start, before anything else is done.
+
+    Raises:
+        InputError: Ray is missing, there are too few GPUs, options contradict, or this is one of several processes that
+            would all do the same.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "ofa compare starts its workers itself: leave out `accelerate launch`, pass --workers for several cells at "
+            "once, and --device-map auto for a model that needs several GPUs"
+        )
+    if machines.engine == "ray":
+        check_installed()
+    elif machines.ray_address is not None:
+        raise InputError("--ray-address means nothing to the local engine: add --engine ray")
+    else:
+        _local_placements(machines)
+
+
+@contextmanager
+def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
+    """The engine that was asked for; a cluster that it started ends with it.
+
+    Raises:
+        InputError: see `check_machines`; or the Ray cluster cannot be reached.
+    """
+    if machines.engine == "local":
+        yield LocalEngine(source, _local_placements(machines))
+        return
+    with ray_engine(
+        source,
+        address=machines.ray_address,
+        workers=machines.workers,
+        device=machines.device,
+        cores=available_cores(),
+    ) as engine:
+        yield engine
+
+
+def _local_placements(machines: Machines) -> tuple[Placement, ...]:
+    return placements(
+        machines.workers,
+        machines.device,
+        device_map=machines.device_map,
+        gpus=visible_gpus(),
+        cores=available_cores(),
+    )

@@ -1,0 +1,190 @@
+"""Workers as Ray actors: on an existing cluster, or on one of this machine that lasts as long as the run.
+
+On a cluster every node needs this package, and the model under the same name.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ofa.comparison.engines import Event, Placement, Ready, Source
+from ofa.comparison.engines.crew import run_crew
+from ofa.comparison.engines.worker import Refused, load, place
+from ofa.comparison.records import Cell
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.comparison.cell import CellRunner, Outcome
+    from ofa.comparison.plan import Job
+
+_PATIENCE = 30.0
+"""Seconds without news after which it is said that nobody has begun."""
+_CONNECT = 5.0
+"""Seconds in which a cluster must answer; Ray itself would try for many minutes."""
+
+
+def check_installed() -> None:
+    """See that Ray is there, without the seconds that importing it takes.
+
+    Raises:
+        InputError: it is not; how to install it.
+    """
+    if find_spec("ray") is None:
+        raise InputError(
+            '--engine ray needs Ray, which is not installed: pip install -c constraints.txt -e ".[compare]", or leave '
+            "out --engine ray"
+        )
+
+
+@contextmanager
+def ray_engine(
+    source: Source, *, address: str | None, workers: int | None, device: str, cores: int
+) -> Iterator[RayEngine]:
+    """An engine on the cluster at `address`, or on one of this machine with so many `cores`.
+
+    Without `workers` there is one for each GPU of the cluster, or for each node where it has none.
+
+    Raises:
+        InputError: Ray is not installed, there is no such cluster, or it has fewer GPUs than workers.
+    """
+    check_installed()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray = import_module("ray")
+    _connect(ray, address, max(cores, workers or 1))
+    try:
+        yield RayEngine(ray, source, *shared_placements(ray.nodes(), workers, device, source.device_map))
+    finally:
+        ray.shutdown()
+
+
+class RayEngine:
+    """One actor for each placement, with `gpus` GPUs of its own. See `Engine`."""
+
+    def __init__(self, ray: Any, source: Source, placements: Sequence[Placement], gpus: int) -> None:
+        self._ray, self._source = ray, source
+        self._placements, self._gpus = tuple(placements), gpus
+
+    @property
+    def workers(self) -> int:
+        """How many cells run at the same time."""
+        return len(self._placements)
+
+    def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
+        """Run every cell; see `Engine.run`."""
+        return run_crew(cells, job, self._placements, self._hire, self._await_news)
+
+    def _hire(self, placement: Placement) -> _Remote:
+        return _Remote(self._ray, self._source, placement, self._gpus)
+
+    def _await_news(self, remotes: list[_Remote]) -> list[_Remote]:
+        answers = {remote.answer: remote for remote in remotes}
+        ready, _ = self._ray.wait(list(answers), timeout=_PATIENCE)
+        return [answers[answer] for answer in ready]
+
+
+class _Remote:
+    """An actor, as the driver sees it."""
+
+    def __init__(self, ray: Any, source: Source, placement: Placement, gpus: int) -> None:
+        self.placement = placement
+        self.pid = 0
+        self._ray = ray
+        self._death = ""
+        wanted = ray.remote(num_cpus=placement.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+        self._actor = wanted(_Actor).remote(source, placement)
+        self.answer = self._actor.load.remote()
+
+    def receive(self) -> Ready | Refused | Outcome | None:
+        try:
+            self.pid, message = self._ray.get(self.answer)
+        except self._ray.exceptions.RayActorError as error:
+            self._death = _first_line(error)
+            return None
+        return message
+
+    def give(self, job: Job) -> None:
+        self.answer = self._actor.run.remote(job)
+
+    def end_in_words(self) -> str:
+        return f"is gone ({self._death})"
+
+    def kill(self) -> None:
+        with suppress(Exception):  # gone already, or the cluster is
+            self._ray.kill(self._actor)
+
+
+class _Actor:
+    """What runs on the cluster: every answer comes with the process id."""
+
+    def __init__(self, source: Source, placement: Placement) -> None:
+        self._source, self._placement = source, placement
+        self._runner: CellRunner | None = None
+
+    def load(self) -> tuple[int, Ready | Refused]:
+        place(self._placement)
+        try:
+            self._runner = load(self._source, self._placement)
+        except Refused as error:
+            return os.getpid(), error
+        return os.getpid(), Ready(self._runner.versions)
+
+    def run(self, job: Job) -> tuple[int, Outcome]:
+        assert self._runner is not None
+        return os.getpid(), self._runner.run(job)
+
+
+def _connect(ray: Any, address: str | None, cores: int) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        return
+    _check_address(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f"there is no Ray cluster at {address} ({_first_line(error)}): check --ray-address") from error
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # such as "auto", which Ray looks up at once
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT).close()
+    except OSError as error:
+        raise InputError(f"there is no Ray cluster at {address} ({_first_line(error)}): check --ray-address") from error
+
+
+def shared_placements(
+    nodes: Sequence[Any], workers: int | None, device: str, device_map: str | None
+) -> tuple[list[Placement], int]:
+    """The placements on these nodes, and the GPUs of each."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus = [int(node.get("CPU", 0)) for node in alive if node.get("CPU", 0) >= 1]
+    gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in alive))
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device} means nothing on a cluster: choose auto, cuda or cpu")
+    if not cpus:
+        raise InputError("the Ray cluster has no node with a CPU: start one with `ray start`")
+    if not gpus:
+        count = workers or len(cpus)
+        # No more threads than the smallest node has: an actor lives on one node.
+        threads = max(1, min(sum(cpus) // count, *cpus))
+        return [Placement(device, threads)] * count, 0
+    count = workers or (1 if device_map is not None else gpus)
+    if count > gpus:
+        raise InputError(
+            f"{count} workers were asked for and the cluster has a GPU for {gpus} of them: lower --workers, or choose "
+            "--device cpu"
+        )
+    return [Placement("cuda", max(1, min(sum(cpus) // count, *cpus)))] * count, gpus // count if device_map else 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

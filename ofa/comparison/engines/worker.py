@@ -1,0 +1,53 @@
+"""What a worker does, whichever engine started it. Imports nothing heavy before it knows its GPU and its threads."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ofa.comparison.engines import Placement, Source
+from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.comparison.cell import CellRunner
+
+
+class Refused(InputError):
+    """The model cannot be loaded; another attempt would not help."""
+
+
+def place(placement: Placement) -> None:
+    """Give this process its GPUs and threads. Has an effect only before torch is imported."""
+    if placement.visible_gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_gpus
+    os.environ["OMP_NUM_THREADS"] = str(placement.threads)
+
+
+def load(source: Source, placement: Placement) -> CellRunner:
+    """Load the model, once for all cells of this process.
+
+    Raises:
+        Refused: it cannot be loaded.
+    """
+    import torch
+
+    from ofa.comparison.cell import CellRunner
+    from ofa.models import load_model
+
+    torch.set_num_threads(placement.threads)
+    try:
+        loaded = load_model(
+            source.model,
+            dtype=source.dtype,
+            device=placement.device,
+            device_map=source.device_map,
+            trust_remote_code=source.trust_remote_code,
+            offline=source.offline,
+        )
+        return CellRunner(loaded, source.batch_size)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        words = (
+            first if isinstance(error, InputError) else f"the model cannot be loaded ({type(error).__name__}: {first})"
+        )
+        raise Refused(words) from error

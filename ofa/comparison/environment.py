@@ -1,0 +1,38 @@
+"""What a result depends on beside its cell: versions of libraries, the device."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from ofa import __version__
+
+_LIBRARIES = ("torch", "transformers", "peft", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this project, Python and the libraries that compute."""
+    return {
+        "ofa-adapt": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def versions(model: Any) -> dict[str, str]:
+    """`library_versions`, and what the model runs on: its devices by name, its dtype, the number of CPU threads."""
+    import torch
+
+    devices = sorted({parameter.device for parameter in model.parameters()}, key=str)
+    return library_versions() | {
+        "device": ", ".join(dict.fromkeys(map(_name, devices))),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)

@@ -1,0 +1,211 @@
+"""From a grid to cells that can run: tasks read, shots drawn, and everything refused that would fail later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofa.comparison.arguments import Material, check_settings, material_for
+from ofa.comparison.grid import Grid
+from ofa.comparison.records import Cell, Record
+from ofa.errors import InputError
+from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, load_task
+
+TEST_SEED = 42
+"""Draws the test subset of a task: the same one for all methods and all seeds, so that cells differ by nothing else."""
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """A task, its shots by seed, and the examples it is tested on."""
+
+    data: TaskData
+    sha256: str
+    tested: tuple[Example, ...]
+    drawn: Mapping[int, FewShot]
+
+    @property
+    def task(self) -> Task:
+        """The task without its examples."""
+        return self.data.task
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to run a cell with the model it holds.
+
+    `material` are the arguments that the method's `fit` gets beside the shots, the seed and the cell's settings.
+    """
+
+    cell: Cell
+    task: Task
+    shots: FewShot
+    tested: tuple[Example, ...]
+    material: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a grid, in the order in which they are run, and the tasks they need.
+
+    Seeds come first, so that a comparison which is stopped early has whole tables of fewer seeds.
+    """
+
+    grid: Grid
+    model: str
+    tasks: Mapping[str, TaskPlan]
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every task with every method and every seed."""
+        return tuple(
+            Cell(
+                model=self.model,
+                task=name,
+                task_sha256=plan.sha256,
+                method=row.method,
+                seed=seed,
+                shots=self.grid.shots,
+                test_size=self.grid.test_size,
+                settings=row.settings,
+            )
+            for seed in self.grid.seeds
+            for name, plan in self.tasks.items()
+            for row in self.grid.methods
+        )
+
+    def job(self, cell: Cell) -> Job:
+        """What a worker needs for one of the cells."""
+        plan = self.tasks[cell.task]
+        others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
+        material = material_for(cell.method, Material(plan.data.train, others))
+        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material)
+
+    def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
+        """The cells without a record; with `retry_failed` those whose record is a failure, too."""
+        kept = {record.cell.key: record for record in records if record.done or not retry_failed}
+        return tuple(cell for cell in self.cells if cell.key not in kept or self._is_outdated(kept[cell.key]))
+
+    def check_against(self, records: Sequence[Record]) -> None:
+        """See that the folder's results were made with the same tasks.
+
+        Raises:
+            InputError: a task of the same name had other examples, another template or other labels.
+        """
+        for record in records:
+            plan = self.tasks.get(record.cell.task)
+            if plan is not None and plan.sha256 != record.cell.task_sha256:
+                raise InputError(
+                    f'the results in the output folder are of another task "{record.cell.task}", whose files have '
+                    "changed since: choose another output folder"
+                )
+
+    def _others(self, cell: Cell) -> list[TaskPlan]:
+        return [plan for name, plan in self.tasks.items() if name != cell.task]
+
+    def _is_outdated(self, record: Record) -> bool:
+        """Whether a method that says which other tasks it learned from had other ones than those of this grid."""
+        told = record.notes.get("other_tasks")
+        return told is not None and told != [other.task.name for other in self._others(record.cell)]
+
+
+def read_tasks(grid: Grid) -> dict[str, TaskPlan]:
+    """Check the settings of all methods, read the tasks, and draw shots and test examples; by the tasks' own names.
+
+    Raises:
+        InputError: a task or a setting cannot be used, or a class has too few examples.
+    """
+    for row in grid.methods:
+        check_settings(row.method, row.settings)
+    tasks: dict[str, TaskPlan] = {}
+    for name in grid.tasks:
+        plan = _task_plan(name, grid)
+        if plan.task.name in tasks:
+            raise InputError(f'two tasks of the grid are called "{plan.task.name}": rename one in its task.json')
+        tasks[plan.task.name] = plan
+    return tasks
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens of a task under a tokenizer: all test prompts together, the longest one, label word, shots by seed."""
+
+    prompts: int
+    longest: int
+    label: int
+    demonstrations: Mapping[int, int]
+
+
+def sizes(tasks: Mapping[str, TaskPlan], tokenizer: Any) -> dict[str, Size]:
+    """The size of every task.
+
+    Raises:
+        InputError: the labels of a task cannot be told apart under this tokenizer.
+    """
+    return {name: _size(task, tokenizer) for name, task in tasks.items()}
+
+
+def check_window(sizes: Mapping[str, Size], window: int | None) -> None:
+    """See that the demonstrations of every task and seed fit the model's window, the longest test prompt included.
+
+    As where they are encoded, a prompt counts for at most half the window.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if window is None:
+        return
+    for name, size in sizes.items():
+        for seed, taken in size.demonstrations.items():
+            if taken + min(size.longest, window // 2) + size.label > window:
+                raise InputError(
+                    f"the demonstrations of {name} with seed {seed} take {taken} tokens and its longest prompt "
+                    f"{size.longest}, but the model's window holds {window}: ask for fewer --shots, or pass "
+                    "--drop-demonstrations to leave the first ones out where they do not fit"
+                )
+
+
+def _size(task: TaskPlan, tokenizer: Any) -> Size:
+    from ofa.encoding import Encoder
+
+    encoder = Encoder(tokenizer, task.task, None)
+    prompts = [len(ids) for ids in encoder.encode_prompts([example.text for example in task.tested])]
+    return Size(
+        prompts=sum(prompts),
+        longest=max(prompts),
+        label=max(len(ids) for ids in encoder.labels.values()),
+        demonstrations={seed: len(encoder.encode_demonstrations(shots.examples)) for seed, shots in task.drawn.items()},
+    )
+
+
+def _task_plan(name: str, grid: Grid) -> TaskPlan:
+    data = load_task(_folder_of(name))
+    task = data.task
+    if task.open_ended:
+        raise InputError(f'the task "{task.name}" has no labels to choose from: compare needs label words in task.json')
+    if not data.test:
+        raise InputError(
+            f'the task "{task.name}" has no test examples: add test.jsonl or test.csv beside its task.json'
+        )
+    try:
+        drawn = {seed: few_shot(data.train, task.labels, grid.shots, seed) for seed in grid.seeds}
+    except InputError as error:
+        raise InputError(f'in the task "{task.name}", {error}') from error
+    return TaskPlan(data, _digest(data), class_balanced(data.test, task.labels, grid.test_size, TEST_SEED), drawn)
+
+
+def _folder_of(name: str) -> str:
+    """The folder of a file that belongs to a task; any other name as it is."""
+    path = Path(name)
+    if path.is_file() and (path.parent / "task.json").is_file():
+        return str(path.parent)
+    return name
+
+
+def _digest(data: TaskData) -> str:
+    rows = [[[example.text, example.label] for example in part] for part in (data.train, data.test)]
+    return hashlib.sha256(json.dumps([data.task.to_dict(), *rows]).encode()).hexdigest()

@@ -1,0 +1,163 @@
+"""What the person at the terminal sees while cells run: done, failed, left, and how long it may still take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any, Protocol
+
+from ofa.comparison.records import Cell, Record
+
+_LIKENESS: tuple[Callable[[Cell], Any], ...] = (
+    lambda cell: (cell.model, cell.task, cell.row, cell.shots, cell.test_size),
+    lambda cell: (cell.model, cell.method),
+    lambda cell: cell.model,
+)
+"""What two cells have in common that take about as long, the closest likeness first."""
+
+
+def expected_seconds(cell: Cell, records: Sequence[Record]) -> float | None:
+    """The mean time of the finished cells that are most like this one; None where nothing is known."""
+    done = [record for record in records if record.done]
+    for likeness in _LIKENESS:
+        seconds = [record.seconds for record in done if likeness(record.cell) == likeness(cell)]
+        if seconds:
+            return fmean(seconds)
+    return None
+
+
+def in_words(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Tally:
+    """Counts of the cells of a run, and an estimate of what is left."""
+
+    def __init__(self, cells: Sequence[Cell], records: Sequence[Record], workers: int) -> None:
+        self.total, self.done, self.failed = len(cells), 0, 0
+        self._left = {cell.key: cell for cell in cells}
+        self._begun: dict[str, float] = {}
+        self._records = list(records)
+        self._workers = workers
+
+    @property
+    def left(self) -> int:
+        """Cells that are not finished, those under way among them."""
+        return len(self._left)
+
+    @property
+    def under_way(self) -> list[Cell]:
+        """Cells that somebody works on, the oldest first."""
+        return [self._left[key] for key in self._begun]
+
+    def started(self, cell: Cell) -> None:
+        """Note that a cell has begun, perhaps anew."""
+        self._begun.pop(cell.key, None)
+        self._begun[cell.key] = time.monotonic()
+
+    def finished(self, record: Record) -> None:
+        """Note that a cell is done or has failed."""
+        self.done += record.done
+        self.failed += not record.done
+        self._begun.pop(record.cell.key, None)
+        self._left.pop(record.cell.key, None)
+        self._records.append(record)
+
+    def seconds_left(self) -> float | None:
+        """How long the rest will take with all workers busy; None before the first cell is done."""
+        now, seconds = time.monotonic(), 0.0
+        for key, cell in self._left.items():
+            whole = expected_seconds(cell, self._records)
+            if whole is None:
+                return None
+            seconds += max(0.0, whole - (now - self._begun[key] if key in self._begun else 0.0))
+        return seconds / min(self._workers, max(1, self.left))
+
+    def __str__(self) -> str:
+        """Done, failed, left, estimated time."""
+        seconds = self.seconds_left()
+        told = "" if seconds is None or not self.left else f", about {in_words(seconds)}"
+        return f"{self.done} of {self.total} done, {self.failed} failed, {self.left} left{told}"
+
+
+class Progress(Protocol):
+    """Is told what happens to the cells of a run."""
+
+    def started(self, cell: Cell) -> None:
+        """A worker has begun a cell."""
+        ...
+
+    def finished(self, record: Record) -> None:
+        """A cell is done or has failed."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Something else worth knowing."""
+        ...
+
+
+@contextmanager
+def shown(tally: Tally) -> Iterator[Progress]:
+    """Progress on standard error: one line that stays up to date on a terminal, a line for each cell elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        yield _Lines(tally, console)
+        return
+    with console.status("loading the model") as status:
+        yield _Status(tally, console, status)
+
+
+class _Lines:
+    """Plain lines for a log."""
+
+    def __init__(self, tally: Tally, console: Any) -> None:
+        self._tally, self._console = tally, console
+
+    def started(self, cell: Cell) -> None:
+        self._tally.started(cell)
+
+    def finished(self, record: Record) -> None:
+        self._tally.finished(record)
+        self.say(f"{_result(record)} ({self._tally})")
+
+    def say(self, text: str) -> None:
+        self._console.print(f"ofa: {text}", soft_wrap=True)
+
+
+class _Status(_Lines):
+    """The same lines, and below them one that is kept up to date."""
+
+    def __init__(self, tally: Tally, console: Any, status: Any) -> None:
+        super().__init__(tally, console)
+        self._status = status
+
+    def started(self, cell: Cell) -> None:
+        super().started(cell)
+        self._update()
+
+    def finished(self, record: Record) -> None:
+        self._tally.finished(record)
+        self.say(_result(record))
+        self._update()
+
+    def _update(self) -> None:
+        from rich.text import Text
+
+        now = "; ".join(f"{cell.row} on {cell.task}, seed {cell.seed}" for cell in self._tally.under_way)
+        # A plain text would be read as markup, and brackets as its tags.
+        self._status.update(Text(f"{self._tally}" + (f" — {now}" if now else "")))
+
+
+def _result(record: Record) -> str:
+    cell = f"{record.cell.task}, {record.cell.row}, seed {record.cell.seed}"
+    if not record.done:
+        return f"{cell}: failed: {record.error}"
+    scores = ", ".join(f"{score.accuracy:.3f} ({context})" for context, score in record.scores.items())
+    return f"{cell}: accuracy {scores} in {in_words(record.seconds)}"

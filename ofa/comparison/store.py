@@ -1,0 +1,161 @@
+"""The folder of a comparison: one JSON line for each finished cell, and what was run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ofa.comparison.records import PROTOCOL, Record
+from ofa.errors import InputError
+from ofa.files import claim_folder, reason, write_json
+
+RESULTS = "results.jsonl"
+RUN = "run.json"
+_LOCK = ".results.lock"
+
+logger = logging.getLogger(__name__)
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """The records of a comparison's folder, in the order in which their cells were finished; the last one of each cell.
+
+    The folder is not changed, and may be one that a run is writing to.
+
+    Raises:
+        InputError: there are no results, or a line is damaged or of another version of the protocol.
+    """
+    path = Path(folder) / RESULTS
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({reason(error)}): give the folder that `ofa compare --out` wrote"
+        ) from error
+    whole, torn = _whole_lines(content)
+    if torn:
+        logger.warning("the last line of %s was cut short and does not count", path)
+    return _parsed(whole, path)
+
+
+class ResultsFile:
+    """The results file of a folder while one run has it to itself; see `opened`."""
+
+    def __init__(self, path: Path, descriptor: int, records: list[Record]) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._records = {record.cell.key: record for record in records}
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The last record of each cell, those of earlier runs included."""
+        return tuple(self._records.values())
+
+    def append(self, record: Record) -> None:
+        """Add the line of a finished cell: on disk when this returns, and whole or not there at all.
+
+        Raises:
+            InputError: the disk is full or failing; the lines before are kept as they are.
+        """
+        end = os.fstat(self._descriptor).st_size
+        # Half a surrogate pair, as an error may quote it, is no UTF-8; as an escape it is still valid JSON.
+        line = record.to_line().encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            _write_whole(self._descriptor, line)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            with suppress(OSError):  # a tail that stays is dropped by whoever reads the file next
+                os.ftruncate(self._descriptor, end)
+            raise InputError(
+                f"{self.path} cannot be written ({reason(error)}): the {len(self._records)} cells before this one are "
+                "kept, make room and run the same command again"
+            ) from error
+        self._records.pop(record.cell.key, None)
+        self._records[record.cell.key] = record
+
+    def note_run(self, run: Mapping[str, Any]) -> None:
+        """Keep what is run (command, grid, versions) beside the results, in front of what was run here before.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        path = self.path.with_name(RUN)
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None
+        earlier = [before, *before.pop("earlier", [])] if isinstance(before, dict) else []
+        write_json(path, {"protocol": PROTOCOL, **run, "earlier": earlier})
+
+
+@contextmanager
+def opened(folder: str | Path) -> Iterator[ResultsFile]:
+    """The results of a folder, made if need be, for one run alone; a line cut short by a kill is dropped.
+
+    Raises:
+        InputError: the folder cannot be written, holds something else, or another run is at work in it, or its results
+            are damaged or of another version of the protocol.
+    """
+    path = Path(folder) / RESULTS
+    lock = FileLock(path.with_name(_LOCK))
+    claim_folder(folder, overwrite=path.is_file() or path.with_name(_LOCK).is_file())
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"another run is writing to {folder} at this moment: wait for its end, or choose another output folder"
+        ) from error
+    try:
+        with _opened_for_appending(path) as descriptor:
+            yield ResultsFile(path, descriptor, _mended(path, descriptor))
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _opened_for_appending(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({reason(error)}): choose another output folder") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _mended(path: Path, descriptor: int) -> list[Record]:
+    whole, torn = _whole_lines(path.read_bytes())
+    records = _parsed(whole, path)
+    if torn:
+        os.ftruncate(descriptor, len(whole))
+        os.fsync(descriptor)
+        logger.warning("the last line of %s was cut short by the end of an earlier run; its cell runs again", path)
+    return records
+
+
+def _whole_lines(content: bytes) -> tuple[bytes, bytes]:
+    """The lines that have their end, and what stands behind them: a line and its end are written at once."""
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]
+
+
+def _parsed(content: bytes, path: Path) -> list[Record]:
+    last: dict[str, Record] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        record = Record.from_line(line.decode("utf-8", "replace"), f"{path}, line {number}")
+        last.pop(record.cell.key, None)
+        last[record.cell.key] = record
+    return list(last.values())
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    # One call, as a rule; a disk that fills up takes a part and refuses the rest.
+    while line:
+        line = line[os.write(descriptor, line) :]

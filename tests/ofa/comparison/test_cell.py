@@ -1,0 +1,203 @@
+"""A cell's record is what the method and the evaluation say, and whatever happens in a cell stays in it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from ofa.comparison.cell import CellRunner
+from ofa.comparison.records import Record
+from ofa.errors import InputError
+from ofa.evaluation import Scorer, evaluate
+from ofa.methods import Predictor, method, nothing_to_release
+from ofa.models import LoadedModel
+from tests.ofa.comparison.conftest import QUICK
+
+logger = logging.getLogger("ofa.methods.test")
+
+
+@pytest.fixture
+def runner(tiny_model):
+    return CellRunner(LoadedModel(*tiny_model, "a-model", "folder", None))
+
+
+def run(runner, plan):
+    """The outcome of the only cell of a plan."""
+    (cell,) = plan.cells
+    return runner.run(plan.job(cell))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "contexts"),
+    [
+        ("zero-shot", {}, ["prompt"]),
+        ("icl", {}, ["demonstrations"]),
+        ("norm-tuning", QUICK, ["prompt", "demonstrations"]),
+    ],
+)
+def test_a_record_is_what_fit_and_evaluate_say(runner, tiny_model, make_plan, name, settings, contexts):
+    """By hand, with the library alone: predictions, metrics, sizes; and it survives its line."""
+    model, tokenizer = tiny_model
+    plan = make_plan(methods={name: settings}, seeds="3")
+    (cell,) = plan.cells
+    job = plan.job(cell)
+    record = runner.run(job).record
+    shots = job.shots.examples
+    with method(name)(model, tokenizer, job.task, shots, 3, **settings) as predictor:
+        for context in contexts:
+            shown = shots if context == "demonstrations" else ()
+            expected = evaluate(model, tokenizer, job.task, job.tested, demonstrations=shown)
+            score = record.scores[context]
+            assert score.metrics == expected.metrics.to_dict()
+            assert [job.task.labels[index] for index in score.predictions] == list(expected.predictions)
+            assert [job.task.labels[index] for index in score.truth] == [example.label for example in job.tested]
+            assert score.seconds_per_text > 0
+        assert record.trainable_parameters == predictor.trainable_parameters
+        assert record.stored_bytes == predictor.stored_bytes
+    assert list(record.scores) == contexts
+    assert (record.cell, record.error, record.done) == (cell, None, True)
+    assert record.shots_sha256 == job.shots.sha256
+    assert 0 < record.fit_seconds < record.seconds
+    assert record.peak_memory_bytes > 10**8, "a process with PyTorch in it"
+    assert {"torch", "transformers", "python", "ofa-adapt", "weights"} <= record.versions.keys()
+    assert {name: record.versions[name] for name in ("device", "dtype")} == {"device": "cpu", "dtype": "float32"}
+    assert Record.from_line(record.to_line(), "here") == record
+
+
+def test_extra_tokens_are_those_of_the_demonstrations(runner, tiny_model, make_plan):
+    """By the tokenizer, which puts nothing in front; a bare prompt has none."""
+    plan = make_plan(methods={"norm-tuning": QUICK})
+    (cell,) = plan.cells
+    job = plan.job(cell)
+    block = "".join(job.task.demonstration(shot) for shot in job.shots.examples)
+    scores = runner.run(job).record.scores
+    assert scores["demonstrations"].extra_tokens == len(tiny_model[1](block)["input_ids"])
+    assert scores["prompt"].extra_tokens == 0
+
+
+def test_a_method_in_its_own_way_keeps_its_demonstrations(runner, make_plan, register):
+    """Where a method is tested with nothing in front of a text, its scorer decides what stands there."""
+
+    def fit(model, tokenizer, task, shots, seed):
+        scorer = Scorer(model, tokenizer, task, demonstrations=shots)
+        return Predictor(scorer, nothing_to_release, contexts=("prompt",), notes={"extra_tokens": 7})
+
+    register("own-way", fit)
+    own = run(runner, make_plan(methods="own-way", test_size=12)).record.scores["prompt"]
+    shown = run(runner, make_plan(methods="icl", test_size=12)).record.scores["demonstrations"]
+    assert own.metrics == shown.metrics
+    assert own.extra_tokens == 7
+
+
+def test_settings_and_material_reach_the_method(runner, make_plan, register):
+    given = {}
+
+    def fit(model, tokenizer, task, shots, seed, *, rank, pool, **settings):
+        given.update(rank=rank, pool=pool, seed=seed, shots=shots, **settings)
+        return method("zero-shot")(model, tokenizer, task, shots, seed)
+
+    register("asks", fit)
+    plan = make_plan(methods={"asks": {"rank": 3, "epochs": 2}}, seeds="9")
+    assert run(runner, plan).record.done
+    job = plan.job(plan.cells[0])
+    assert given == {"rank": 3, "epochs": 2, "seed": 9, "pool": job.material["pool"], "shots": job.shots.examples}
+
+
+# Failures
+
+
+def failing(error):
+    def fit(model, tokenizer, task, shots, seed):
+        raise error
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (InputError("there is no room: make some"), "there is no room: make some"),
+        (RuntimeError("out of memory\nand more"), "RuntimeError: out of memory"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (AssertionError(), "AssertionError: "),
+    ],
+)
+def test_a_cell_that_fails_is_recorded_with_its_error_and_the_next_one_runs(runner, make_plan, register, error, words):
+    register("fails", failing(error))
+    outcome = run(runner, make_plan(methods="fails"))
+    assert outcome.intact
+    assert (outcome.record.error, outcome.record.done, outcome.record.scores) == (words, False, {})
+    assert outcome.record.versions["device"] == "cpu"
+    assert Record.from_line(outcome.record.to_line(), "here") == outcome.record
+    assert run(runner, make_plan()).record.done
+
+
+def test_a_training_that_diverges_is_a_failed_cell(runner, make_plan):
+    outcome = run(runner, make_plan(methods={"norm-tuning": {"learning_rate": 1e30, "epochs": 2}}))
+    assert outcome.intact
+    assert "try a lower learning rate" in outcome.record.error
+
+
+def leaves(change):
+    def fit(model, tokenizer, task, shots, seed):
+        change(model)
+        return Predictor(Scorer(model, tokenizer, task), nothing_to_release, contexts=("prompt",))
+
+    return fit
+
+
+def test_a_method_that_leaves_something_behind_fails_loudly(runner, make_plan, register):
+    """Its numbers are not kept, and the model must not be used for another cell."""
+    register("leaves", leaves(lambda model: model.model.norm.weight.data.mul_(1.01)))
+    outcome = run(runner, make_plan(methods="leaves"))
+    assert not outcome.intact
+    assert outcome.record.error == "the method did not give the model back as it was: tensor 'model.norm.weight'"
+    assert outcome.record.scores == {}
+
+
+def test_a_model_that_does_not_answer_any_more_is_not_used_again(runner, make_plan, register):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    register("breaks", leaves(lambda model: setattr(model, "forward", broken)))
+    outcome = run(runner, make_plan(methods="breaks"))
+    assert not outcome.intact
+    assert "device-side assert" in outcome.record.error
+
+
+def test_what_our_code_warns_of_is_in_the_record_and_not_on_the_screen(runner, make_plan, register, capsys):
+    """Once each; and the logger is as it was afterwards."""
+
+    def fit(model, tokenizer, task, shots, seed):
+        for _ in range(2):
+            logger.warning("3 of %d demonstrations were dropped", 10)
+        return method("zero-shot")(model, tokenizer, task, shots, seed)
+
+    register("warns", fit)
+    before = list(logging.getLogger("ofa").handlers)
+    record = run(runner, make_plan(methods="warns")).record
+    assert record.notes["warnings"] == ["3 of 10 demonstrations were dropped"]
+    assert capsys.readouterr().err == ""
+    assert logging.getLogger("ofa").handlers == before
+
+
+def test_texts_that_lost_their_beginning_are_counted(runner, make_plan, tmp_path):
+    from tests.ofa.comparison.conftest import write_task
+
+    folder = write_task(tmp_path / "mood", "mood")
+    file = folder / "test.jsonl"
+    file.write_text(file.read_text().replace("test warm", "test " + "very " * 300 + "warm"))
+    record = run(runner, make_plan(tasks=[str(folder)], test_size=12)).record
+    assert record.notes == {"truncated_texts": 2}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: what a GPU says of its memory")
+def test_peak_memory_of_a_gpu_is_that_of_the_cell(tiny_folder, make_plan):
+    from ofa.models import load_model
+
+    runner = CellRunner(load_model(str(tiny_folder), device="cuda"))
+    torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    record = run(runner, make_plan()).record
+    assert 0 < record.peak_memory_bytes < 2**28

@@ -1,0 +1,159 @@
+"""How cells are handed to workers that finish, die, refuse or keep silent; the workers are played."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+
+from ofa.comparison.engines import Finished, Notice, Placement, Ready, Started
+from ofa.comparison.engines.crew import ATTEMPTS, run_crew
+from ofa.comparison.engines.worker import Refused
+from ofa.comparison.records import Cell, Record
+from ofa.errors import InputError
+
+CELLS = [Cell("m", "mood", "0", "ofa", seed, 5, 4) for seed in range(4)]
+PLACES = [Placement("cpu", 1, name) for name in ("a", "b")]
+DIES, SPOILS = "dies", "spoils"
+
+
+class Played:
+    """A worker that answers at once: it loads unless the script says otherwise, and does with a cell what it says."""
+
+    def __init__(self, placement, office):
+        self.placement, self.pid = placement, len(office.hired)
+        self._office, self._answer = office, office.starts.popleft() if office.starts else Ready({"by": placement})
+        self.ended = False
+        office.hired.append(self)
+
+    def receive(self):
+        return None if self._answer == DIES else self._answer
+
+    def give(self, job):
+        cell = job
+        fate = self._office.fates.get(cell.seed, deque())
+        fate = fate.popleft() if fate else None
+        self._answer = fate if fate == DIES else SimpleNamespace(record=Record(cell), intact=fate != SPOILS)
+
+    def end_in_words(self):
+        self.ended = True
+        return "was killed by signal 9"
+
+    def kill(self):
+        self.ended = True
+
+
+class Office:
+    """Hires played workers and hears them one by one, in turn."""
+
+    def __init__(self, starts=(), fates=None, silences=0):
+        self.starts, self.fates = deque(starts), {seed: deque(fate) for seed, fate in (fates or {}).items()}
+        self.hired, self._turn, self._silences = [], 0, silences
+
+    def hear(self, crew):
+        if self._silences:
+            self._silences -= 1
+            return []
+        self._turn += 1
+        return [crew[self._turn % len(crew)]]
+
+    def run(self, cells=CELLS, places=PLACES[:1]):
+        return run_crew(cells, lambda cell: cell, places, lambda place: Played(place, self), self.hear)
+
+
+def seeds(events, kind=Finished):
+    return [(event.record.cell if kind is Finished else event.cell).seed for event in events if isinstance(event, kind)]
+
+
+def notices(events):
+    return [event.text for event in events if isinstance(event, Notice)]
+
+
+def test_one_worker_runs_the_cells_in_order_and_is_ended():
+    office = Office()
+    events = list(office.run())
+    assert seeds(events, Started) == seeds(events) == [0, 1, 2, 3]
+    assert [isinstance(event, Ready) for event in events] == [True] + [False] * 8
+    assert [worker.ended for worker in office.hired] == [True]
+
+
+def test_several_workers_share_the_cells():
+    office = Office()
+    events = list(office.run(places=PLACES))
+    assert sorted(seeds(events)) == [0, 1, 2, 3]
+    assert [worker.placement for worker in office.hired] == PLACES
+    assert {event.pid for event in events if isinstance(event, Started)} == {0, 1}
+
+
+def test_no_more_workers_than_cells():
+    office = Office()
+    list(office.run(cells=CELLS[:1], places=PLACES))
+    assert len(office.hired) == 1
+
+
+def test_the_cell_of_a_dead_worker_runs_again_on_a_new_one():
+    office = Office(fates={1: [DIES]})
+    events = list(office.run())
+    assert seeds(events) == [0, 1, 2, 3]
+    assert seeds(events, Started) == [0, 1, 1, 2, 3]
+    assert all(event.record.done for event in events if isinstance(event, Finished))
+    assert notices(events) == [
+        "the worker that ran ofa on mood, seed 1, was killed by signal 9; the cell runs again",
+    ]
+    assert [worker.placement for worker in office.hired] == [PLACES[0]] * 2
+
+
+def test_a_cell_that_kills_every_worker_is_recorded_and_the_rest_runs():
+    office = Office(fates={1: [DIES] * ATTEMPTS})
+    records = [event.record for event in office.run() if isinstance(event, Finished)]
+    assert [(record.cell.seed, record.error) for record in records] == [
+        (0, None),
+        (1, "3 workers died over this cell, the last one was killed by signal 9"),
+        (2, None),
+        (3, None),
+    ]
+    assert len(office.hired) == 1 + ATTEMPTS
+
+
+def test_a_worker_whose_model_was_spoiled_is_replaced_and_its_record_kept():
+    office = Office(fates={1: [SPOILS], 3: [SPOILS]})
+    events = list(office.run())
+    assert seeds(events) == [0, 1, 2, 3]
+    assert len(notices(events)) == 1, "behind the last cell nobody is needed any more"
+    assert [worker.ended for worker in office.hired] == [True, True]
+
+
+def test_a_refused_model_ends_the_run_and_every_worker():
+    office = Office(starts=[Ready({}), Refused("there is no such model")])
+    with pytest.raises(InputError, match="there is no such model"):
+        list(office.run(places=PLACES))
+    assert [worker.ended for worker in office.hired] == [True, True]
+
+
+def test_workers_that_die_before_they_have_loaded_are_tried_again_and_then_given_up():
+    events = list(Office(starts=[DIES, DIES]).run())
+    assert seeds(events) == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="3 workers could not load the model, the last one was killed by signal 9"):
+        list(Office(starts=[DIES] * ATTEMPTS).run())
+
+
+def test_where_memory_is_enough_for_some_the_others_are_not_hired_again():
+    office = Office(starts=[Ready({}), DIES])
+    events = list(office.run(places=PLACES))
+    assert sorted(seeds(events)) == [0, 1, 2, 3]
+    assert notices(events) == ["a worker was killed by signal 9 while it loaded the model; 1 carry on"]
+    assert len(office.hired) == 2
+
+
+def test_silence_before_the_first_worker_is_ready_is_told_once():
+    assert len(notices(Office(silences=3).run())) == 1
+
+
+def test_closing_the_run_ends_every_worker():
+    """As Ctrl-C and a full disk do."""
+    office = Office()
+    events = office.run(places=PLACES)
+    next(events)
+    events.close()
+    assert [worker.ended for worker in office.hired] == [True, True]

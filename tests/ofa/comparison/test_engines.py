@@ -1,0 +1,165 @@
+"""Workers in processes of their own: they are killed, their parent too, and no finished cell is lost or different."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from ofa.comparison.engines import Notice, Source, Started
+from ofa.comparison.engines.ray import ray_engine
+from ofa.comparison.store import RESULTS, read_records
+from ofa.errors import InputError
+from tests.ofa.comparison.conftest import BROKEN, QUICK, HereEngine, but_for_times
+from tests.ofa.comparison.test_command import run
+
+COMMAND = "import typer\nfrom ofa.commands.compare import compare\ntyper.run(compare)"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "40"}
+METHODS = {"zero-shot": None, "icl": None, "norm-tuning": [{**QUICK, "epochs": 8}, BROKEN]}
+PATIENCE = 60.0
+"""Seconds for what takes a second or two on a machine with nothing else to do."""
+
+
+def records_of(events) -> dict:
+    """What the cells of a run came out as, by key."""
+    return {event.record.cell.key: but_for_times(event.record) for event in events if hasattr(event, "record")}
+
+
+@pytest.fixture
+def grid(tiny_folder, tasks, tmp_path) -> list[str]:
+    """Options of a run of three seeds, twelve cells, a quarter of which fail."""
+    values = {
+        "model": str(tiny_folder),
+        "tasks": [tasks["mood"]],
+        "methods": METHODS,
+        "seeds": "1-3",
+        "shots": 2,
+        "test_size": 4,
+    }
+    file = tmp_path / "grid.yaml"
+    file.write_text(json.dumps(values))
+    return ["--config", str(file)]
+
+
+class Running:
+    """The command in a process and a process group of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+
+    def wait_for(self, words: str, count: int = 1) -> None:
+        """Read what it says until these words came `count` times."""
+        assert self.process.stderr is not None
+        while count:
+            line = self.process.stderr.readline()
+            assert line, self.lines
+            self.lines.append(line.rstrip())
+            count -= words in line
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        return [one for one in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+
+
+def ended(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
+    return not alive
+
+
+@pytest.mark.usefixtures("here")
+def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid, tmp_path):
+    """A worker is killed over a cell, which runs again; then the parent, whose workers do not stay behind.
+
+    The same command continues, and in the end every cell is what it would have been.
+    """
+    out = tmp_path / "out"
+    running = Running(*grid, "--out", str(out))
+    running.wait_for(" left")
+    (worker,) = running.workers
+    worker.kill()
+    running.wait_for("was killed by signal 9 (is there too little memory?); the cell runs again")
+    running.wait_for(" left", count=2)
+    (worker,) = running.workers
+    running.process.kill()
+    running.process.wait()
+    assert ended([worker]), "nobody would keep what comes out"
+    finished = (out / RESULTS).read_bytes()
+    assert 3 <= finished.count(b"\n") < 12
+    assert finished.endswith(b"\n")
+
+    told = run(*grid, "--out", out, "--json")
+    lines = finished.count(b"\n")
+    assert told.told[0] == f"{lines} of 12 cells are there, {12 - lines} to run"
+    assert (out / RESULTS).read_bytes().startswith(finished)
+    assert (told.json["done"], told.json["failed"]) == (9, 3)
+    run(*grid, "--out", tmp_path / "undisturbed")
+    results = [{r.cell.key: but_for_times(r) for r in read_records(tmp_path / name)} for name in ("out", "undisturbed")]
+    assert results[0] == results[1]
+
+
+def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(grid, tmp_path):
+    """As a terminal sends it, to every process of the foreground."""
+    running = Running(*grid, "--out", str(tmp_path / "out"))
+    running.wait_for("cells are there")
+    while not running.workers:
+        time.sleep(0.05)
+    workers = running.workers
+    os.killpg(running.process.pid, signal.SIGINT)
+    _, error = running.process.communicate(timeout=PATIENCE)
+    assert running.process.returncode == 130
+    assert error == "ofa: stopped with 12 cells to run; the same command continues\n"
+    assert ended(workers)
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_folder):
+    """An engine on a cluster of this machine."""
+    source = Source(str(tiny_folder), offline=True)
+    with ray_engine(source, address=None, workers=1, device="auto", cores=1) as engine:
+        yield engine
+
+
+def test_ray_gives_the_same_results_cell_for_cell_though_a_worker_dies(cluster, tiny_folder, make_plan):
+    """The process of an actor is killed over its first cell, which runs again on another."""
+    plan = make_plan(str(tiny_folder), methods=METHODS, seeds="1-2")
+    events = []
+    for event in cluster.run(plan.cells, plan.job):
+        if isinstance(event, Started) and not any(isinstance(one, Started) for one in events):
+            os.kill(event.pid, signal.SIGKILL)
+        events.append(event)
+    started = [event.cell for event in events if isinstance(event, Started)]
+    assert started == [plan.cells[0], *plan.cells]
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("the worker that ran zero-shot on mood, seed 1, is gone")
+    here = records_of(HereEngine(Source(str(tiny_folder))).run(plan.cells, plan.job))
+    assert records_of(events) == here
+    assert sum(record["error"] is not None for record in here.values()) == 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_refused_at_once(tiny_folder, address):
+    """Ray itself would wait for many minutes."""
+    begun = time.monotonic()
+    with (
+        pytest.raises(InputError, match=rf"no Ray cluster at {address} \(.*refused\): check --ray-address"),
+        ray_engine(Source(str(tiny_folder)), address=address, workers=1, device="cpu", cores=1),
+    ):
+        pass
+    assert time.monotonic() - begun < PATIENCE

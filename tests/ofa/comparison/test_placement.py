@@ -1,0 +1,119 @@
+"""One GPU for each worker, the cores divided among them, and refusals where there are too few."""
+
+from __future__ import annotations
+
+import pytest
+
+from ofa.comparison.engines import Placement
+from ofa.comparison.engines.machines import Machines, check_machines
+from ofa.comparison.engines.placement import available_cores, placements, visible_gpus
+from ofa.comparison.engines.ray import shared_placements
+from ofa.comparison.grid import checked_part
+from ofa.errors import InputError
+
+FOUR = ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "device_map", "gpus", "expected"),
+    [
+        (None, "auto", None, (), [Placement("auto", 8)]),
+        (3, "auto", None, (), [Placement("auto", 2)] * 3),
+        (16, "cpu", None, (), [Placement("cpu", 1, "")] * 16),
+        (2, "cpu", None, FOUR, [Placement("cpu", 4, "")] * 2),
+        (None, "auto", None, FOUR, [Placement("cuda", 2, gpu) for gpu in FOUR]),
+        (2, "cuda", None, ("5", "GPU-7f"), [Placement("cuda", 4, "5"), Placement("cuda", 4, "GPU-7f")]),
+        (None, "cuda:2", None, FOUR, [Placement("cuda", 8, "2")]),
+        (None, "auto", "auto", FOUR, [Placement("cuda", 8, "0,1,2,3")]),
+        (2, "auto", "auto", FOUR, [Placement("cuda", 4, "0,1"), Placement("cuda", 4, "2,3")]),
+        (None, "mps", None, (), [Placement("mps", 8)]),
+        # Whoever asks for a GPU that is not there learns it from the loader of the model.
+        (None, "cuda", None, (), [Placement("cuda", 8)]),
+    ],
+)
+def test_places_of_workers(workers, device, device_map, gpus, expected):
+    """Of a machine with eight cores. A CPU run hides the GPUs from its workers."""
+    assert placements(workers, device, device_map=device_map, gpus=gpus, cores=8) == tuple(expected)
+
+
+@pytest.mark.parametrize(("workers", "device", "gpus"), [(5, "auto", FOUR), (2, "cuda:1", FOUR)])
+def test_more_workers_than_gpus_are_refused(workers, device, gpus):
+    with pytest.raises(InputError, match=f"{workers} workers were asked for and there is a GPU for"):
+        placements(workers, device, device_map=None, gpus=gpus, cores=8)
+
+
+def test_gpus_and_cores_are_those_of_this_process(monkeypatch):
+    """As the environment narrows them down."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 3,7")
+    assert visible_gpus() == ("GPU-a", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert available_cores() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 4}, raising=False)
+    assert available_cores() == 2
+
+
+# Clusters
+
+
+def node(cpus, gpus=0, alive=True):
+    return {"Alive": alive, "Resources": {"CPU": float(cpus), "GPU": float(gpus), "memory": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "device", "device_map", "expected", "gpus"),
+    [
+        ([node(8)], None, "auto", None, [Placement("auto", 8)], 0),
+        ([node(8), node(4), node(9, alive=False)], None, "auto", None, [Placement("auto", 4)] * 2, 0),
+        ([node(8)], 3, "cpu", None, [Placement("cpu", 2)] * 3, 0),
+        ([node(8, 2), node(8, 2)], None, "auto", None, [Placement("cuda", 4)] * 4, 1),
+        ([node(8, 2), node(8, 2)], 2, "cpu", None, [Placement("cpu", 8)] * 2, 0),
+        ([node(16, 4)], 2, "auto", "auto", [Placement("cuda", 8)] * 2, 2),
+    ],
+)
+def test_places_of_actors(nodes, workers, device, device_map, expected, gpus):
+    """An actor lives on one node, so none asks for more cores than the smallest has."""
+    assert shared_placements(nodes, workers, device, device_map) == (expected, gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "device", "words"),
+    [
+        ([node(8, 2)], 3, "auto", "3 workers were asked for and the cluster has a GPU for 2"),
+        ([node(8)], None, "cuda:1", "--device cuda:1 means nothing on a cluster"),
+        ([node(0)], None, "auto", "no node with a CPU"),
+    ],
+)
+def test_what_a_cluster_cannot_give_is_refused(nodes, workers, device, words):
+    with pytest.raises(InputError, match=words):
+        shared_placements(nodes, workers, device, None)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"engine": "rey"}, "--engine rey cannot be used: input should be 'local' or 'ray'"),
+        ({"workers": 0}, "--workers 0 cannot be used"),
+        ({"device": "tpu"}, "the device 'tpu' is not known: choose auto"),
+    ],
+)
+def test_machines_that_there_are_not_are_refused(values, words):
+    with pytest.raises(InputError, match=words):
+        checked_part(Machines, values)
+
+
+def test_contradictions_are_refused_before_anything_starts(monkeypatch):
+    with pytest.raises(InputError, match="--ray-address means nothing to the local engine: add --engine ray"):
+        check_machines(Machines(ray_address="auto"))
+    monkeypatch.setattr("ofa.comparison.engines.ray.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"Ray, which is not installed: pip install .*\[compare\]"):
+        check_machines(Machines(engine="ray"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"leave out `accelerate launch`.*--device-map auto"):
+        check_machines(Machines())
