@@ -15,7 +15,7 @@ from ofa.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Source = Literal["hub", "folder", "gguf", "embedded"]
 
@@ -45,6 +45,15 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
+class LoadedTokenizer:
+    """What is known of a model before its weights are read: the tokenizer, the configuration, the model's name."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    name: str
+
+
+@dataclass(frozen=True)
 class _Origin:
     source: Source
     name: str
@@ -61,6 +70,7 @@ def load_model(
     *,
     dtype: str = "float32",
     device: str = "auto",
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -68,7 +78,8 @@ def load_model(
     """Load `model`: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default.
 
     The default is SmolLM2-135M-Instruct, from the first place that has it: the converted copy in the cache, the hub's
-    cache, the hub, PyPI. `dtype` is float32, bfloat16 or float16; `device` is auto, cpu, cuda, cuda:N or mps. Only
+    cache, the hub, PyPI. `dtype` is float32, bfloat16 or float16; `device` is auto, cpu, cuda, cuda:N or mps. With
+    `device_map`, such as "auto", accelerate spreads the layers over all visible devices and `device` is not used. Only
     safetensors and GGUF are read, never pickles. `progress` is told, in one line each, of the slow stages of a first
     start. Raises InputError when there is no such model or it cannot be used.
     """
@@ -77,13 +88,38 @@ def load_model(
     target = _device(device)
     origin = _locate(model, offline or _hub_is_switched_off(), progress)
     if origin.source == "gguf":
+        if device_map is not None:
+            raise InputError(f"{origin.name} is a GGUF file, which is read as a whole; leave out the device map.")
         loaded, tokenizer = read_gguf(Path(origin.address), dtype)
     else:
-        loaded, tokenizer = _read_checkpoint(origin, dtype, trust_remote_code)
+        loaded, tokenizer = _read_checkpoint(origin, dtype, trust_remote_code, device_map)
     _prepare_tokenizer(tokenizer, origin.name)
     # Whatever writes this name down (an adapter, a model card) should write one that means something elsewhere.
     loaded.name_or_path = loaded.config._name_or_path = origin.name
-    return LoadedModel(loaded.eval().to(target), tokenizer, origin.name, origin.source, origin.path)
+    placed = loaded if device_map is not None else loaded.to(target)
+    return LoadedModel(placed.eval(), tokenizer, origin.name, origin.source, origin.path)
+
+
+def load_tokenizer(
+    model: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> LoadedTokenizer:
+    """The tokenizer and configuration of what `load_model` would load, by the same arguments and errors.
+
+    Of a GGUF file the weights are read too, because it does not have the two apart.
+    """
+    origin = _locate(model, offline or _hub_is_switched_off(), progress)
+    if origin.source == "gguf":
+        whole, tokenizer = read_gguf(Path(origin.address))
+        config = whole.config
+    else:
+        config = _read_config(origin, trust_remote_code)
+        tokenizer = _read_tokenizer(origin, config, trust_remote_code)
+    _prepare_tokenizer(tokenizer, origin.name)
+    return LoadedTokenizer(tokenizer, config, origin.name)
 
 
 def _device(device: str) -> torch.device:
@@ -221,18 +257,12 @@ def _check_safetensors(file: Path) -> None:
 
 
 def _read_checkpoint(
-    origin: _Origin, dtype: str, trust_remote_code: bool
+    origin: _Origin, dtype: str, trust_remote_code: bool, device_map: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    where = {"local_files_only": origin.local_only, "trust_remote_code": trust_remote_code}
-    with _explained(
-        f"The config.json of {origin.address} is not one that transformers {transformers.__version__} can use",
-        "choose another model, upgrade transformers, or pass trust_remote_code=True if you trust the code it needs",
-    ):
-        config = AutoConfig.from_pretrained(origin.address, **where)
+    config = _read_config(origin, trust_remote_code)
     with _explained(
         f"The weights of {origin.address} cannot be loaded as a causal language model",
         "download or copy the model again, or choose another",
@@ -244,11 +274,33 @@ def _read_checkpoint(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **where,
+            device_map=device_map,
+            **_where(origin, trust_remote_code),
         )
         _check_report(report)
+    return model, _read_tokenizer(origin, config, trust_remote_code)
+
+
+def _read_config(origin: _Origin, trust_remote_code: bool) -> PretrainedConfig:
+    import transformers
+    from transformers import AutoConfig
+
+    with _explained(
+        f"The config.json of {origin.address} is not one that transformers {transformers.__version__} can use",
+        "choose another model, upgrade transformers, or pass trust_remote_code=True if you trust the code it needs",
+    ):
+        return AutoConfig.from_pretrained(origin.address, **_where(origin, trust_remote_code))
+
+
+def _read_tokenizer(origin: _Origin, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     with _explained(f"{origin.address} has no usable tokenizer", "add its tokenizer.json and tokenizer_config.json"):
-        return model, AutoTokenizer.from_pretrained(origin.address, config=config, **where)
+        return AutoTokenizer.from_pretrained(origin.address, config=config, **_where(origin, trust_remote_code))
+
+
+def _where(origin: _Origin, trust_remote_code: bool) -> dict[str, bool]:
+    return {"local_files_only": origin.local_only, "trust_remote_code": trust_remote_code}
 
 
 def _check_report(report: dict[str, Any]) -> None:
