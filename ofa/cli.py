@@ -1,4 +1,4 @@
-"""The command line: `ofa fit`, `evaluate`, `predict`, `merge`, `inspect`, `doctor`, `demo`."""
+"""The command line: `ofa demo`, `fit`, `evaluate`, `predict`, `compare`, `report`, `probe`, `merge`, `inspect`, `doctor`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from ofa.commands.compare import compare
 from ofa.commands.console import fail
 from ofa.commands.demo import demo
 from ofa.commands.doctor import doctor
@@ -14,6 +15,8 @@ from ofa.commands.fit import fit
 from ofa.commands.inspect import inspect
 from ofa.commands.merge import merge
 from ofa.commands.predict import predict
+from ofa.commands.probe import probe
+from ofa.commands.report import report
 from ofa.errors import InputError
 
 app = typer.Typer(
@@ -23,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adapt a language model from five examples per class by tuning only its norm scales. Start with `ofa demo`.",
 )
-for command in (demo, fit, evaluate, predict, merge, inspect, doctor):
+for command in (demo, fit, evaluate, predict, compare, report, probe, merge, inspect, doctor):
     app.command()(command)
 
 
