@@ -13,7 +13,7 @@ from ofa.loss import cross_entropy_in_parts, encode_example
 from ofa.methods import Predictor
 from ofa.methods.options import special_case
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, TrainingConfig, checked_config, train
+from ofa.trainer import StepRecord, checked_config, train
 from ofa.tuning import restore_norms
 
 DIRECTION = 1e-2
@@ -47,23 +47,21 @@ def fit(
     Raises:
         InputError: a setting is wrong, or the model's attention has no second derivative; see also `trainer.train`.
     """
+    check_attention(model)
     weights = Weights(direction, magnitude, alignment)
-
-    def guidance(config: TrainingConfig) -> StructuredGuidance:
-        check_attention(model)
-        return ExactGuidance(weights, source_losses(model, tokenizer, other_tasks, config.batch_size))
-
-    return fit_guided("guided", model, tokenizer, task, shots, seed, guidance, **options)
+    return fit_guided("guided", ExactGuidance, weights, model, tokenizer, task, shots, seed, other_tasks, **options)
 
 
 def fit_guided(
     method: str,
+    guidance: Callable[[Weights, Sequence[Loss]], StructuredGuidance],
+    weights: Weights,
     model: Any,
     tokenizer: Any,
     task: Task,
     shots: Sequence[Example],
     seed: int,
-    guidance: Callable[[TrainingConfig], StructuredGuidance],
+    other_tasks: Sequence[tuple[Task, Sequence[Example]]],
     *,
     validation: Sequence[Example] = (),
     progress: Callable[[StepRecord, int], None] | None = None,
@@ -72,14 +70,16 @@ def fit_guided(
     """Tune every norm scale on the shots under a guidance; `settings` are fields of `TrainingConfig`.
 
     With `validation` examples the scales of the epoch with the best accuracy on them are kept. A run that fails or is
-    interrupted leaves the model as it was. The predictor's notes are the guidance's log.
+    interrupted leaves the model as it was. The notes are the guidance's log and, where alignment has a weight, the
+    names of the other tasks; without it those are not looked at.
 
     Raises:
         InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `trainer.train`.
     """
     config = checked_config(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
     encoder, scorer = Encoder(tokenizer, task, model_window(model)), Scorer(model, tokenizer, task)
-    guide = guidance(config)
+    others = other_tasks if weights.alignment > 0 else ()
+    guide = guidance(weights, source_losses(model, tokenizer, others, config.batch_size))
     try:
         result = train(
             model,
@@ -100,7 +100,7 @@ def fit_guided(
         trainable_parameters=sum(parameter.numel() for parameter in tuned),
         training=result,
         stored_bytes=sum(parameter.nbytes for parameter in tuned),
-        notes=guide.notes,
+        notes={**guide.notes, "other_tasks": [other.name for other, _ in others]} if others else guide.notes,
     )
 
 

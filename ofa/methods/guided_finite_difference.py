@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from ofa.errors import InputError
-from ofa.guidance import FiniteDifferenceGuidance, StructuredGuidance, Weights
+from ofa.guidance import FiniteDifferenceGuidance, Weights
 from ofa.methods import Predictor
-from ofa.methods.guided import DIRECTION, MAGNITUDE, fit_guided, source_losses
+from ofa.methods.guided import DIRECTION, MAGNITUDE, fit_guided
 from ofa.tasks.task import Example, Task
-from ofa.trainer import TrainingConfig
 
 
 def fit(
@@ -33,13 +32,11 @@ def fit(
     Raises:
         InputError: a setting is wrong, or the model computes in less than float32; see also `trainer.train`.
     """
-    weights = Weights(direction, magnitude, alignment)
-
-    def guidance(config: TrainingConfig) -> StructuredGuidance:
-        _check_precision(model)
-        return FiniteDifferenceGuidance(weights, source_losses(model, tokenizer, other_tasks, config.batch_size))
-
-    return fit_guided("guided-finite-difference", model, tokenizer, task, shots, seed, guidance, **options)
+    _check_precision(model)
+    weights, name = Weights(direction, magnitude, alignment), "guided-finite-difference"
+    return fit_guided(
+        name, FiniteDifferenceGuidance, weights, model, tokenizer, task, shots, seed, other_tasks, **options
+    )
 
 
 def _check_precision(model: Any) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ofa.guidance import FirstOrderGuidance, StructuredGuidance, Weights
+from ofa.guidance import FirstOrderGuidance, Weights
 from ofa.methods import Predictor
-from ofa.methods.guided import fit_guided, source_losses
+from ofa.methods.guided import fit_guided
 from ofa.tasks.task import Example, Task
-from ofa.trainer import TrainingConfig
 
 
 def fit(
@@ -37,9 +36,5 @@ def fit(
     Raises:
         InputError: a setting is wrong, the shares must lie between 0 and 1; see also `trainer.train`.
     """
-    shares = Weights(direction, magnitude, alignment)
-
-    def guidance(config: TrainingConfig) -> StructuredGuidance:
-        return FirstOrderGuidance(shares, source_losses(model, tokenizer, other_tasks, config.batch_size))
-
-    return fit_guided("guided-first-order", model, tokenizer, task, shots, seed, guidance, **options)
+    shares, name = Weights(direction, magnitude, alignment), "guided-first-order"
+    return fit_guided(name, FirstOrderGuidance, shares, model, tokenizer, task, shots, seed, other_tasks, **options)

@@ -83,6 +83,7 @@ def test_every_term_changes_the_result(unchanged, name):
     for setting in ("direction", "magnitude", "alignment"):
         weight = {setting: 0.5, "other_tasks": other_tasks}
         scales, _, notes = trained(unchanged, fit_of(name), **{**fast, **OFF, **weight})
+        assert notes.get("other_tasks") == (["tickets"] if setting == "alignment" else None)
         assert any(not torch.equal(scales[path], value) for path, value in plain.items()), setting
         if setting == "magnitude":
             assert max(notes["gradient_norm"][2:]) > notes["gradient_norm_threshold"]
