@@ -1,4 +1,4 @@
-"""The command line: `ofa demo`, `fit`, `evaluate`, `predict`, `compare`, `report`, `probe`, `merge`, `inspect`, `doctor`."""
+"""The command line: adapt and use a model, compare methods, look into models and machines."""
 
 from __future__ import annotations
 

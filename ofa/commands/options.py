@@ -66,7 +66,7 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
     Raises:
         InputError: YAML made something of it that cannot be typed.
     """
-    repeats = getattr(parameter, "multiple", False)
+    repeats = getattr(parameter, "multiple", False) or getattr(parameter, "nargs", 1) == -1
     items = value if isinstance(value, list) and (repeats or name == "labels") else [value]
     for item in items:
         if isinstance(item, list | dict):
