@@ -39,10 +39,6 @@ def fit(
     scorer = Scorer(model, tokenizer, task)
     config = checked_config(seed=seed, **settings)
 
-    def accuracy() -> float:
-        predicted = scorer.predict([example.text for example in validation])
-        return sum(p == e.label for p, e in zip(predicted, validation, strict=True)) / len(validation)
-
     try:
         result = train(
             model,
@@ -51,7 +47,7 @@ def fit(
             config,
             folder=folder,
             resume=resume,
-            validate=accuracy if validation else None,
+            validate=(lambda: scorer.accuracy(validation)) if validation else None,
             progress=progress,
         )
     except BaseException:
