@@ -135,9 +135,7 @@ def _combinations(method: Any, given: Any) -> list[dict[str, Any]]:
     if isinstance(given, list):
         return [settings for one in given for settings in _combinations(method, one)]
     if not isinstance(given, Mapping):
-        raise InputError(
-            f"among the settings of {method} is {given!r}: write `name: value` or `name: [value, …]`"
-        )
+        raise InputError(f"among the settings of {method} is {given!r}: write `name: value` or `name: [value, …]`")
     values = [value if isinstance(value, list) else [value] for value in given.values()]
     empty = next((name for name, listed in zip(given, values, strict=True) if not listed), None)
     if empty is not None:
