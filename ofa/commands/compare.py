@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -185,7 +184,9 @@ def _run(plan: Plan, machines: Machines, wishes: _Wishes) -> tuple[Record, ...]:
         cells = plan.missing(results.records, retry_failed=wishes.retry_failed)
         notice(f"ofa: {len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there, {len(cells)} to run")
         if cells:
-            source = machines.source(plan.grid.model, plan.grid.dtype)
+            # A path must mean the same to workers elsewhere; a hub id is no path, and the default has both.
+            model = plan.model if Path(plan.model).is_absolute() else plan.grid.model
+            source = machines.source(model, plan.grid.dtype)
             try:
                 with (
                     open_engine(machines, source) as engine,
@@ -201,12 +202,12 @@ def _run(plan: Plan, machines: Machines, wishes: _Wishes) -> tuple[Record, ...]:
 
 def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
     """What `run.json` keeps of a run."""
-    from ofa.comparison.environment import library_versions
+    from ofa.comparison.environment import library_versions, now
     from ofa.comparison.plan import TEST_SEED
 
     return {
         "command": shlex.join(["ofa", *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": now(),
         "model": plan.model,
         "grid": plan.grid.as_json(),
         "machines": machines.model_dump(),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ofa.commands.console import show, show_json
 from ofa.comparison.plan import Plan, Size
-from ofa.comparison.progress import expected_seconds, in_words
+from ofa.comparison.progress import Expectation, in_words
 from ofa.comparison.records import Cell, Record
 
 
@@ -22,7 +22,8 @@ def show_plan(
 
     Times are those of the finished cells that are most like them, where there are any.
     """
-    seconds = {cell.key: expected_seconds(cell, records) for cell in cells}
+    expectation = Expectation(records)
+    seconds = {cell.key: expectation.seconds(cell) for cell in cells}
     known = [value for value in seconds.values() if value is not None]
     total = sum(known) / workers if len(known) == len(cells) else None
     if as_json:

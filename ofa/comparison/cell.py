@@ -11,11 +11,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import torch
 
-from ofa.comparison.environment import versions
+from ofa.comparison.environment import now, versions
 from ofa.comparison.fingerprint import Fingerprint
 from ofa.comparison.plan import Job
 from ofa.comparison.records import Record, Score
@@ -58,7 +57,7 @@ class CellRunner:
             seconds=round(time.perf_counter() - started, 4),
             peak_memory_bytes=peak.bytes,
             shots_sha256=job.shots.sha256,
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            finished=now(),
             versions=self.versions,
         )
         return Outcome(record, left is None)

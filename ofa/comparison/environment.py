@@ -1,8 +1,9 @@
-"""What a result depends on beside its cell: versions of libraries, the device."""
+"""What a result depends on beside its cell: versions of libraries, the device; and the time."""
 
 from __future__ import annotations
 
 import platform
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +19,11 @@ def library_versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _LIBRARIES},
     }
+
+
+def now() -> str:
+    """The time, UTC, to the second, as ISO 8601 writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions(model: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -18,14 +19,24 @@ _LIKENESS: tuple[Callable[[Cell], Any], ...] = (
 """What two cells have in common that take about as long, the closest likeness first."""
 
 
-def expected_seconds(cell: Cell, records: Sequence[Record]) -> float | None:
-    """The mean time of the finished cells that are most like this one; None where nothing is known."""
-    done = [record for record in records if record.done]
-    for likeness in _LIKENESS:
-        seconds = [record.seconds for record in done if likeness(record.cell) == likeness(cell)]
-        if seconds:
-            return fmean(seconds)
-    return None
+class Expectation:
+    """How long cells take, from the finished ones that are most like them; a failed one tells nothing."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._seconds: dict[tuple[int, Any], list[float]] = defaultdict(list)
+        for record in records:
+            self.learn(record)
+
+    def learn(self, record: Record) -> None:
+        """Take in the time of a cell."""
+        if record.done:
+            for rank, likeness in enumerate(_LIKENESS):
+                self._seconds[rank, likeness(record.cell)].append(record.seconds)
+
+    def seconds(self, cell: Cell) -> float | None:
+        """The mean time of the finished cells that are most like this one; None where nothing is known."""
+        known = (self._seconds.get((rank, likeness(cell))) for rank, likeness in enumerate(_LIKENESS))
+        return next((fmean(seconds) for seconds in known if seconds), None)
 
 
 def in_words(seconds: float) -> str:
@@ -42,7 +53,7 @@ class Tally:
         self.total, self.done, self.failed = len(cells), 0, 0
         self._left = {cell.key: cell for cell in cells}
         self._begun: dict[str, float] = {}
-        self._records = list(records)
+        self._expectation = Expectation(records)
         self._workers = workers
 
     @property
@@ -66,13 +77,13 @@ class Tally:
         self.failed += not record.done
         self._begun.pop(record.cell.key, None)
         self._left.pop(record.cell.key, None)
-        self._records.append(record)
+        self._expectation.learn(record)
 
     def seconds_left(self) -> float | None:
         """How long the rest will take with all workers busy; None before the first cell is done."""
         now, seconds = time.monotonic(), 0.0
         for key, cell in self._left.items():
-            whole = expected_seconds(cell, self._records)
+            whole = self._expectation.seconds(cell)
             if whole is None:
                 return None
             seconds += max(0.0, whole - (now - self._begun[key] if key in self._begun else 0.0))

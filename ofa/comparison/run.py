@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any, cast
 
 from ofa.comparison.engines import Engine, Event, Finished, Notice, Ready, Started
+from ofa.comparison.environment import library_versions
 from ofa.comparison.plan import Plan
 from ofa.comparison.progress import Progress
 from ofa.comparison.records import Cell, Record
@@ -27,7 +28,8 @@ def run_cells(
     `described` is what the folder keeps of the run, once a worker has the model.
 
     Raises:
-        InputError: a record cannot be written, the workers cannot start, or hold other weights than the results.
+        InputError: a record cannot be written, the workers cannot start, are of another version, or hold other weights
+            than the results.
     """
     weights = _weights_of(plan.model, results.records)
     noted = False
@@ -35,6 +37,7 @@ def run_cells(
     with closing(cast(Generator[Event], engine.run(cells, plan.job))) as events:
         for event in events:
             if isinstance(event, Ready):
+                _check_version(event.versions)
                 weights = _same_weights(plan.model, weights, event.versions)
                 if not noted:
                     results.note_run(described)
@@ -46,6 +49,13 @@ def run_cells(
                 progress.finished(event.record)
             elif isinstance(event, Notice):
                 progress.say(event.text)
+
+
+def _check_version(versions: Mapping[str, str]) -> None:
+    """A worker on another machine may have another version of this package, and measure something else."""
+    own, other = library_versions()["ofa-adapt"], versions["ofa-adapt"]
+    if own != other:
+        raise InputError(f"a worker has ofa-adapt {other}, and this is {own}: install the same version on every node")
 
 
 def _weights_of(model: str, records: Sequence[Record]) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from ofa.comparison.engines import Event, Finished, Notice, Placement, Ready, Started
 from ofa.comparison.engines.worker import Refused
+from ofa.comparison.environment import library_versions, now
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
 
@@ -151,7 +152,8 @@ class _Crew(Generic[W]):
     def _lost(self, cell: Cell, why: str) -> Event:
         self._deaths[cell.key] += 1
         if self._deaths[cell.key] == ATTEMPTS:
-            return Finished(Record(cell, error=f"{ATTEMPTS} workers died over this cell, the last one {why}"))
+            error = f"{ATTEMPTS} workers died over this cell, the last one {why}"
+            return Finished(Record(cell, error=error, finished=now(), versions=library_versions()))
         self._backlog.appendleft(cell)
         return Notice(f"the worker that ran {cell.row} on {cell.task}, seed {cell.seed}, {why}; the cell runs again")
 

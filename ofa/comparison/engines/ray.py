@@ -103,7 +103,7 @@ class _Remote:
     def receive(self) -> Ready | Refused | Outcome | None:
         try:
             self.pid, message = self._ray.get(self.answer)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             self._death = _first_line(error)
             return None
         return message

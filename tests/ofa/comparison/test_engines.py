@@ -19,9 +19,8 @@ from ofa.errors import InputError
 from tests.ofa.comparison.conftest import BROKEN, QUICK, HereEngine, but_for_times
 from tests.ofa.comparison.test_command import run
 
-COMMAND = "import typer\nfrom ofa.commands.compare import compare\ntyper.run(compare)"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "40"}
-METHODS = {"zero-shot": None, "icl": None, "norm-tuning": [{**QUICK, "epochs": 8}, BROKEN]}
+METHODS = {"zero-shot": None, "icl": None, "norm-tuning": [{**QUICK, "epochs": 12}, BROKEN]}
 PATIENCE = 60.0
 """Seconds for what takes a second or two on a machine with nothing else to do."""
 
@@ -33,12 +32,12 @@ def records_of(events) -> dict:
 
 @pytest.fixture
 def grid(tiny_folder, tasks, tmp_path) -> list[str]:
-    """Options of a run of three seeds, twelve cells, a quarter of which fail."""
+    """Options of a run of sixteen cells, four of which fail."""
     values = {
         "model": str(tiny_folder),
         "tasks": [tasks["mood"]],
         "methods": METHODS,
-        "seeds": "1-3",
+        "seeds": "1-4",
         "shots": 2,
         "test_size": 4,
     }
@@ -52,7 +51,7 @@ class Running:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *arguments],
+            [sys.executable, "-m", "ofa", "compare", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -98,14 +97,14 @@ def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid
     running.process.wait()
     assert ended([worker]), "nobody would keep what comes out"
     finished = (out / RESULTS).read_bytes()
-    assert 3 <= finished.count(b"\n") < 12
+    assert 3 <= finished.count(b"\n") < 16
     assert finished.endswith(b"\n")
 
     told = run(*grid, "--out", out, "--json")
     lines = finished.count(b"\n")
-    assert told.told[0] == f"{lines} of 12 cells are there, {12 - lines} to run"
+    assert told.told[0] == f"{lines} of 16 cells are there, {16 - lines} to run"
     assert (out / RESULTS).read_bytes().startswith(finished)
-    assert (told.json["done"], told.json["failed"]) == (9, 3)
+    assert (told.json["done"], told.json["failed"]) == (12, 4)
     run(*grid, "--out", tmp_path / "undisturbed")
     results = [{r.cell.key: but_for_times(r) for r in read_records(tmp_path / name)} for name in ("out", "undisturbed")]
     assert results[0] == results[1]
@@ -121,7 +120,7 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(grid, tmp_path):
     os.killpg(running.process.pid, signal.SIGINT)
     _, error = running.process.communicate(timeout=PATIENCE)
     assert running.process.returncode == 130
-    assert error == "ofa: stopped with 12 cells to run; the same command continues\n"
+    assert error == "ofa: stopped with 16 cells to run; the same command continues\n"
     assert ended(workers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ofa.comparison import progress
-from ofa.comparison.progress import Tally, expected_seconds, in_words, shown
+from ofa.comparison.progress import Expectation, Tally, in_words, shown
 from ofa.comparison.records import Cell, Record, Score
 
 
@@ -38,7 +38,7 @@ def test_a_cell_is_expected_to_take_as_long_as_those_most_like_it(wanted, expect
         done(1, method="icl"),
         Record(cell(seed=9), error="no", seconds=1000),
     ]
-    assert expected_seconds(wanted, records) == expected
+    assert Expectation(records).seconds(wanted) == expected
 
 
 def test_a_tally_counts_and_estimates(monkeypatch):
