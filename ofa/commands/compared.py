@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -20,15 +21,14 @@ def show_plan(
 ) -> None:
     """The cells of a plan by task and row, which of them are to run, and what that may take.
 
-    Times are those of the finished cells that are most like them, where there are any.
+    Times are those of the finished cells in the same folder that are most like them, where there are any.
     """
     expectation = Expectation(records)
     seconds = {cell.key: expectation.seconds(cell) for cell in cells}
-    known = [value for value in seconds.values() if value is not None]
-    total = sum(known) / workers if len(known) == len(cells) else None
+    estimate = expectation.estimate(cells, workers, {})
     if as_json:
         entries = [_entry(cell, seconds, sizes) for cell in plan.cells]
-        show_json({"cells": entries, "to_run": len(cells), "expected_seconds": total})
+        show_json({"cells": entries, "to_run": len(cells), "estimate": asdict(estimate)})
         return
     table = Table()
     for name in ("task", "method", "seeds to run", "time of a cell", "tokens to test"):
@@ -41,8 +41,11 @@ def show_plan(
         seeds = ", ".join(str(cell.seed) for cell in own)
         table.add_row(task, row, seeds, "unknown" if each is None else in_words(each), f"{sizes[task].prompts:,}")
     show(table)
-    told = "no finished cell yet to estimate the time from" if total is None else f"about {in_words(total)}"
-    show(f"{len(cells)} of {len(plan.cells)} cells to run with {workers} worker{'s' if workers > 1 else ''}: {told}")
+    show(
+        f"{len(cells)} of {len(plan.cells)} cells to run with {workers} worker{'s' if workers > 1 else ''}: {estimate}"
+    )
+    if estimate.unknown:
+        show(f"{estimate.unknown} of them are of methods that have not finished a cell in this folder")
 
 
 def show_scores(records: Sequence[Record]) -> None:

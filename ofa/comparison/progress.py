@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -14,7 +15,6 @@ from ofa.comparison.records import Cell, Record
 _LIKENESS: tuple[Callable[[Cell], Any], ...] = (
     lambda cell: (cell.model, cell.task, cell.row, cell.shots, cell.test_size),
     lambda cell: (cell.model, cell.method),
-    lambda cell: cell.model,
 )
 """What two cells have in common that take about as long, the closest likeness first."""
 
@@ -38,12 +38,32 @@ class Expectation:
         known = (self._seconds.get((rank, likeness(cell))) for rank, likeness in enumerate(_LIKENESS))
         return next((fmean(seconds) for seconds in known if seconds), None)
 
+    def estimate(self, cells: Sequence[Cell], workers: int, begun: Mapping[str, float]) -> Estimate:
+        """How long these cells will take on so many workers; `begun` has the seconds some have taken so far, by key."""
+        expected = {cell.key: self.seconds(cell) for cell in cells}
+        left = [max(0.0, whole - begun.get(key, 0.0)) for key, whole in expected.items() if whole is not None]
+        return Estimate(sum(left) / max(1, min(workers, len(cells))), len(cells) - len(left))
+
 
 def in_words(seconds: float) -> str:
     """A time as a person says it."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long cells will take with all workers busy, `unknown` of them not counted for want of any like them."""
+
+    seconds: float
+    unknown: int
+
+    def __str__(self) -> str:
+        """As much as can be said."""
+        if not self.unknown:
+            return f"about {in_words(self.seconds)}"
+        return f"more than {in_words(self.seconds)}" if self.seconds else "unknown time"
 
 
 class Tally:
@@ -79,20 +99,15 @@ class Tally:
         self._left.pop(record.cell.key, None)
         self._expectation.learn(record)
 
-    def seconds_left(self) -> float | None:
-        """How long the rest will take with all workers busy; None before the first cell is done."""
-        now, seconds = time.monotonic(), 0.0
-        for key, cell in self._left.items():
-            whole = self._expectation.seconds(cell)
-            if whole is None:
-                return None
-            seconds += max(0.0, whole - (now - self._begun[key] if key in self._begun else 0.0))
-        return seconds / min(self._workers, max(1, self.left))
+    def estimate(self) -> Estimate:
+        """How long the rest will take; what the cells under way have taken so far is done."""
+        now = time.monotonic()
+        begun = {key: now - since for key, since in self._begun.items()}
+        return self._expectation.estimate(list(self._left.values()), self._workers, begun)
 
     def __str__(self) -> str:
         """Done, failed, left, estimated time."""
-        seconds = self.seconds_left()
-        told = "" if seconds is None or not self.left else f", about {in_words(seconds)}"
+        told = f", {self.estimate()}" if self.left else ""
         return f"{self.done} of {self.total} done, {self.failed} failed, {self.left} left{told}"
 
 

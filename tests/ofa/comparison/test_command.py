@@ -179,7 +179,7 @@ def test_the_table_has_a_line_for_each_row_and_context(options):
 def test_a_dry_run_lists_what_would_run_and_touches_nothing(options, tmp_path):
     ahead = run(*options, "--seeds", "1-2", "--dry-run")
     assert ahead.status == 0
-    assert "4 of 4 cells to run with 1 worker: no finished cell yet" in ahead.out
+    assert "4 of 4 cells to run with 1 worker: unknown time" in ahead.out
     assert not (tmp_path / "out").exists()
     run(*options, "--seeds", "1")
     before = (tmp_path / "out" / RESULTS).read_bytes()
@@ -187,7 +187,7 @@ def test_a_dry_run_lists_what_would_run_and_touches_nothing(options, tmp_path):
     assert [cell["to_run"] for cell in later["cells"]] == [False, False, True, True]
     known = {record.cell.method: record.seconds for record in read_records(tmp_path / "out")}
     assert [cell["expected_seconds"] for cell in later["cells"]] == [None, None, known["zero-shot"], known["icl"]]
-    assert later["expected_seconds"] == pytest.approx(sum(known.values()) / 2)
+    assert later["estimate"] == {"seconds": pytest.approx(sum(known.values()) / 2), "unknown": 0}
     assert "about" in run(*options, "--seeds", "1-2", "--dry-run").out
     assert (tmp_path / "out" / RESULTS).read_bytes() == before
 
