@@ -136,13 +136,13 @@ def _merged(context: typer.Context, config: Path | None) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or has an entry that is no option.
     """
-    from ofa.commands.options import _mapping
+    from ofa.commands.options import read_mapping
     from ofa.tasks import did_you_mean
 
     values = {name: value for name, value in context.params.items() if name != "config"}
     if config is None:
         return values
-    for name, value in _mapping(config).items():
+    for name, value in read_mapping(config).items():
         option = "as_json" if name == "json" else str(name).replace("-", "_")
         if option not in values:
             hint = did_you_mean(str(name), tuple(values)) or f"; use one of {', '.join(sorted(values))}"

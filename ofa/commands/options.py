@@ -45,7 +45,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     known = {_written(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
-    values = {str(name).replace("-", "_"): value for name, value in _mapping(path).items()}
+    values = {str(name).replace("-", "_"): value for name, value in read_mapping(path).items()}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
         raise InputError(f"{path} sets {unknown!r}, which is no option; use one of {', '.join(sorted(known))}")
@@ -87,7 +87,12 @@ ConfigOption = Annotated[
 ]
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The entries of a YAML file.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping.
+    """
     import yaml
 
     try:
