@@ -22,6 +22,7 @@ from ofa_kernels.fused import attention_moments as fused_attention_moments
 from ofa_kernels.fused import attention_trace as fused_attention_trace
 from ofa_kernels.fused import mlp_trace as fused_mlp_trace
 from ofa_kernels.fused import norm_trace as fused_norm_trace
+from ofa_kernels.fused import squared_norm as fused_squared_norm
 from ofa_kernels.launch import MAX_WIDTH, widest_head
 from ofa_kernels.ops import attention_moments as attention_moments_op
 from ofa_kernels.ops import attention_trace as attention_trace_op
@@ -153,6 +154,7 @@ _FUSED: dict[str, Callable[..., Any]] = {
     "attention_trace": fused_attention_trace.attention_trace,
     "attention_moments": fused_attention_moments.attention_moments,
     "norm_trace": fused_norm_trace.norm_trace,
+    "squared_norm": fused_squared_norm.squared_norm,
 }
 for _operation, _function in _FUSED.items():
     register(_operation, Implementation("fused", _function, lambda tensor: True))

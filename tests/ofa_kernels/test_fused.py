@@ -18,6 +18,7 @@ from ofa_kernels.fused import attention_moments as fused_moments
 from ofa_kernels.fused import attention_trace as fused
 from ofa_kernels.fused import mlp_trace as fused_mlp
 from ofa_kernels.fused import norm_trace as fused_norm
+from ofa_kernels.fused import squared_norm
 from ofa_kernels.reference import ACTIVATIONS, HeadNorm, Rotary
 from tests.ofa_kernels.test_mlp_trace import EPS, draw
 
@@ -495,3 +496,31 @@ def test_a_second_derivative_is_refused(case):
     grads = torch.autograd.grad(sum(found), [given[name] for name in case.names], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(x.square().sum() for x in grads).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_squared_norm_and_its_gradient(dtype):
+    """The reference's numbers and dtypes, rows of zeros included, where a norm has no gradient and its square has 0.
+
+    Sums of 33 squares of one sign: a relative error of 33 roundings of the sum's dtype at the most.
+    """
+    update = draw(4, 5, 33, seed=60).to(dtype)
+    update[1, 2] = 0
+    grads, found = [], []
+    for operation in (squared_norm.squared_norm, reference.squared_norm):
+        leaf = update.clone().requires_grad_()
+        value = operation(leaf)
+        value.backward(draw(4, 5, seed=61).to(value.dtype))
+        found.append(value.detach())
+        grads.append(leaf.grad)
+    assert [x.dtype for x in found] == [torch.promote_types(dtype, torch.float32)] * 2
+    assert grads[0].dtype == dtype
+    assert torch.allclose(*found, rtol=33 * torch.finfo(found[1].dtype).eps, atol=0)
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_squared_norm_has_every_derivative():
+    """Second order (a penalty on a gradient), and forward mode."""
+    update = draw(3, 7, seed=62).requires_grad_()
+    assert torch.autograd.gradcheck(squared_norm.squared_norm, (update,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(squared_norm.squared_norm, (update,))
