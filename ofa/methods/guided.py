@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ofa.encoding import Encoder, model_window
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
 from ofa.guidance import ExactGuidance, Loss, StructuredGuidance, Weights, check_attention
 from ofa.loss import cross_entropy_in_parts, encode_example
 from ofa.methods import Predictor
+from ofa.methods.norm_scales import fit_norm_scales
 from ofa.methods.options import special_case
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, checked_config, train
-from ofa.tuning import restore_norms
+from ofa.trainer import StepRecord, checked_config
 
 DIRECTION = 1e-2
 """λ_d, ours."""
@@ -77,31 +77,13 @@ def fit_guided(
         InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `trainer.train`.
     """
     config = checked_config(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
-    encoder, scorer = Encoder(tokenizer, task, model_window(model)), Scorer(model, tokenizer, task)
     others = other_tasks if weights.alignment > 0 else ()
     guide = guidance(weights, source_losses(model, tokenizer, others, config.batch_size))
-    try:
-        result = train(
-            model,
-            encoder,
-            shots,
-            config,
-            validate=(lambda: scorer.accuracy(validation)) if validation else None,
-            progress=progress,
-            guidance=guide,
-        )
-    except BaseException:
-        restore_norms(model)
-        raise
-    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Predictor(
-        scorer,
-        lambda: restore_norms(model),
-        trainable_parameters=sum(parameter.numel() for parameter in tuned),
-        training=result,
-        stored_bytes=sum(parameter.nbytes for parameter in tuned),
-        notes={**guide.notes, "other_tasks": [other.name for other, _ in others]} if others else guide.notes,
+    predictor = fit_norm_scales(
+        model, tokenizer, task, shots, config, validation=validation, progress=progress, guidance=guide
     )
+    notes = {**guide.notes, "other_tasks": [other.name for other, _ in others]} if others else guide.notes
+    return replace(predictor, notes=notes)
 
 
 def source_losses(

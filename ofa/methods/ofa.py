@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ofa.encoding import Encoder, model_window
-from ofa.evaluation import Scorer
 from ofa.methods import Predictor
+from ofa.methods.norm_scales import fit_norm_scales
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, checked_config, train
-from ofa.tuning import restore_norms
+from ofa.trainer import StepRecord, checked_config
 
 
 def fit(
@@ -35,29 +33,14 @@ def fit(
     Raises:
         InputError: a setting is wrong, see `TrainingConfig` and `trainer.train`.
     """
-    encoder = Encoder(tokenizer, task, model_window(model))
-    scorer = Scorer(model, tokenizer, task)
-    config = checked_config(seed=seed, **settings)
-
-    try:
-        result = train(
-            model,
-            encoder,
-            shots,
-            config,
-            folder=folder,
-            resume=resume,
-            validate=(lambda: scorer.accuracy(validation)) if validation else None,
-            progress=progress,
-        )
-    except BaseException:
-        restore_norms(model)
-        raise
-    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Predictor(
-        scorer,
-        lambda: restore_norms(model),
-        trainable_parameters=sum(parameter.numel() for parameter in tuned),
-        training=result,
-        stored_bytes=sum(parameter.nbytes for parameter in tuned),
+    return fit_norm_scales(
+        model,
+        tokenizer,
+        task,
+        shots,
+        checked_config(seed=seed, **settings),
+        folder=folder,
+        resume=resume,
+        validation=validation,
+        progress=progress,
     )
