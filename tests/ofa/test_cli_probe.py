@@ -52,6 +52,15 @@ def probed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Probe
     return Probed(here, tiny_folder, finished)
 
 
+def test_adapters_may_stand_in_a_configuration_file(probed: Probed, tmp_path: Path) -> None:
+    """Arguments that repeat are a list there, and the run is the one that was typed."""
+    adapters = "".join(f"  - {adapter}\n" for adapter in probed.adapters)
+    config = tmp_path / "probe.yaml"
+    config.write_text(f"adapters:\n{adapters}data: {probed.test}\nout: {tmp_path / 'out'}\n")
+    found = done("probe", "--config", config, "--json").json
+    assert [one["name"] for one in found["models"]] == [one["name"] for one in probed.finished.json["models"]]
+
+
 def test_it_leaves_a_figure_and_its_data(probed: Probed) -> None:
     """Three files, whole, and one JSON document on standard output that is also the file's."""
     assert names(probed.here / "out") == FILES
