@@ -36,7 +36,7 @@ CALLS = {
     ),
     "norm_trace": ((STREAM, SCALE, 2 * STREAM, STREAM[..., 0]), {"eps": 1e-5, "kind": "layer"}),
 }
-BY_HAND = ("mlp_trace", "attention_trace", "attention_moments", "norm_trace")
+BY_HAND = ("squared_norm", "mlp_trace", "attention_trace", "attention_moments", "norm_trace")
 """Operations with derivatives written by hand, for every device."""
 
 
