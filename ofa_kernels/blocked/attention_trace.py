@@ -34,7 +34,7 @@ QUERIES = 32
 
 ELEMENTS = 262144
 """Elements of the query heads that are worked on at a time, per thread: of fewer, the calls cost more than the
-second-level cache saves (10 x 48 tokens, one thread: a step took 2.40 plain ones with a quarter of it, 2.32 with this).
+second-level cache saves (steps of 10 x 48 tokens, one thread: 2.40 plain ones with a quarter of it, 2.32 with this).
 """
 
 
