@@ -29,6 +29,7 @@ from ofa.estimators.exact import Exact
 from ofa.estimators.hutchinson import Hutchinson
 from ofa.estimators.jvp import ForwardMode, check_branches
 from ofa.estimators.local import LocalForwardMode
+from ofa.into_loss import add_penalty
 from ofa.measuring import BranchMeter, LayerPass, Pass
 from ofa_kernels.philox import PROBES
 
@@ -294,20 +295,7 @@ class Regularizers:
         self._measured = current.measurements(len(self.steps))
         values = self._measured.step_norms, self._measured.traces
         self._device = next(value.device for value in values if value is not None)
-        return self._with_penalty(model, output, kwargs) if self._settings.into_loss else None
-
-    def _with_penalty(self, model: nn.Module, output: Any, kwargs: dict[str, Any]) -> Any:
-        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        if loss is None or loss.dim() != 0:
-            raise InputError(
-                "into_loss=True needs a model that computes its own loss, but this forward pass returned none "
-                "(label smoothing and compute_loss_func take the labels away); add reg.penalty() to the loss yourself"
-            )
-        total = loss + self.penalty().to(loss.device) * _share_of_batch(model, kwargs)
-        if isinstance(output, tuple):
-            return (total, *output[1:])
-        output["loss"] = total
-        return output
+        return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None
 
     def _abandon(self) -> None:
         """Make sure that nothing is left of a branch that was entered, whatever ended it."""
@@ -389,26 +377,6 @@ def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask.to(torch.float32)
-
-
-def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
-    """Part of the optimizer step's labels in this forward pass; 1 when the caller does not say.
-
-    `Trainer` divides the summed loss by the labels of the whole accumulated batch; the penalty must be divided alike
-    to count once per optimizer step. Labels are counted as it counts them: a causal loss never uses the first.
-    """
-    items, labels, shifted = kwargs.get("num_items_in_batch"), kwargs.get("labels"), kwargs.get("shift_labels")
-    if items is None or (labels is None and shifted is None):
-        return 1.0
-    if shifted is None:
-        shifted = labels[..., 1:] if _loss_shifts_labels(model) else labels  # type: ignore[index]
-    return torch.ne(shifted, -100).sum() / items  # type: ignore[arg-type]
-
-
-def _loss_shifts_labels(model: nn.Module) -> bool:
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
 
 
 def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
