@@ -159,7 +159,7 @@ def _plan(grid: Grid, machines: Machines, wishes: _Wishes) -> tuple[Plan, Mappin
     from ofa.encoding import model_window
     from ofa.models import load_tokenizer
 
-    tasks = read_tasks(grid)
+    tasks = read_tasks(grid, offline=machines.offline)
     loaded: Any = load_tokenizer(
         grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
     )

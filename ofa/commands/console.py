@@ -102,6 +102,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
 def quiet_libraries() -> None:
     """Our own warnings as plain lines on standard error; other libraries' bars and advice off."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler(sys.stderr)

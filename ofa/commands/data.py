@@ -26,7 +26,7 @@ def split_labels(labels: str | None) -> tuple[str, ...]:
     return tuple(label.strip() for label in labels.split(",") if label.strip()) if labels else ()
 
 
-def training_data(data: str, template: str | None, labels: str | None) -> TaskData:
+def training_data(data: str, template: str | None, labels: str | None, *, offline: bool) -> TaskData:
     """The task and training examples of a file, a folder with task.json, a known task's name, or a hub id.
 
     A file or hub data set with a template is a classification task; a file of prompt and completion pairs needs none.
@@ -38,11 +38,11 @@ def training_data(data: str, template: str | None, labels: str | None) -> TaskDa
     if _is_known(data):
         if template or words:
             raise InputError(f"{data} brings its own template and labels; leave out --template and --labels")
-        return load_task(data)
+        return load_task(data, offline=offline)
     if not _is_file(data):
         if template is None:
             raise InputError(f"{data} is no file or folder; for a data set of the hub give --template too")
-        return load_hub_dataset(data, template=unescape_template(template), label_words=words)
+        return load_hub_dataset(data, template=unescape_template(template), label_words=words, offline=offline)
     if template is None:
         return TaskData(Task(Path(data).stem), tuple(_pairs(data)))
     examples = tuple(read_examples(data))
@@ -52,14 +52,14 @@ def training_data(data: str, template: str | None, labels: str | None) -> TaskDa
     return TaskData(task, examples)
 
 
-def test_data(data: str, task: Task) -> tuple[Example, ...]:
+def test_data(data: str, task: Task, *, offline: bool) -> tuple[Example, ...]:
     """The examples to evaluate a known task on: a file, or the test part of a folder or a known task.
 
     Raises:
         InputError: the data cannot be read, has labels the task does not know, or has no test part.
     """
     if _is_known(data):
-        loaded = load_task(data)
+        loaded = load_task(data, offline=offline)
         if not loaded.test:
             raise InputError(f"{data} has no test examples; add a test file to it")
         check_labels(loaded.test, task, data)
@@ -69,15 +69,15 @@ def test_data(data: str, task: Task) -> tuple[Example, ...]:
     return tuple(read_examples(data, open_ended=task.open_ended, task=task))
 
 
-def demonstration_pool(data: str, task: Task) -> tuple[Example, ...]:
+def demonstration_pool(data: str, task: Task, *, offline: bool) -> tuple[Example, ...]:
     """The training examples to draw demonstrations of a known task from.
 
     Raises:
         InputError: the data cannot be read, or has labels the task does not know.
     """
     if not _is_known(data):
-        return test_data(data, task)
-    loaded = load_task(data)
+        return test_data(data, task, offline=offline)
+    loaded = load_task(data, offline=offline)
     check_labels(loaded.train, task, data)
     return loaded.train
 

@@ -75,10 +75,10 @@ def evaluate(
     subject = (
         _adapter(adapter, model, template, labels, where) if adapter else _bare(model, data, template, labels, where)
     )
-    examples = test_data(data, subject.task)
+    examples = test_data(data, subject.task, offline=offline)
     if size is not None:
         examples = class_balanced(examples, subject.task.labels, size, seed)
-    shown = _demonstrations(demonstrations, subject, shots, seed)
+    shown = _demonstrations(demonstrations, subject, shots, seed, offline)
     with progress_bar("evaluating") as update:
         result = measure(
             subject.model,
@@ -121,19 +121,19 @@ def _bare(model: str | None, data: str, template: str | None, labels: str | None
     from ofa.commands.data import training_data
     from ofa.models import load_model
 
-    task = training_data(data, template, labels).task
+    task = training_data(data, template, labels, offline=where["offline"]).task
     loaded = load_model(model, progress=notice, **where)
     return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
 
 
-def _demonstrations(source: str | None, subject: Adapted, shots: int, seed: int) -> tuple[Example, ...]:
+def _demonstrations(source: str | None, subject: Adapted, shots: int, seed: int, offline: bool) -> tuple[Example, ...]:
     """The examples to put in context: an adapter's own shots by their indices, or a fresh draw."""
     if source is None:
         return ()
     from ofa.commands.data import demonstration_pool
     from ofa.tasks import FewShot, few_shot
 
-    pool = demonstration_pool(source, subject.task)
+    pool = demonstration_pool(source, subject.task, offline=offline)
     indices = subject.details.get("indices")
     if indices is None:
         return few_shot(pool, subject.task.labels, shots, seed).examples

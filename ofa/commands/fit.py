@@ -110,9 +110,9 @@ def fit(
         steps=steps,
         tokens=tokens,
     )
-    given = training_data(data, template, labels)
-    held_out = test_data(validation, given.task) if validation else ()
-    tested = test_data(test, given.task) if test else ()
+    given = training_data(data, template, labels, offline=offline)
+    held_out = test_data(validation, given.task, offline=offline) if validation else ()
+    tested = test_data(test, given.task, offline=offline) if test else ()
     few_shot(given.train, given.task.labels, shots, seed)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
         from ofa.adaptation import adapt

@@ -98,8 +98,10 @@ def probe(
         read = _read(folders)
         subject = _subject(folders, model, data, template, labels, where)
         task = subject.task
-        examples = _at_most(size, test_data(data, task), task, seed)
-        pool, shown = (demonstration_pool(name, task) if name else () for name in (linear_probe, demonstrations))
+        examples = _at_most(size, test_data(data, task, offline=offline), task, seed)
+        pool, shown = (
+            demonstration_pool(name, task, offline=offline) if name else () for name in (linear_probe, demonstrations)
+        )
         how["training"] = _at_most(linear_size, pool, task, seed)
         how["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
         probes = _probe_all(subject, dict(zip(names, read, strict=True)), examples, how)
@@ -178,7 +180,7 @@ def _subject(
     from ofa.tuning import restore_norms
 
     if not folders:
-        task = training_data(data, template, labels).task
+        task = training_data(data, template, labels, offline=where["offline"]).task
         loaded = load_model(model, progress=notice, **where)
         return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
     if template or labels:

@@ -113,7 +113,7 @@ class Plan:
         return told is not None and told != [other.task.name for other in self._others(record.cell)]
 
 
-def read_tasks(grid: Grid) -> dict[str, TaskPlan]:
+def read_tasks(grid: Grid, *, offline: bool = False) -> dict[str, TaskPlan]:
     """Check the settings of all methods, read the tasks, and draw shots and test examples; by the tasks' own names.
 
     Raises:
@@ -123,7 +123,7 @@ def read_tasks(grid: Grid) -> dict[str, TaskPlan]:
         check_settings(row.method, row.settings)
     tasks: dict[str, TaskPlan] = {}
     for name in grid.tasks:
-        plan = _task_plan(name, grid)
+        plan = _task_plan(name, grid, offline)
         if plan.task.name in tasks:
             raise InputError(f'two tasks of the grid are called "{plan.task.name}": rename one in its task.json')
         tasks[plan.task.name] = plan
@@ -182,8 +182,8 @@ def _size(task: TaskPlan, tokenizer: Any) -> Size:
     )
 
 
-def _task_plan(name: str, grid: Grid) -> TaskPlan:
-    data = load_task(_folder_of(name))
+def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:
+    data = load_task(_folder_of(name), offline=offline)
     task = data.task
     if task.open_ended:
         raise InputError(f'the task "{task.name}" has no labels to choose from: compare needs label words in task.json')

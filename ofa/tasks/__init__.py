@@ -34,16 +34,17 @@ __all__ = [
 ]
 
 
-def load_task(name_or_path: str | os.PathLike[str]) -> TaskData:
+def load_task(name_or_path: str | os.PathLike[str], *, offline: bool = False) -> TaskData:
     """Load a demo task or a task of the paper by name, or a folder with task.json by path.
 
-    A name wins over a folder of the same name, which can be given as ./name. Raises `InputError` for anything else.
+    A name wins over a folder of the same name, which can be given as ./name. With `offline` the hub is not asked for
+    a task of the paper. Raises `InputError` for anything else.
     """
     name = os.fspath(name_or_path)
     if name in DEMO_TASKS:
         return load_demo_task(name)
     if name in HUB_TASKS:
-        return load_hub_task(name)
+        return load_hub_task(name, offline=offline)
     path = Path(name)
     if path.is_dir():
         return read_task_folder(path)

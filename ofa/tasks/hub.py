@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ofa.errors import InputError
-from ofa.tasks.demo import DEMO_TASKS
+from ofa.tasks.hub_access import HubDataset, find_dataset
 from ofa.tasks.local import check_labels, did_you_mean, read_rows
 from ofa.tasks.task import Example, Task, TaskData
 
@@ -38,7 +38,7 @@ class HubTask:
     config: str | None = None
     revision: str | None = None
     data_files: str | None = None
-    """The files of a split in that revision, where the repository does not declare them itself."""
+    """The files of all splits in that revision, where the repository does not declare them itself."""
     notes: str = ""
 
     @property
@@ -136,7 +136,7 @@ HUB_TASKS: Mapping[str, HubTask] = {
             source_labels=("others", "happy", "sad", "angry"),
             config="emo2019",
             revision="refs/convert/parquet",
-            data_files="emo2019/{split}/*.parquet",
+            data_files="emo2019/*/*.parquet",
             notes="The main revision is a loading script, which is never run; the converted revision holds its files.",
         ),
         HubTask(
@@ -150,22 +150,24 @@ HUB_TASKS: Mapping[str, HubTask] = {
 }
 
 
-def load_hub_task(name: str, source: str | Path | None = None) -> TaskData:
+def load_hub_task(name: str, source: str | Path | None = None, *, offline: bool = False) -> TaskData:
     """Load one of `HUB_TASKS` from the hub, or from `source`, a local copy of its hub repository.
 
-    Whitespace around a text is removed and rows without text are left out. Raises `InputError` where the data cannot
-    be reached or is not what the table says.
+    Where the hub cannot be reached, and with `offline`, a copy from an earlier time is read from the cache. Whitespace
+    around a text is removed and rows without text are left out. Raises `InputError` where the data cannot be reached or
+    is not what the table says.
     """
     if name not in HUB_TASKS:
         hint = did_you_mean(name, tuple(HUB_TASKS))
         raise InputError(f'there is no task "{name}" from the paper (there are {", ".join(HUB_TASKS)}){hint}')
     row = HUB_TASKS[name]
-    train = _labelled_examples(row, row.train_split, source)
+    data = Path(source) if source is not None else _hub_copy(row, offline)
+    train = _labelled_examples(row, row.train_split, data)
     if row.test_split is None:
         half = len(train) // 2
         train, test = train[:half], train[half:]
     else:
-        test = _labelled_examples(row, row.test_split, source)
+        test = _labelled_examples(row, row.test_split, data)
     for split, examples in (("training", train), ("test", test)):
         _check_every_label(row, examples, split, source)
     return TaskData(row.task, tuple(train), tuple(test))
@@ -183,15 +185,18 @@ def load_hub_dataset(
     revision: str | None = None,
     train_split: str = "train",
     test_split: str | None = "test",
+    offline: bool = False,
 ) -> TaskData:
     """Load any data set of the hub that has a text column and a label column; `test_split=None` leaves the test empty.
 
     `label_words` are the words for the integers 0, 1, … of the data, and may be left out where the data carries names.
-    With `open_ended` the two columns are prompt and completion. Raises `InputError` where it cannot be loaded or used.
+    With `open_ended` the two columns are prompt and completion; with `offline` only the cache is read. Raises
+    `InputError` where it cannot be loaded or used.
     """
     splits = [split for split in (train_split, test_split) if split is not None]
     columns = (text_column, label_column)
-    tables = [_read_hub(hub_id, split, columns, config=config, revision=revision) for split in splits]
+    found = find_dataset(hub_id, config=config, revision=revision, offline=offline)
+    tables = [_table(found.split(split), f"{hub_id} ({split})", columns) for split in splits]
     words = () if open_ended else tuple(label_words)
     read = [
         _examples(table, text_column, label_column, _named_labels(table, label_column, words, open_ended))
@@ -223,14 +228,18 @@ class _Table:
         raise InputError(f"{self.where} has no column {wanted} (columns found: {found}): name the right column")
 
 
-def _labelled_examples(row: HubTask, split: str, source: str | Path | None) -> list[Example]:
+def _hub_copy(row: HubTask, offline: bool) -> HubDataset | Path:
+    found = find_dataset(row.hub_id, config=row.config, revision=row.revision, offline=offline)
+    # The library finds no files that were named one by one in its cache again; the hub's own cache has them.
+    return found.folder(row.data_files) if row.data_files else found
+
+
+def _labelled_examples(row: HubTask, split: str, data: HubDataset | Path) -> list[Example]:
     columns = (row.text_column, *row.label_columns)
-    if source is None:
-        table = _read_hub(
-            row.hub_id, split, columns, config=row.config, revision=row.revision, data_files=row.data_files
-        )
+    if isinstance(data, Path):
+        table = _read_folder(data, row, split, columns)
     else:
-        table = _read_folder(Path(source), row, split, columns)
+        table = _table(data.split(split), f"{row.hub_id} ({split})", columns)
     label_column = table.column(*row.label_columns)
     words, names = row.label_words, table.label_names.get(label_column)
     labels = [words.get(_number_or_name(value, names)) for value in table.columns[label_column]]
@@ -301,32 +310,6 @@ def _check_every_label(row: HubTask, examples: Sequence[Example], split: str, so
     if absent:
         where = f"{source or row.hub_id} ({split} examples)"
         raise InputError(f'{where} has no example of "{absent[0]}": get the complete {row.hub_id}')
-
-
-def _read_hub(
-    hub_id: str,
-    split: str,
-    columns: Sequence[str],
-    *,
-    config: str | None = None,
-    revision: str | None = None,
-    data_files: str | None = None,
-) -> _Table:
-    import datasets
-
-    # Files named one by one make a configuration of their own; the repository's name for them does not apply then.
-    selection = {"data_files": {split: data_files.format(split=split)}} if data_files else {"name": config}
-    try:
-        dataset = datasets.load_dataset(hub_id, split=split, revision=revision, **selection)
-    except Exception as error:
-        # The hub's client raises errors of several libraries: no network, no such repository, no such split.
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise InputError(
-            f'{hub_id} (split "{split}") could not be loaded from the Hugging Face hub ({reason}): check its name and '
-            "the network, or work offline with a local copy of the repository as the source, with a folder of "
-            f"task.json and train.jsonl, or with an embedded demo task ({', '.join(DEMO_TASKS)})"
-        ) from error
-    return _table(dataset, f"{hub_id} ({split})", columns)
 
 
 def _read_folder(folder: Path, row: HubTask, split: str, columns: Sequence[str]) -> _Table:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 
 import datasets
+import huggingface_hub
 import pytest
 
 from ofa.errors import InputError
@@ -260,12 +261,19 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def reachable(monkeypatch):
+    """A hub that says of every data set that it has it."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, hub_id, timeout: None)
+
+
+@pytest.fixture
+def hub(reachable, monkeypatch):
     """A stand-in for the hub that serves data sets in memory and keeps what it was asked for."""
 
     class Hub:
         def __init__(self):
             self.splits = {}
+            self.folder = None
             self.requests = []
 
         def load_dataset(self, path, **options):
@@ -274,8 +282,13 @@ def hub(monkeypatch):
                 raise ValueError(f'Unknown split "{options["split"]}". Should be one of {list(self.splits)}.')
             return self.splits[options["split"]]
 
+        def snapshot_download(self, path, **options):
+            self.requests.append((path, options))
+            return str(self.folder)
+
     stand_in = Hub()
     monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in.snapshot_download)
     return stand_in
 
 
@@ -292,6 +305,7 @@ def test_the_hub_is_asked_for_the_documented_repository_and_never_to_run_its_cod
         "emo": "SemEvalWorkshop/emo",
         "mr": "cornell-movie-review-data/rotten_tomatoes",
     }
+    hub.folder = write_repository(tmp_path, name)
     for split in ("train", "test"):
         if name in CLASS_LABELS:
             hub.splits[split] = parquet_split(name, split)
@@ -305,12 +319,13 @@ def test_the_hub_is_asked_for_the_documented_repository_and_never_to_run_its_cod
     assert {path for path, _ in hub.requests} == {hub_ids[name]}
     assert all("trust_remote_code" not in options for _, options in hub.requests)
     if name == "emo":
-        assert [options["revision"] for _, options in hub.requests] == ["refs/convert/parquet"] * 2
-        assert hub.requests[0][1]["data_files"] == {"train": "emo2019/train/*.parquet"}
+        [(_, request)] = hub.requests
+        assert (request["revision"], request["repo_type"]) == ("refs/convert/parquet", "dataset")
+        assert request["allow_patterns"] == "emo2019/*/*.parquet"
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it.\nMore."), OSError(""), RuntimeError("broken")])
-def test_an_unreachable_hub_says_how_to_work_offline(error, monkeypatch):
+def test_a_line_that_breaks_says_how_to_work_offline(error, reachable, monkeypatch):
     def unreachable(*_, **__):
         raise error
 

@@ -20,7 +20,7 @@ def stubbed(monkeypatch):
     """Loaders that only say what they were asked for."""
     asked = []
     for loader in ("load_demo_task", "load_hub_task"):
-        monkeypatch.setattr(ofa.tasks, loader, lambda name, kind=loader: asked.append((kind, name)) or EMPTY)
+        monkeypatch.setattr(ofa.tasks, loader, lambda name, kind=loader, **_: asked.append((kind, name)) or EMPTY)
     return asked
 
 

@@ -1,0 +1,139 @@
+"""Data sets of the Hugging Face hub: asked for once and briefly, read from there or from this machine's caches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ofa.embedded import first_sentence
+from ofa.errors import InputError
+from ofa.tasks.demo import DEMO_TASKS
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_TIMEOUT = 5.0  # seconds; the library's own loader tries a dead line six times
+_WAYS = (
+    "work offline with a local copy of the repository as the source, with a folder of task.json and train.jsonl, or "
+    f"with an embedded demo task ({', '.join(DEMO_TASKS)})"
+)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the hub. `unreachable` says why only the caches are read; None where the hub answered."""
+
+    hub_id: str
+    config: str | None = None
+    revision: str | None = None
+    unreachable: str | None = None
+
+    def split(self, split: str) -> Any:
+        """One split as a `datasets.Dataset`; raises `InputError` where it can be had from nowhere."""
+        import datasets
+
+        def load() -> Any:
+            return datasets.load_dataset(self.hub_id, name=self.config, revision=self.revision, split=split)
+
+        return self._loaded(load, f' (split "{split}")')
+
+    def folder(self, pattern: str) -> Path:
+        """A local copy of the files that match; raises `InputError` where they can be had from nowhere."""
+        from huggingface_hub import snapshot_download
+
+        def load() -> Path:
+            local = self.unreachable is not None
+            folder = snapshot_download(
+                self.hub_id,
+                repo_type="dataset",
+                revision=self.revision,
+                allow_patterns=pattern,
+                local_files_only=local,
+            )
+            return Path(folder)
+
+        return self._loaded(load, "")
+
+    def _loaded(self, load: Callable[[], _T], part: str) -> _T:
+        try:
+            with _without_library_lines(), _datasets_offline(self.unreachable is not None):
+                loaded = load()
+        except Exception as error:
+            # The hub's client raises errors of several libraries: a broken line, no such split, no such file.
+            raise InputError(
+                f"{self.hub_id}{part} could not be loaded from the Hugging Face hub ({self._reason(error)}): check its "
+                f"name and the network, or {_WAYS}"
+            ) from error
+        if self.unreachable is not None:
+            _log.info("%s%s comes from this machine's cache (%s)", self.hub_id, part, self.unreachable)
+        return loaded
+
+    def _reason(self, error: Exception) -> str:
+        # What is not in a cache is reported by the libraries as a line that could not be reached.
+        if self.unreachable is not None and isinstance(error, OSError):
+            return f"{self.unreachable}, and no copy of it is in the cache"
+        return first_sentence(error)
+
+
+def find_dataset(
+    hub_id: str, *, config: str | None = None, revision: str | None = None, offline: bool = False
+) -> HubDataset:
+    """Ask the hub, once and for a few seconds at most, whether it has this data set.
+
+    With `offline`, or where offline mode is on in the environment, it is not asked. Raises `InputError` where the hub
+    says that there is none, or that it is not for everybody.
+    """
+    import datasets
+
+    if offline or datasets.config.HF_HUB_OFFLINE:
+        return HubDataset(hub_id, config, revision, "offline mode is on")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(hub_id, timeout=_TIMEOUT)
+    except GatedRepoError as error:
+        raise InputError(
+            f"the data set {hub_id} is gated: accept its terms on its page and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no public data set {hub_id} on the hub: check its name, log in with `hf auth login` if it is "
+            f"private, or {_WAYS}"
+        ) from error
+    except Exception as error:  # the network errors of the hub's client have no base class of their own
+        return HubDataset(hub_id, config, revision, f"the hub cannot be reached: {first_sentence(error)}")
+    return HubDataset(hub_id, config, revision)
+
+
+@contextmanager
+def _datasets_offline(offline: bool) -> Iterator[None]:
+    """Let the library look into its cache at once, as it does where HF_HUB_OFFLINE was set before it was imported."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _without_library_lines() -> Iterator[None]:
+    """Only errors of the libraries reach the terminal: what a warning of theirs is about, our sentence says."""
+    from datasets.utils import logging as datasets_logging
+    from huggingface_hub.utils import logging as hub_logging
+
+    before = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
+    datasets_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(before[0])
+        hub_logging.set_verbosity(before[1])
