@@ -1,14 +1,26 @@
-"""Adds the penalty to the loss that a model computes itself, weighed as the caller weighs that loss."""
+"""Adds the penalty to the loss that a model computes itself, weighed as the trainer weighs that loss.
+
+Trainers accumulate: the losses of several forward passes make one optimizer step, each divided by the labels of all of
+them. The penalty is divided alike, so that over one step its weights add up to 1. And trainers differ in what they take
+from the output. Most take `loss`. TRL's SFTTrainer (1.15 and newer) takes the mean of the labels' `log_probs`, so the
+penalty is taken from each of these. Whatever else is differentiated would train without the penalty, and is refused in
+the backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ofa.errors import InputError
+
+_WAY_OUT = (
+    "attach with into_loss=False and add reg.penalty() to the loss where it is computed, for transformers.Trainer in a "
+    "subclass's compute_loss"
+)
 
 
 def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalty: Tensor) -> Any:
@@ -21,26 +33,33 @@ def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalt
         penalty: a scalar.
 
     Raises:
-        InputError: the forward pass computed no loss.
+        InputError: the forward pass computed no loss; and in the backward pass, if what is differentiated is another
+            loss, made of the model's other outputs.
     """
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-    if loss is None or loss.dim() != 0:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise InputError(
-            "into_loss=True needs a model that computes its own loss, but this forward pass returned none "
-            "(label smoothing and compute_loss_func take the labels away); add reg.penalty() to the loss yourself"
+            "into_loss=True needs a model that computes its own loss, but this forward pass returned none (label "
+            f"smoothing, compute_loss_func and loss_type='dft' take the labels away); {_WAY_OUT}"
         )
     total = loss + penalty.to(loss.device) * _share_of_batch(model, kwargs)
+    carriers = [total]
     if isinstance(output, tuple):
-        return (total, *output[1:])
-    output["loss"] = total
+        output = (total, *output[1:])
+    else:
+        output["loss"] = total
+        if _has_label_log_probs(output):
+            output["log_probs"] = _lowered(output["log_probs"], output["label_mask"], penalty)
+            carriers.append(output["log_probs"])
+    if not torch.compiler.is_compiling():
+        _refuse_other_losses(carriers, output)
     return output
 
 
 def _share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
     """Part of the optimizer step's labels in this forward pass; 1 when the caller does not say.
 
-    `Trainer` divides the summed loss by the labels of the whole accumulated batch; the penalty must be divided alike
-    to count once per optimizer step. Labels are counted as it counts them: a causal loss never uses the first.
+    Labels are counted as `Trainer` counts them for `num_items_in_batch`: a causal loss never uses the first.
     """
     items, labels, shifted = kwargs.get("num_items_in_batch"), kwargs.get("labels"), kwargs.get("shift_labels")
     if items is None or (labels is None and shifted is None):
@@ -54,3 +73,55 @@ def _loss_shifts_labels(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+
+
+def _has_label_log_probs(output: Mapping[str, Any]) -> bool:
+    return all(isinstance(output.get(name), Tensor) for name in ("log_probs", "label_mask"))
+
+
+def _lowered(log_probs: Tensor, label_mask: Tensor, penalty: Tensor) -> Tensor:
+    """Log-probabilities whose negative mean over any number of labels is larger by these labels' share of the penalty.
+
+    That holds only where all weigh the same, which their gradient shows: TRL's "dft" weighs each label by its
+    probability, and positions without one by 1.
+    """
+    lowered = log_probs - penalty.to(log_probs) * label_mask
+
+    def check_weights(gradient: Tensor) -> None:
+        # The gradient of a mean is one number expanded; a trainer may scale it, all places alike.
+        if not torch.allclose(gradient, gradient.reshape(-1)[:1], rtol=1e-4, atol=0.0, equal_nan=True):
+            raise InputError(
+                "into_loss=True needs a loss that weighs every label alike, but this one does not (loss_type='dft' "
+                f"weighs by probability); use loss_type='nll', or {_WAY_OUT}"
+            )
+
+    if lowered.requires_grad and not torch.compiler.is_compiling():
+        lowered.register_hook(check_weights)
+    return lowered
+
+
+def _refuse_other_losses(carriers: list[Tensor], output: Any) -> None:
+    """Watch the backward pass: gradients that reach other outputs must have come by way of one that has the penalty.
+
+    A tensor's hook runs when all of its gradient is there, and so after those of what was computed from it.
+    """
+    reached: list[bool] = []
+    for carrier in carriers:
+        if carrier.requires_grad:
+            carrier.register_hook(lambda gradient: reached.append(True))
+
+    def check(gradient: Tensor) -> None:
+        if not reached:
+            raise InputError(
+                "into_loss=True put the penalty into the model's own loss, but the loss being differentiated is "
+                f"another one, made of the model's other outputs; {_WAY_OUT}"
+            )
+
+    for value in _tensors(output):
+        if value.requires_grad and not any(value is carrier for carrier in carriers):
+            value.register_hook(check)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output if isinstance(output, tuple) else output.values()
+    return (value for value in values if isinstance(value, Tensor))
