@@ -1,8 +1,9 @@
-"""`into_loss=True` in `transformers.Trainer`: the weight of the penalty, the plain loop's numbers, and what is refused."""
+"""`into_loss=True` in `transformers.Trainer`: the penalty's weight, the plain loop's numbers, what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def tuned(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_the_penalty_weighs_one_in_every_step(name: str, accumulation: int, tmp_path: Path) -> None:
-    """Also where micro-batches have other numbers of labels, at the short end of an epoch, and for a loss of classes."""
+    """Also where micro-batches differ in labels, at the short end of an epoch, and for a loss of classes."""
     model = tuned(name)
     with ofa.fused_regularizers(model, into_loss=True) as reg:
         weights = WeightOfPenalty(reg)
@@ -127,7 +128,9 @@ def test_trainer_does_what_the_plain_loop_does(accumulation: int, tmp_path: Path
     for one, other in zip(by_trainer.parameters(), by_hand.parameters(), strict=True):
         # The model computes norms and softmax in float32 whatever its dtype, here in the same order in both.
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
-    moved = [float((one - other).abs().max()) for one, other in zip(tuned().parameters(), by_hand.parameters())]
+    moved = [
+        float((one - other).abs().max()) for one, other in zip(tuned().parameters(), by_hand.parameters(), strict=True)
+    ]
     assert max(moved) > 1e-3
 
 
@@ -225,16 +228,11 @@ def test_evaluation_is_not_measured_and_disturbs_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
 def test_gradient_checkpointing_by_its_switch(estimator: str, tmp_path: Path) -> None:
     """`gradient_checkpointing=True` as it is: not reentrant, so that nothing changes; asked to be, it is refused."""
-    plain, checkpointed = (
-        gradients_of_steps(
-            lambda model, **options: trainer_of(
-                model, tmp_path, gradient_accumulation_steps=4, gradient_checkpointing=switch, **options
-            ),
-            tuned(dtype=torch.float64),
-            estimator=estimator,
-        )
-        for switch in (False, True)
-    )
+    found = []
+    for switch in (False, True):
+        make = partial(trainer_of, folder=tmp_path, gradient_accumulation_steps=4, gradient_checkpointing=switch)
+        found.append(gradients_of_steps(make, tuned(dtype=torch.float64), estimator=estimator))
+    plain, checkpointed = found
     for one, other in zip(checkpointed, plain, strict=True):
         # The recomputation does the same operations in the same order; only sums of gradients may change their order.
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
