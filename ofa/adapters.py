@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofa import __version__
+from ofa import __version__, sharding
 from ofa.errors import InputError
 from ofa.files import WRITE_ERRORS, claim_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
@@ -51,47 +51,72 @@ def save_adapter(
 ) -> Path:
     """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
 
+    In several processes rank 0 writes. Call it on every rank, and all return when the folder is whole; a model that
+    is not sharded may also be saved by rank 0 alone.
+
     Args:
         base_model: hub id or folder of the base; the model's own name when None.
         details: what to keep in `ofa_config.json` besides versions and the base's fingerprint.
         overwrite: write into a folder that already holds something.
 
     Raises:
-        InputError: the folder cannot be written, or is not empty and `overwrite` is off.
+        InputError: the folder cannot be written, or is not empty and `overwrite` is off; a rank holds other scales than
+            rank 0.
     """
+    model = sharding.unwrapped(model)
+    sharding.settle(model)
+    base = base_parameters(model)
+    current = {path: sharding.whole(model.get_parameter(path)).detach() for path in base}
+    tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
+
+    def write() -> None:
+        _write(model, Path(folder), base, tensors, base_model=base_model, details=details, overwrite=overwrite)
+
+    sharding.on_first_rank(f"writing {folder}", _exact_digest(tensors), write)
+    return Path(folder)
+
+
+def _write(
+    model: nn.Module,
+    folder: Path,
+    base: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    *,
+    base_model: str | None,
+    details: dict[str, Any] | None,
+    overwrite: bool,
+) -> None:
     from peft import LNTuningConfig
     from safetensors.torch import save_file
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    current = {path: model.get_parameter(path).detach() for path in base_parameters(model)}
-    scales = {path: value for path, value in current.items() if path.endswith(".weight")}
+    scales = {path: value for path, value in base.items() if path.endswith(".weight")}
     target = claim_folder(folder, overwrite=overwrite)
-    base = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
+    name = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
+    is_causal = sharding.own_class(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     config = LNTuningConfig(
         target_modules=[path.removesuffix(".weight") for path in scales],
-        task_type="CAUSAL_LM" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None,
-        base_model_name_or_path=base,
+        task_type="CAUSAL_LM" if is_causal else None,
+        base_model_name_or_path=name,
         inference_mode=True,
     ).to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     known = {
         **(details or {}),
-        "base_model": base,
-        **fingerprints(model),
+        "base_model": name,
+        **_fingerprints(base),
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
     }
-    tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
     write_together(
         {
             target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
             target / DETAILS: json_writer(known),
-            target / CARD: text_writer(model_card(known)),
+            target / CARD: text_writer(model_card(known, config["task_type"])),
             # Last, because this is the file by which a folder counts as an adapter.
             target / CONFIG: json_writer(config),
         }
     )
-    return target
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -128,11 +153,11 @@ def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
         InputError: the folder cannot be read, or belongs to another base or another width.
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
-    _check_fit(model, adapter)
+    _check_fit(sharding.unwrapped(model), adapter)
     hold_norms(model)
-    with torch.no_grad():
-        for path, value in adapter.parameters.items():
-            model.get_parameter(path).copy_(value)
+    model = sharding.unwrapped(model)
+    for path, value in adapter.parameters.items():
+        sharding.fill(model.get_parameter(path), value)
     return adapter
 
 
@@ -153,6 +178,10 @@ def merge(
 
         loaded = load_model(model)
         return merge(loaded.model, adapter, out, tokenizer=tokenizer or loaded.tokenizer, overwrite=overwrite)
+    if sharding.is_sharded(model):
+        raise InputError(
+            "a sharded model cannot be merged; save the adapter and merge it with the base's name or folder"
+        )
     read = read_adapter(adapter)
     _check_fit(model, read)
     target = claim_folder(out, overwrite=overwrite)
@@ -176,7 +205,10 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     The second is of the values rounded to float16 first. A base loaded in float32 agrees with itself loaded in
     bfloat16 in the first, and with itself loaded in float16 in the second.
     """
-    base = base_parameters(model)
+    return _fingerprints(base_parameters(model))
+
+
+def _fingerprints(base: dict[str, Tensor]) -> dict[str, str]:
     return {
         "base_fingerprint": _digest(base, torch.float32),
         "base_fingerprint_float16": _digest(base, torch.float16),
@@ -188,6 +220,13 @@ def _digest(parameters: dict[str, Tensor], first: torch.dtype) -> str:
     for path, value in parameters.items():
         digest.update(path.encode())
         digest.update(value.to("cpu", first).to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _exact_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in tensors.values():
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofa import trial
+from ofa import sharding, trial
 from ofa.errors import InputError
 from ofa.families import BranchRow, Family, Wiring, candidates
 from ofa.module_io import hidden_input, hidden_output
@@ -260,7 +260,7 @@ def _layer_paths(decoder: nn.Module, prefix: str) -> tuple[str, ...]:
     stacks = [(path, stack) for path, stack in decoder.named_modules() if isinstance(stack, nn.ModuleList) and stack]
     tests = (
         lambda stack: all(isinstance(layer, GradientCheckpointingLayer) for layer in stack),
-        lambda stack: all(type(layer).__name__ in unsplit for layer in stack),
+        lambda stack: all(sharding.own_class(layer).__name__ in unsplit for layer in stack),
         lambda stack: len(stack) == count,
     )
     for test in tests:
@@ -282,7 +282,7 @@ def _describe_norms(model: nn.Module, decoder_path: str, decoder: nn.Module) -> 
             continue
         eps = _eps(path, module)
         weight = module.weight
-        formula = (type(module), eps, weight.numel(), weight.dtype)
+        formula = (sharding.own_class(module), eps, weight.numel(), weight.dtype)
         if formula not in seen:
             seen[formula] = _formula(path, module, eps)
         norms.append(Norm(path, *seen[formula], eps, weight.numel()))
@@ -310,17 +310,32 @@ def _eps(path: str, module: nn.Module) -> float:
 @torch.no_grad()
 def _formula(path: str, module: nn.Module, eps: float) -> tuple[str, float]:
     """(kind, offset) found by calling the norm: with weight 0 only a 1 + w family still answers."""
-    weight: Any = module.weight
-    bias = getattr(module, "bias", None)
+    weight: Any = sharding.whole(module.weight)  # type: ignore[arg-type]
+    bias = None if getattr(module, "bias", None) is None else sharding.whole(module.bias)  # type: ignore[arg-type]
+    own = {"module.weight": weight} | ({} if bias is None else {"module.bias": bias})
+    bare = _Bare(module)
     ramp = torch.linspace(-1.0, 3.0, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
-    silent = torch.func.functional_call(module, {"weight": torch.zeros_like(weight)}, (ramp,))
+    silent = torch.func.functional_call(bare, {**own, "module.weight": torch.zeros_like(weight)}, (ramp,))
     offset = float((silent - (0 if bias is None else bias)).abs().max() > 1e-3)
-    answer = module(ramp)
+    answer = torch.func.functional_call(bare, own, (ramp,))
     for kind in reference.KINDS:
         expected = reference.norm_step(ramp, None, weight, bias, eps=eps, kind=kind, offset=offset)[1]
         if trial.close(answer, expected):
             return kind, offset
     raise InputError(f"the norm {path} ({type(module).__name__}) is neither RMSNorm nor LayerNorm; it is not supported")
+
+
+class _Bare(nn.Module):
+    """A module without its hooks: those of `fully_shard` would gather its group and wait for the rest of the pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the module computes."""
+        result: Tensor = self.module.forward(hidden)
+        return result
 
 
 def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:

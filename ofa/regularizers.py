@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa import anatomy as anatomies
-from ofa import objectives
+from ofa import objectives, sharding
 from ofa.closed_form.parts import NoClosedForm
 from ofa.errors import InputError
 from ofa.estimators import Handle, TraceEstimator
@@ -99,6 +99,7 @@ def fused_regularizers(
         steps=steps,
         tokens=tokens,
     )
+    model = sharding.unwrapped(model)
     if model in _attached:
         raise InputError("this model already has regularizers attached; close() them before attaching others")
     found = anatomies.find(model)

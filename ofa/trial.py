@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ofa import sharding
+
 
 class _Done(Exception):
     """Ends the trial run: a signal, not an error."""
@@ -17,11 +19,19 @@ class _Done(Exception):
 
 @torch.no_grad()
 def run(model: nn.Module, until: str) -> None:
-    """Run the model in evaluation mode up to the end of the module `until`; hooks see what goes by."""
+    """Run the model in evaluation mode up to the end of the module `until`; hooks see what goes by.
+
+    A sharded model is run to its own end: a forward pass that breaks off would leave some parameters gathered.
+    """
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Done
 
+    if sharding.is_sharded(model):
+        with _evaluating(model):
+            model(**_inputs(model))
+        sharding.settle(model)
+        return
     handle = model.get_submodule(until).register_forward_hook(stop)
     try:
         with _evaluating(model):

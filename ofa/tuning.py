@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ofa import anatomy
+from ofa import anatomy, sharding
+from ofa.errors import InputError
 
 _originals: weakref.WeakKeyDictionary[nn.Module, _Original] = weakref.WeakKeyDictionary()
 
@@ -23,15 +24,18 @@ def tune_norms(model: nn.Module) -> list[nn.Parameter]:
     """Freeze the model and make the scale γ of every norm trainable.
 
     The scales become float32 parameters of their own, so that `restore_norms` can bring the model's back untouched.
-    Calling it again keeps the current values.
+    Calling it again keeps the current values. Of a model that `fully_shard` was applied to, every rank tunes its own
+    part of the scales in place; call it on all ranks.
 
     Returns:
         The tuned parameters, one (d,) vector per norm, in model order.
 
     Raises:
-        InputError: the model has no norm with a one-dimensional weight.
+        InputError: the model has no norm with a one-dimensional weight; it is wrapped already; it is sharded already,
+            and its scales are narrower than float32.
     """
     tuned = hold_norms(model)
+    model = sharding.unwrapped(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in tuned.values():
@@ -43,40 +47,67 @@ def restore_norms(model: nn.Module) -> None:
     """Bring back the scales, gradient flags and norms that the model had before `tune_norms` or `load_adapter`.
 
     Does nothing on a model that is as it was.
+
+    Raises:
+        InputError: the model was sharded in between.
     """
-    original = _originals.pop(model, None)
+    model = sharding.unwrapped(model)
+    original = _originals.get(model)
     if original is None:
         return
+    if sharding.is_sharded(model) and not original.in_place:
+        raise InputError(
+            "the model was sharded after its norms were tuned, and fully_shard keeps the tuned ones; load the model "
+            "again to have its own"
+        )
+    del _originals[model]
+    sharding.settle(model)
     for handle in original.handles:
         handle.remove()
     for path, parameters in original.parameters.items():
         module = model.get_submodule(path)
         for name, parameter in parameters.items():
-            setattr(module, name, parameter)
+            if original.in_place:
+                sharding.fill(getattr(module, name), parameter)
+            else:
+                setattr(module, name, parameter)
     for parameter, requires_grad in original.requires_grad:
         parameter.requires_grad_(requires_grad)
 
 
 def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
     """Give every norm a scale (and shift) of its own in at least float32, frozen at first; norm path → scale."""
+    inner = sharding.unwrapped(model)
+    if inner is not model and inner not in _originals:
+        raise InputError(
+            f"the norms are inside of a {type(model).__name__}, which would not average the gradients of new scales; "
+            "call tune_norms (or load_adapter) on the model before it is wrapped"
+        )
+    model = inner
+    sharding.settle(model)
     norms = anatomy.tuned_norms(model)
     if model not in _originals:
-        original = _Original(requires_grad=[(p, p.requires_grad) for p in model.parameters()])
+        original = _Original([(p, p.requires_grad) for p in model.parameters()], sharding.is_sharded(model))
         for norm in norms:
-            _hold(model.get_submodule(norm.path), norm.path, original)
+            hold = _hold_part if original.in_place else _hold
+            hold(model.get_submodule(norm.path), norm.path, original)
         _originals[model] = original
     return {norm.path: model.get_parameter(f"{norm.path}.weight") for norm in norms}
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Scale and shift of every norm as the model was loaded, whatever has been tuned since; parameter path → (d,)."""
+    """Scale and shift of every norm as the model was loaded, whatever has been tuned since; parameter path → (d,).
+
+    Those of a sharded model are gathered: call it on all ranks.
+    """
     original = _originals.get(model)
     held = original.parameters if original is not None else _norm_parameters(model)
-    return {f"{path}.{name}": value.detach() for path, own in held.items() for name, value in own.items()}
+    values = {f"{path}.{name}": value for path, own in held.items() for name, value in own.items()}
+    return {path: sharding.whole(value).detach() for path, value in values.items()}
 
 
-def _norm_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    return {norm.path: _own(model.get_submodule(norm.path)) for norm in anatomy.tuned_norms(model)}
+def _norm_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    return {norm.path: dict(_own(model.get_submodule(norm.path))) for norm in anatomy.tuned_norms(model)}
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,13 +118,28 @@ def _own(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass
 class _Original:
+    """What a model had. Tuned `in_place` its parameters stay the model's, and `parameters` are copies."""
+
     requires_grad: list[tuple[nn.Parameter, bool]]
-    parameters: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    in_place: bool
+    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
+def _hold_part(module: nn.Module, path: str, original: _Original) -> None:
+    """`fully_shard` owns the parameters of its modules: they stay, and their values are kept."""
+    own = _own(module)
+    if own["weight"].dtype.itemsize < torch.float32.itemsize:
+        raise InputError(
+            f"{path} is sharded in {str(own['weight'].dtype).removeprefix('torch.')}, in which scales near 1 do not "
+            "move; call tune_norms before fully_shard, or load the model in float32 with a MixedPrecisionPolicy"
+        )
+    original.parameters[path] = {name: value.detach().clone() for name, value in own.items()}
+
+
 def _hold(module: nn.Module, path: str, original: _Original) -> None:
-    own = original.parameters[path] = _own(module)
+    own = _own(module)
+    original.parameters[path] = dict(own)
     narrow = own["weight"].dtype
     wide = torch.promote_types(narrow, torch.float32)
     for name, parameter in own.items():

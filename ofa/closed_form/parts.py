@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ofa import sharding
 from ofa.anatomy import Branch
 from ofa.errors import InputError
 
@@ -77,7 +78,8 @@ class Linear:
     def stored(self) -> Tensor:
         """W, (outputs, inputs), a view in the dtype that it is stored in."""
         weight: Any = self.module.weight
-        return weight.detach().mT if self.transposed else weight.detach()
+        weight = sharding.whole(weight).detach()
+        return weight.mT if self.transposed else weight
 
     def weight(self) -> Tensor:
         """W, (outputs, inputs), in float32 or wider; a view where it is stored so."""
@@ -86,7 +88,7 @@ class Linear:
     def bias(self) -> Tensor | None:
         """b, (outputs), or None."""
         bias = getattr(self.module, "bias", None)
-        return None if bias is None else _wide(bias.detach())
+        return None if bias is None else _wide(sharding.whole(bias).detach())
 
     def zeros(self) -> Tensor:
         """A bias of zeros, (outputs)."""
@@ -240,7 +242,7 @@ def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def _linear(path: str, module: nn.Module) -> Linear:
     weight = getattr(module, "weight", None)
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = sharding.own_class(module).__name__ == "Conv1D"
     if not (isinstance(module, nn.Linear) or transposed) or not isinstance(weight, Tensor):
         raise NoClosedForm(f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain linear map")
     if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() == 1:

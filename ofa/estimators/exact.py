@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ofa import sharding
 from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form import forms
 from ofa.closed_form.fit import fit
@@ -55,6 +56,10 @@ class Exact:
             InputError: a weight of a branch is trained by now.
         """
         check_frozen(self._linears)
+        if any(sharding.is_part(norm.weight) for norm in self._norms):  # type: ignore[arg-type]
+            # Each rank has another part, and asking all of them costs more than the constants.
+            self._forget()
+            return
         scales = [norm.weight.detach().reshape(-1) for norm in self._norms]  # type: ignore[operator]
         # Compared by value: an optimizer may write through `.data`, which no version counter sees. One comparison for
         # all norms is one wait for the device.
@@ -62,7 +67,11 @@ class Exact:
         weights = [linear.version() for linear in self._linears]
         if self._seen is not None and self._seen[1] == weights and torch.equal(self._seen[0], flat):
             return
+        self._forget()
         self._seen = flat, weights
+
+    def _forget(self) -> None:
+        self._seen = None
         for form in self._forms.values():
             form.kept.forget()
 
