@@ -6,32 +6,47 @@ for random νᵢ with E[ννᵀ] = I (Hutchinson 1990). Where the branch reads t
 displaced stream. Where the norm stands behind the branch, P = Γ/σ has a σ that is known only afterwards; since σ is
 one number per token, tr(J Γ/σ) = E[(ν/σ)ᵀ J Γν], and the rows are divided by σ when they come out.
 
-Works for any architecture. Error: the probes' variance, and O(ε) curvature against O(1/ε) rounding.
+Works for any architecture. Error: the probes' variance, and O(ε) curvature against O(1/ε) rounding. Both depend on how
+far a token is moved in relation to its own length, and lengths grow a hundredfold from the first layer to the last. So
+the default ε is one per branch, δ times its reach: the ε that moves a token by a vector as long as itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ofa.anatomy import Branch, NormView
+from ofa import trial
+from ofa.anatomy import Branch, NormView, Step
 from ofa.estimators import Handle, Leaving, Probe
+from ofa.module_io import hidden_input
 from ofa_kernels import dispatch
 
-EPSILON = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-"""Default finite-difference step by the stream's dtype; see docs/theory.md, "Choosing ε"."""
+DELTA = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""How far the default step moves a token, relative to its length, by the dtype that the branch computes in.
+
+About the square root of the unit roundoff u, where O(δ) curvature meets O(u/δ) rounding (float64 models round to float32
+inside, in norms and softmax). Measured: the smallest errors in `python -m benchmarks.precision`; a factor of three either
+way costs little. See docs/theory.md, "Choosing ε".
+"""
 
 
 @dataclass(frozen=True)
 class Hutchinson:
-    """N probes by finite differences; `epsilon=None` chooses the step by the stream's dtype."""
+    """N probes by finite differences.
+
+    `epsilon` is the same for all branches; None chooses it by the dtype and by the `reach` of each branch, see `reaches`,
+    which is 1 where none is given.
+    """
 
     copies: int = 1
     epsilon: float | None = None
     probe: str = "rademacher"
+    reach: Mapping[Branch, float] = field(default_factory=dict)
     name: str = "hutchinson"
 
     def attach(self) -> tuple[Handle, ...]:
@@ -46,7 +61,7 @@ class Hutchinson:
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
         """The branch's input with `copies` displaced inputs behind it, (1 + copies)·B along the first dimension."""
-        keys = self._keys(stream, probe)
+        keys = self._keys(branch, stream, probe)
         if branch.reads == "normalized":
             settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset, **keys}
             return dispatch.perturb(stream, norm.weight, norm.bias, **settings, undisturbed=entering).flatten(0, 1)
@@ -61,26 +76,78 @@ class Hutchinson:
         products, sqnorm = dispatch.contract(real, copies, **keys)
         if branch.writes == "stream":
             # The copies still hold their own displaced stream; F is what was added to it, so tr(P) goes off again.
-            moved = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **self._keys(stream, probe))
+            moved = dispatch.displace(
+                stream, self._preconditioner(branch, norm, stream), **self._keys(branch, stream, probe)
+            )
             products = products - dispatch.contract(stream, moved, **keys)[0]
-        return Leaving(real, sqnorm, products, 1.0 / (self.copies * self._epsilon(stream)))
+        return Leaving(real, sqnorm, products, 1.0 / (self.copies * self._epsilon(branch, stream)))
 
     def _preconditioner(self, branch: Branch, norm: NormView, stream: Tensor) -> Tensor:
         if not branch.norm_reads_stream:
             return norm.scale
         return norm.scale * dispatch.rstd(stream, eps=norm.eps, kind=norm.kind).unsqueeze(-1)
 
-    def _keys(self, stream: Tensor, probe: Probe) -> dict[str, Any]:
+    def _keys(self, branch: Branch, stream: Tensor, probe: Probe) -> dict[str, Any]:
         return {
             "samples": self.copies,
-            "epsilon": self._epsilon(stream),
+            "epsilon": self._epsilon(branch, stream),
             "seed": probe.seed,
             "step": probe.step,
             "probe": self.probe,
         }
 
-    def _epsilon(self, stream: Tensor) -> float:
-        return self.epsilon if self.epsilon is not None else EPSILON[_branch_dtype(stream)]
+    def _epsilon(self, branch: Branch, stream: Tensor) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        return DELTA[_branch_dtype(stream)] * self.reach.get(branch, 1.0)
+
+
+def reaches(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, float]:
+    """The reach of every branch: the ε for which εPν is as long as a token of the stream Z.
+
+    Found on the few tokens of a trial run, not on a batch: the measured trace of a sequence then depends neither on the
+    others nor on the process that measures it, and no pass waits for a number. A factor of two costs little, see
+    docs/theory.md, "Choosing ε".
+    """
+    found: dict[Branch, float] = {}
+    branches = [branch for step in steps for branch in step.branches]
+
+    def watch(branch: Branch) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            weight: Any = model.get_submodule(branch.norm.path).weight
+            found.setdefault(branch, _reach(branch, weight, hidden_input(args, kwargs)))
+
+        reader = branch.norm.path if branch.reads == "normalized" else branch.entry
+        # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
+        return model.get_submodule(reader).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    handles: list[Any] = [model.register_forward_pre_hook(_many_tokens, with_kwargs=True)]
+    handles += [watch(branch) for branch in branches]
+    try:
+        trial.run(model, until=branches[-1].exit)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _many_tokens(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Sixteen tokens from all over the vocabulary: the first ones are special, and longer than others by far."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        return None
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    spread = torch.linspace(0, embeddings.weight.shape[0] - 1, 18, device=ids.device)[1:-1].long()
+    return args, {**kwargs, "input_ids": spread.unsqueeze(0)}
+
+
+def _reach(branch: Branch, weight: Tensor, stream: Tensor) -> float:
+    norm = branch.norm
+    lengths = 1.0 / dispatch.rstd(stream, eps=norm.eps, kind=norm.kind)
+    scale = float((weight.float() + norm.offset).square().mean().sqrt())
+    # A token that is longer than the others by orders of magnitude (an attention sink) is none to go by.
+    reach = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / max(scale, 1e-6)
+    return reach if reach > 0 else 1.0
 
 
 def _branch_dtype(stream: Tensor) -> torch.dtype:
