@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ofa import objectives
+from ofa import objectives, sharding
 from ofa.anatomy import Branch, Norm, NormView, Step
 from ofa.errors import InputError
 from ofa.estimators import Probe, TraceEstimator
@@ -216,11 +216,13 @@ class BranchMeter:
         self._stream: Tensor | None = None
         self._fed: Tensor | None = None
         self._norm_input: Tensor | None = None
+        end = model.get_submodule(branch.exit)
         self.handles: list[RemovableHandle] = [
             # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
             self.norm_module.register_forward_pre_hook(self._at_norm, with_kwargs=True, prepend=True),
             model.get_submodule(branch.entry).register_forward_pre_hook(self._at_entry, with_kwargs=True),
-            model.get_submodule(branch.exit).register_forward_hook(self._at_exit),
+            # Ahead of fully_shard's own hook, behind which the scale is in parts again.
+            end.register_forward_hook(self._at_exit, prepend=sharding.is_unit(end)),
         ]
         if branch.residual_reader:
             reader = model.get_submodule(branch.residual_reader)
@@ -318,6 +320,15 @@ class BranchMeter:
 
 
 def view_norm(module: nn.Module, norm: Norm) -> NormView:
-    """The norm's scale and shift as they are now."""
+    """The norm's scale and shift as they are now.
+
+    Raises:
+        InputError: they are in parts while their branch computes.
+    """
+    if sharding.is_part(module.weight):  # type: ignore[arg-type]
+        raise InputError(
+            f"{norm.path} is in parts while its branch computes, because fully_shard was applied to the norm itself; "
+            "apply it to whole layers"
+        )
     bias = getattr(module, "bias", None)
     return NormView(module.weight, bias if isinstance(bias, Tensor) else None, norm.eps, norm.kind, norm.offset)  # type: ignore[arg-type]

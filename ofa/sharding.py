@@ -48,7 +48,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the model or to a part of it."""
-    return bool(_sharded_modules(model))
+    return any(is_unit(module) for module in model.modules())
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to this very module."""
+    return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -58,7 +63,7 @@ def is_part(tensor: Tensor) -> bool:
 
 def own_class(module: nn.Module) -> type:
     """The class that a module had before `fully_shard` made one of its own for it."""
-    if not _is_fully_sharded(module):
+    if not is_unit(module):
         return type(module)
     from torch.distributed.fsdp import FSDPModule
 
@@ -67,8 +72,8 @@ def own_class(module: nn.Module) -> type:
 
 def settle(model: nn.Module) -> None:
     """Put every parameter back into its shards: behind a forward pass some stay whole until the backward pass."""
-    for module in _sharded_modules(model):
-        module.reshard()
+    for module in filter(is_unit, model.modules()):
+        module.reshard()  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -154,14 +159,6 @@ def _follow(store: Any, key: str, about: str, digest: str) -> None:
             f"rank {rank} holds other norm scales than rank 0 did in {about}; call tune_norms before the model is "
             "wrapped, so that the gradients are averaged over the ranks"
         )
-
-
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if _is_fully_sharded(module)]
-
-
-def _is_fully_sharded(module: nn.Module) -> bool:
-    return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
 def _is_a(value: object, module: str, name: str) -> bool:
