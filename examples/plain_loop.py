@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
-    batches = endless(batches_of(loaded, options))
+    batches, on_gpu = endless(batches_of(loaded, options)), model.device.type == "cuda"
     for step in range(1, options.steps + 1):
         for _ in range(options.accumulate):
             batch = next(batches).to(model.device)
-            with torch.autograd.graph.save_on_cpu(pin_memory=batch.is_cuda) if options.offload else nullcontext():
+            with torch.autograd.graph.save_on_cpu(pin_memory=on_gpu) if options.offload else nullcontext():
                 cross_entropy = model(**batch).loss
                 loss = cross_entropy + reg.penalty()
             (loss / options.accumulate).backward()
