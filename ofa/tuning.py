@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy, sharding
 from ofa.errors import InputError
+from ofa.quantized import TrainableLayers
 
 _originals: weakref.WeakKeyDictionary[nn.Module, _Original] = weakref.WeakKeyDictionary()
 
@@ -91,6 +92,7 @@ def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
         for norm in norms:
             hold = _hold_part if original.in_place else _hold
             hold(model.get_submodule(norm.path), norm.path, original)
+        original.handles.append(TrainableLayers(model))
         _originals[model] = original
     return {norm.path: model.get_parameter(f"{norm.path}.weight") for norm in norms}
 
@@ -123,7 +125,7 @@ class _Original:
     requires_grad: list[tuple[nn.Parameter, bool]]
     in_place: bool
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[RemovableHandle | TrainableLayers] = field(default_factory=list)
 
 
 def _hold_part(module: nn.Module, path: str, original: _Original) -> None:

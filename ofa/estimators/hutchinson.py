@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ofa import trial
 from ofa.anatomy import Branch, NormView, Step
+from ofa.errors import InputError
 from ofa.estimators import Handle, Leaving, Probe
 from ofa.module_io import hidden_input
 from ofa_kernels import dispatch
@@ -29,9 +30,9 @@ from ofa_kernels import dispatch
 DELTA = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """How far the default step moves a token, relative to its length, by the dtype that the branch computes in.
 
-About the square root of the unit roundoff u, where O(δ) curvature meets O(u/δ) rounding (float64 models round to float32
-inside, in norms and softmax). Measured: the smallest errors in `python -m benchmarks.precision`; a factor of three either
-way costs little. See docs/theory.md, "Choosing ε".
+About the square root of the unit roundoff u, where O(δ) curvature meets O(u/δ) rounding (float64 models round to
+float32 inside, in norms and softmax). Measured: the smallest errors in `python -m benchmarks.precision`; a factor of
+three either way costs little. See docs/theory.md, "Choosing ε".
 """
 
 
@@ -39,8 +40,8 @@ way costs little. See docs/theory.md, "Choosing ε".
 class Hutchinson:
     """N probes by finite differences.
 
-    `epsilon` is the same for all branches; None chooses it by the dtype and by the `reach` of each branch, see `reaches`,
-    which is 1 where none is given.
+    `epsilon` is the same for all branches; None chooses it by the dtype and by the `reach` of each branch, see
+    `reaches`, which is 1 where none is given.
     """
 
     copies: int = 1
@@ -69,7 +70,16 @@ class Hutchinson:
         return torch.cat((entering.unsqueeze(0), copies.to(entering.dtype))).flatten(0, 1)
 
     def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
-        """The real output, and νᵀΔ of each probe and row of the stream; the trace is their mean over ε."""
+        """The real output, and νᵀΔ of each probe and row of the stream; the trace is their mean over ε.
+
+        Raises:
+            InputError: the branch is to be trained, and its output has no gradient.
+        """
+        if torch.is_grad_enabled() and norm.weight.requires_grad and not leaving.requires_grad:
+            raise InputError(
+                f"{branch.exit} returns nothing that gradients could follow to {branch.norm.path}, whose scale would "
+                "not train; a layer in it is for inference only, so load the model in a form that can be trained"
+            )
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
         real, copies = outputs[0], outputs[1:]
         keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
