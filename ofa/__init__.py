@@ -16,6 +16,7 @@ _LAZY = {
     "save_adapter": "ofa.adapters",
     "load_adapter": "ofa.adapters",
     "merge": "ofa.adapters",
+    "push_to_hub": "ofa.publishing",
     "adapt": "ofa.adaptation",
     "Adaptation": "ofa.adaptation",
     "Task": "ofa.tasks",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ofa.adapters import merge as merge
     from ofa.adapters import save_adapter as save_adapter
     from ofa.models import load_model as load_model
+    from ofa.publishing import push_to_hub as push_to_hub
     from ofa.regularizers import fused_regularizers as fused_regularizers
     from ofa.tasks import Example as Example
     from ofa.tasks import Task as Task

@@ -16,6 +16,7 @@ from ofa.commands.inspect import inspect
 from ofa.commands.merge import merge
 from ofa.commands.predict import predict
 from ofa.commands.probe import probe
+from ofa.commands.push import push
 from ofa.commands.report import report
 from ofa.errors import InputError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adapt a language model from five examples per class by tuning only its norm scales. Start with `ofa demo`.",
 )
-for command in (demo, fit, evaluate, predict, compare, report, probe, merge, inspect, doctor):
+for command in (demo, fit, evaluate, predict, compare, report, probe, merge, push, inspect, doctor):
     app.command()(command)
 
 

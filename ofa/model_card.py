@@ -1,73 +1,146 @@
-"""The README.md of an adapter folder: what it is, what it was made from, how to use it."""
+"""The README.md of an adapter folder: what it is, what it was made from, how good it is, how to use it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
-_USE = """\
-```python
-from peft import AutoPeftModelForCausalLM
+from ofa.hub import is_hub_id
 
-model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-
-or, with the task's template and label words applied:
-
-```bash
-ofa predict PATH_OF_THIS_FOLDER --text "..."
-```
-"""
+HERE = "PATH_OF_THIS_FOLDER"
+PAPER = "2505.19107"
 
 _QUANTIZED = """\
 It was tuned and scored on a 4-bit (Q4_1) copy of that base, the one `ofa` fetches by default and `ofa predict` goes
 back to; on the original weights the scores may differ.
 """
+_PROTOCOL = """\
+Accuracy of the most probable label word behind the prompt, without demonstrations in it.
+"""
+_MEASURES = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro-F1"), "exact_match": ("exact_match",) * 2}
+"""Scores of ours that hubs list: their name for the measure, and the words for it."""
 
 
-def model_card(details: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read; `details` is the content of `ofa_config.json`."""
+def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        details: the content of `ofa_config.json`.
+        task_type: PEFT's name for the kind of model, `CAUSAL_LM`, or None for an encoder.
+    """
     task = details.get("task") or {}
     base = f"`{details['base_model']}`" if details["base_model"] else "an unnamed model"
     parts = [
-        _front_matter(details),
-        f"# Norm scales for {task.get('name', 'a task')}\n",
+        f"---\n{_front_matter(details, task, task_type)}\n---\n",
+        f"# {_title(task)}\n",
         f"{details['parameters']:,} tuned norm scales of {base}, and nothing else: a PEFT LN-tuning "
-        "adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv 2505.19107).\n",
+        f"adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n",
         _QUANTIZED if details.get("base_source") == "embedded" else "",
-        _data(details, task),
-        _scores(details.get("scores") or {}),
-        f"## Use\n\n{_USE}",
+        _made_from(details, task),
+        _scores(details),
+        usage(HERE, task_type, published=False),
         "Made with " + ", ".join(f"{name} {version}" for name, version in details["versions"].items()) + ".\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(details: dict[str, Any]) -> str:
+def usage(place: str, task_type: str | None, *, published: bool) -> str:
+    """How to use the adapter that lies in the folder `place`, or in the hub's repository of that name."""
+    if task_type == "CAUSAL_LM":
+        load = (
+            f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
+        )
+    else:
+        load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
+    download, folder = (f"hf download {place} --local-dir adapter\n", "adapter") if published else ("", place)
+    return (
+        f"## Use\n\n```python\n{load}\n```\n\nor, with the task's template and label words applied:\n\n"
+        f'```bash\n{download}ofa predict {folder} --text "..."\n```\n'
+    )
+
+
+def _title(task: Mapping[str, Any]) -> str:
+    return f"Norm scales for {task.get('name', 'a task')}"
+
+
+def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
     base = details["base_model"]
-    lines = ["---", "library_name: peft", "tags: [few-shot, ln-tuning, ofa]"]
-    if base:
-        # A JSON string is a YAML one, whatever is in the path.
-        lines.append(f"base_model: {json.dumps(base, ensure_ascii=False)}")
-    return "\n".join([*lines, "---\n"])
+    named = base is not None and is_hub_id(base)
+    data = details.get("data") or {}
+    card = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
+        tags=["few-shot", "ln-tuning", "ofa", f"arxiv:{PAPER}"],
+        # Hubs look base models up: what is only a folder here stays in the text.
+        base_model=base if named else None,
+        base_model_relation="adapter" if named else None,
+        datasets=list(dict.fromkeys(one["hub_id"] for one in data.values() if "hub_id" in one)) or None,
+        model_name=_title(task),
+        eval_results=_eval_results(details, task) or None,
+    )
+    return card.to_yaml(line_break="\n")
 
 
-def _data(details: dict[str, Any], task: dict[str, Any]) -> str:
+def _eval_results(details: Mapping[str, Any], task: Mapping[str, Any]) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    scores, tested = details.get("scores") or {}, (details.get("data") or {}).get("test")
+    if not (task and tested):
+        return []
+    return [
+        EvalResult(
+            task_type="text-classification" if task["labels"] else "text-generation",
+            dataset_type=tested.get("hub_id", tested["name"]),
+            dataset_name=tested["name"],
+            dataset_split="test",
+            metric_type=measure,
+            metric_name=words,
+            metric_value=round(scores[name], 4),
+        )
+        for name, (measure, words) in _MEASURES.items()
+        if name in scores
+    ]
+
+
+def _made_from(details: Mapping[str, Any], task: Mapping[str, Any]) -> str:
     if not task:
         return ""
+    settings = details.get("settings") or {}
     rows = {
-        "template": f"`{task['template']!r}`".replace("|", "\\|"),
-        "labels": ", ".join(task["labels"]).replace("|", "\\|") or "none (free completion)",
+        "data": _origin((details.get("data") or {}).get("train")),
+        "template": f"`{task['template']!r}`",
+        "labels": ", ".join(task["labels"]) or "none (free completion)",
         "shots": details.get("shots"),
         "seed": details.get("seed"),
         "method": details.get("method"),
+        "step ratio, sharpness": f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
     return f"## Made from\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _scores(scores: dict[str, Any]) -> str:
-    if not scores:
+def _scores(details: Mapping[str, Any]) -> str:
+    scores = details.get("scores") or {}
+    numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
+    if not numbers:
         return ""
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items() if isinstance(value, float))
-    return f"## Scores\n\n| measure | value |\n|---|---|\n{rows}\n"
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in numbers.items())
+    tested = _origin((details.get("data") or {}).get("test"))
+    examples = f"{scores['count']:,} examples" if "count" in scores else "examples"
+    where = f"On {examples} of {_cell(tested)}.\n" if tested else ""
+    protocol = _PROTOCOL if "accuracy" in numbers else ""
+    return f"## Scores\n\n{where}{protocol}\n| measure | value |\n|---|---|\n{rows}\n"
+
+
+def _origin(data: Mapping[str, str] | None) -> str | None:
+    if data is None:
+        return None
+    if "hub_id" not in data:
+        return f"`{data['name']}`, {data['origin']}"
+    return f"`{data['name']}`, [{data['hub_id']}](https://huggingface.co/datasets/{data['hub_id']})"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")

@@ -59,7 +59,8 @@ class Hub:
         self.add("models", name, {}, private=request.get("visibility") == "private")
         return 200, url
 
-    def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    def commit(self, kind: str, name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        repository = self.repositories[kind, name]
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -70,7 +71,7 @@ class Hub:
                 repository.files[value["path"]] = self.objects[value["oid"]]
             else:
                 raise ValueError(f"the stand-in knows no operation {line['key']}")
-        return {"success": True, "commitOid": repository.sha, "commitUrl": f"{self.url}/commit/{repository.sha}"}
+        return {"success": True, "commitOid": repository.sha, "commitUrl": f"{self.url}/{name}/commit/{repository.sha}"}
 
 
 @contextmanager
@@ -188,8 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(200, {})
 
     def commit(self, kind: str, name: str) -> None:
-        if self._may_write() and (repository := self._repository(kind, name)) is not None:
-            self._json(200, self.hub.commit(repository, [json.loads(line) for line in self._body.splitlines()]))
+        if self._may_write() and self._repository(kind, name) is not None:
+            self._json(200, self.hub.commit(kind, name, [json.loads(line) for line in self._body.splitlines()]))
 
     # Reading.
 

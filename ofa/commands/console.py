@@ -105,6 +105,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels for a CPU wherever it is imported
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("ofa: %(message)s"))
     logger = logging.getLogger("ofa")

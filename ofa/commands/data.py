@@ -82,6 +82,17 @@ def demonstration_pool(data: str, task: Task, *, offline: bool) -> tuple[Example
     return loaded.train
 
 
+def data_origin(data: str) -> dict[str, str]:
+    """What an adapter says of its data: a name, and where it is from; no path, which means nothing elsewhere."""
+    if data in DEMO_TASKS:
+        return {"name": data, "origin": "a demo task of ofa"}
+    if data in HUB_TASKS:
+        return {"name": data, "hub_id": HUB_TASKS[data].hub_id}
+    if Path(data).is_dir() or _is_file(data):
+        return {"name": Path(data).resolve().name, "origin": "local data"}
+    return {"name": data, "hub_id": data}
+
+
 def _pairs(data: str) -> list[Example]:
     try:
         return read_examples(data, open_ended=True)

@@ -70,6 +70,7 @@ def _compare(
     folder: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from ofa.adapters import WEIGHTS
+    from ofa.commands.data import data_origin
     from ofa.figures import training_figure
     from ofa.files import write_json
 
@@ -83,8 +84,15 @@ def _compare(
         records[name] = adaptation.training.records
         rows.append(_row(name, loaded, data, tested, (), adaptation))
         if name == "OFA":
-            scores = {name: rows[-1][name] for name in ("accuracy", "macro_f1")}
-            adaptation.save(folder / _ADAPTER, overwrite=True, base_source=loaded.source, scores=scores)
+            scores = {name: rows[-1][name] for name in ("accuracy", "macro_f1")} | {"count": len(tested)}
+            origin = data_origin(data.task.name)
+            adaptation.save(
+                folder / _ADAPTER,
+                overwrite=True,
+                base_source=loaded.source,
+                data={"train": origin, "test": origin},
+                scores=scores,
+            )
         adaptation.close()
     training_figure(records, folder / _FIGURE)
     document = {

@@ -88,7 +88,7 @@ def fit(
 
     Ctrl-C stops behind the step under way; the same command with --resume continues to the same result.
     """
-    from ofa.commands.data import test_data, training_data
+    from ofa.commands.data import data_origin, test_data, training_data
     from ofa.files import claimed_folder
     from ofa.tasks import few_shot
 
@@ -135,7 +135,8 @@ def fit(
                 **settings,
             )
         tell_truncated(adaptation.training.truncated, "training texts")
-        summary = _save(adaptation, folder, loaded.source, _scores(adaptation, tested))
+        origins = {part: data_origin(name) for part, name in (("train", data), ("test", test)) if name}
+        summary = _save(adaptation, folder, _scores(adaptation, tested), base_source=loaded.source, data=origins)
     if as_json:
         show_json(summary)
     else:
@@ -164,12 +165,12 @@ def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, An
     return {**measured.metrics.to_dict(), "count": len(tested)}
 
 
-def _save(adaptation: Adaptation, folder: Path, source: str, scores: dict[str, Any]) -> dict[str, Any]:
+def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **details: Any) -> dict[str, Any]:
     from ofa.adapters import WEIGHTS
     from ofa.figures import training_figure
     from ofa.trainer import CHECKPOINT
 
-    adaptation.save(folder, overwrite=True, base_source=source, scores=scores)
+    adaptation.save(folder, overwrite=True, scores=scores, **details)
     training_figure({"training": adaptation.training.records}, folder / "training.png")
     # The adapter holds what the checkpoint was for.
     (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ofa import hub
 from ofa.embedded import first_sentence
 from ofa.errors import InputError
+from ofa.hub import quiet_client
 from ofa.tasks.demo import DEMO_TASKS
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_TIMEOUT = 5.0  # seconds; the library's own loader tries a dead line six times
 _WAYS = (
     "work offline with a local copy of the repository as the source, with a folder of task.json and train.jsonl, or "
     f"with an embedded demo task ({', '.join(DEMO_TASKS)})"
@@ -82,7 +83,7 @@ class HubDataset:
 def find_dataset(
     hub_id: str, *, config: str | None = None, revision: str | None = None, offline: bool = False
 ) -> HubDataset:
-    """Ask the hub, once and for a few seconds at most, whether it has this data set.
+    """Ask the hub, once and for a few seconds at most, whether it has this data set; its own loader tries six times.
 
     With `offline`, or where offline mode is on in the environment, it is not asked. Raises `InputError` where the hub
     says that there is none, or that it is not for everybody.
@@ -95,7 +96,7 @@ def find_dataset(
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        HfApi().dataset_info(hub_id, timeout=_TIMEOUT)
+        HfApi().dataset_info(hub_id, timeout=hub.TIMEOUT)
     except GatedRepoError as error:
         raise InputError(
             f"the data set {hub_id} is gated: accept its terms on its page and log in with `hf auth login`"
@@ -126,14 +127,12 @@ def _datasets_offline(offline: bool) -> Iterator[None]:
 @contextmanager
 def _without_library_lines() -> Iterator[None]:
     """Only errors of the libraries reach the terminal: what a warning of theirs is about, our sentence says."""
-    from datasets.utils import logging as datasets_logging
-    from huggingface_hub.utils import logging as hub_logging
+    from datasets.utils import logging
 
-    before = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
-    datasets_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        yield
+        with quiet_client():
+            yield
     finally:
-        datasets_logging.set_verbosity(before[0])
-        hub_logging.set_verbosity(before[1])
+        logging.set_verbosity(before)

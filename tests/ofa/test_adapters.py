@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -177,23 +176,6 @@ def test_the_folder_is_as_peft_writes_it(saved):
     assert (details["seed"], details["shots"], details["base_model"]) == (42, 5, str(saved.base))
     assert set(details["versions"]) == {"ofa-adapt", "torch", "transformers", "peft"}
     assert contents(saved.folder).keys() == {WEIGHTS, CONFIG, DETAILS, CARD}
-
-
-@pytest.mark.parametrize("base", ["HuggingFaceTB/SmolLM2-135M", "C:\\models: mine # 2", None])
-def test_the_card_has_front_matter_that_hubs_read(base, tmp_path):
-    model = build("llama")
-    model.config.name_or_path = ""
-    scores = {"accuracy": 0.75, "classes": {"x": 1}}
-    task = {"name": "reviews", "template": "Review: {text}\n", "labels": ["bad", "good"]}
-    ofa.save_adapter(model, tmp_path, base_model=base, details={"task": task, "scores": scores, "shots": 5})
-    _, front, text = (tmp_path / CARD).read_text().split("---\n", 2)
-    matter = yaml.safe_load(front)
-    assert matter["library_name"] == "peft"
-    assert matter.get("base_model") == base
-    assert "ln-tuning" in matter["tags"]
-    for words in ("# Norm scales for reviews", "bad, good", "| shots | 5 |", "| accuracy | 0.7500 |"):
-        assert words in text
-    assert (f"`{base}`" if base else "an unnamed model") in text
 
 
 def test_an_adapter_of_the_default_model_is_small(tmp_path):

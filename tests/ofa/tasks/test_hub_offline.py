@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 
 from ofa.errors import InputError
-from ofa.tasks import hub_access, load_hub_dataset, load_hub_task
+from ofa.tasks import load_hub_dataset, load_hub_task
 from tests.hub import running_hub
 from tests.ofa.tasks.test_hub_tasks import parquet_split
 from tests.ofa.test_cli import TEMPLATE, ofa
@@ -160,7 +160,7 @@ def test_a_silent_hub_is_not_waited_for(empty_caches, monkeypatch):
     """A line that swallows what is sent, as behind some firewalls."""
     import socket
 
-    monkeypatch.setattr(hub_access, "_TIMEOUT", 0.2)
+    monkeypatch.setattr("ofa.hub.TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(InputError, match="the hub cannot be reached"):

@@ -1,0 +1,39 @@
+"""`ofa push`: an adapter on the Hugging Face hub, for others to load by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ofa.commands.console import notice, reports_errors, show
+from ofa.commands.options import ConfigOption
+
+
+@reports_errors
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, created for it.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="HUB_ID", help="The base model's hub id, where the adapter was made from a local model."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a repository that only its owner sees.")] = False,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Send the records and the figure of the training run too.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Commit to a repository that exists.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Put an adapter and its model card on the Hugging Face hub; the token is that of `hf auth login` or HF_TOKEN.
+
+    Example: ofa push adapter me/reviews-ofa
+    """
+    from ofa.publishing import push_to_hub
+
+    page = push_to_hub(
+        adapter, repo_id, private=private or None, base_model=base_model, overwrite=overwrite, metrics=metrics
+    )
+    show(page)
+    notice(f'try: AutoPeftModelForCausalLM.from_pretrained("{"/".join(page.split("/")[-2:])}")')
