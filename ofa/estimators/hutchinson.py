@@ -36,18 +36,35 @@ three either way costs little. See docs/theory.md, "Choosing ε".
 """
 
 
+INT8_DELTA = 3e-2
+"""The same for branches with layers that round what they read to 8 bits (LLM.int8), likewise measured."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What is known of a branch ahead of measuring it.
+
+    Attributes:
+        epsilon: the ε for which εPν is as long as a token of the stream Z.
+        at_least: the least δ that is not lost in the rounding of quantized layers, whatever the stream's dtype; else 0.
+    """
+
+    epsilon: float
+    at_least: float = 0.0
+
+
 @dataclass(frozen=True)
 class Hutchinson:
     """N probes by finite differences.
 
     `epsilon` is the same for all branches; None chooses it by the dtype and by the `reach` of each branch, see
-    `reaches`, which is 1 where none is given.
+    `reaches`; without one, as for a branch whose tokens and scales are about 1.
     """
 
     copies: int = 1
     epsilon: float | None = None
     probe: str = "rademacher"
-    reach: Mapping[Branch, float] = field(default_factory=dict)
+    reach: Mapping[Branch, Reach] = field(default_factory=dict)
     name: str = "hutchinson"
 
     def attach(self) -> tuple[Handle, ...]:
@@ -109,23 +126,25 @@ class Hutchinson:
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
         if self.epsilon is not None:
             return self.epsilon
-        return DELTA[_branch_dtype(stream)] * self.reach.get(branch, 1.0)
+        delta, reach = DELTA[_branch_dtype(stream)], self.reach.get(branch)
+        return delta if reach is None else max(delta, reach.at_least) * reach.epsilon
 
 
-def reaches(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, float]:
-    """The reach of every branch: the ε for which εPν is as long as a token of the stream Z.
+def reaches(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Reach]:
+    """The reach of every branch.
 
     Found on the few tokens of a trial run, not on a batch: the measured trace of a sequence then depends neither on the
     others nor on the process that measures it, and no pass waits for a number. A factor of two costs little, see
     docs/theory.md, "Choosing ε".
     """
-    found: dict[Branch, float] = {}
+    found: dict[Branch, Reach] = {}
     branches = [branch for step in steps for branch in step.branches]
 
     def watch(branch: Branch) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             weight: Any = model.get_submodule(branch.norm.path).weight
-            found.setdefault(branch, _reach(branch, weight, hidden_input(args, kwargs)))
+            epsilon = _length(branch, weight, hidden_input(args, kwargs))
+            found.setdefault(branch, Reach(epsilon, _at_least(model, branch)))
 
         reader = branch.norm.path if branch.reads == "normalized" else branch.entry
         # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
@@ -151,13 +170,23 @@ def _many_tokens(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, "input_ids": spread.unsqueeze(0)}
 
 
-def _reach(branch: Branch, weight: Tensor, stream: Tensor) -> float:
+def _length(branch: Branch, weight: Tensor, stream: Tensor) -> float:
+    """The length of a typical token, in units of that of Pν."""
     norm = branch.norm
     lengths = 1.0 / dispatch.rstd(stream, eps=norm.eps, kind=norm.kind)
     scale = float((weight.float() + norm.offset).square().mean().sqrt())
     # A token that is longer than the others by orders of magnitude (an attention sink) is none to go by.
-    reach = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / max(scale, 1e-6)
-    return reach if reach > 0 else 1.0
+    length = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / max(scale, 1e-6)
+    return length if length > 0 else 1.0
+
+
+def _at_least(model: nn.Module, branch: Branch) -> float:
+    """The least δ for the quantized layers of a branch; 4-bit layers compute in a dtype of their own."""
+    layers = [layer for path in (branch.entry, branch.exit) for layer in model.get_submodule(path).modules()]
+    least = [DELTA.get(getattr(layer, "compute_dtype", None), 0.0) for layer in layers]  # type: ignore[arg-type]
+    if any(type(layer).__name__ == "Linear8bitLt" for layer in layers):
+        least.append(INT8_DELTA)
+    return max(least)
 
 
 def _branch_dtype(stream: Tensor) -> torch.dtype:
