@@ -1,0 +1,57 @@
+"""Several processes train as one would, and what they save is one adapter: DistributedDataParallel and FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.ofa.on_two_ranks import CHECKS, RANKS
+
+SECONDS = 150
+"""Twenty times what both ranks take on one idle core; a rank that hangs ends with it."""
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    """Per rank what became of every check: "" or a traceback. Run once, also where pytest has several workers."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if hasattr(request.config, "workerinput") else shared
+    folder = shared / "two-ranks"
+    with FileLock(shared / "two-ranks.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_ranks(folder)
+    files = [folder / f"rank-{rank}.json" for rank in range(RANKS)]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+
+def run_ranks(folder: Path) -> None:
+    # Rank 0 would choose a port; a file needs none. torchrun is tested with the examples.
+    command = [sys.executable, "-m", "tests.ofa.on_two_ranks", str(folder)]
+    environment = {**os.environ, "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = []
+    for rank in range(RANKS):
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            own = {**environment, "RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        for process in ranks:
+            process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        pass  # the checks that have no outcome fail
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_two_ranks(name: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, found in enumerate(outcomes):
+        assert found.get(name, "was not reached") == "", f"rank {rank}: {found.get(name)}"
