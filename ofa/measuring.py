@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -166,15 +167,18 @@ class LayerPass:
     """The pass that a decoder layer is being measured for; shared by the branches of the layer.
 
     Non-reentrant activation checkpointing runs a layer again in the backward pass, maybe after other forward passes,
-    and must meet the probes and the mask of its own forward. It is called with the very tensor it was first called
-    with, so the stream that enters the layer tells which pass it belongs to. Any other call of a layer from outside
-    a forward pass of the model is not measured.
+    and must meet the probes and the mask of its own forward. The stream that enters the layer tells which pass it
+    belongs to: it is the very tensor that the layer was first called with, or, where checkpoints are offloaded, a copy
+    of it that comes from the same place in the graph. Any other call of a layer from outside a forward pass of the
+    model is not measured.
     """
 
     def __init__(self) -> None:
         self.current: Pass | None = None
         self._again: Pass | None = None
         self._passes = WeakTensorKeyDictionary()
+        """By stream, for streams that are constants."""
+        self._node: Node | None = None
 
     def begin(self, current: Pass, again: Pass) -> None:
         """A measured forward pass of the model starts; `again` serves the second runs of this layer."""
@@ -182,16 +186,30 @@ class LayerPass:
 
     def end(self) -> None:
         """No forward pass of the model is being measured."""
-        self.current = self._again = None
+        self.current = self._again = self._node = None
 
     def enter(self, stream: Tensor) -> None:
         """The stream enters the layer: remember its pass, or recall it."""
         if torch.compiler.is_compiling():
             return
         if self._again is None:
-            self.current = self._passes.get(stream) if torch.is_grad_enabled() else None
+            self.current = self._recall(stream) if torch.is_grad_enabled() else None
         elif self._again.with_grad:
-            self._passes[stream] = self._again
+            self._remember(stream, self._again)
+
+    def _remember(self, stream: Tensor, again: Pass) -> None:
+        if not stream.requires_grad:
+            self._passes[stream] = again
+            return
+        edge = get_gradient_edge(stream)
+        edge.node.metadata[self, edge.output_nr] = again  # type: ignore[index]
+        self._node = edge.node  # that of a leaf is held by nobody else until something is computed from it
+
+    def _recall(self, stream: Tensor) -> Pass | None:
+        if not stream.requires_grad:
+            return self._passes.get(stream)
+        edge = get_gradient_edge(stream)
+        return edge.node.metadata.get((self, edge.output_nr))  # type: ignore[attr-defined]
 
 
 class BranchMeter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import ofa
 from ofa import InputError
+from ofa.measuring import Pass
 from tests import families, oracle
 
 NAMES = ["llama", "phi", "gpt_neox", "falcon_two_norms", "olmo2", "bert"]
@@ -115,16 +117,34 @@ def _remember(seen: list[StorageWeakRef], output: Any) -> None:
         seen.append(StorageWeakRef(output.untyped_storage()))
 
 
-def test_passes_are_forgotten_with_their_streams() -> None:
-    """What recalls a pass lives as long as the stream it is recalled by."""
+@pytest.mark.parametrize("inputs_with_gradients", [True, False])
+def test_passes_are_forgotten_with_their_streams(inputs_with_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What recalls a pass lives as long as the streams it is recalled by, leaves and constants among them."""
     model = training_model("llama", checkpointing=True)
+    ofa.tune_norms(model)
+    if not inputs_with_gradients:
+        model.disable_input_require_grads()
+    recalled: list[weakref.ref[Pass]] = []
+    again = Pass.again
+
+    def remembering(measured: Pass) -> Pass:
+        second = again(measured)
+        recalled.append(weakref.ref(second))
+        return second
+
+    monkeypatch.setattr(Pass, "again", remembering)
     with ofa.fused_regularizers(model) as reg:
-        for _ in range(3):
-            model(**oracle.batch("llama"))
-            assert {len(layer._passes) for layer in reg._layers.values()} == {1}
+        for backward in (True, False, True):
+            loss = model(**oracle.batch("llama")).loss + reg.penalty()
+            assert recalled[-1]() is not None
+            if backward:
+                loss.backward()
+            del loss
             reg._measured = None
-            gc.collect()
-            assert {len(layer._passes) for layer in reg._layers.values()} == {0}
+        with torch.no_grad():
+            model(**oracle.batch("llama"))
+        gc.collect()
+        assert [second() for second in recalled] == [None] * 3
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -1,0 +1,148 @@
+"""Checkpoints of every kind, offloaded tensors and accumulation change no gradient of any estimator."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+import ofa
+from tests import families, oracle
+from tests.ofa.training import without_dropout
+
+BRANCHES = ["llama", "gpt2", "phi", "falcon", "falcon_two_norms", "qwen3", "gpt_neox", "opt", "cohere", "phi3"]
+"""Gated and plain, parallel with one norm and two, norms on heads, fused and interleaved projections, sums in place."""
+
+
+def tuned(name: str) -> nn.Module:
+    """The family's model in float64 and training mode, where only norm scales train, so that traces are exact."""
+    model = without_dropout(families.build(name)).double().train()
+    ofa.tune_norms(model)
+    return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def by_the_model(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def by_hand(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def by_wrappers(model: nn.Module) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    layers = set(layers_of(model))
+    apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+
+
+def by_parts(model: nn.Module) -> None:
+    """Every module of a layer alone, among them those inside a branch."""
+    for layer in layers_of(model):
+        for module in list(layer.children()):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def passed_around(value: Tensor) -> Tensor:
+    """What unpacking sees of a transfer: the numbers, in another tensor."""
+    return value.detach().clone()
+
+
+SAVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "save_on_cpu": save_on_cpu,
+    "copies": lambda: saved_tensors_hooks(passed_around, passed_around),
+}
+
+
+def accumulated(
+    name: str, prepare: Callable[[nn.Module], None] | None, saver: Callable[[], Any] = nullcontext, **options: Any
+) -> list[Tensor]:
+    """Gradients of two passes of other lengths, one with padding, that are only then gone through backwards."""
+    model = tuned(name)
+    with ofa.fused_regularizers(model, 1.0, 1.0, **options) as reg:
+        if prepare is not None:
+            prepare(model)
+        losses = []
+        for seed, tokens in ((0, 6), (1, 5)):
+            given = oracle.batch(name, tokens=tokens, seed=seed)
+            mask = torch.ones_like(given["input_ids"])
+            mask[0, 4:] = 0
+            with saver():
+                losses.append(model(**given, attention_mask=mask).loss + reg.penalty())
+        for loss in losses:
+            (loss / 2).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@functools.cache
+def plainly(name: str, estimator: str) -> list[Tensor]:
+    gradients = accumulated(name, None, estimator=estimator)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-2
+    return gradients
+
+
+def check(found: list[Tensor], name: str, estimator: str) -> None:
+    for one, other in zip(found, plainly(name, estimator), strict=True):
+        # The recomputation does the same operations in the same order; only sums of gradients may change their order.
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prepare", [by_the_model, by_hand, by_wrappers], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize("name", BRANCHES)
+def test_checkpoints_leave_exact_traces_exact(name: str, prepare: Callable[[nn.Module], None]) -> None:
+    """Taps inside a branch see the second run too, and must find what they saw in the first."""
+    check(accumulated(name, prepare, estimator="exact"), name, "exact")
+
+
+@pytest.mark.parametrize("saver", list(SAVERS))
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "jvp", "local_jvp"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_saved_tensors_may_be_elsewhere(name: str, estimator: str, saver: str) -> None:
+    """Operations with derivatives by hand save like any other, and take what they are given back."""
+    check(accumulated(name, None, SAVERS[saver], estimator=estimator), name, estimator)
+
+
+@pytest.mark.parametrize("saver", list(SAVERS))
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "jvp"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_checkpoints_may_be_elsewhere(name: str, estimator: str, saver: str) -> None:
+    """The stream that comes back is a copy, and its second run still finds the probes and mask of the first."""
+    check(accumulated(name, by_the_model, SAVERS[saver], estimator=estimator), name, estimator)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])
+def test_nothing_stays_behind_what_was_moved_away(name: str, estimator: str) -> None:
+    """After a forward pass whose saved tensors are elsewhere, no activation of a layer is held by anybody."""
+    model = tuned(name)
+    seen: list[StorageWeakRef] = []
+    for layer in layers_of(model):
+        for module in layer.modules():
+            module.register_forward_hook(lambda module, args, output: seen.extend(_storages(output)))
+    with ofa.fused_regularizers(model, 1.0, 1.0, estimator) as reg, SAVERS["copies"]():
+        loss = model(**oracle.batch(name)).loss + reg.penalty()
+        gc.collect()
+        assert len(seen) > 20
+        assert sum(not storage.expired() for storage in seen) == 0
+    loss.backward()
+
+
+def _storages(output: Any) -> Iterator[StorageWeakRef]:
+    values = output if isinstance(output, tuple) else (output,)
+    return (StorageWeakRef(value.untyped_storage()) for value in values if isinstance(value, Tensor))
