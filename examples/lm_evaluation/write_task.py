@@ -1,0 +1,73 @@
+"""A task of this package as one of lm-evaluation-harness: the same prompts and label words, on its own local files.
+
+    ofa merge adapter --out checkpoint
+    python examples/lm_evaluation/write_task.py reviews --out harness
+    lm_eval run --model hf --model_args pretrained=checkpoint,dtype=float32 \\
+        --include_path harness --tasks ofa_reviews --batch_size 16
+
+The harness compares the log-likelihoods of " label" behind the prompt, and its `acc` is the accuracy of `ofa evaluate`
+where each label is one token. Where it is several, `ofa evaluate` compares first tokens, or, if two labels share one,
+the log-likelihoods of whole words as the harness does. Where a text does not fit the model's window, `ofa evaluate`
+shortens the text, and the harness cuts the prompt from the left. With HF_HUB_OFFLINE=1 it asks no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import ofa
+from ofa.tasks import Example, Task
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the task's YAML file and its examples."""
+    options = parser().parse_args(arguments)
+    data = ofa.load_task(options.task)
+    folder = options.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"ofa_{data.task.name}"
+    rows = folder / f"{name}.jsonl"
+    rows.write_text("".join(json.dumps(row(data.task, example)) + "\n" for example in data.test), encoding="utf-8")
+    configuration = harness_task(name, data.task, rows)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False), encoding="utf-8")
+    print(f"{len(data.test)} examples of {data.task.name}: {folder / name}.yaml")
+
+
+def row(task: Task, example: Example) -> dict[str, Any]:
+    """An example with its template applied, so that no brace in a text means anything to the harness."""
+    return {"prompt": task.prompt(example.text), "label": task.labels.index(example.label)}
+
+
+def harness_task(name: str, task: Task, rows: Path) -> dict[str, Any]:
+    """The task as the harness reads it: multiple choice between the label words."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": list(task.labels),
+        "doc_to_target": "label",
+        "target_delimiter": " ",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("task", help="demo task, task of the paper, or folder with task.json")
+    found.add_argument("--out", type=Path, default=Path("harness"), help="folder for the task's files")
+    return found
+
+
+if __name__ == "__main__":
+    main()
