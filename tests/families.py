@@ -125,3 +125,102 @@ def inputs(name: str, *, sequences: int = 2, tokens: int = 6, seed: int = 0) -> 
         return {"pixel_values": pixels, "labels": torch.arange(sequences) % 3}
     ids = torch.randint(3, 64, (sequences, tokens), generator=generator)
     return {"input_ids": ids, "labels": torch.arange(sequences) % 3 if name == "bert" else ids}
+
+
+def vision_language(name: str, *, seed: int = 0) -> nn.Module:
+    """A vision-language model like `build`: three layers of a language model behind two of a vision tower."""
+    torch.manual_seed(seed)
+    model = VISION_LANGUAGE[name]().eval()
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 1 and path.endswith("weight"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        else:
+            parameter.data = 0.15 * torch.randn_like(parameter)
+    return model
+
+
+def images_and_text(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two sequences of nine tokens, each with an image of four tokens, with labels; PaliGemma's image comes first."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (2, 9), generator=generator)
+    first = 0 if name == "paligemma" else 2
+    ids[:, first : first + 4] = IMAGE_TOKEN
+    given = {"input_ids": ids, "labels": torch.where(ids == IMAGE_TOKEN, -100, ids)}
+    if name == "qwen2_vl":
+        patches = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
+        of_image = (ids == IMAGE_TOKEN).int()
+        return {**given, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)} | {
+            "mm_token_type_ids": of_image
+        }
+    shape = (2, 1, 3, 16, 16) if name == "smolvlm" else (2, 3, 16, 16)
+    given["pixel_values"] = torch.randn(shape, generator=generator)
+    if name == "paligemma":
+        given["token_type_ids"] = torch.ones_like(ids)  # of the answer; the rest is attended to in both directions
+        given["token_type_ids"][:, :6] = 0
+    if name == "gemma3":
+        given["token_type_ids"] = (ids == IMAGE_TOKEN).long()
+    return given
+
+
+IMAGE_TOKEN = 63
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**GROUPED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _llava() -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**VISION, image_size=16, patch_size=8)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE_TOKEN)
+    return LlavaForConditionalGeneration(config)
+
+
+def _qwen2_vl() -> nn.Module:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
+    text = {**TEXT, "rope_parameters": rotary}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _paligemma() -> nn.Module:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    text = {"model_type": "gemma", "head_dim": 8, **TEXT}
+    vision = {"model_type": "siglip_vision_model", **VISION, "image_size": 16, "patch_size": 8}
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, projection_dim=32)
+    return PaliGemmaForConditionalGeneration(config)
+
+
+def _gemma3() -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"model_type": "siglip_vision_model", **VISION, "image_size": 16, "patch_size": 4}
+    config = Gemma3Config(
+        text_config={"head_dim": 8, **TEXT},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE_TOKEN,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _smolvlm() -> nn.Module:
+    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    vision = {**VISION, "image_size": 16, "patch_size": 4}
+    config = SmolVLMConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE_TOKEN, scale_factor=2
+    )
+    return SmolVLMForConditionalGeneration(config)
+
+
+VISION_LANGUAGE: dict[str, Callable[[], nn.Module]] = {
+    "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+    "paligemma": _paligemma,
+    "gemma3": _gemma3,
+    "smolvlm": _smolvlm,
+}
