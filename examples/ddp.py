@@ -1,0 +1,102 @@
+"""The two regularizers of OFA with DistributedDataParallel: every process has the model and a part of each batch.
+
+    torchrun --nproc-per-node 2 examples/ddp.py --epochs 4 --out adapter
+
+NCCL where there is a GPU for every process, else gloo on the CPU. With equal parts, the mean over the ranks that DDP
+takes of the gradients is the gradient of the joined batch, and the adapter is that of `plain_loop.py` with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import DataCollatorForSeq2Seq
+
+import ofa
+from ofa.encoding import Encoder, model_window
+from ofa.tasks import few_shot
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, print the loss and its terms, save."""
+    options = parser().parse_args(arguments)
+    device = meet()
+    loaded = ofa.load_model(options.model, device=str(device))
+    params = ofa.tune_norms(loaded.model)  # 1: only the norm scales train; ahead of the wrapper, which averages them
+    model = DistributedDataParallel(loaded.model, device_ids=None if device.type == "cpu" else [device])
+    # 2: every forward pass is measured. Estimators with probes shall draw other ones on every rank.
+    reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3, seed=dist.get_rank())
+    optimizer = torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=0.0)
+    loader = batches_of(loaded, options)
+    for epoch in range(1, options.epochs + 1):
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            cross_entropy = model(**batch.to(device)).loss
+            loss = cross_entropy + reg.penalty()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        measured = reg.measurements
+        terms = torch.stack([loss, cross_entropy, measured.step_ratio, measured.sharpness]).detach()
+        dist.all_reduce(terms)
+        if dist.get_rank() == 0:
+            total, entropy, ratio, sharpness = (terms / dist.get_world_size()).tolist()
+            print(
+                f"epoch {epoch}: loss {total:.4f} = cross-entropy {entropy:.4f} "
+                f"+ 0.01 * J {ratio:.3f} + 0.001 * H {sharpness:.3f}"
+            )
+    reg.close()
+    saved = ofa.save_adapter(model, options.out)  # on every rank; the first one writes
+    if dist.get_rank() == 0:
+        print(f"saved {saved}")
+    dist.destroy_process_group()
+
+
+def meet() -> torch.device:
+    """Join the other processes; the device of this one."""
+    if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def batches_of(loaded: ofa.models.LoadedModel, options: argparse.Namespace) -> DataLoader:
+    """A rank's part of the batches of prompt and label, with the label's tokens alone in `labels`."""
+    data = ofa.load_task(options.task)
+    encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
+    rows = []
+    for example in few_shot(data.train, data.task.labels, 5, options.seed).examples:
+        prompt, label = encoder.encode_prompt(example.text), encoder.encode_target(example.label)
+        rows.append({"input_ids": prompt + label, "labels": [-100] * len(prompt) + label})
+    return DataLoader(
+        rows,
+        batch_size=options.batch_size,
+        sampler=DistributedSampler(rows, seed=options.seed),
+        collate_fn=DataCollatorForSeq2Seq(loaded.tokenizer),
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", help="hub id or folder; the embedded SmolLM2-135M-Instruct without it")
+    found.add_argument("--task", default="reviews", help="demo task, or folder with task.json")
+    found.add_argument("--epochs", type=int, default=4)
+    found.add_argument("--batch-size", type=int, default=5, help="sequences of each process")
+    found.add_argument("--learning-rate", type=float, default=1e-3)
+    found.add_argument("--seed", type=int, default=42)
+    found.add_argument("--out", default="adapter", help="folder of the adapter")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The examples that start several processes, run small by the launchers themselves, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ofa.adapters import read_adapter
+from tests.examples.test_loops import run
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
+COMMANDS = {
+    "ddp": [*TORCHRUN, "ddp.py"],
+    "fsdp": [*TORCHRUN, "fsdp.py"],
+    "accelerate": [*ACCELERATE, "accelerate_ddp.yaml", "accelerate_loop.py"],
+}
+SECONDS = 240
+"""Ten times what the slowest takes on one idle core; a rank that hangs ends with it."""
+
+
+def launch(*command: str) -> str:
+    """What a module of Python with these arguments printed, together with the processes that it started."""
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=EXAMPLES,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, printed[-4000:]
+    return printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_two_processes_end_where_the_plain_loop_ends(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Each process has five of the ten shots, the plain loop all of them; one process prints and saves."""
+    options = ["--model", str(tiny_folder), "--epochs", "3", "--batch-size", "5", "--out", str(tmp_path / "adapter")]
+    printed = launch(*COMMANDS[name], *options)
+    assert printed.count("0.01 * J") == 3
+    assert printed.count(f"saved {tmp_path / 'adapter'}") == 1
+    plain = run("plain_loop", tiny_folder, tmp_path / "plain", "--batch-size", "10", rounds=3)
+    tuned = read_adapter(tmp_path / "adapter").parameters
+    assert tuned.keys() == plain.keys()
+    for path, scale in plain.items():
+        assert float((scale - 1).abs().max()) > 1e-3
+        # Sums over shots in another order, in float32; Adam divides small gradients by their own size.
+        torch.testing.assert_close(tuned[path], scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("accelerate_ddp", "MULTI_GPU"), ("accelerate_fsdp", "FSDP")])
+def test_accelerate_knows_every_line_of_its_configuration(name: str, kind: str) -> None:
+    """FSDP2 is what accelerate has for GPUs only; it refuses keys that it does not know."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    sharding = {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False} if kind == "FSDP" else {}
+    assert config.fsdp_config.items() >= sharding.items()
