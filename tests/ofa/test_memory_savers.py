@@ -6,6 +6,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointError,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import ofa
 from tests import families, oracle
@@ -52,11 +58,23 @@ def by_wrappers(model: nn.Module) -> None:
     apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
 
 
-def by_parts(model: nn.Module) -> None:
-    """Every module of a layer alone, among them those inside a branch."""
+def selectively(model: nn.Module) -> None:
+    """Attention's output is kept and the rest computed again."""
+    kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation is kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer in layers_of(model):
-        for module in list(layer.children()):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = functools.partial(  # type: ignore[method-assign]
+            checkpoint, layer.forward, use_reentrant=False, context_fn=contexts
+        )
+
+
+def by_hand_with_gradients_of_inputs(model: nn.Module) -> None:
+    model.enable_input_require_grads()
+    by_hand(model)
 
 
 def passed_around(value: Tensor) -> Tensor:
@@ -103,11 +121,21 @@ def check(found: list[Tensor], name: str, estimator: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("prepare", [by_the_model, by_hand, by_wrappers], ids=lambda prepare: prepare.__name__)
-@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [*((name, by_the_model) for name in BRANCHES), *product(("gpt2", "falcon"), (by_hand, by_wrappers))],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_checkpoints_leave_exact_traces_exact(name: str, prepare: Callable[[nn.Module], None]) -> None:
     """Taps inside a branch see the second run too, and must find what they saw in the first."""
     check(accumulated(name, prepare, estimator="exact"), name, "exact")
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_attention_may_be_kept_and_the_rest_computed_again(name: str, estimator: str) -> None:
+    """Selective checkpoints, as TRL has them: what is measured runs the same operations both times."""
+    check(accumulated(name, selectively, estimator=estimator), name, estimator)
 
 
 @pytest.mark.parametrize("saver", list(SAVERS))
@@ -118,12 +146,18 @@ def test_saved_tensors_may_be_elsewhere(name: str, estimator: str, saver: str) -
     check(accumulated(name, None, SAVERS[saver], estimator=estimator), name, estimator)
 
 
-@pytest.mark.parametrize("saver", list(SAVERS))
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson", "jvp"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
-def test_checkpoints_may_be_elsewhere(name: str, estimator: str, saver: str) -> None:
+def test_checkpoints_may_be_elsewhere(name: str, estimator: str) -> None:
     """The stream that comes back is a copy, and its second run still finds the probes and mask of the first."""
-    check(accumulated(name, by_the_model, SAVERS[saver], estimator=estimator), name, estimator)
+    check(accumulated(name, by_the_model, SAVERS["copies"], estimator=estimator), name, estimator)
+
+
+def test_offloaded_checkpoints_by_hand_need_gradients_of_inputs() -> None:
+    """A constant that comes back as a copy is known by nothing: PyTorch stops, and the model's own switch helps."""
+    check(accumulated("llama", by_hand_with_gradients_of_inputs, SAVERS["copies"], estimator="exact"), "llama", "exact")
+    with pytest.raises(CheckpointError, match="different number of tensors"):
+        accumulated("llama", by_hand, SAVERS["copies"], estimator="exact")
 
 
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
