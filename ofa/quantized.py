@@ -7,21 +7,31 @@ Whoever trains around the layer is not told: the norm scales in front of it stay
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+
+from ofa.errors import InputError
 
 _PACKS = "support_avx512bf16_for_cpu"
 """The attribute of a layer by which it decides; the layers of other libraries do not have it."""
 
 
 class TrainableLayers:
-    """Keeps the four-bit layers of a model differentiable until it is removed; those already packed are unpacked."""
+    """Keeps the four-bit layers of a model from packing themselves until it is removed."""
 
     def __init__(self, model: nn.Module) -> None:
+        """Nothing is changed where a layer is packed already.
+
+        Raises:
+            InputError: it is. (Its own way back, bitsandbytes 0.50, leaves the scales of its blocks in another order.)
+        """
+        packed = (path for path, module in model.named_modules() if _is_packed(module))
+        if path := next(packed, None):
+            raise InputError(
+                f"the 4-bit layer {path} was packed for inference when the model was run without gradients, and has "
+                "none any more; load the model again and call tune_norms before it is run"
+            )
         self._layers = [module for module in model.modules() if getattr(module, _PACKS, False)]
         for layer in self._layers:
-            _unpack(layer)
             setattr(layer, _PACKS, False)
 
     def remove(self) -> None:
@@ -31,8 +41,5 @@ class TrainableLayers:
         self._layers = []
 
 
-def _unpack(layer: nn.Module) -> None:
-    weight: Any = layer.weight
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        # What bitsandbytes does itself with packed weights ahead of saving them, and its only public way to do it.
-        layer.state_dict()
+def _is_packed(layer: nn.Module) -> bool:
+    return bool(getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False))

@@ -33,10 +33,12 @@ def tune_norms(model: nn.Module) -> list[nn.Parameter]:
 
     Raises:
         InputError: the model has no norm with a one-dimensional weight; it is wrapped already; it is sharded already,
-            and its scales are narrower than float32.
+            and its scales are narrower than float32; its 4-bit layers have been packed for inference.
     """
+    layers = TrainableLayers(sharding.unwrapped(model))
     tuned = hold_norms(model)
     model = sharding.unwrapped(model)
+    _originals[model].handles.append(layers)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in tuned.values():
@@ -92,7 +94,6 @@ def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
         for norm in norms:
             hold = _hold_part if original.in_place else _hold
             hold(model.get_submodule(norm.path), norm.path, original)
-        original.handles.append(TrainableLayers(model))
         _originals[model] = original
     return {norm.path: model.get_parameter(f"{norm.path}.weight") for norm in norms}
 
