@@ -3,7 +3,8 @@
 python -m benchmarks.serving --out benchmarks/results/serving_cpu.csv
 
 Before anything is timed, all that hold the adapter must give the same logits: to the bit in float32. The base is
-loaded twice; the ratio of the second copy to the first is what the machine's noise looks like.
+loaded twice; the ratio of the second copy to the first is what the machine's noise looks like. Processor time, of all
+threads of this process, is stated beside time on the wall: other work on the machine lengthens it less.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -27,7 +28,7 @@ import ofa
 from benchmarks.table import commit, cpu, significant, writing
 from ofa.models import load_model
 
-ROUNDS = 30
+ROUNDS = 20
 BASE, SECOND_BASE, MERGED, OFA, PEFT = "base", "base_again", "merged", "adapter_ofa", "adapter_peft"
 
 
@@ -46,6 +47,13 @@ WORKLOADS = (
     Workload("forward", 10, 48),
     Workload("generate", 1, 48, generated=16),
 )
+
+
+class Seconds(NamedTuple):
+    """What one call took."""
+
+    wall: float
+    processor: float
 
 
 @dataclass(frozen=True)
@@ -104,16 +112,16 @@ def requests(workload: Workload, models: dict[str, Any], device: str) -> dict[st
 
 
 @torch.no_grad()
-def interleaved(calls: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every call in every round, behind one that warms up; each round begins with another call."""
+def interleaved(calls: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict[str, list[Seconds]]:
+    """What every call took in every round, behind one that warms up; each round begins with another call."""
     names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[Seconds]] = {name: [] for name in names}
     for name in names:
         calls[name]()
     for index in range(rounds):
         start = index % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(_milliseconds(calls[name], device))
+            times[name].append(_timed(calls[name], device))
     return times
 
 
@@ -158,12 +166,12 @@ def prepared(model: str | None, dtype: str, folder: Path) -> tuple[str, Path, Pa
     return str(loaded.path or loaded.name), adapter, merged
 
 
-def _milliseconds(call: Callable[[], Tensor], device: str) -> float:
+def _timed(call: Callable[[], Tensor], device: str) -> Seconds:
     _wait(device)
-    started = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     call()
     _wait(device)
-    return 1e3 * (time.perf_counter() - started)
+    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
 
 
 def _wait(device: str) -> None:
@@ -171,21 +179,19 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _rows(workload: Workload, times: dict[str, list[float]], options: argparse.Namespace, name: str) -> Iterator[Row]:
+def _rows(workload: Workload, times: dict[str, list[Seconds]], options: argparse.Namespace, name: str) -> Iterator[Row]:
     device = cpu() if options.device == "cpu" else torch.cuda.get_device_name()
     origin = options.dtype, device, torch.__version__, transformers.__version__, peft.__version__, commit()
     size = workload.name, workload.sequences, workload.tokens, workload.generated
     print(f"{name}: {workload.name}, {workload.sequences}x{workload.tokens} tokens, {workload.generated} generated")
-    for variant, values in times.items():
-        middle, low, high = ratio(values, times[BASE])
-        print(f"  {variant:12} {median(values):8.1f} ms   {middle:.3f} ({low:.3f}–{high:.3f})")
-        numbers = {
-            ("time_median", "ms"): median(values),
-            ("time_min", "ms"): min(values),
-            ("time_ratio", "1"): middle,
-            ("time_ratio_p20", "1"): low,
-            ("time_ratio_p80", "1"): high,
-        }
+    for variant, taken in times.items():
+        numbers: dict[tuple[str, str], float] = {}
+        for clock in Seconds._fields:
+            values, base = ([getattr(one, clock) for one in all_of] for all_of in (taken, times[BASE]))
+            middle, low, high = ratio(values, base)
+            numbers |= {(f"{clock}_median", "ms"): 1e3 * median(values), (f"{clock}_min", "ms"): 1e3 * min(values)}
+            numbers |= {(f"{clock}_ratio", "1"): middle, (f"{clock}_p20", "1"): low, (f"{clock}_p80", "1"): high}
+            print(f"  {variant:12} {clock:9} {1e3 * median(values):8.1f} ms   {middle:.3f} ({low:.3f}–{high:.3f})")
         for (metric, unit), value in numbers.items():
             yield Row(name, *size, variant, metric, significant(value), unit, options.rounds, *origin)
 
