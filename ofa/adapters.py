@@ -52,7 +52,7 @@ def save_adapter(
     """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
 
     In several processes rank 0 writes. Call it on every rank, and all return when the folder is whole; a model that
-    is not sharded may also be saved by rank 0 alone.
+    is not sharded may instead be saved by rank 0 alone, every time.
 
     Args:
         base_model: hub id or folder of the base; the model's own name when None.
