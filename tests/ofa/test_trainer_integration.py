@@ -129,7 +129,8 @@ def test_trainer_does_what_the_plain_loop_does(accumulation: int, tmp_path: Path
         # The model computes norms and softmax in float32 whatever its dtype, here in the same order in both.
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
     moved = [
-        float((one - other).abs().max()) for one, other in zip(tuned().parameters(), by_hand.parameters(), strict=True)
+        float((one - other).detach().abs().max())
+        for one, other in zip(tuned().parameters(), by_hand.parameters(), strict=True)
     ]
     assert max(moved) > 1e-3
 
