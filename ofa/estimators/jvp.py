@@ -141,8 +141,9 @@ def check_branches(model: nn.Module, steps: Iterable[Step]) -> None:
     """Refuse branches that forward mode cannot go through; PyTorch's own words come late and name no way out.
 
     Raises:
-        InputError: attention is configured for an implementation that is not one of `ATTENTION`, or a branch is a
-            decoder layer that activation checkpointing runs again: outside its hooks, where it gets no tangents.
+        InputError: attention is configured for an implementation that is not one of `ATTENTION`, a layer is quantized,
+            or a branch is a decoder layer that activation checkpointing runs again: outside its hooks, where it gets
+            no tangents.
     """
     for branch in (branch for step in steps for branch in step.branches):
         entry = model.get_submodule(branch.entry)
@@ -151,6 +152,8 @@ def check_branches(model: nn.Module, steps: Iterable[Step]) -> None:
                 "estimator='jvp' with granularity='layer' cannot be trained under activation checkpointing, whose "
                 f"second run of a layer gets no tangents; use granularity='sublayer', or {_OTHER}"
             )
+        for module in {entry, model.get_submodule(branch.exit)}:
+            _refuse_quantized(branch, module)
         for module in entry.modules():
             used = getattr(getattr(module, "config", None), "_attn_implementation", None)
             if used is not None and used not in ATTENTION:
@@ -158,6 +161,16 @@ def check_branches(model: nn.Module, steps: Iterable[Step]) -> None:
                     f"estimator='jvp' needs attention with forward-mode differentiation, which {used!r} does not have; "
                     f"load the model with attn_implementation='sdpa' or 'eager', or {_OTHER}"
                 )
+
+
+def _refuse_quantized(branch: Branch, module: nn.Module) -> None:
+    for path, layer in module.named_modules(prefix=branch.entry):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise InputError(
+                f"estimator='jvp' cannot differentiate through {path}, whose weight is quantized ({weight.dtype}); "
+                f"use {_OTHER}"
+            )
 
 
 class _WrittenOut(TorchFunctionMode):

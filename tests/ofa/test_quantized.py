@@ -1,0 +1,143 @@
+"""Norm scales train on a base that bitsandbytes holds in 4 or 8 bits, and what they are opens on any form of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import ofa
+from ofa import InputError
+from tests import families
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT of every norm, and tunes it
+    pytest.mark.filterwarnings("ignore:.*inputs will be cast from.*"),  # LLM.int8 in every layer
+]
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp4": {"load_in_4bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantized(folder: Path, form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base of a folder, quantized as it is loaded, in evaluation mode."""
+    config = BitsAndBytesConfig(**FORMS[form])
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model: nn.Module) -> list[Tensor]:
+    """Three steps with both terms, with a look at the logits between them; how far each scale moved in all."""
+    params = ofa.tune_norms(model)
+    start = [param.detach().clone() for param in params]
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+    with ofa.fused_regularizers(model, 1e-2, 1e-3) as reg:
+        assert reg.estimator == "hutchinson"
+        for _ in range(3):
+            loss = model(**batch()).loss + reg.penalty()
+            loss.backward()
+            assert torch.isfinite(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(**batch())  # where processors can, 4-bit layers would pack themselves for inference here
+    return [(param.detach() - old).abs().max() for param, old in zip(params, start, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_scale_trains_and_the_adapter_opens(
+    form: str, dtype: torch.dtype, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Adam moves each scale by its rate in each step; one line says what was fallen back to; PEFT opens the adapter."""
+    model = quantized(tiny_folder, form, dtype)
+    with caplog.at_level(logging.WARNING, logger="ofa"):
+        moved = train(model)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("ofa")]
+    assert len(said) == 1
+    assert "hutchinson" in said[0]
+    assert "is quantized" in said[0]
+    assert len(moved) == 7
+    assert min(moved) > 1e-2
+
+    ofa.save_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        tuned = model(**batch()).logits
+        opened = PeftModel.from_pretrained(quantized(tiny_folder, form, dtype), tmp_path / "adapter").eval()
+        found = opened(**batch()).logits
+    # PEFT rounds seven scales to the base's dtype, and 4-bit layers may be packed there, with scales of their blocks in
+    # bfloat16: some fifty roundings of 2⁻⁹ one behind the other, which add up as their root.
+    assert float((found - tuned).float().norm()) <= 2**-6 * float(tuned.float().norm())
+    ofa.restore_norms(model)
+    assert not any(parameter.dtype == torch.float32 for parameter in model.parameters()) or dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_an_adapter_fits_its_base_in_full_precision(form: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """What was trained on the quantized base is loaded into, and merged with, the base as it was published."""
+    model = quantized(tiny_folder, form)
+    train(model)
+    ofa.save_adapter(model, tmp_path / "adapter", base_model=str(tiny_folder))
+    full = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ofa.load_adapter(full, tmp_path / "adapter")
+    ofa.merge(str(tiny_folder), tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(merged(**batch()).logits, full(**batch()).logits)
+    own = model.get_parameter("model.norm.weight")
+    assert torch.equal(full.get_parameter("model.norm.weight"), own)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("estimator", ["exact", "local_jvp", "jvp"])
+def test_estimators_that_need_plain_weights_say_so(estimator: str, form: str, tiny_folder: Path) -> None:
+    model = quantized(tiny_folder, form)
+    ofa.tune_norms(model)
+    with (
+        pytest.raises(InputError, match=r"q_proj.*quantized.*hutchinson") as refused,
+        ofa.fused_regularizers(model, estimator=estimator),
+    ):
+        model(**batch())
+    assert "\n" not in str(refused.value)
+
+
+def test_layers_that_pack_themselves_are_kept_from_it_and_released(tiny_folder: Path) -> None:
+    """Only while norms are tuned; a base that was run before, and is packed, is refused ahead of any change."""
+    model = quantized(tiny_folder, "nf4")
+    layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer.support_avx512bf16_for_cpu = True  # as on a processor with AVX512-BF16
+    for _ in range(2):
+        ofa.tune_norms(model)
+    assert not layer.support_avx512bf16_for_cpu
+    ofa.restore_norms(model)
+    assert layer.support_avx512bf16_for_cpu
+    layer.weight.quant_state.packing_format_for_cpu = True
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj was packed for inference.*load the model again"):
+        ofa.tune_norms(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_a_branch_without_a_gradient_is_refused() -> None:
+    """A layer for inference alone would leave the scales in front of it as they are, without a word."""
+    model = families.build("llama")
+    ofa.tune_norms(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output.detach(), prepend=True)
+    with ofa.fused_regularizers(model, estimator="hutchinson", epsilon=1e-3):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp returns nothing that gradients could follow"):
+            model(**families.inputs("llama"))
+        with torch.no_grad():
+            model(**families.inputs("llama"))
