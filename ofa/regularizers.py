@@ -257,6 +257,7 @@ class Regularizers:
     ) -> None:
         self.close()
 
+    @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._set_pass(None)
         if not torch.is_grad_enabled() and not self._without_grad:
@@ -288,6 +289,7 @@ class Regularizers:
             return args, {**kwargs, "use_cache": False}
         return None
 
+    @torch.compiler.disable
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         current = self._pass
         self._set_pass(None)

@@ -26,13 +26,15 @@ _calls: Counter[str] = Counter()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel`, or the model itself.
+    """The model inside a `DistributedDataParallel` or what `torch.compile` returned, or the model itself.
 
     Raises:
         InputError: it is wrapped by something that runs copies or flattened parameters of it.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
+    if _is_a(model, "torch._dynamo.eval_frame", "OptimizedModule"):
+        return unwrapped(model._orig_mod)  # type: ignore[arg-type]
     if isinstance(model, nn.DataParallel):
         raise InputError(
             "nn.DataParallel runs copies of the model that cannot be measured; start one process per device and use "

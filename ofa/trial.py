@@ -69,11 +69,15 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again: dropout would contradict any wiring."""
+    """Evaluation mode, then each module's own mode again: dropout would contradict any wiring.
+
+    Nothing is compiled for a run that stops in the middle and happens once.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True

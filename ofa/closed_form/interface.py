@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ofa.sharding import own_class
 
 PREFIX = "ofa_"
 
@@ -36,10 +38,16 @@ class Attending:
     """Something in the arguments that the closed form does not know."""
 
 
-Watcher = Callable[[Attending], None]
+class Watcher:
+    """Sees every call of the attention function of a module that has one of its methods as a forward pre-hook.
 
-_watchers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod[Any]] = weakref.WeakKeyDictionary()
-"""By attention module. Methods are held weakly: they know the module, and would keep it alive."""
+    A module's own hooks are the register: they go with the module, and `torch.compile` can follow them.
+    """
+
+    def attends(self, attending: Attending) -> None:
+        """The attention function is about to be called."""
+        raise NotImplementedError
+
 
 _uses: dict[int, list[Any]] = {}
 """By the identity of a configuration: itself, how many hold it, and the name that it had."""
@@ -57,16 +65,14 @@ class Watching:
             held[1] += 1
             config._attn_implementation = _register(held[2])
         # Also when nobody closes the regularizers and they are collected with their model.
-        self._release = weakref.finalize(self, _release, weakref.WeakSet(watched), list(configs))
+        self._release = weakref.finalize(self, _release, list(configs))
 
     def remove(self) -> None:
         """Let go; the last one puts the old name back. Removing twice does nothing."""
         self._release()
 
 
-def _release(modules: weakref.WeakSet[nn.Module], keys: list[int]) -> None:
-    for module in modules:
-        _watchers.pop(module, None)
+def _release(keys: list[int]) -> None:
     for key in keys:
         held = _uses[key]
         config, _, name = held
@@ -77,15 +83,14 @@ def _release(modules: weakref.WeakSet[nn.Module], keys: list[int]) -> None:
                 config._attn_implementation = name
 
 
-def watch(module: nn.Module, watcher: Watcher) -> None:
-    """Show every call of this module's attention function to `watcher`, a method of an object that somebody keeps."""
-    _watchers[module] = weakref.WeakMethod(watcher)
-
-
 def supports(module: nn.Module) -> bool:
     """Whether a module takes its attention function from the registry."""
-    source = sys.modules[type(module).__module__]
-    return hasattr(source, "ALL_ATTENTION_FUNCTIONS") and getattr(module, "config", None) is not None
+    return hasattr(_source(module), "ALL_ATTENTION_FUNCTIONS") and getattr(module, "config", None) is not None
+
+
+def _source(module: nn.Module) -> Any:
+    """The file that a module's class is written in."""
+    return sys.modules[own_class(module).__module__]
 
 
 def _register(name: str | None) -> str:
@@ -98,11 +103,9 @@ def _register(name: str | None) -> str:
     if ours not in ALL_ATTENTION_FUNCTIONS:
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-            reference = _watchers.get(module)
-            watcher = None if reference is None else reference()
-            if watcher is not None:
-                watcher(_attending(name, module, query, key, value, mask, kwargs))
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            for watcher in _watchers(module):
+                watcher.attends(_attending(name, module, query, key, value, mask, kwargs))
+            eager = getattr(_source(module), "eager_attention_forward", None)
             own = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
             return own(module, query, key, value, mask, **kwargs)
 
@@ -112,13 +115,18 @@ def _register(name: str | None) -> str:
     return ours
 
 
+def _watchers(module: nn.Module) -> list[Watcher]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Watcher)]
+
+
 _causal_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Masks that were looked at: a model hands the same one to all its layers, and looking waits for the device."""
 
 
 def _is_causal(mask: Tensor) -> bool:
     """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
-    if isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
+    if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
         return False
     seen = _causal_masks.get(mask)
     if seen is None or seen[0] != mask._version:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa.closed_form import interface
-from ofa.closed_form.interface import Attending
+from ofa.closed_form.interface import Attending, Watcher
 from ofa.closed_form.parts import AttentionParts, MlpParts
 from ofa.module_io import hidden_input
 
@@ -114,17 +114,16 @@ class MlpTap(Tap):
         return MlpSeen(self._seen["entering"], gate, up, entering_last)
 
 
-class AttentionTap(Tap):
+class AttentionTap(Tap, Watcher):
     """Collects an `AttentionSeen`."""
 
     def __init__(self, parts: AttentionParts, at_end: Change, behind: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__(parts.output.module, at_end, behind)
         self._parts = parts
         module = parts.module
+        # Also what makes the module's attention function show itself: see `Watcher`.
         self.handles.append(module.register_forward_pre_hook(self._at_module, with_kwargs=True))
-        if interface.supports(module):
-            interface.watch(module, self._attends)
-        else:
+        if not interface.supports(module):
             for name, linear in (("query", parts.query), ("key", parts.key), ("value", parts.value)):
                 self.handles.append(linear.module.register_forward_hook(self._keep(name)))
         for name, norm in (("query_norm", parts.query_norm), ("key_norm", parts.key_norm)):
@@ -136,7 +135,8 @@ class AttentionTap(Tap):
         if self.open:
             self._seen["arguments"] = args, kwargs
 
-    def _attends(self, attending: Attending) -> None:
+    def attends(self, attending: Attending) -> None:
+        """Kept until the branch's last projection."""
         if self.open:
             self._seen["attending"] = attending
 

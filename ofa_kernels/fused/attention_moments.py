@@ -67,6 +67,7 @@ def differentiable(moments: Moments) -> Callable[..., tuple[Tensor, Tensor, Tens
     return call
 
 
+@torch.compiler.allow_in_graph
 class _AttentionMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
