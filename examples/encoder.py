@@ -66,7 +66,8 @@ def load(options: argparse.Namespace, labels: Sequence[str]) -> tuple[Any, Any, 
     """Encoder with a head for the labels, tokenizer, and where they come from."""
     names = dict(enumerate(labels))
     if options.model:
-        base = AutoModelForSequenceClassification.from_pretrained(options.model, id2label=names)
+        how = {"id2label": names, "ignore_mismatched_sizes": True}  # a head for other labels is made anew
+        base = AutoModelForSequenceClassification.from_pretrained(options.model, **how)
         return base, AutoTokenizer.from_pretrained(options.model), options.model
     folder = Path(options.out) / "random-bert"
     size = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
