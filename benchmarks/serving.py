@@ -93,7 +93,7 @@ def variants(base: str, adapter: Path, merged: Path, dtype: torch.dtype, device:
         OFA: with_scales,
         PEFT: peft.PeftModel.from_pretrained(bare(base), adapter),
     }
-    return {name: model.eval().to(device) for name, model in models.items()}
+    return {name: _with_memory_of_its_own(model.eval().to(device)) for name, model in models.items()}
 
 
 def requests(workload: Workload, models: dict[str, Any], device: str) -> dict[str, Callable[[], Tensor]]:
@@ -164,6 +164,13 @@ def prepared(model: str | None, dtype: str, folder: Path) -> tuple[str, Path, Pa
     adapter = ofa.save_adapter(loaded.model, folder / "adapter")
     merged = ofa.merge(loaded.model, adapter, folder / "merged", tokenizer=loaded.tokenizer)
     return str(loaded.path or loaded.name), adapter, merged
+
+
+def _with_memory_of_its_own(model: Any) -> Any:
+    """The model out of the mapped file: those of one file would find each other's weights in the processor's cache."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def _timed(call: Callable[[], Tensor], device: str) -> Seconds:

@@ -29,12 +29,11 @@ def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
         task_type: PEFT's name for the kind of model, `CAUSAL_LM`, or None for an encoder.
     """
     task = details.get("task") or {}
-    base = f"`{details['base_model']}`" if details["base_model"] else "an unnamed model"
     parts = [
         f"---\n{_front_matter(details, task, task_type)}\n---\n",
         f"# {_title(task)}\n",
-        f"{details['parameters']:,} tuned norm scales of {base}, and nothing else: a PEFT LN-tuning "
-        f"adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n",
+        f"{details['parameters']:,} tuned norm scales of {named(details['base_model'])}, and nothing else: a PEFT "
+        f"LN-tuning adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n",
         _QUANTIZED if details.get("base_source") == "embedded" else "",
         _made_from(details, task),
         _scores(details),
@@ -42,6 +41,11 @@ def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
         "Made with " + ", ".join(f"{name} {version}" for name, version in details["versions"].items()) + ".\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def named(base: str | None) -> str:
+    """The base model as the text of a card has it."""
+    return f"`{base}`" if base else "an unnamed model"
 
 
 def usage(place: str, task_type: str | None, *, published: bool) -> str:
@@ -67,15 +71,15 @@ def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type
     from huggingface_hub import ModelCardData
 
     base = details["base_model"]
-    named = base is not None and is_hub_id(base)
+    is_known = base is not None and is_hub_id(base)
     data = details.get("data") or {}
     card = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
         tags=["few-shot", "ln-tuning", "ofa", f"arxiv:{PAPER}"],
         # Hubs look base models up: what is only a folder here stays in the text.
-        base_model=base if named else None,
-        base_model_relation="adapter" if named else None,
+        base_model=base if is_known else None,
+        base_model_relation="adapter" if is_known else None,
         datasets=list(dict.fromkeys(one["hub_id"] for one in data.values() if "hub_id" in one)) or None,
         model_name=_title(task),
         eval_results=_eval_results(details, task) or None,

@@ -13,7 +13,7 @@ from ofa.adapters import CARD, CONFIG, DETAILS, WEIGHTS, Adapter, read_adapter
 from ofa.embedded import first_sentence
 from ofa.errors import InputError
 from ofa.hub import is_hub_id, quiet_client
-from ofa.model_card import HERE, model_card, usage
+from ofa.model_card import HERE, model_card, named, usage
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -130,7 +130,7 @@ def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> s
 
     file = adapter.folder / CARD
     if file.is_file():
-        text = file.read_text(encoding="utf-8").replace(f"`{adapter.base}`", f"`{base}`")
+        text = file.read_text(encoding="utf-8").replace(named(adapter.base), named(base))
     elif adapter.details:
         text = model_card({**adapter.details, "base_model": base}, task_type)
     else:

@@ -153,6 +153,16 @@ def test_the_base_s_name_stands_where_its_path_stood(hub, of_a_folder, tiny_fold
     assert ModelCard(files[CARD].decode()).data.base_model == BASE
 
 
+def test_an_adapter_that_never_knew_its_base_is_told(hub, tuned, tmp_path):
+    """A model built in a script has no name; whoever publishes its adapter says which it is."""
+    tuned.config.name_or_path = ""
+    folder = ofa.save_adapter(tuned, tmp_path / "nameless")
+    with pytest.raises(InputError, match="does not say its base model, so that nobody else could use it"):
+        push_to_hub(folder, REPOSITORY)
+    push_to_hub(folder, REPOSITORY, base_model=BASE)
+    assert f"tuned norm scales of `{BASE}`" in hub.files(REPOSITORY)[CARD].decode()
+
+
 def test_a_repository_that_exists_is_written_to_only_when_told(hub, adapter):
     hub.add("models", REPOSITORY, {"precious.txt": b"mine"})
     with pytest.raises(InputError, match=f"{REPOSITORY} exists on the hub already; .* with --overwrite"):
