@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"+ 0.01 * J {measured.step_ratio:.3f} + 0.001 * H {measured.sharpness:.3f}"
         )
     reg.close()
-    if accelerator.is_main_process:
-        print(f"saved {ofa.save_adapter(accelerator.unwrap_model(model), options.out)}")
+    accelerator.print(f"saved {ofa.save_adapter(accelerator.unwrap_model(model), options.out)}")
     accelerator.end_training()
 
 

@@ -50,6 +50,21 @@ class NormView:
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
 
 
+def view_norm(module: nn.Module, norm: Norm) -> NormView:
+    """The norm's scale and shift as they are now.
+
+    Raises:
+        InputError: they are in parts while their branch computes.
+    """
+    if sharding.is_part(module.weight):  # type: ignore[arg-type]
+        raise InputError(
+            f"{norm.path} is in parts while its branch computes, because fully_shard was applied to the norm itself; "
+            "apply it to whole layers"
+        )
+    bias = getattr(module, "bias", None)
+    return NormView(module.weight, bias if isinstance(bias, Tensor) else None, norm.eps, norm.kind, norm.offset)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Branch:
     """One branch of a step, with full module paths; see `families.BranchRow` for what the fields mean.
@@ -243,6 +258,11 @@ def _require_weights(model: nn.Module, layer: str, wiring: Wiring, norms: dict[s
 
 def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     """Path and module of the text decoder (or encoder); a vision-language model's vision tower is left alone."""
+    if any(path.endswith("_checkpoint_wrapped_module") for path, _ in model.named_modules()):
+        raise InputError(
+            "the layers of this model are inside apply_activation_checkpointing's wrappers; tune the norms and attach "
+            "the regularizers before they are wrapped"
+        )
     getter = getattr(model, "get_decoder", None)
     decoder = getter() if callable(getter) else model
     for path, module in model.named_modules():

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ofa import objectives, sharding
-from ofa.anatomy import Branch, Norm, NormView, Step
+from ofa.anatomy import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
 from ofa.estimators import Probe, TraceEstimator
 from ofa.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
@@ -334,19 +334,4 @@ class BranchMeter:
 
     def _probe(self) -> Probe:
         assert self.current is not None
-        return Probe(self.current.seed, self.index)
-
-
-def view_norm(module: nn.Module, norm: Norm) -> NormView:
-    """The norm's scale and shift as they are now.
-
-    Raises:
-        InputError: they are in parts while their branch computes.
-    """
-    if sharding.is_part(module.weight):  # type: ignore[arg-type]
-        raise InputError(
-            f"{norm.path} is in parts while its branch computes, because fully_shard was applied to the norm itself; "
-            "apply it to whole layers"
-        )
-    bias = getattr(module, "bias", None)
-    return NormView(module.weight, bias if isinstance(bias, Tensor) else None, norm.eps, norm.kind, norm.offset)  # type: ignore[arg-type]
+        return Probe(self.current, self.index)

@@ -43,13 +43,17 @@ class Kept:
         """Compute them anew the next time."""
         self.values = None
 
+    def compute(self, scale: Tensor) -> Constants:
+        """Compute them for γ = `scale`, (d,) in float32 or wider."""
+        # Outside inference mode: the next pass may have gradients, and these values with it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+            self.values = self.products.forward(scale.detach(), self.centred)
+        return self.values
+
     def at(self, scale: Tensor) -> Constants:
-        """The constants for γ = `scale`, (d,) in float32 or wider, differentiable in it."""
-        if self.values is None:
-            # Outside inference mode: the next pass may have gradients, and these values with it.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
-                self.values = self.products.forward(scale.detach(), self.centred)
-        result: Constants = _Constants.apply(scale, self.products, self.centred, *self.values)
+        """The constants for γ = `scale`, differentiable in it; computed now if they were not."""
+        values = self.compute(scale) if self.values is None else self.values
+        result: Constants = _Constants.apply(scale, self.products, self.centred, *values)
         return result
 
 

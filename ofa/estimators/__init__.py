@@ -15,12 +15,23 @@ from torch import Tensor
 from ofa.anatomy import Branch, NormView
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Which random numbers a step uses: a 64-bit Philox key and the step's counter word."""
+class Seeded(Protocol):
+    """A forward pass that has probes of its own."""
 
     seed: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which random numbers a step of a pass uses: a 64-bit Philox key and the step's counter word."""
+
+    of_pass: Seeded
     step: int
+
+    @property
+    def seed(self) -> int:
+        """The key; read only by who draws, since `torch.compile` compiles anew for every value that is read."""
+        return self.of_pass.seed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa import sharding
-from ofa.anatomy import Anatomy, Branch, NormView
+from ofa.anatomy import Anatomy, Branch, NormView, view_norm
 from ofa.closed_form import forms
 from ofa.closed_form.fit import fit
 from ofa.closed_form.interface import Watching
@@ -37,8 +37,9 @@ class Exact:
             raise NoClosedForm("a step of granularity 'layer' is more than one branch behind one norm")
         fitted = fit(model, anatomy, anatomy.steps(granularity))
         self._fitted = fitted
+        self._norm_modules = {one.branch: model.get_submodule(one.branch.norm.path) for one in fitted}
         self._forms: dict[Branch, forms.Form] = {}
-        self._norms = [model.get_submodule(path) for path in dict.fromkeys(one.branch.norm.path for one in fitted)]
+        self._norms = list(dict.fromkeys(self._norm_modules.values()))
         self._linears: list[Linear] = [linear for one in fitted for linear in one.parts.linears()]
         self._seen: tuple[Tensor, list[tuple[int, int]]] | None = None
 
@@ -67,7 +68,9 @@ class Exact:
         weights = [linear.version() for linear in self._linears]
         if self._seen is not None and self._seen[1] == weights and torch.equal(self._seen[0], flat):
             return
-        self._forget()
+        # Here, not where they are used: a checkpointed layer that is run again must do what it did before.
+        for branch, form in self._forms.items():
+            form.kept.compute(view_norm(self._norm_modules[branch], branch.norm).scale)
         self._seen = flat, weights
 
     def _forget(self) -> None:

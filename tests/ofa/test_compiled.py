@@ -1,0 +1,140 @@
+"""`torch.compile`, before and after attaching: the same numbers as without, nothing silently unmeasured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import ofa
+from tests.families import build, inputs
+
+BACKEND = "aot_eager"
+"""Dynamo and AOTAutograd, which decide what is captured; a code generator behind them would cost a minute a graph."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def model_of(layers: int = 1) -> nn.Module:
+    """A llama with few layers, its norms tuned; following a layer takes seconds."""
+    model: Any = build("llama")
+    model.model.layers = model.model.layers[:layers]
+    ofa.tune_norms(model)
+    return model
+
+
+def passes(
+    call: Callable[..., Any], model: nn.Module, reg: ofa.Regularizers, count: int
+) -> list[tuple[float, float, Tensor]]:
+    """Loss, penalty and the gradient of their sum, of some passes."""
+    found = []
+    for _ in range(count):
+        model.zero_grad()
+        loss, penalty = call(**inputs("llama")).loss, reg.penalty()
+        (loss + penalty).backward()
+        gradient = torch.cat([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        found.append((loss.item(), penalty.item(), gradient))
+    return found
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """What `torch.compile` returns."""
+    return torch.compile(model, backend=BACKEND)  # type: ignore[no-any-return]
+
+
+def compiled_in_place(model: nn.Module) -> Callable[..., Any]:
+    """`model.compile()`: the model itself is called as ever."""
+    model.compile(backend=BACKEND)
+    return model
+
+
+def compiled_layers(model: Any) -> Callable[..., Any]:
+    """Every decoder layer by itself."""
+    for layer in model.model.layers:
+        layer.compile(backend=BACKEND)
+    return model  # type: ignore[no-any-return]
+
+
+def same(found: list[tuple[float, float, Tensor]], expected: list[tuple[float, float, Tensor]]) -> bool:
+    """Equal up to the rounding of another order of sums: 2⁻²³ times a few hundred terms."""
+    return all(
+        one[0] == pytest.approx(other[0], rel=1e-5)
+        and one[1] == pytest.approx(other[1], rel=1e-5)
+        and torch.allclose(one[2], other[2], rtol=1e-4, atol=1e-5 * float(other[2].abs().max()))
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("compile_it", "order", "layers"),
+    [
+        (compiled, "attached first", 1),
+        (compiled, "compiled and run first", 1),
+        (compiled_in_place, "compiled and run first", 1),
+        (compiled_layers, "compiled and run first", 2),
+    ],
+)
+def test_a_compiled_model_measures_what_it_would_measure_otherwise(
+    compile_it: Callable[[nn.Module], Callable[..., Any]], order: str, layers: int
+) -> None:
+    """Hooks on inner modules are part of what was compiled: one attached later must not be passed over in silence."""
+    model = model_of(layers)
+    with ofa.fused_regularizers(model, estimator="exact") as reg:
+        expected = passes(model, model, reg, 2)
+    plain = model(**inputs("llama")).logits
+    if order == "attached first":
+        reg = ofa.fused_regularizers(model, estimator="exact")
+        call = compile_it(model)
+    else:
+        call = compile_it(model)
+        call(**inputs("llama"))
+        reg = ofa.fused_regularizers(model, estimator="exact")
+    assert same(passes(call, model, reg, 2), expected)
+    reg.close()
+    torch.testing.assert_close(call(**inputs("llama")).logits, plain)
+
+
+def test_the_closed_form_is_one_graph() -> None:
+    """No graph break inside the forward pass, and a second optimizer step compiles nothing anew."""
+    model = model_of()
+    with ofa.fused_regularizers(model, estimator="exact") as reg:
+        call = compiled(model)
+        passes(call, model, reg, 1)
+        assert dict(counters["graph_break"]) == {}
+        first = counters["stats"]["unique_graphs"]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.01)
+        passes(call, model, reg, 2)
+        assert counters["stats"]["unique_graphs"] == first == 1
+
+
+def test_what_torch_compile_returns_may_be_given() -> None:
+    """The wrapper is looked through, by attaching as by tuning and saving."""
+    model = model_of()
+    wrapped: Any = compiled(model)
+    with ofa.fused_regularizers(wrapped, estimator="exact") as reg:
+        assert passes(wrapped, model, reg, 1)[0][1] > 0
+        assert [p is q for p, q in zip(ofa.tune_norms(wrapped), ofa.tune_norms(model), strict=True)]
+
+
+def test_probes_differ_from_pass_to_pass_inside_a_graph() -> None:
+    """The number of the pass must not be a constant of what was compiled."""
+    model = model_of(layers=1)
+    with ofa.fused_regularizers(model, estimator="hutchinson") as reg:
+        expected = passes(model, model, reg, 3)
+    with ofa.fused_regularizers(model, estimator="hutchinson") as reg:
+        found = passes(compiled(model), model, reg, 3)
+    assert len({penalty for _, penalty, _ in expected}) == 3
+    assert same(found, expected)
