@@ -145,14 +145,14 @@ def check_answers(models: dict[str, Any], dtype: torch.dtype, device: str) -> No
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all workloads and write the table."""
     options = _parser().parse_args(arguments)
-    dtype = getattr(torch, options.dtype)
+    dtype, origin = getattr(torch, options.dtype), _origin(options)
     with tempfile.TemporaryDirectory() as folder, writing(options.out, Row) as write:
         base, adapter, merged = prepared(options.model, options.dtype, Path(folder))
         models = variants(base, adapter, merged, dtype, options.device)
         check_answers(models, dtype, options.device)
         for workload in WORKLOADS:
             times = interleaved(requests(workload, models, options.device), options.rounds, options.device)
-            write(_rows(workload, times, options, Path(base).name))
+            write(_rows(workload, times, Path(base).name, options.rounds, origin))
 
 
 def prepared(model: str | None, dtype: str, folder: Path) -> tuple[str, Path, Path]:
@@ -186,9 +186,15 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _rows(workload: Workload, times: dict[str, list[Seconds]], options: argparse.Namespace, name: str) -> Iterator[Row]:
+def _origin(options: argparse.Namespace) -> tuple[str, ...]:
+    """Dtype, device, versions and commit, as they are when the run begins."""
     device = cpu() if options.device == "cpu" else torch.cuda.get_device_name()
-    origin = options.dtype, device, torch.__version__, transformers.__version__, peft.__version__, commit()
+    return options.dtype, device, torch.__version__, transformers.__version__, peft.__version__, commit()
+
+
+def _rows(
+    workload: Workload, times: dict[str, list[Seconds]], name: str, rounds: int, origin: tuple[str, ...]
+) -> Iterator[Row]:
     size = workload.name, workload.sequences, workload.tokens, workload.generated
     print(f"{name}: {workload.name}, {workload.sequences}x{workload.tokens} tokens, {workload.generated} generated")
     for variant, taken in times.items():
@@ -200,7 +206,7 @@ def _rows(workload: Workload, times: dict[str, list[Seconds]], options: argparse
             numbers |= {(f"{clock}_ratio", "1"): middle, (f"{clock}_p20", "1"): low, (f"{clock}_p80", "1"): high}
             print(f"  {variant:12} {clock:9} {1e3 * median(values):8.1f} ms   {middle:.3f} ({low:.3f}–{high:.3f})")
         for (metric, unit), value in numbers.items():
-            yield Row(name, *size, variant, metric, significant(value), unit, options.rounds, *origin)
+            yield Row(name, *size, variant, metric, significant(value), unit, rounds, *origin)
 
 
 def _parser() -> argparse.ArgumentParser:

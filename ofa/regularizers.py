@@ -26,7 +26,7 @@ from ofa.closed_form.parts import NoClosedForm
 from ofa.errors import InputError
 from ofa.estimators import Handle, TraceEstimator
 from ofa.estimators.exact import Exact
-from ofa.estimators.hutchinson import Hutchinson
+from ofa.estimators.hutchinson import Hutchinson, reaches
 from ofa.estimators.jvp import ForwardMode, check_branches
 from ofa.estimators.local import LocalForwardMode
 from ofa.into_loss import add_penalty
@@ -76,7 +76,8 @@ def fused_regularizers(
             logged.
         granularity: "sublayer" (a step is one branch) or "layer" (a step is one decoder layer, as in the paper).
         samples: probes N per step.
-        epsilon: finite-difference step of "hutchinson"; None chooses it by dtype.
+        epsilon: finite-difference step of "hutchinson", the same for all branches; None chooses one per branch, by the
+            dtype and by how long its tokens are.
         probe: "rademacher" or "gaussian".
         convention: sign of the trace, "theory" or "algorithm1" (the paper's Algorithm 1 as printed).
         steps: share of the steps whose trace is measured in each pass, drawn anew each time, scaled to stay unbiased.
@@ -103,8 +104,9 @@ def fused_regularizers(
     if model in _attached:
         raise InputError("this model already has regularizers attached; close() them before attaching others")
     found = anatomies.find(model)
-    name = estimator if sharpness > 0 else "hutchinson"  # which attaches nothing where nothing is traced
-    chosen = _estimator(model, found, granularity, name, samples, epsilon, probe)
+    chosen: TraceEstimator = Hutchinson()  # which attaches nothing, where nothing is traced
+    if sharpness > 0:
+        chosen = _estimator(model, found, granularity, estimator, samples, epsilon, probe)
     settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], steps, into_loss, seed, tokens == "last")
     return Regularizers(model, found, found.steps(granularity), chosen, settings)
 
@@ -126,7 +128,7 @@ def _estimator(
     if name == "jvp":
         return ForwardMode(samples, probe)
     if name == "hutchinson":
-        return Hutchinson(samples, epsilon, probe)
+        return _differences(model, anatomy, granularity, samples, epsilon, probe)
     try:
         if name == "local_jvp":
             return LocalForwardMode(model, anatomy, granularity, samples, probe)
@@ -143,9 +145,21 @@ def _estimator(
             anatomy.model_type,
             str(reason),  # not the exception: whoever keeps the record would keep the model
         )
-        return Hutchinson(samples, epsilon, probe)
+        return _differences(model, anatomy, granularity, samples, epsilon, probe)
     _logger.info("estimator=%r chose exact for a %s model", name, anatomy.model_type)
     return chosen
+
+
+def _differences(
+    model: nn.Module,
+    anatomy: anatomies.Anatomy,
+    granularity: str,
+    samples: int,
+    epsilon: float | None,
+    probe: str,
+) -> Hutchinson:
+    reach = reaches(model, anatomy.steps(granularity)) if epsilon is None else {}
+    return Hutchinson(samples, epsilon, probe, reach)
 
 
 @dataclass(frozen=True)

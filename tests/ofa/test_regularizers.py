@@ -115,7 +115,7 @@ def test_the_parts_of_the_model_may_be_called_alone() -> None:
 def test_a_forward_that_raises_leaves_the_next_one_right() -> None:
     """An exception in the middle: no stale penalty, and the next pass measures what it would have measured."""
     model, given = families.build("llama"), families.inputs("llama")
-    broken = True
+    broken = False
 
     def fail(module: nn.Module, args: Any) -> None:
         if broken:
@@ -123,7 +123,6 @@ def test_a_forward_that_raises_leaves_the_next_one_right() -> None:
 
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
     with ofa.fused_regularizers(model) as reg:
-        broken = False
         model(**given)
         broken = True
         with pytest.raises(OSError, match="device lost"):
