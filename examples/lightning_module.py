@@ -64,10 +64,7 @@ def batches_of(loaded: ofa.models.LoadedModel, options: argparse.Namespace) -> D
     """Batches of prompt and label, with the label's tokens alone in `labels`."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
-    rows = []
-    for example in few_shot(data.train, data.task.labels, 5, options.seed).examples:
-        prompt, label = encoder.encode_prompt(example.text), encoder.encode_target(example.label)
-        rows.append({"input_ids": prompt + label, "labels": [-100] * len(prompt) + label})
+    rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)
     return DataLoader(
         rows, batch_size=options.batch_size, shuffle=True, collate_fn=DataCollatorForSeq2Seq(loaded.tokenizer)
     )

@@ -75,6 +75,19 @@ class Encoder:
             raise InputError(f"{label!r} is not a label of task {self.task.name!r}: use one of {known}")
         return list(self.labels[label])
 
+    def training_rows(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+        """Rows for a data collator: prompt and label in `input_ids`; in `labels` the label's tokens, −100 elsewhere.
+
+        Raises:
+            InputError: an example has no text, or a label that is not one of the task's.
+        """
+        rows = []
+        for example in examples:
+            label = self.encode_target(example.label)
+            prompt = self.encode_prompt(example.text, room=len(label))
+            rows.append({"input_ids": prompt + label, "labels": [-100] * len(prompt) + label})
+        return rows
+
     def encode_demonstrations(
         self, examples: Sequence[Example], *, texts: Sequence[str] = (), room: int | None = None
     ) -> list[int]:

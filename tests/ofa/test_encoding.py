@@ -214,6 +214,17 @@ def test_the_completion_of_an_open_ended_task_is_encoded_like_a_label(tokenizer)
     assert tokenizer("text")["input_ids"] + encoder.encode_target("warm and funny") == whole
 
 
+@pytest.mark.parametrize("window", [None, 24])
+def test_training_rows_end_in_their_labels(tokenizer, window):
+    """Only the label's tokens are learned, and a long text makes room for them instead of losing them."""
+    encoder = Encoder(tokenizer, TASK, window)
+    for example, row in zip(EXAMPLES, encoder.training_rows(EXAMPLES), strict=True):
+        label = encoder.encode_target(example.label)
+        assert row["input_ids"] == encoder.encode_prompt(example.text, room=len(label)) + label
+        assert row["labels"] == [-100] * (len(row["input_ids"]) - len(label)) + label
+        assert window is None or len(row["input_ids"]) <= window
+
+
 def test_collate_pads_on_the_right_and_masks_the_padding():
     input_ids, mask = collate([[5, 6, 7], [8]], pad_id=9)
     assert input_ids.tolist() == [[5, 6, 7], [8, 9, 9]]
