@@ -1,7 +1,8 @@
-"""The two regularizers of OFA in a plain PyTorch loop, and three ways to save memory that go with them.
+"""The two regularizers of OFA in a plain PyTorch loop, and what else such a loop may have.
 
     python examples/plain_loop.py --steps 20 --out adapter
     python examples/plain_loop.py --accumulate 2 --checkpointing --offload --out adapter
+    python examples/plain_loop.py --dtype bfloat16 --compile --out adapter
 
 Tunes the norm scales of a causal language model on five labelled examples per class and saves a PEFT adapter.
 """
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print the loss and its terms, save."""
     options = parser().parse_args(arguments)
     torch.manual_seed(options.seed)
-    loaded = ofa.load_model(options.model)
+    loaded = ofa.load_model(options.model, dtype=options.dtype)
     model = loaded.model
     params = ofa.tune_norms(model)  # 1: only the norm scales train
     reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3)  # 2: every forward pass is measured
@@ -33,12 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
+    call = torch.compile(model, backend=options.compile) if options.compile else model
     batches, on_gpu = endless(batches_of(loaded, options)), model.device.type == "cuda"
     for step in range(1, options.steps + 1):
         for _ in range(options.accumulate):
             batch = next(batches).to(model.device)
             with torch.autograd.graph.save_on_cpu(pin_memory=on_gpu) if options.offload else nullcontext():
-                cross_entropy = model(**batch).loss
+                cross_entropy = call(**batch).loss
                 loss = cross_entropy + reg.penalty()
             (loss / options.accumulate).backward()
         optimizer.step()
@@ -78,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--accumulate", type=int, default=1, metavar="N", help="forward passes per optimizer step")
     found.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
     found.add_argument("--offload", action="store_true", help="keep saved tensors in the main memory")
+    found.add_argument("--dtype", default="float32", help="of the frozen weights: float32, bfloat16 or float16")
+    found.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="run the model compiled")
     found.add_argument("--learning-rate", type=float, default=1e-3)
     found.add_argument("--seed", type=int, default=42)
     found.add_argument("--out", default="adapter", help="folder of the adapter")

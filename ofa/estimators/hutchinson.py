@@ -13,14 +13,17 @@ the default ε is one per branch, δ times its reach: the ε that moves a token 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ofa import trial
+from ofa import sharding, trial
 from ofa.anatomy import Branch, NormView, Step
 from ofa.errors import InputError
 from ofa.estimators import Handle, Leaving, Probe
@@ -77,7 +80,9 @@ class Hutchinson:
         return ()
 
     def begin(self) -> None:
-        """Nothing to prepare: probes are functions of their keys."""
+        """Find the reach of the branches, if this is the first pass that needs it."""
+        if isinstance(self.reach, LazyReaches):
+            self.reach.find()
 
     def abandon(self) -> None:
         """Nothing to let go of."""
@@ -133,6 +138,67 @@ class Hutchinson:
             return self.epsilon
         delta, reach = DELTA[_branch_dtype(stream)], self.reach.get(branch)
         return delta if reach is None else max(delta, reach.at_least) * reach.epsilon
+
+
+class LazyReaches(Mapping[Branch, Reach]):
+    """`reaches` of a model as it is now, found when the first pass begins: attaching takes no pass through the model.
+
+    The scales are put back to what they are now while it is run, so that a run that is resumed in between finds what
+    the first one found; the other weights of the branches are frozen where only norms are tuned.
+    """
+
+    def __init__(self, model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> None:
+        self._model = weakref.ref(model)
+        self._steps = steps
+        self._scales = {f"{path}.weight": model.get_parameter(f"{path}.weight").detach().clone() for path in norms}
+        self._found: dict[Branch, Reach] | None = None
+
+    def find(self) -> None:
+        """Run the model on a few tokens; does nothing the second time.
+
+        What counts, traces or rounds the operations of a pass is switched off, since they are none of that pass.
+        """
+        model = self._model()
+        if self._found is not None or model is None:
+            return
+        device = next(model.parameters()).device.type
+        with _disable_current_modes(), torch.autocast(device, enabled=False), _having(model, self._scales):
+            self._found = reaches(model, self._steps)
+        self._scales = {}
+
+    def __getitem__(self, branch: Branch) -> Reach:
+        return (self._found or {})[branch]
+
+    def __iter__(self) -> Iterator[Branch]:
+        return iter(self._found or {})
+
+    def __len__(self) -> int:
+        return len(self._found or {})
+
+
+def reaches_of(model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> Mapping[Branch, Reach]:
+    """The reach of every branch of a model as it is now.
+
+    Found later where that makes no difference: ranks must all run the model, and `fully_shard` cannot run it for this
+    in the middle of a pass.
+    """
+    if sharding.is_sharded(model) or (distributed.is_available() and distributed.is_initialized()):
+        return reaches(model, steps)
+    return LazyReaches(model, norms, steps)
+
+
+@contextmanager
+def _having(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in some parameters for a while; no version counter moves."""
+    parameters = {name: model.get_parameter(name) for name in values}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 def reaches(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Reach]:

@@ -117,6 +117,23 @@ def test_saving_memory_changes_nothing(name: str, tiny_folder: Path, tmp_path: P
         assert all(torch.equal(other[path], scale) for path, scale in plain.items())
 
 
+def test_a_compiled_loop_ends_where_the_plain_loop_ends(tiny_folder: Path, tmp_path: Path) -> None:
+    """Up to 2 % of a step: AdamW divides by the gradient, and so enlarges the rounding of small ones."""
+    plain = run("plain_loop", tiny_folder, tmp_path / "plain", "--batch-size", "10")
+    try:
+        compiled = run("plain_loop", tiny_folder, tmp_path / "again", "--batch-size", "10", "--compile", "aot_eager")
+    finally:
+        torch.compiler.reset()
+    assert all(torch.allclose(compiled[path], scale, rtol=0, atol=2e-5) for path, scale in plain.items())
+
+
+def test_half_precision_tunes_float32_scales(tiny_folder: Path, tmp_path: Path) -> None:
+    """In bfloat16 a scale of 1 would stay where it is for steps of this size."""
+    tuned = run("plain_loop", tiny_folder, tmp_path / "adapter", "--dtype", "bfloat16")
+    assert all(scale.dtype == torch.float32 for scale in tuned.values())
+    assert all(1e-4 < float((scale - 1).abs().max()) < 3e-3 for scale in tuned.values())
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_accumulates_what_a_loop_accumulates(precision: str, tmp_path: Path) -> None:
     """Two batches in a step, with and without autocast: the gradient is that of their mean loss."""
