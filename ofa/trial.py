@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa import sharding
+from ofa.stance import uncompiled
 
 
 class _Done(Exception):
@@ -76,7 +77,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             yield
     finally:
         for module in training:

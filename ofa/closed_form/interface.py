@@ -8,6 +8,7 @@ mask function of the old name is registered under the new one as well.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ class Watcher:
 _uses: dict[int, list[Any]] = {}
 """By the identity of a configuration: itself, how many hold it, and the name that it had."""
 
+_counting = threading.RLock()
+"""Models in several threads may share a configuration; taken twice where the collector ends one holder in another."""
+
 
 class Watching:
     """Holds the configurations of some attention modules as long as somebody watches them."""
@@ -61,9 +65,10 @@ class Watching:
         watched = [module for module in modules if supports(module)]
         configs: dict[int, Any] = {id(module.config): module.config for module in watched}
         for key, config in configs.items():
-            held = _uses.setdefault(key, [config, 0, config._attn_implementation])
-            held[1] += 1
-            config._attn_implementation = _register(held[2])
+            with _counting:
+                held = _uses.setdefault(key, [config, 0, own_name(config)])
+                held[1] += 1
+                config._attn_implementation = _register(held[2])
         # Also when nobody closes the regularizers and they are collected with their model.
         self._release = weakref.finalize(self, _release, list(configs))
 
@@ -74,13 +79,20 @@ class Watching:
 
 def _release(keys: list[int]) -> None:
     for key in keys:
-        held = _uses[key]
-        config, _, name = held
-        held[1] -= 1
-        if not held[1]:
-            del _uses[key]
-            if config._attn_implementation == _register(name):  # else it was given another one meanwhile
-                config._attn_implementation = name
+        with _counting:
+            held = _uses[key]
+            config, _, name = held
+            held[1] -= 1
+            if not held[1]:
+                del _uses[key]
+                if config._attn_implementation == _register(name):  # else it was given another one meanwhile
+                    config._attn_implementation = name
+
+
+def own_name(config: Any) -> str | None:
+    """The name of a configuration's attention function, also of one that was copied from a watched one."""
+    name: str | None = config._attn_implementation
+    return None if name is None else name.removeprefix(PREFIX)
 
 
 def supports(module: nn.Module) -> bool:

@@ -20,9 +20,10 @@ between `enter` and `leave` attention, softmax and norms are computed from plain
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from ofa.anatomy import Branch, NormView, Step
 from ofa.errors import InputError
 from ofa.estimators import Handle, Leaving, Probe
 from ofa.estimators.tangents import preconditioned_probes, through_norm, wide, zeros
+from ofa.stance import uncompiled
 from ofa_kernels import dispatch, reference
 
 ATTENTION = ("sdpa", "eager")
@@ -55,8 +57,6 @@ class ForwardMode:
     samples: int = 1
     probe: str = "rademacher"
     name: str = "jvp"
-    _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False, compare=False)
-    """What is switched on for the branch that is running, to be switched off behind it."""
 
     @property
     def copies(self) -> int:
@@ -86,14 +86,7 @@ class ForwardMode:
         tangents = through_norm(moves, norm, stream) if branch.reads == "normalized" else moves
         # Contiguous, since a tangent is laid out as its tensor is: rows that share memory cannot have one each.
         repeated = entering.expand(self.samples, *entering.shape).flatten(0, 1).contiguous()
-        self.abandon()
-        try:
-            # What is compiled inside the branch would drop tangents, maybe without a word.
-            self._open.enter_context(torch.compiler.set_stance("force_eager"))
-        except RuntimeError as error:
-            raise InputError(_COMPILED) from error
-        self._open.enter_context(forward_ad.dual_level())
-        self._open.enter_context(_WrittenOut())
+        _switch_on()
         return forward_ad.make_dual(repeated, tangents.to(entering.dtype).flatten(0, 1))
 
     def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
@@ -124,7 +117,7 @@ class ForwardMode:
 
     def abandon(self) -> None:
         """Switch off what a branch needs that was entered and will not be left, because an exception ended it."""
-        self._open.close()
+        _running.switches.close()
 
     def _moves(self, branch: Branch, norm: NormView, stream: Tensor, probe: Probe) -> Tensor:
         return preconditioned_probes(
@@ -135,6 +128,33 @@ class ForwardMode:
             distribution=self.probe,
             norm_reads_stream=branch.norm_reads_stream,
         )
+
+
+class _Running(threading.local):
+    """What is switched on for the branch that a thread is running, to be switched off behind it."""
+
+    def __init__(self) -> None:
+        self.switches = ExitStack()
+
+
+_running = _Running()
+
+def _switch_on() -> None:
+    """Switch on what a branch needs. PyTorch has one level of dual numbers: other threads wait until it is off again.
+
+    Raises:
+        InputError: they wait in vain; or this is inside of something compiled.
+    """
+    _running.switches.close()  # of whatever model: an interrupt may have left it open
+    with ExitStack() as switches:
+        try:
+            # What is compiled inside the branch would drop tangents, maybe without a word.
+            switches.enter_context(uncompiled())
+        except RuntimeError as error:
+            raise InputError(_COMPILED) from error
+        switches.enter_context(forward_ad.dual_level())
+        switches.enter_context(_WrittenOut())
+        _running.switches = switches.pop_all()
 
 
 def check_branches(model: nn.Module, steps: Iterable[Step]) -> None:
