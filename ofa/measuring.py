@@ -246,6 +246,16 @@ class BranchMeter:
             reader = model.get_submodule(branch.residual_reader)
             self.handles.append(reader.register_forward_pre_hook(self._at_residual))
 
+    def abandon(self) -> None:
+        """The branch may never be left: let go of what entered it."""
+        self._stream = self._fed = self._norm_input = None
+
+    def __deepcopy__(self, memo: Any) -> BranchMeter:
+        raise InputError(
+            "a part of a model with regularizers attached cannot be copied, nor wrapped by what copies it; close() "
+            "them before"
+        )
+
     @property
     def current(self) -> Pass | None:
         """The pass being measured; None where nothing is."""

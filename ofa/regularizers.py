@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy as anatomies
-from ofa import objectives, sharding
+from ofa import objectives
 from ofa.closed_form.parts import NoClosedForm
 from ofa.errors import InputError
 from ofa.estimators import Handle, TraceEstimator
 from ofa.estimators.exact import Exact
-from ofa.estimators.hutchinson import Hutchinson, reaches
+from ofa.estimators.hutchinson import Hutchinson, reaches_of
 from ofa.estimators.jvp import ForwardMode, check_branches
 from ofa.estimators.local import LocalForwardMode
+from ofa.hosting import Copies, OneThread, Places, host
 from ofa.into_loss import add_penalty
 from ofa.measuring import BranchMeter, LayerPass, Pass
 from ofa_kernels.philox import PROBES
@@ -43,7 +45,8 @@ CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 TOKENS = ("all", "last")
 
 _logger = logging.getLogger(__name__)
-_attached: weakref.WeakKeyDictionary[nn.Module, Regularizers] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Regularizers]] = weakref.WeakKeyDictionary()
+"""By every norm that they read, and by the model itself. The model's hooks hold them; nothing else needs to."""
 
 
 def fused_regularizers(
@@ -100,15 +103,28 @@ def fused_regularizers(
         steps=steps,
         tokens=tokens,
     )
-    model = sharding.unwrapped(model)
-    if model in _attached:
-        raise InputError("this model already has regularizers attached; close() them before attaching others")
+    model = host(model)
+    if attached(model) is not None:
+        raise InputError(
+            "this model, or one that it shares modules with, already has regularizers attached; close() them before "
+            "attaching others (ofa.regularizers.attached(model) finds them)"
+        )
     found = anatomies.find(model)
     chosen: TraceEstimator = Hutchinson()  # which attaches nothing, where nothing is traced
     if sharpness > 0:
         chosen = _estimator(model, found, granularity, estimator, samples, epsilon, probe)
     settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], steps, into_loss, seed, tokens == "last")
     return Regularizers(model, found, found.steps(granularity), chosen, settings)
+
+
+def attached(model: nn.Module) -> Regularizers | None:
+    """The regularizers that a model has, also one that holds it, is a part of it, or shares layers with it; or None."""
+    for module in model.modules():
+        reference = _attached.get(module)
+        found = None if reference is None else reference()
+        if found is not None:
+            return found
+    return None
 
 
 def _estimator(
@@ -158,7 +174,8 @@ def _differences(
     epsilon: float | None,
     probe: str,
 ) -> Hutchinson:
-    reach = reaches(model, anatomy.steps(granularity)) if epsilon is None else {}
+    norms = (norm.path for norm in anatomy.norms)
+    reach = reaches_of(model, norms, anatomy.steps(granularity)) if epsilon is None else {}
     return Hutchinson(samples, epsilon, probe, reach)
 
 
@@ -198,6 +215,9 @@ class Regularizers:
         self._device = torch.device("cpu")
         self._without_grad = False
         self._dropouts = _dropouts(model)
+        self._thread = OneThread()
+        self._preparing = False
+        """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
         active = settings.step_ratio > 0 or settings.sharpness > 0
         self._layers = {step.layer: LayerPass() for step in steps}
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
@@ -209,16 +229,21 @@ class Regularizers:
             for branch in step.branches
         ]
         self._handles: list[Handle] = [handle for meter in self._meters for handle in meter.handles]
-        self._handles += estimator.attach() if active else []
+        if settings.sharpness > 0:
+            self._handles += estimator.attach()
+        branches = [meter.branch for meter in self._meters]
+        ends = {path for branch in branches for path in (branch.entry, branch.exit)}
         if active:
             # The second run of a checkpointed layer may end in the middle, far from the model's own hook.
-            ends = {path for step in steps for branch in step.branches for path in (branch.entry, branch.exit)}
             for module in map(model.get_submodule, sorted(ends)):
                 self._handles.append(module.register_forward_hook(self._at_failure, always_call=True))
-        if active:
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
-        _attached[model] = self
+            self._handles.append(Copies(model, (h for h in self._handles if isinstance(h, RemovableHandle))))
+        norms = [branch.norm.path for branch in branches]
+        self._places = Places(model, [*norms, *sorted(ends), *(estimator.relies_on if settings.sharpness > 0 else ())])
+        for module in (model, *map(model.get_submodule, norms)):
+            _attached[module] = weakref.ref(self)
 
     @property
     def measurements(self) -> objectives.Measurements:
@@ -258,10 +283,21 @@ class Regularizers:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._abandon()
-        model = self._model()
-        if model is not None and _attached.get(model) is self:
-            del _attached[model]
+        self._set_pass(None)
+        for module in [module for module, reference in _attached.items() if reference() is self]:
+            del _attached[module]
+
+    def __deepcopy__(self, memo: Any) -> Regularizers:
+        raise InputError(
+            "a part of a model with regularizers attached cannot be copied; copy the whole model, whose copy has none, "
+            "or close() them before"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "a model with regularizers attached cannot be pickled or sent to another process; close() them before, or "
+            "save its state_dict()"
+        )
 
     def __enter__(self) -> Regularizers:
         return self
@@ -273,6 +309,9 @@ class Regularizers:
 
     @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._preparing:
+            return None
+        self._thread.check()
         self._set_pass(None)
         if not torch.is_grad_enabled() and not self._without_grad:
             return None
@@ -284,8 +323,10 @@ class Regularizers:
         self._refuse_dropout(bool(traced))
         if traced and isinstance(self._trace_estimator, ForwardMode):
             check_branches(model, (self.steps[index] for index in sorted(traced)))
+        self._places.check()
         if traced:
-            self._trace_estimator.begin()
+            self._prepare()
+        self._thread.begin()
         settings = self._settings
         self._set_pass(
             Pass(
@@ -314,9 +355,18 @@ class Regularizers:
         self._device = next(value.device for value in values if value is not None)
         return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None
 
+    def _prepare(self) -> None:
+        self._preparing = True
+        try:
+            self._trace_estimator.begin()
+        finally:
+            self._preparing = False
+
     def _abandon(self) -> None:
         """Make sure that nothing is left of a branch that was entered, whatever ended it."""
         self._trace_estimator.abandon()
+        for meter in self._meters:
+            meter.abandon()
 
     def _at_failure(self, module: nn.Module, args: Any, output: Any) -> None:
         if output is None:  # the module raised an exception, which goes its way
@@ -325,6 +375,8 @@ class Regularizers:
     def _set_pass(self, current: Pass | None) -> None:
         self._abandon()
         self._pass = current
+        if current is None:
+            self._thread.end()
         again = current and current.again()
         for layer in self._layers.values():
             if current is None or again is None:

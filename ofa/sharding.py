@@ -33,14 +33,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
-    if _is_a(model, "torch._dynamo.eval_frame", "OptimizedModule"):
+    if is_a(model, "torch._dynamo.eval_frame", "OptimizedModule"):
         return unwrapped(model._orig_mod)  # type: ignore[arg-type]
     if isinstance(model, nn.DataParallel):
         raise InputError(
             "nn.DataParallel runs copies of the model that cannot be measured; start one process per device and use "
             "DistributedDataParallel"
         )
-    if any(_is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel") for module in model.modules()):
+    if any(is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel") for module in model.modules()):
         raise InputError(
             "FullyShardedDataParallel (FSDP1) hides the norm scales in flattened parameters; use FSDP2, "
             "torch.distributed.fsdp.fully_shard"
@@ -55,12 +55,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to this very module."""
-    return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
+    return is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
 def is_part(tensor: Tensor) -> bool:
     """Whether this rank holds a part of a tensor, or its own copy of one that belongs to all ranks: a DTensor."""
-    return _is_a(tensor, "torch.distributed.tensor", "DTensor")
+    return is_a(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def own_class(module: nn.Module) -> type:
@@ -163,7 +163,7 @@ def _follow(store: Any, key: str, about: str, digest: str) -> None:
         )
 
 
-def _is_a(value: object, module: str, name: str) -> bool:
+def is_a(value: object, module: str, name: str) -> bool:
     """Whether a value is of a class whose module is slow to import, and need not be: else nothing is of that class."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)

@@ -75,7 +75,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     Nothing is compiled for a run that stops in the middle and happens once.
     """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         with uncompiled():
             yield

@@ -75,6 +75,11 @@ class TraceEstimator(Protocol):
         """Branch evaluations that travel in the batch beside the real one."""
         ...
 
+    @property
+    def relies_on(self) -> Sequence[str]:
+        """Paths of modules inside the branches that must be the ones it was made for."""
+        ...
+
     def attach(self) -> Sequence[Handle]:
         """Attach hooks of its own to the model, behind those that call `enter` and `leave`."""
         ...

@@ -41,6 +41,7 @@ class Exact:
         self._forms: dict[Branch, forms.Form] = {}
         self._norms = list(dict.fromkeys(self._norm_modules.values()))
         self._linears: list[Linear] = [linear for one in fitted for linear in one.parts.linears()]
+        self.relies_on = [linear.path for linear in self._linears]
         self._seen: tuple[Tensor, list[tuple[int, int]]] | None = None
 
     def attach(self) -> list[Handle]:

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -74,6 +74,8 @@ class Hutchinson:
     probe: str = "rademacher"
     reach: Mapping[Branch, Reach] = field(default_factory=dict)
     name: str = "hutchinson"
+
+    relies_on: ClassVar[tuple[str, ...]] = ()
 
     def attach(self) -> tuple[Handle, ...]:
         """No hooks of its own."""
@@ -162,8 +164,11 @@ class LazyReaches(Mapping[Branch, Reach]):
         if self._found is not None or model is None:
             return
         device = next(model.parameters()).device.type
-        with _disable_current_modes(), torch.autocast(device, enabled=False), _having(model, self._scales):
-            self._found = reaches(model, self._steps)
+        try:
+            with _disable_current_modes(), torch.autocast(device, enabled=False), _having(model, self._scales):
+                self._found = reaches(model, self._steps)
+        except AttributeError:  # layers are gone, as the pass that follows will say
+            self._found = {}
         self._scales = {}
 
     def __getitem__(self, branch: Branch) -> Reach:

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class ForwardMode:
     def copies(self) -> int:
         """Copies of the real input beside it: a dual tensor has one tangent, and the first is the real pass's."""
         return self.samples - 1
+
+    relies_on: ClassVar[tuple[str, ...]] = ()
 
     def attach(self) -> tuple[Handle, ...]:
         """Nothing: it is told of everything by `enter` and `leave`."""
@@ -138,6 +140,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
 
 def _switch_on() -> None:
     """Switch on what a branch needs. PyTorch has one level of dual numbers: other threads wait until it is off again.

@@ -45,6 +45,7 @@ class LocalForwardMode:
             raise NoClosedForm("a step of granularity 'layer' is more than one branch behind one norm")
         self.copies, self.probe = samples, probe
         self._fitted = fit(model, anatomy, anatomy.steps(granularity))
+        self.relies_on = [linear.path for one in self._fitted for linear in one.parts.linears()]
         self._taps: dict[Branch, Tap] = {}
 
     def attach(self) -> list[Handle]:
