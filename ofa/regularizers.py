@@ -11,7 +11,7 @@ import inspect
 import logging
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,6 +33,7 @@ from ofa.estimators.local import LocalForwardMode
 from ofa.hosting import Copies, OneThread, Places, host
 from ofa.into_loss import add_penalty
 from ofa.measuring import BranchMeter, LayerPass, Pass
+from ofa_kernels.compiling import allow_in_graphs
 from ofa_kernels.philox import PROBES
 
 ESTIMATORS = ("auto", "exact", "hutchinson", "jvp", "local_jvp")
@@ -208,7 +209,7 @@ class Regularizers:
         self.passes = 0
         """Measured forward passes so far: with the seed, all that the next pass's probes depend on."""
         self._settings = settings
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(model, _forgetting(self))
         self._signature = inspect.signature(model.forward)
         self._pass: Pass | None = None
         self._measured: objectives.Measurements | None = None
@@ -218,6 +219,7 @@ class Regularizers:
         self._thread = OneThread()
         self._preparing = False
         """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
+        allow_in_graphs()
         active = settings.step_ratio > 0 or settings.sharpness > 0
         self._layers = {step.layer: LayerPass() for step in steps}
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
@@ -277,6 +279,10 @@ class Regularizers:
             yield self
         finally:
             self._without_grad = before
+
+    def forget(self) -> None:
+        """Let go of the last measurement and its graph, which `penalty()` would return."""
+        self._measured = None
 
     def close(self) -> None:
         """Detach: every hook is removed and the model is what it was before. Closing twice does nothing."""
@@ -346,6 +352,8 @@ class Regularizers:
 
     @torch.compiler.disable
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._thread.elsewhere:  # this one was refused
+            return None
         current = self._pass
         self._set_pass(None)
         if current is None or output is None:  # None: the forward pass raised an exception, which goes its way
@@ -413,6 +421,18 @@ class Regularizers:
                 f"dropout is active in {active}, and a trace is that of a model without it; call model.eval() before "
                 "training (gradients still flow), or set its rate to 0"
             )
+
+
+def _forgetting(regularizers: Regularizers) -> Callable[[Any], None]:
+    """Forgets what was measured once the model is gone: no collector finds a cycle through a graph of autograd."""
+    reference = weakref.ref(regularizers)
+
+    def forget(_: Any) -> None:
+        found = reference()
+        if found is not None:
+            found.forget()
+
+    return forget
 
 
 def check_options(**options: Any) -> None:

@@ -158,10 +158,18 @@ _FUSED: dict[str, Callable[..., Any]] = {
 }
 for _operation, _function in _FUSED.items():
     register(_operation, Implementation("fused", _function, lambda tensor: True))
-register(
-    "attention_trace",
-    Implementation("blocked", blocked_attention_trace.attention_trace, lambda tensor: tensor.device.type == "cpu"),
-)
+
+
+def _blocks_take(query: Tensor) -> bool:
+    """Whether to work on a few queries at a time, for the caches of a CPU.
+
+    Not inside of `torch.compile`: Inductor 2.13 gives a buffer of these gradients away before it was read for the last
+    time (it is right with `inplace_buffers=False`), and blocks its loops for the caches itself.
+    """
+    return query.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+register("attention_trace", Implementation("blocked", blocked_attention_trace.attention_trace, _blocks_take))
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "norm_step": norm_step_op.norm_step,

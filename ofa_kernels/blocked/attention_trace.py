@@ -96,7 +96,6 @@ def attention_trace(
     return result
 
 
-@torch.compiler.allow_in_graph
 class _AttentionTrace(torch.autograd.Function):
     @staticmethod
     def forward(

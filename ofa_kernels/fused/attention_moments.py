@@ -44,10 +44,21 @@ def attention_moments(
 
 @dataclass(frozen=True)
 class Moments:
-    """An implementation of `reference.attention_moments` and of its gradient: see `forward` and `backward` here."""
+    """An implementation of `reference.attention_moments` and of its gradient: see `forward` and `backward` here.
 
+    Autograd functions are told its name, since `torch.compile` takes texts as arguments, and no objects.
+    """
+
+    name: str
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor | None, ...]]
+
+    def __post_init__(self) -> None:
+        MOMENTS[self.name] = self
+
+
+MOMENTS: dict[str, Moments] = {}
+"""All implementations by name."""
 
 
 def differentiable(moments: Moments) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -61,18 +72,17 @@ def differentiable(moments: Moments) -> Callable[..., tuple[Tensor, Tensor, Tens
         window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         every = (*tensors, *(None,) * (8 - len(tensors)), mask) if len(tensors) < 9 else tensors
-        result: tuple[Tensor, Tensor, Tensor] = _AttentionMoments.apply(*every, scale, causal, window, moments)
+        result: tuple[Tensor, Tensor, Tensor] = _AttentionMoments.apply(*every, scale, causal, window, moments.name)
         return result
 
     return call
 
 
-@torch.compiler.allow_in_graph
 class _AttentionMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, scale, causal, window, ctx.moments = inputs
-        ctx.settings = scale, causal, window
+        *tensors, scale, causal, window, name = inputs
+        ctx.moments, ctx.settings = MOMENTS[name], (scale, causal, window)
         ctx.set_materialize_grads(False)
         lse, mean, covariance = ctx.moments.forward(*tensors, scale, causal, window)
         ctx.save_for_backward(*tensors, lse)
@@ -307,4 +317,4 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
 
 
-BLOCKED = Moments(forward, backward)
+BLOCKED = Moments("blocked", forward, backward)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_kernels.fused.attention_moments import BLOCKED, Moments, differentiable
+from ofa_kernels.fused.attention_moments import BLOCKED, MOMENTS, Moments, differentiable
 from ofa_kernels.fused.mlp_trace import refuse_gradients
 from ofa_kernels.fused.precision import full_precision
 from ofa_kernels.reference.attention_trace import (
@@ -77,11 +77,12 @@ def attention_trace(
                 moments=differentiable(moments),
             )
     turns = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
-    result: tuple[Tensor, Tensor] = _AttentionTrace.apply(*given, *shifts, mask, *turns, scale, causal, window, moments)
+    result: tuple[Tensor, Tensor] = _AttentionTrace.apply(
+        *given, *shifts, mask, *turns, scale, causal, window, moments.name
+    )
     return result
 
 
-@torch.compiler.allow_in_graph
 class _AttentionTrace(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,9 +104,9 @@ class _AttentionTrace(torch.autograd.Function):
         scale: float,
         causal: bool,
         window: int | None,
-        moments: Moments,
+        moments: str,
     ) -> tuple[Tensor, Tensor]:
-        ctx.interleaved, ctx.moments, ctx.settings = interleaved, moments, (scale, causal, window)
+        ctx.interleaved, ctx.moments, ctx.settings = interleaved, MOMENTS[moments], (scale, causal, window)
         ctx.set_materialize_grads(False)
         # Tokens first, as models lay heads out in front of the last projection.
         result = torch.empty_like(output.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -114,7 +115,7 @@ class _AttentionTrace(torch.autograd.Function):
             rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved)
             angle, turn, aim = features(key, turned, aimed, rotary)
             along = None if query_shift is None else tangent(query, query_shift, None, rotary)
-            lse, mean, moved = moments.forward(
+            lse, mean, moved = ctx.moments.forward(
                 query, key, value, output, angle, turn, aim, along, mask, scale, causal, window
             )
             value_moved = widen(value) if value_shift is None else widen(value) - widen(value_shift).unsqueeze(-2)

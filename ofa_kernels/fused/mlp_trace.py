@@ -58,7 +58,6 @@ def refuse_gradients(**constants: Tensor | None) -> None:
             )
 
 
-@torch.compiler.allow_in_graph
 class _MlpTrace(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -37,7 +37,6 @@ def norm_trace(
     return result
 
 
-@torch.compiler.allow_in_graph
 class _NormTrace(torch.autograd.Function):
     @staticmethod
     def forward(

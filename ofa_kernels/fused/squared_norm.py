@@ -16,7 +16,6 @@ def squared_norm(update: Tensor) -> Tensor:
     return result
 
 
-@torch.compiler.allow_in_graph
 class _SquaredNorm(torch.autograd.Function):
     @staticmethod
     def forward(update: Tensor) -> Tensor:

@@ -28,4 +28,4 @@ def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
     return *grads, None if inputs[7] is None else tangent
 
 
-_KERNELS = Moments(_forward, _backward)
+_KERNELS = Moments("kernels", _forward, _backward)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ofa_kernels
 from ofa_kernels import dispatch, reference
+from ofa_kernels.compiling import allow_in_graphs
 from ofa_kernels.dispatch import OPERATIONS, Implementation
 
 STREAM, SCALE = torch.linspace(-1, 2, 24).view(2, 3, 4), torch.linspace(0.5, 1.5, 4)
@@ -145,6 +146,25 @@ def test_the_environment_leaves_only_the_reference(offer, monkeypatch, operation
     assert all(torch.equal(a, b) for a, b in pairs)
     monkeypatch.setenv("OFA_KERNELS", "")
     assert dispatch.choose(operation, args[0]).name == "other"
+
+
+def test_generated_code_has_the_gradients_of_eager_code():
+    """In what Inductor makes of the attention trace on a CPU too: it once gave away a buffer that was still read."""
+    allow_in_graphs()
+    generator = torch.Generator().manual_seed(0)
+    given, options = CALLS["attention_trace"]
+    given = [torch.randn(x.shape, generator=generator) for x in given]
+
+    def gradients(call):
+        inputs = [x.clone().requires_grad_() for x in given]
+        tangent, trace = call(*inputs, **options)
+        (tangent * tangent.detach().sin()).sum().add(trace.square().sum()).backward()
+        return [x.grad for x in inputs]
+
+    compiled = torch.compile(dispatch.attention_trace, fullgraph=True)
+    for found, expected in zip(gradients(compiled), gradients(reference.attention_trace), strict=True):
+        # Two orders of the sums of a few dozen terms: their rounding, and ten times that for what cancels.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_an_unknown_operation_is_refused(offer):
