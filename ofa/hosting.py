@@ -118,23 +118,23 @@ class OneThread:
     def __init__(self) -> None:
         self._owner: threading.Thread | None = None
 
-    def begin(self) -> None:
-        """A forward pass begins in this thread.
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is in another thread, which lives."""
+        owner = self._owner
+        return owner is not None and owner is not threading.current_thread() and owner.is_alive()
 
-        Raises:
-            InputError: another thread has not come to the end of its own.
-        """
-        self.check()
+    def begin(self) -> None:
+        """A measured forward pass begins in this thread."""
         self._owner = threading.current_thread()
 
     def check(self) -> None:
-        """As `begin`, of a pass that leaves no trace.
+        """Refuse to begin another one, measured or not.
 
         Raises:
             InputError: another thread has not come to the end of its own.
         """
-        owner = self._owner
-        if owner is not None and owner is not threading.current_thread() and owner.is_alive():
+        if self.elsewhere:
             raise InputError(
                 "another thread is in a measured forward pass of this model; give every thread a model of its own, or "
                 "let them take turns"

@@ -16,6 +16,7 @@ from ofa.anatomy import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
 from ofa.estimators import Probe, TraceEstimator
 from ofa.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
+from ofa.step_length import with_length
 from ofa_kernels import dispatch
 
 
@@ -231,6 +232,8 @@ class BranchMeter:
         self._layer = layer
         self._first = first
         """Whether the step is the first of its layer: it sees the tensor that the layer was called with."""
+        self._ends_its_step = len(step.branches) == 1 and not step.adds_in_place and branch.writes != "stream"
+        """Whether what leaves the branch, and nothing else, is added to the stream as it is."""
         self._stream: Tensor | None = None
         self._fed: Tensor | None = None
         self._norm_input: Tensor | None = None
@@ -318,9 +321,12 @@ class BranchMeter:
                 norm = self.branch.norm
                 products = products * dispatch.rstd(norm_input[: leaving.shape[0]], eps=norm.eps, kind=norm.kind)
             trace = Rows(products, left.factor)
+        on_the_way = self.current.lengths and sqnorm is None and self._ends_its_step
+        if on_the_way:
+            leaving, sqnorm = with_length(leaving)
         if self.step.adds_in_place:
             output = replace_hidden_output(output, leaving.clone(), lambda tensor: tensor)
-        elif trace is not None:
+        elif trace is not None or on_the_way:
             batch = leaving.shape[0]
             output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
         if self.branch.writes == "stream":

@@ -1,0 +1,42 @@
+"""‖update‖² of each row, taken on the update's way into the stream.
+
+As an operation beside the residual addition it would have a gradient of the update's size, to be added to that of the
+stream; on the way both are one sweep. Where a kernel computes the length, the gradient is that kernel's too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_kernels import dispatch
+
+
+def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
+    """The update as it is, to be used in place of the one given, and its squared length per row, at least float32."""
+    narrow = update.dtype.itemsize < torch.float32.itemsize
+    if torch.compiler.is_compiling() or narrow or dispatch.choose("squared_norm", update).name == "triton":
+        return update, dispatch.squared_norm(update)
+    passed, squared = _WithLength.apply(update)
+    return passed, squared
+
+
+class _WithLength(torch.autograd.Function):
+    @staticmethod
+    def forward(update: Tensor) -> tuple[Tensor, Tensor]:
+        return update.view_as(update), dispatch.squared_norm(update)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, squared_grad: Tensor | None) -> Tensor | None:
+        if squared_grad is None:
+            return grad
+        (update,) = ctx.saved_tensors
+        twice = (2 * squared_grad).unsqueeze(-1)
+        return update * twice if grad is None else torch.addcmul(grad, update, twice)
