@@ -8,7 +8,6 @@ backward pass of a wider batch, not N more passes per layer.
 from __future__ import annotations
 
 import inspect
-import logging
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,29 +22,23 @@ from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy as anatomies
 from ofa import objectives
-from ofa.closed_form.parts import NoClosedForm
 from ofa.errors import InputError
 from ofa.estimators import Handle, TraceEstimator
-from ofa.estimators.exact import Exact
-from ofa.estimators.hutchinson import Hutchinson, reaches_of
+from ofa.estimators.choice import CLOSED_FORM as CLOSED_FORM
+from ofa.estimators.choice import ESTIMATORS, choose
+from ofa.estimators.hutchinson import Hutchinson
 from ofa.estimators.jvp import ForwardMode, check_branches
-from ofa.estimators.local import LocalForwardMode
 from ofa.hosting import Copies, OneThread, Places, host
 from ofa.into_loss import add_penalty
 from ofa.measuring import BranchMeter, LayerPass, Pass
 from ofa_kernels.compiling import allow_in_graphs
 from ofa_kernels.philox import PROBES
 
-ESTIMATORS = ("auto", "exact", "hutchinson", "jvp", "local_jvp")
-CLOSED_FORM = ("exact", "local_jvp")
-"""Estimators that must know the inside of every branch."""
-
 CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 """Sign of h_t before the trace tr(J_t P_t): −F is the gradient in the theory; Algorithm 1 prints it as +F."""
 
 TOKENS = ("all", "last")
 
-_logger = logging.getLogger(__name__)
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Regularizers]] = weakref.WeakKeyDictionary()
 """By every norm that they read, and by the model itself. The model's hooks hold them; nothing else needs to."""
 
@@ -113,7 +106,7 @@ def fused_regularizers(
     found = anatomies.find(model)
     chosen: TraceEstimator = Hutchinson()  # which attaches nothing, where nothing is traced
     if sharpness > 0:
-        chosen = _estimator(model, found, granularity, estimator, samples, epsilon, probe)
+        chosen = choose(estimator, model, found, granularity, samples, epsilon, probe)
     settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], steps, into_loss, seed, tokens == "last")
     return Regularizers(model, found, found.steps(granularity), chosen, settings)
 
@@ -126,58 +119,6 @@ def attached(model: nn.Module) -> Regularizers | None:
         if found is not None:
             return found
     return None
-
-
-def _estimator(
-    model: nn.Module,
-    anatomy: anatomies.Anatomy,
-    granularity: str,
-    name: str,
-    samples: int,
-    epsilon: float | None,
-    probe: str,
-) -> TraceEstimator:
-    """The estimator of a name that `check_options` has let through.
-
-    Raises:
-        InputError: an estimator that must know the inside of every branch, and does not.
-    """
-    if name == "jvp":
-        return ForwardMode(samples, probe)
-    if name == "hutchinson":
-        return _differences(model, anatomy, granularity, samples, epsilon, probe)
-    try:
-        if name == "local_jvp":
-            return LocalForwardMode(model, anatomy, granularity, samples, probe)
-        chosen = Exact(model, anatomy, granularity)
-    except NoClosedForm as reason:
-        if name in CLOSED_FORM:
-            raise InputError(
-                f"estimator={name!r} does not know the inside of this {anatomy.model_type} model, because {reason}; "
-                "use estimator='hutchinson' or 'jvp'"
-            ) from None
-        _logger.warning(
-            "estimator='auto' chose hutchinson with %d probe(s) for a %s model, because %s",
-            samples,
-            anatomy.model_type,
-            str(reason),  # not the exception: whoever keeps the record would keep the model
-        )
-        return _differences(model, anatomy, granularity, samples, epsilon, probe)
-    _logger.info("estimator=%r chose exact for a %s model", name, anatomy.model_type)
-    return chosen
-
-
-def _differences(
-    model: nn.Module,
-    anatomy: anatomies.Anatomy,
-    granularity: str,
-    samples: int,
-    epsilon: float | None,
-    probe: str,
-) -> Hutchinson:
-    norms = (norm.path for norm in anatomy.norms)
-    reach = reaches_of(model, norms, anatomy.steps(granularity)) if epsilon is None else {}
-    return Hutchinson(samples, epsilon, probe, reach)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class Exact:
     def begin(self) -> None:
         """A measured pass begins: constants of weights and scales that have changed are computed anew.
 
+        Frozen weights are not read for it. One that is exchanged or written to in place is noticed; one that is written
+        to through `.data`, which no version counter sees, is not: write to it under `torch.no_grad()`, or attach anew.
+
         Raises:
             InputError: a weight of a branch is trained by now.
         """
