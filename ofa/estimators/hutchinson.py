@@ -250,7 +250,7 @@ def _length(branch: Branch, weight: Tensor, stream: Tensor) -> float:
     """The length of a typical token, in units of that of Pν."""
     norm = branch.norm
     lengths = 1.0 / dispatch.rstd(stream, eps=norm.eps, kind=norm.kind)
-    scale = float((weight.float() + norm.offset).square().mean().sqrt())
+    scale = float((sharding.whole(weight).float() + norm.offset).square().mean().sqrt())
     # A token that is longer than the others by orders of magnitude (an attention sink) is none to go by.
     length = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / max(scale, 1e-6)
     return length if length > 0 else 1.0

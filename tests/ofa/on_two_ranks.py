@@ -6,6 +6,7 @@ process that sees both ranks' sequences, in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -111,14 +112,14 @@ def averaged(name: str, *, dtype: torch.dtype = torch.float64, checkpointing: bo
     model = model_of(name, dtype, checkpointing=checkpointing)
     ofa.tune_norms(model)
     optimizer = optimizer_of(model)
-    for step in range(STEPS):
-        for rank in range(RANKS):
-            with ofa.fused_regularizers(model, **WEIGHTS, seed=rank, **options) as reg:
-                reg.passes = step
+    with ofa.fused_regularizers(model, **WEIGHTS, **options) as reg:  # once: the default ε is that of the first scales
+        for step in range(STEPS):
+            for rank in range(RANKS):
+                reg._settings, reg.passes = dataclasses.replace(reg._settings, seed=rank), step
                 loss = model(**batch(name, step, rows_of(rank))).loss + reg.penalty()
                 (loss / RANKS).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
     return scales_of(model)
 
 
