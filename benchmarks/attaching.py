@@ -7,8 +7,9 @@ python -m benchmarks.attaching --out benchmarks/results/attaching_cpu.csv
 - `attach`: milliseconds to attach and to close, behind a first time that pays for imports, and what the first measured
   pass takes longer than the second one: constants of the closed form, reach of finite differences.
 - `memory`: bytes that autograd holds when a forward pass ends, each storage once, parameters not; and the peak of the
-  memory allocated during a step, from its beginning. Both are counted, not sampled, and the same in every run. Under
-  activation checkpointing autograd is not told of what checkpoints hold, and the peak alone is stated.
+  memory allocated during a step, from its beginning. Both are counted, not sampled; the first is the same in every
+  run, the second but for what Python's collector frees sooner or later. Under activation checkpointing autograd is not
+  told of what checkpoints hold, and the peak alone is stated.
 """
 
 from __future__ import annotations
