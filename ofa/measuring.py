@@ -202,15 +202,29 @@ class LayerPass:
         if not stream.requires_grad:
             self._passes[stream] = again
             return
-        edge = get_gradient_edge(stream)
-        edge.node.metadata[self, edge.output_nr] = again  # type: ignore[index]
-        self._node = edge.node  # that of a leaf is held by nobody else until something is computed from it
+        node, output = _origin(stream)
+        node.metadata[self, output] = again  # type: ignore[index]
+        self._node = node  # that of a leaf is held by nobody else until something is computed from it
 
     def _recall(self, stream: Tensor) -> Pass | None:
         if not stream.requires_grad:
             return self._passes.get(stream)
-        edge = get_gradient_edge(stream)
-        return edge.node.metadata.get((self, edge.output_nr))  # type: ignore[attr-defined]
+        node, output = _origin(stream)
+        return node.metadata.get((self, output))  # type: ignore[attr-defined]
+
+
+def _origin(stream: Tensor) -> tuple[Node, int]:
+    """Where in the graph a tensor comes from, and which output it is there.
+
+    Not FSDP2's own node in front of a layer: in PyTorch 2.11 every run of the layer has a new one.
+    """
+    edge = get_gradient_edge(stream)
+    node, output = edge.node, edge.output_nr
+    while node.name() == "RegisterPostBackwardFunctionBackward":
+        following, output = node.next_functions[output]
+        assert following is not None
+        node = following
+    return node, output
 
 
 class BranchMeter:

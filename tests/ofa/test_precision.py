@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+from transformers import __version__ as transformers_version
 
 import ofa
 from ofa import anatomy, regularizers
@@ -76,6 +78,8 @@ CASES += [(name, mode) for mode in MODES if mode not in EVERYWHERE for name in (
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_narrow_dtypes_train_as_float32_does(name: str, mode: str) -> None:
     """Output dtype and numbers, loss, penalty and the gradient of each scale are those of float32 but for rounding."""
+    if name.startswith("smolvlm") and "autocast" in mode and Version(transformers_version) < Version("5.18"):
+        pytest.skip("under autocast, SmolVLM of transformers 5.17 fails by itself: it puts bfloat16 into float32")
     compare_with_float32(name, MODES[mode])
 
 
