@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel, ConfigDict
 
-from ofa.commands.console import notice, reports_errors, show_json
+from ofa.commands.console import notice, reports_errors, show_json, was_interrupted
 from ofa.commands.options import DeviceOption, DtypeOption, JsonOption, ModelOption, OfflineOption, TrustOption
 from ofa.errors import InputError
 
@@ -193,7 +193,9 @@ def _run(plan: Plan, machines: Machines, wishes: _Wishes) -> tuple[Record, ...]:
                     shown(Tally(cells, results.records, engine.workers)) as progress,
                 ):
                     run_cells(plan, cells, results, engine, progress, _described(plan, machines))
-            except KeyboardInterrupt:
+            except BaseException as error:
+                if not was_interrupted(error):
+                    raise
                 left = len(plan.missing(results.records))
                 raise KeyboardInterrupt(f"stopped with {left} cells to run; the same command continues") from None
         wanted = {cell.key for cell in plan.cells}

@@ -81,6 +81,16 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: what it falls into, such as an import, may turn it into another one."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, KeyboardInterrupt):
+            return True
+        behind = behind.__cause__ or behind.__context__
+    return False
+
+
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar on standard error, gone when it is done and absent without a terminal: update(done, total, remark)."""

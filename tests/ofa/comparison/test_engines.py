@@ -119,7 +119,7 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(grid, tmp_path):
     workers = running.workers
     os.killpg(running.process.pid, signal.SIGINT)
     _, error = running.process.communicate(timeout=PATIENCE)
-    assert running.process.returncode == 130
+    assert running.process.returncode == 130, error
     assert error == "ofa: stopped with 16 cells to run; the same command continues\n"
     assert ended(workers)
 
