@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from copy import deepcopy
 from importlib import import_module
 
 import pytest
@@ -192,9 +193,31 @@ def test_wrong_options_are_refused(unchanged, name, options, words):
         fit_of(name)(*unchanged, TASK, SHOTS, 5, **{**QUICK, **options})
 
 
-def test_a_difference_of_bfloat16_gradients_is_refused(tiny_model):
-    with pytest.raises(InputError, match=r"is bfloat16.*load the model in float32"):
-        fit_of(DIFFERENCE)(tiny_model[0].bfloat16(), tiny_model[1], TASK, SHOTS, 5)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_difference_of_gradients_is_one_of_float32_gradients_in_a_half_precision_model(tiny_model, dtype):
+    """Bit for bit what a float32 model of the same weights gets, and the model's own weights come back."""
+    model, tokenizer = tiny_model[0].to(dtype), tiny_model[1]
+    wide = deepcopy(model).float()
+    before = state(model)
+    scales, *_ = trained((model, tokenizer), fit_of(DIFFERENCE), **STRONG[DIFFERENCE])
+    expected, *_ = trained((wide, tokenizer), fit_of(DIFFERENCE), **STRONG[DIFFERENCE])
+    assert state(model) == before
+    assert all(torch.equal(scale, expected[name]) for name, scale in scales.items())
+
+
+def test_a_finite_difference_that_fails_leaves_a_half_precision_model_as_it_was(tiny_model):
+    model, tokenizer = tiny_model[0].bfloat16(), tiny_model[1]
+    before = state(model)
+    with pytest.raises(InputError, match="epochs"):
+        fit_of(DIFFERENCE)(model, tokenizer, TASK, SHOTS, 5, epochs=0)
+    assert state(model) == before
+
+
+def test_a_difference_of_quantized_gradients_is_refused(tiny_model):
+    model, tokenizer = tiny_model
+    model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
+    with pytest.raises(InputError, match=r"packed is quantized.*load the model unquantized"):
+        fit_of(DIFFERENCE)(model, tokenizer, TASK, SHOTS, 5)
 
 
 def break_gradient(model):
