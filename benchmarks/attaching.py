@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -35,9 +35,7 @@ from ofa.models import load_model
 
 ROUNDS = 20
 EMBEDDED = "embedded"
-LLAMA_32 = replace(
-    SMOLLM2_135M, name="llama_32_layers", shape=tuple({**dict(SMOLLM2_135M.shape), "num_hidden_layers": 32}.items())
-)
+LLAMA_32 = SMOLLM2_135M.reshaped("llama_32_layers", num_hidden_layers=32)
 """A 32-layer model of the embedded one's width."""
 
 OVERHEAD: dict[str, Attach] = {

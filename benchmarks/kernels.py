@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import plot_kernels, timing
 from benchmarks.implementations import VARIANTS, Case, Implementation, Pass, passes
-from benchmarks.table import commit, cpu, significant, writing
+from benchmarks.table import commit, device_name, significant, triton_version, writing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = {"cuda": (576, 1024, 2048, 4096, 8192, 16384, 32768), "cpu": (576, 1024)}
@@ -161,12 +160,7 @@ def _copy_row(device: torch.device, run: Run) -> Row:
 
 
 def _origin(device: torch.device) -> tuple[str, str, str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    return name, torch.__version__, triton, commit()
+    return device_name(device), torch.__version__, triton_version(), commit()
 
 
 def _corner(tensor: Tensor) -> tuple[slice, ...]:

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def cpu() -> str:
     """The CPU in words."""
     threads = torch.get_num_threads()
     return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
+
+
+def triton_version() -> str:
+    """As installed, or "none"."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 def commit() -> str:

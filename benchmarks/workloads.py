@@ -14,6 +14,7 @@ import ofa
 from benchmarks.algorithm1 import PlainLoop
 
 PLAIN = "plain"
+CPU = torch.device("cpu")
 
 
 class Attached(Protocol):
@@ -41,6 +42,10 @@ class Workload:
     def of(self, sequences: int, tokens: int) -> Workload:
         """The same model with a batch of another size."""
         return replace(self, sequences=sequences, tokens=tokens)
+
+    def reshaped(self, name: str, **shape: int) -> Workload:
+        """A model of another name that differs in some of its shape."""
+        return replace(self, name=name, shape=tuple({**dict(self.shape), **shape}.items()))
 
 
 SMOLLM2_135M = Workload(
@@ -129,21 +134,23 @@ VARIANTS: dict[str, Attach] = {
 """What is attached to the model before a step: nothing, the paper's loop, or this project's regularizers."""
 
 
-def build(workload: Workload) -> nn.Module:
-    """The model in float32 and evaluation mode, its norm scales the only parameters that train."""
+def build(workload: Workload, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in evaluation mode, its norm scales, always float32, the only parameters that train."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(**dict(workload.shape), tie_word_embeddings=True, attn_implementation="sdpa")
-    model = LlamaForCausalLM(config).eval()
+    with device:
+        model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
     ofa.tune_norms(model)
     return model
 
 
-def batch(workload: Workload) -> Tensor:
+def batch(workload: Workload, device: torch.device = CPU) -> Tensor:
     """Random token ids, (sequences, tokens)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(dict(workload.shape)["vocab_size"], (workload.sequences, workload.tokens), generator=generator)
+    size = workload.sequences, workload.tokens
+    return torch.randint(dict(workload.shape)["vocab_size"], size, generator=generator).to(device)
 
 
 def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:

@@ -1,0 +1,89 @@
+"""What is run on a GPU runs small on a CPU too, so that a lease is not spent on finding out that it does not."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import attention, ceilings, every_kernel, gpu_step
+from ofa_kernels import workload
+from ofa_kernels.ops import launching
+
+CPU = torch.device("cpu")
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
+
+
+def read(file):
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_both_ceilings_are_in_the_table(tmp_path):
+    ceilings.main(["--out", str(tmp_path / "ceilings.csv")])
+    found = {(row["benchmark"], row["unit"]): float(row["value"]) for row in read(tmp_path / "ceilings.csv")}
+    assert set(found) == {("copy", "GB/s"), ("product", "TFLOP/s")}
+    assert all(value > 0 for value in found.values())
+
+
+def test_a_step_of_every_variant_is_timed_beside_plain(tmp_path):
+    gpu_step.main(["--out", str(tmp_path / "step.csv"), "--rounds", "2"])
+    rows = read(tmp_path / "step.csv")
+    assert {row["variant"] for row in rows} == {"plain", "step_ratio", "exact"}
+    ratios = {row["variant"]: float(row["value"]) for row in rows if row["metric"] == "time_ratio"}
+    assert ratios.pop("plain") == 1
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_the_trace_of_attention_is_timed_beside_flash_attention(tmp_path):
+    attention.main(["--out", str(tmp_path / "attention.csv"), "--repeats", "2"])
+    rows = read(tmp_path / "attention.csv")
+    ways = {f"attention_trace_{direction}" for direction in ("forward", "backward")}
+    assert {(row["benchmark"], row["variant"]) for row in rows} == {
+        (way, variant) for way in ways for variant in ("flash", "eager", "blocked")
+    }
+    assert {row["value"] for row in rows if row["variant"] == "flash" and row["metric"] == "flash_ratio"} == {"1.0"}
+
+
+def test_a_wrong_trace_is_refused_and_not_timed(tmp_path, monkeypatch, capsys):
+    def wrong(*tensors, **settings):
+        tangent, trace = attention.reference.attention_trace(*tensors, **settings)
+        return tangent, 1.2 * trace
+
+    monkeypatch.setattr(attention.blocked, "attention_trace", wrong)
+    attention.main(["--out", str(tmp_path / "attention.csv"), "--repeats", "2"])
+    rows = [row for row in read(tmp_path / "attention.csv") if row["variant"] == "blocked"]
+    assert [(row["metric"], round(float(row["value"]), 1)) for row in rows] == [("error", 0.2)]
+    assert "blocked refused: error 0.2" in capsys.readouterr().err
+
+
+def test_the_memory_checker_sees_every_kernel():
+    """Every kernel that is compiled ahead of time, which `ofa_kernels.workload` launches, is launched here too."""
+    ahead = workload.cases([64], ["fp32"], ["rms"], [1]) + workload.attention_cases([64], ["fp32"])
+    assert _launched(lambda: [case.launch() for case in ahead]) <= _launched(lambda: list(every_kernel.launch(CPU)))
+
+
+def test_the_script_is_sound_shell_and_says_what_it_takes():
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+    told = subprocess.run(["bash", SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "benchmarks/gpu.sh [OUT]" in told
+
+
+def test_without_a_gpu_the_script_stops_in_one_sentence(tmp_path):
+    hidden = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", SCRIPT, tmp_path / "out"], env=hidden, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"benchmarks/gpu.sh: {sys.executable} finds no PyTorch with a CUDA GPU here;")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def _launched(run):
+    names = set()
+    with launching.launching_by(lambda kernel, *_: names.add(kernel.fn.__name__), "sm_90"):
+        run()
+    return names
