@@ -23,12 +23,10 @@ def replace_tensors(
 ) -> Arguments:
     """Arguments with `change(name, tensor)` applied to every tensor, also inside tuples; positional names are ""."""
 
-    def walk(name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(name, value)
-        return tuple(walk(name, item) for item in value) if type(value) is tuple else value
-
-    return tuple(walk("", value) for value in args), {name: walk(name, value) for name, value in kwargs.items()}
+    return (
+        tuple(_changed("", value, change) for value in args),
+        {name: _changed(name, value, change) for name, value in kwargs.items()},
+    )
 
 
 def hidden_output(output: Any) -> Tensor:
@@ -42,3 +40,11 @@ def replace_hidden_output(output: Any, hidden: Tensor, change_other: Callable[[T
         return hidden
     rest = (change_other(item) if isinstance(item, Tensor) else item for item in output[1:])
     return (hidden, *rest)
+
+
+def _changed(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    # Not a function inside of `replace_tensors`: one that calls itself is a reference cycle, and would hold what
+    # `change` has seen, and the graph behind it, until Python's collector comes by.
+    if isinstance(value, Tensor):
+        return change(name, value)
+    return tuple(_changed(name, item, change) for item in value) if type(value) is tuple else value
