@@ -22,7 +22,6 @@ def replace_tensors(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Tensor], Tensor]
 ) -> Arguments:
     """Arguments with `change(name, tensor)` applied to every tensor, also inside tuples; positional names are ""."""
-
     return (
         tuple(_changed("", value, change) for value in args),
         {name: _changed(name, value, change) for name, value in kwargs.items()},
