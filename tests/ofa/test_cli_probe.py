@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ofa.commands.probe import BASE
-from tests.ofa.test_cli import LABELS, TEMPLATE, TEST, TRAIN, Finished, done, names, ofa, write_rows
+from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, Finished, done, names, ofa, write_rows
 
 PAIRS = ("prompt", "completion")
 FILES = {"probe.csv", "probe.json", "probe.png"}

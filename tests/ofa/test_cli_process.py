@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ofa.trainer import CHECKPOINT
-from tests.ofa.test_cli import FIT_FILES, TEMPLATE, TEST, TRAIN, names, write_rows
+from tests.ofa.command_line import FIT_FILES, TEMPLATE, TEST, TRAIN, names, write_rows
 
 COMMANDS = ("demo", "fit", "evaluate", "predict", "compare", "report", "probe", "merge", "push", "inspect", "doctor")
 HEAVY = "{'torch', 'transformers', 'datasets', 'matplotlib', 'peft'}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ofa.trainer import CHECKPOINT
-from tests.ofa.test_cli import LABELS, TEMPLATE, TEST, TRAIN, done, names, ofa, weights, write_rows
+from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, done, names, ofa, weights, write_rows
 
 LONG = "far too long and slow " * 60  # the tiny model's window is 256 tokens
 

@@ -19,8 +19,7 @@ from ofa.closed_form.fit import AttentionFit, Fitted, MlpFit, fit
 from ofa.closed_form.interface import Watching
 from ofa.closed_form.parts import AttentionParts, HeadShape, MlpParts, NoClosedForm
 from tests import families, oracle
-from tests.ofa.test_exact import CLOSED, built, frozen, measuring
-from tests.ofa.test_regularizers import hooks_of
+from tests.ofa.traces import CLOSED, built, frozen, hooks_of, measuring
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 LLAMA = (SEPARATE, "o_proj", "separate", "half", (4, 2))

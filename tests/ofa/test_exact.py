@@ -9,7 +9,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -21,102 +20,28 @@ import ofa
 from ofa import InputError
 from ofa.closed_form.constants import AttentionProducts, MlpProducts
 from tests import families, oracle
-from tests.ofa.test_hutchinson import own_token_trace, spread
-from tests.ofa.test_jvp import Failing
-from tests.ofa.test_regularizers import gradients, hooks_of
-from tests.ofa.test_regularizers_checkpointing import training_model
-
-OTHERS = ("gemma2", "gemma3", "olmo2", "bert", "opt_post_norm", "falcon_alibi")
-"""Norms behind branches, and an attention that adds biases to its scores without saying so to anybody."""
-
-CLOSED = [name for name in families.BUILDERS if name not in OTHERS]
-DENSE = {"rtol": 1e-8, "atol": 1e-9}
-"""A softmax in float64 and some thousand products in another order; traces of single tokens are of size 1 to 100."""
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """Train the norm scales alone: the closed form takes everything else for constant."""
-    model.requires_grad_(False)
-    for scale in oracle.scales(model).values():
-        scale.requires_grad_()
-    return model
-
-
-def built(name: str) -> nn.Module:
-    """A float32 model of one's own, with norm scales to train."""
-    return freeze(families.build(name))
-
-
-@cache
-def frozen(name: str) -> nn.Module:
-    """The oracle's model with norm scales to train, in float64, shared by the tests: leave it as it was."""
-    return freeze(copy.deepcopy(oracle.model(name)))
-
-
-def batch(name: str, padded: bool) -> dict[str, Tensor]:
-    """Two sequences, the first with padding on the left and the second with padding on the right, or with none."""
-    given = oracle.batch(name)
-    if padded:
-        given["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
-    return given
-
-
-def mask_of(given: dict[str, Tensor], tokens: int) -> Tensor:
-    """1 at real tokens, (B, T)."""
-    mask = given.get("attention_mask")
-    return torch.ones(len(next(iter(given.values()))), tokens) if mask is None or mask.dim() != 2 else mask
-
-
-def own_blocks(step: oracle.OracleStep) -> Tensor:
-    """J_ii P_i of every sequence and token, (B, T, d, d)."""
-    dense = (step.dense(sequence) for sequence in range(len(step.stream)))
-    return torch.stack([torch.stack([one[token, :, token] for token in range(len(one))]) for one in dense])
-
-
-@cache
-def solved(name: str, padded: bool) -> list[Tensor]:
-    """The own blocks of every step of a family, by dense Jacobians; shared by the tests."""
-    with oracle.Float64():
-        return [own_blocks(step) for step in oracle.steps(name, frozen(name), batch(name, padded), "sublayer")]
-
-
-def measuring(model: nn.Module, **options: Any) -> ofa.Regularizers:
-    """Regularizers that measure the trace alone, in closed form."""
-    return ofa.fused_regularizers(model, **{"step_ratio": 0.0, "sharpness": 1.0, "estimator": "exact", **options})
-
-
-def by_token(model: nn.Module, given: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """Estimates of tr(J_i P_i) by each probe, (steps, probes, B, T), and what becomes of them, h_t, (steps, B)."""
-    rows: dict[int, Any] = {}
-    with measuring(model, **options) as reg, pytest.MonkeyPatch.context() as patch:
-        own = type(reg._trace_estimator).leave
-
-        def leave(*args: Any) -> Any:
-            left, step = own(*args), args[-1].step
-            each = left.products.flatten(1) * left.factor * len(left.products) * reg.steps[step].scale
-            rows[step] = rows.get(step, 0) + each
-            return left
-
-        patch.setattr(type(reg._trace_estimator), "leave", leave)
-        with torch.no_grad(), reg.measuring():
-            model(**given)
-        traces = reg.measurements.traces
-    stacked = torch.stack([rows[step] for step in sorted(rows)])
-    return stacked.unflatten(-1, (traces.shape[1], -1)), traces
-
-
-def assert_dense(model: nn.Module, given: dict[str, Tensor], blocks: list[Tensor]) -> None:
-    """Token by token and as h_t per sequence, the measured traces are those of the own blocks."""
-    with oracle.Float64():
-        tokens, measured = by_token(model, given)
-    expected = torch.stack([block.diagonal(dim1=-2, dim2=-1).sum(-1) for block in blocks]).detach()
-    mask = mask_of(given, expected.shape[-1]).double()
-    torch.testing.assert_close(tokens[:, 0] * mask, expected * mask, **DENSE)
-    torch.testing.assert_close(measured, -(expected * mask).sum(-1) / mask.sum(-1), **DENSE)
-
-
-PADDED = [(name, padded) for name in CLOSED for padded in (False, True) if not (name == "vit" and padded)]
-"""Families with and without padding; images have none."""
+from tests.ofa.traces import (
+    CLOSED,
+    PADDED,
+    VARIANTS,
+    Failing,
+    assert_dense,
+    assert_gradient,
+    batch,
+    built,
+    by_token,
+    freeze,
+    frozen,
+    gradients,
+    hooks_of,
+    measuring,
+    own_blocks,
+    own_token_trace,
+    solved,
+    spread,
+    training_model,
+    variant,
+)
 
 
 @pytest.mark.parametrize(("name", "padded"), PADDED)
@@ -126,30 +51,6 @@ def test_every_token_has_the_trace_of_the_dense_jacobian(name: str, padded: bool
     Padding adds exactly nothing and is counted nowhere.
     """
     assert_dense(frozen(name), batch(name, padded), solved(name, padded))
-
-
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral with a window": ("mistral", {"sliding_window": 3}),
-    "qwen2 with a window in some layers": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
-    ),
-    "yarn, whose rotation is no rotation": ("llama", {"rope_parameters": YARN}),
-    "biases everywhere behind RMSNorm": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "biases in front of norms of heads": ("qwen3", {"head_dim": 8, "attention_bias": True}),
-    "partial rotary, fused": ("phi3", {"partial_rotary_factor": 0.5}),
-    "scores scaled otherwise": ("granite", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}),
-    "scores scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "relu, gated": ("llama", {"hidden_act": "relu"}),
-}
-
-
-def variant(monkeypatch: pytest.MonkeyPatch, name: str, **extra: Any) -> nn.Module:
-    """A family's model with other settings, in float64."""
-    build = families._other(name, **families.GPT, **extra) if name == "gpt2" else families._llama_like(name, **extra)
-    monkeypatch.setitem(families.BUILDERS, name, build)
-    return freeze(families.build(name).double())
 
 
 @pytest.mark.parametrize("case", VARIANTS)
@@ -224,35 +125,6 @@ def test_probes_and_differences_agree_with_it(name: str) -> None:
                 slopes += sum(float(change[0, token, k]) for k, change in enumerate(changes)) / (2 * h)
             assert -slopes / len(dense) == pytest.approx(float(exact[index]), rel=1e-5, abs=1e-5)
             assert own_token_trace(dense) == pytest.approx(-float(exact[index]), rel=1e-8)
-
-
-def assert_gradient(model: nn.Module, given: dict[str, Tensor], reg: ofa.Regularizers) -> None:
-    """The penalty's gradient in every scale is what central differences give."""
-    h, generator, scales = 1e-5, torch.Generator().manual_seed(0), oracle.scales(model)
-
-    def penalty() -> Tensor:
-        reg.passes = 0
-        model(**given)
-        return reg.penalty()
-
-    found = torch.autograd.grad(penalty(), list(scales.values()), allow_unused=True)
-    used = [(path, *pair) for (path, *pair) in zip(scales, scales.values(), found, strict=True) if pair[1] is not None]
-    assert len(used) == len(scales) - 1  # the final norm stands behind the last step
-    for path, scale, gradient in used:
-        direction = torch.randn(scale.shape, generator=generator).double()
-        direction /= direction.norm()
-        original, values = scale.data, []
-        with torch.no_grad(), reg.measuring():
-            for factor in (1, -1):
-                scale.data = original + factor * h * direction
-                values.append(penalty())
-        scale.data = original
-        # The error is h² = 10⁻¹⁰ times a third derivative, and the rounding 2⁻⁵³/h = 10⁻¹¹ times a penalty of 10².
-        slope = (values[0] - values[1]) / (2 * h)
-        torch.testing.assert_close(
-            (gradient * direction).sum(), slope, rtol=1e-7, atol=1e-7, msg=lambda text, path=path: f"{path}: {text}"
-        )
-        assert gradient.abs().max() > 1e-4, path
 
 
 @pytest.mark.parametrize("name", CLOSED)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import ofa
 from ofa import anatomy
 from tests import families, oracle
-from tests.ofa.test_exact import OTHERS, assert_dense, own_blocks
-from tests.ofa.test_hutchinson import probes_of
+from tests.ofa.traces import OTHERS, assert_dense, own_blocks, probes_of
 
 # PEFT says so of every norm, and then tunes it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")

@@ -20,7 +20,7 @@ import ofa
 from ofa import InputError
 from ofa.regularizers import Regularizers, attached
 from tests.families import build, inputs
-from tests.ofa.test_regularizers import hooks_of
+from tests.ofa.traces import hooks_of
 
 ESTIMATORS = ("exact", "hutchinson", "jvp", "local_jvp")
 ANY_MODEL = ("hutchinson", "jvp")

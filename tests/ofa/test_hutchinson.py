@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ofa
-from ofa_kernels import philox
 from tests import families, oracle
+from tests.ofa.traces import own_token_trace, probes_of, spread
 
 EPSILON = 1e-7
 DENSE = ["llama", "gpt2", "gemma3", "olmo2", "falcon_two_norms", "bert"]
@@ -28,13 +28,6 @@ def measure(name: str, given: dict[str, Tensor], *, passes: int = 1, **options: 
             model(**given)
             traces.append(reg.measurements.traces)
     return torch.stack(traces)
-
-
-def probes_of(step: int, stream: Tensor, *, seed: int = 0, number: int = 0, **options: Any) -> Tensor:
-    """The probes ν of a step in the `number`-th measured pass: key (seed, pass), one row per token of the batch."""
-    rows, width = stream.shape[0] * stream.shape[1], stream.shape[2]
-    key = (seed << 32) | number
-    return philox.probes(rows, width, seed=key, step=step, **options).view(-1, *stream.shape).double()
 
 
 def rounding(step: oracle.OracleStep, nu: Tensor) -> Tensor:
@@ -78,20 +71,6 @@ def test_the_dense_oracle_is_causal_and_agrees_with_its_own_products(name: str) 
             product = torch.einsum("td,tdse,se->", nu[1], dense, nu[1])
             # Two orders of summing a few thousand products.
             torch.testing.assert_close(product, step.quadratic(nu)[1], rtol=1e-9, atol=1e-9)
-
-
-def spread(dense: Tensor, probe: str, tokens: int) -> float:
-    """Standard deviation of νᵀMν/n: 2‖S‖²_F for Gaussian ν, less the diagonal for Rademacher; S is symmetric."""
-    matrix = dense.reshape(dense.shape[0] * dense.shape[1], -1)
-    symmetric = (matrix + matrix.T) / 2
-    squares = symmetric.square().sum() - (symmetric.diagonal().square().sum() if probe == "rademacher" else 0)
-    return math.sqrt(2 * float(squares)) / tokens
-
-
-def own_token_trace(dense: Tensor) -> float:
-    """Σ_i tr(J_ii P_i)/n, from the blocks of the tokens' own."""
-    tokens = range(len(dense))
-    return sum(float(dense[token, :, token].diagonal().sum()) for token in tokens) / len(dense)
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])

@@ -17,8 +17,9 @@ from ofa import InputError, anatomy
 from ofa.commands import inspect
 from ofa.estimators import jvp
 from tests import families, oracle
-from tests.ofa.test_hutchinson import DENSE, own_token_trace, probes_of, spread
-from tests.ofa.test_regularizers_checkpointing import gradients, training_model
+from tests.ofa.test_hutchinson import DENSE
+from tests.ofa.test_regularizers_checkpointing import gradients
+from tests.ofa.traces import Failing, own_token_trace, probes_of, spread, training_model
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 """Two orders of the same products in float64: some thousand roundings of 2⁻⁵³, and no ε that would magnify them."""
@@ -293,20 +294,6 @@ def test_bfloat16_measures_the_trace_of_float32(name: str) -> None:
     # 2⁻⁹ for each of the dozen roundings between a stream and its branch's end, and for those of all steps before.
     error = (measured[torch.bfloat16] - measured[torch.float32]).norm()
     assert error <= 0.05 * measured[torch.float32].norm()
-
-
-class Failing(nn.Module):
-    """Raises an exception in its `number`-th forward pass."""
-
-    def __init__(self, module: nn.Module, number: int = 1) -> None:
-        super().__init__()
-        self.module, self.left = module, number
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise OSError("device lost")
-        return self.module(*args, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ofa
 from tests import families, oracle
-from tests.ofa.test_exact import (
+from tests.ofa.traces import (
     CLOSED,
     PADDED,
     VARIANTS,
@@ -22,10 +22,11 @@ from tests.ofa.test_exact import (
     mask_of,
     measuring,
     own_blocks,
+    probes_of,
     solved,
+    spread,
     variant,
 )
-from tests.ofa.test_hutchinson import probes_of, spread
 
 LOCAL = {"estimator": "local_jvp"}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

@@ -8,7 +8,7 @@ import torch
 from ofa import anatomy
 from ofa.logit_lens import LogitLens
 from tests import families
-from tests.ofa.test_methods import state
+from tests.ofa.given_back import state
 
 CAUSAL = [name for name in families.BUILDERS if name not in ("bert", "vit")]
 TOKENS = range(64)

@@ -11,30 +11,12 @@ import ofa
 from ofa.errors import InputError
 from ofa.evaluation import Scorer
 from ofa.methods import METHODS, method
-from ofa.tasks.task import Example, Task
+from ofa.tasks.task import Example
 from ofa.trainer import CHECKPOINT, METRICS, Diverged, Interrupted
+from tests.ofa.given_back import SHOTS, TASK, TEXTS, at_step_2, state
 
-TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
-SHOTS = (
-    Example("a warm and funny film", "positive"),
-    Example("dull, slow and far too long", "negative"),
-    Example("never drags", "positive"),
-    Example("far too long", "negative"),
-)
-TEXTS = ["a film that drags", "warm", "slow and dull and funny"]
 QUICK = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2}
 OFF = {"step_ratio": 0.0, "sharpness": 0.0}
-
-
-def state(model):
-    """All that a method could leave behind: parameters and their flags, buffers, modes, hooks."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {
-        "parameters": [(name, id(p), p.dtype, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
-        "values": [value.float().tolist() for value in (*model.parameters(), *model.buffers())],
-        "modes": [module.training for module in model.modules()],
-        "hooks": [[len(getattr(module, name)) for name in hooks] for module in model.modules()],
-    }
 
 
 @pytest.fixture
@@ -170,14 +152,6 @@ def test_validation_keeps_the_epoch_of_the_best_accuracy(unchanged):
 
 class Broken(Exception):
     pass
-
-
-def at_step_2(act):
-    def progress(record, total):
-        if record.step == 2:
-            act()
-
-    return {"progress": progress}
 
 
 def fail():

@@ -17,8 +17,8 @@ import ofa
 from ofa import anatomy, regularizers
 from ofa.estimators.hutchinson import DELTA, INT8_DELTA, Hutchinson, reaches
 from tests import families
-from tests.ofa.test_exact import OTHERS
 from tests.ofa.test_families_dropin import EVERY, built, granularity_of
+from tests.ofa.traces import OTHERS
 
 SCALE = 2.0**-8
 """Of the loss in float16, whose largest number is 65504: gradients of these random models are longer. A GradScaler does

@@ -12,8 +12,8 @@ from ofa.evaluation import Scorer
 from ofa.linear_probe import linear_probe
 from ofa.probing import probe
 from ofa.tasks.task import Example, Task
+from tests.ofa.given_back import state
 from tests.ofa.test_anatomy import _renamed_attention
-from tests.ofa.test_methods import state
 
 TASK = Task("mood", "Review: {text}\nSentiment:", ("negative", "positive"))
 WHOLE = Task("number", "Question: {text}\nAnswer Type:", ("Number", "Numb", "Person"))

@@ -18,7 +18,7 @@ from ofa.adapters import CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.errors import InputError
 from ofa.publishing import push_to_hub
 from tests.hub import OWNER_TOKEN, READER_TOKEN, running_hub
-from tests.ofa.test_cli import ofa as command
+from tests.ofa.command_line import ofa as command
 
 # PEFT says so of every norm, and then tunes it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")

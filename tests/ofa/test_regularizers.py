@@ -14,17 +14,7 @@ from torch import Tensor, nn
 import ofa
 from ofa import InputError
 from tests import families, oracle
-
-HOOKS = [name for name in vars(nn.Module()) if "hook" in name and isinstance(vars(nn.Module())[name], dict)]
-
-
-def hooks_of(model: nn.Module) -> dict[str, list[int]]:
-    """Every hook of every module, by the dictionary that holds it."""
-    return {f"{path}:{name}": list(vars(module)[name]) for path, module in model.named_modules() for name in HOOKS}
-
-
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(oracle.scales(model).values())))
+from tests.ofa.traces import gradients, hooks_of
 
 
 @pytest.mark.parametrize("granularity", ["sublayer", "layer"])

@@ -14,22 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import ofa
 from ofa import InputError
 from ofa.measuring import Pass
-from tests import families, oracle
+from tests import oracle
+from tests.ofa.traces import training_model
 
 NAMES = ["llama", "phi", "gpt_neox", "falcon_two_norms", "olmo2", "bert"]
 """Sequential, parallel with one norm and two, in-place sums, branch norms, post norms."""
-
-
-def training_model(name: str, *, checkpointing: bool, reentrant: bool = False) -> nn.Module:
-    """The family's model in float64 and training mode, without dropout."""
-    model = families.build(name).double().train()
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
-                setattr(module, attribute, 0.0)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model
 
 
 def gradients(model: nn.Module, loss: Tensor, **options: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ from ofa.methods.guided import source_losses
 from ofa.tasks import few_shot, load_demo_task
 from ofa.trainer import Diverged, Interrupted
 from ofa.tuning import restore_norms, tune_norms
-from tests.ofa.test_methods import SHOTS, TASK, TEXTS, at_step_2, state
+from tests.ofa.given_back import SHOTS, TASK, TEXTS, at_step_2, state
 
 EXACT, DIFFERENCE, FIRST_ORDER = VARIANTS = ("guided", "guided_finite_difference", "guided_first_order")
 QUICK = {"epochs": 4, "batch_size": 2, "learning_rate": 1e-2}

@@ -14,8 +14,8 @@ from ofa.methods.i2cl import NOISE, Mixture, context_vectors, fit, recompute, si
 from ofa.tasks.task import Example
 from ofa.trainer import Diverged, Interrupted
 from tests import families
-from tests.ofa.test_evaluation import ROUNDING, TASK, sharpened
-from tests.ofa.test_methods import at_step_2, state
+from tests.ofa.given_back import at_step_2, state
+from tests.ofa.label_models import ROUNDING, TASK, sharpened
 
 SHOTS = (Example("a warm and funny film", "positive"), Example("dull, slow and far too long", "negative"))
 OTHERS = (Example("never drags", "positive"), Example("far too long", "negative"), Example("warm", "positive"))

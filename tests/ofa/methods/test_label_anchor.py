@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ofa.encoding import Encoder
+from ofa.encoding import Encoder, label_token_ids
 from ofa.errors import InputError
 from ofa.evaluation import Scorer, evaluating
 from ofa.methods.label_anchor import AnchorEncoder, fit
 from ofa.shared_prefix import SharedPrefix
 from ofa.tasks.task import Example, Task
 from tests import families
-from tests.ofa.test_evaluation import COLLIDING, OPEN, ROUNDING, TASK, build, label_token_ids, sharpened
-from tests.ofa.test_methods import state
+from tests.ofa.given_back import state
+from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
 SHOTS = (
     Example("a warm and funny film", "positive"),

@@ -6,7 +6,7 @@ import pytest
 
 from ofa.errors import InputError
 from ofa.methods import method
-from tests.ofa.test_methods import SHOTS, TASK
+from tests.ofa.given_back import SHOTS, TASK
 
 QUICK = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
 OTHER = {"ofa-step-ratio": "sharpness", "ofa-sharpness": "step_ratio"}

@@ -18,8 +18,8 @@ from ofa.methods.peft_training import trainable
 from ofa.tasks.task import Example, Task
 from ofa.trainer import Interrupted
 from tests import families
+from tests.ofa.given_back import SHOTS, TASK, TEXTS, state
 from tests.ofa.methods.grown import with_vocabulary_of
-from tests.ofa.test_methods import SHOTS, TASK, TEXTS, state
 
 METHODS = ("lora", "lora-r1", "ia3", "soft-prompt")
 LAYER_ADAPTERS = ("lora", "ia3")

@@ -9,8 +9,8 @@ from ofa.errors import InputError
 from ofa.methods import soft_prompt
 from ofa.tasks.task import Task
 from tests import families
+from tests.ofa.given_back import SHOTS, TASK, TEXTS
 from tests.ofa.methods.grown import with_vocabulary_of
-from tests.ofa.test_methods import SHOTS, TASK, TEXTS
 
 TRAINING = {"epochs": 2, "batch_size": 4}
 

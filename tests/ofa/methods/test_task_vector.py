@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ofa.encoding import label_token_ids
 from ofa.errors import InputError
 from ofa.evaluation import Scorer
 from ofa.methods import task_vector
 from ofa.methods.task_vector import TaskVectorScorer, draw, fit
 from ofa.tasks.task import Example
-from tests.ofa.test_evaluation import COLLIDING, OPEN, ROUNDING, TASK, build, label_token_ids, sharpened
-from tests.ofa.test_methods import state
+from tests.ofa.given_back import state
+from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
 SHOTS = (Example("a warm and funny film", "positive"), Example("dull, slow", "negative"))
 TEXTS = ["a warm film", "dull", "slow and far too long, but it never drags"]

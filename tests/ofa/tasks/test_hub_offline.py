@@ -15,8 +15,8 @@ import pytest
 from ofa.errors import InputError
 from ofa.tasks import load_hub_dataset, load_hub_task
 from tests.hub import running_hub
+from tests.ofa.command_line import TEMPLATE, ofa
 from tests.ofa.tasks.test_hub_tasks import parquet_split
-from tests.ofa.test_cli import TEMPLATE, ofa
 
 # Reads both kinds of task from the hub, then from the caches: asked to stay offline, and behind a dead line.
 READ_THRICE = """

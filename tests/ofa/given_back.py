@@ -1,0 +1,35 @@
+"""What tests of methods share: a task, and all that a method could leave behind in a model."""
+
+from __future__ import annotations
+
+from ofa.tasks.task import Example, Task
+
+TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
+
+SHOTS = (
+    Example("a warm and funny film", "positive"),
+    Example("dull, slow and far too long", "negative"),
+    Example("never drags", "positive"),
+    Example("far too long", "negative"),
+)
+
+TEXTS = ["a film that drags", "warm", "slow and dull and funny"]
+
+
+def state(model):
+    """All that a method could leave behind: parameters and their flags, buffers, modes, hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "parameters": [(name, id(p), p.dtype, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
+        "values": [value.float().tolist() for value in (*model.parameters(), *model.buffers())],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [[len(getattr(module, name)) for name in hooks] for module in model.modules()],
+    }
+
+
+def at_step_2(act):
+    def progress(record, total):
+        if record.step == 2:
+            act()
+
+    return {"progress": progress}

@@ -1,0 +1,221 @@
+"""What tests of estimators share: models that are exact enough, dense traces, and who compares with them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ofa
+from ofa_kernels import philox
+from tests import families, oracle
+
+OTHERS = ("gemma2", "gemma3", "olmo2", "bert", "opt_post_norm", "falcon_alibi")
+"""Norms behind branches, and an attention that adds biases to its scores without saying so to anybody."""
+
+CLOSED = [name for name in families.BUILDERS if name not in OTHERS]
+
+DENSE = {"rtol": 1e-8, "atol": 1e-9}
+"""A softmax in float64 and some thousand products in another order; traces of single tokens are of size 1 to 100."""
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Train the norm scales alone: the closed form takes everything else for constant."""
+    model.requires_grad_(False)
+    for scale in oracle.scales(model).values():
+        scale.requires_grad_()
+    return model
+
+
+def built(name: str) -> nn.Module:
+    """A float32 model of one's own, with norm scales to train."""
+    return freeze(families.build(name))
+
+
+@cache
+def frozen(name: str) -> nn.Module:
+    """The oracle's model with norm scales to train, in float64, shared by the tests: leave it as it was."""
+    return freeze(copy.deepcopy(oracle.model(name)))
+
+
+def batch(name: str, padded: bool) -> dict[str, Tensor]:
+    """Two sequences, the first with padding on the left and the second with padding on the right, or with none."""
+    given = oracle.batch(name)
+    if padded:
+        given["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    return given
+
+
+def mask_of(given: dict[str, Tensor], tokens: int) -> Tensor:
+    """1 at real tokens, (B, T)."""
+    mask = given.get("attention_mask")
+    return torch.ones(len(next(iter(given.values()))), tokens) if mask is None or mask.dim() != 2 else mask
+
+
+def own_blocks(step: oracle.OracleStep) -> Tensor:
+    """J_ii P_i of every sequence and token, (B, T, d, d)."""
+    dense = (step.dense(sequence) for sequence in range(len(step.stream)))
+    return torch.stack([torch.stack([one[token, :, token] for token in range(len(one))]) for one in dense])
+
+
+@cache
+def solved(name: str, padded: bool) -> list[Tensor]:
+    """The own blocks of every step of a family, by dense Jacobians; shared by the tests."""
+    with oracle.Float64():
+        return [own_blocks(step) for step in oracle.steps(name, frozen(name), batch(name, padded), "sublayer")]
+
+
+def measuring(model: nn.Module, **options: Any) -> ofa.Regularizers:
+    """Regularizers that measure the trace alone, in closed form."""
+    return ofa.fused_regularizers(model, **{"step_ratio": 0.0, "sharpness": 1.0, "estimator": "exact", **options})
+
+
+def by_token(model: nn.Module, given: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Estimates of tr(J_i P_i) by each probe, (steps, probes, B, T), and what becomes of them, h_t, (steps, B)."""
+    rows: dict[int, Any] = {}
+    with measuring(model, **options) as reg, pytest.MonkeyPatch.context() as patch:
+        own = type(reg._trace_estimator).leave
+
+        def leave(*args: Any) -> Any:
+            left, step = own(*args), args[-1].step
+            each = left.products.flatten(1) * left.factor * len(left.products) * reg.steps[step].scale
+            rows[step] = rows.get(step, 0) + each
+            return left
+
+        patch.setattr(type(reg._trace_estimator), "leave", leave)
+        with torch.no_grad(), reg.measuring():
+            model(**given)
+        traces = reg.measurements.traces
+    stacked = torch.stack([rows[step] for step in sorted(rows)])
+    return stacked.unflatten(-1, (traces.shape[1], -1)), traces
+
+
+def assert_dense(model: nn.Module, given: dict[str, Tensor], blocks: list[Tensor]) -> None:
+    """Token by token and as h_t per sequence, the measured traces are those of the own blocks."""
+    with oracle.Float64():
+        tokens, measured = by_token(model, given)
+    expected = torch.stack([block.diagonal(dim1=-2, dim2=-1).sum(-1) for block in blocks]).detach()
+    mask = mask_of(given, expected.shape[-1]).double()
+    torch.testing.assert_close(tokens[:, 0] * mask, expected * mask, **DENSE)
+    torch.testing.assert_close(measured, -(expected * mask).sum(-1) / mask.sum(-1), **DENSE)
+
+
+PADDED = [(name, padded) for name in CLOSED for padded in (False, True) if not (name == "vit" and padded)]
+"""Families with and without padding; images have none."""
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral with a window": ("mistral", {"sliding_window": 3}),
+    "qwen2 with a window in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    ),
+    "yarn, whose rotation is no rotation": ("llama", {"rope_parameters": YARN}),
+    "biases everywhere behind RMSNorm": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "biases in front of norms of heads": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "partial rotary, fused": ("phi3", {"partial_rotary_factor": 0.5}),
+    "scores scaled otherwise": ("granite", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    "scores scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "relu, gated": ("llama", {"hidden_act": "relu"}),
+}
+
+
+def variant(monkeypatch: pytest.MonkeyPatch, name: str, **extra: Any) -> nn.Module:
+    """A family's model with other settings, in float64."""
+    build = families._other(name, **families.GPT, **extra) if name == "gpt2" else families._llama_like(name, **extra)
+    monkeypatch.setitem(families.BUILDERS, name, build)
+    return freeze(families.build(name).double())
+
+
+def assert_gradient(model: nn.Module, given: dict[str, Tensor], reg: ofa.Regularizers) -> None:
+    """The penalty's gradient in every scale is what central differences give."""
+    h, generator, scales = 1e-5, torch.Generator().manual_seed(0), oracle.scales(model)
+
+    def penalty() -> Tensor:
+        reg.passes = 0
+        model(**given)
+        return reg.penalty()
+
+    found = torch.autograd.grad(penalty(), list(scales.values()), allow_unused=True)
+    used = [(path, *pair) for (path, *pair) in zip(scales, scales.values(), found, strict=True) if pair[1] is not None]
+    assert len(used) == len(scales) - 1  # the final norm stands behind the last step
+    for path, scale, gradient in used:
+        direction = torch.randn(scale.shape, generator=generator).double()
+        direction /= direction.norm()
+        original, values = scale.data, []
+        with torch.no_grad(), reg.measuring():
+            for factor in (1, -1):
+                scale.data = original + factor * h * direction
+                values.append(penalty())
+        scale.data = original
+        # The error is h² = 10⁻¹⁰ times a third derivative, and the rounding 2⁻⁵³/h = 10⁻¹¹ times a penalty of 10².
+        slope = (values[0] - values[1]) / (2 * h)
+        torch.testing.assert_close(
+            (gradient * direction).sum(), slope, rtol=1e-7, atol=1e-7, msg=lambda text, path=path: f"{path}: {text}"
+        )
+        assert gradient.abs().max() > 1e-4, path
+
+
+def probes_of(step: int, stream: Tensor, *, seed: int = 0, number: int = 0, **options: Any) -> Tensor:
+    """The probes ν of a step in the `number`-th measured pass: key (seed, pass), one row per token of the batch."""
+    rows, width = stream.shape[0] * stream.shape[1], stream.shape[2]
+    key = (seed << 32) | number
+    return philox.probes(rows, width, seed=key, step=step, **options).view(-1, *stream.shape).double()
+
+
+def spread(dense: Tensor, probe: str, tokens: int) -> float:
+    """Standard deviation of νᵀMν/n: 2‖S‖²_F for Gaussian ν, less the diagonal for Rademacher; S is symmetric."""
+    matrix = dense.reshape(dense.shape[0] * dense.shape[1], -1)
+    symmetric = (matrix + matrix.T) / 2
+    squares = symmetric.square().sum() - (symmetric.diagonal().square().sum() if probe == "rademacher" else 0)
+    return math.sqrt(2 * float(squares)) / tokens
+
+
+def own_token_trace(dense: Tensor) -> float:
+    """Σ_i tr(J_ii P_i)/n, from the blocks of the tokens' own."""
+    tokens = range(len(dense))
+    return sum(float(dense[token, :, token].diagonal().sum()) for token in tokens) / len(dense)
+
+
+class Failing(nn.Module):
+    """Raises an exception in its `number`-th forward pass."""
+
+    def __init__(self, module: nn.Module, number: int = 1) -> None:
+        super().__init__()
+        self.module, self.left = module, number
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError("device lost")
+        return self.module(*args, **kwargs)
+
+
+HOOKS = [name for name in vars(nn.Module()) if "hook" in name and isinstance(vars(nn.Module())[name], dict)]
+
+
+def hooks_of(model: nn.Module) -> dict[str, list[int]]:
+    """Every hook of every module, by the dictionary that holds it."""
+    return {f"{path}:{name}": list(vars(module)[name]) for path, module in model.named_modules() for name in HOOKS}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(oracle.scales(model).values())))
+
+
+def training_model(name: str, *, checkpointing: bool, reentrant: bool = False) -> nn.Module:
+    """The family's model in float64 and training mode, without dropout."""
+    model = families.build(name).double().train()
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
+                setattr(module, attribute, 0.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
