@@ -144,11 +144,11 @@ def attaching(model: nn.Module, rounds: int) -> Iterator[Number]:
         yield name, "first_pass_more_median", median(first), "ms"
 
 
-def memory(model: nn.Module, ids: Tensor, *, checkpointing: bool) -> Iterator[Number]:
-    """Saved and peak bytes of every variant."""
+def memory(model: nn.Module, ids: Tensor, names: Sequence[str], *, checkpointing: bool) -> Iterator[Number]:
+    """Saved and peak bytes of the variants, the first of which is plain."""
     plain: dict[str, int] = {}
-    for name, attach in MEASURED.items():
-        attached = attach(model, 0)
+    for name in names:
+        attached = MEASURED[name](model, 0)
         step(model, ids, attached)  # constants of the closed form are made once and stay
         counted = {"peak_bytes": peak_bytes(lambda: step(model, ids, attached), ids)}  # noqa: B023
         if not checkpointing:
@@ -234,11 +234,14 @@ def _parts(options: argparse.Namespace) -> Iterator[tuple[str, str, Workload, bo
             yield "attach", LLAMA_32.name, small, False, attaching(deep, options.rounds)
     if "memory" not in options.parts:
         return
-    for workload in (small, small.of(options.sequences[-1], options.tokens[-1])):
-        yield "memory", options.model, workload, False, memory(model, _ids(workload, options), checkpointing=False)
-    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    for workload in (small, small.of(options.sequences[-1], options.tokens[-1])):
-        yield "memory", options.model, workload, True, memory(model, _ids(workload, options), checkpointing=True)
+    workloads = dict.fromkeys((small, small.of(options.sequences[-1], options.tokens[-1])))
+    names = [PLAIN, *(name for name in options.variants if name != PLAIN)]
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        for workload in workloads:
+            numbers = memory(model, _ids(workload, options), names, checkpointing=checkpointing)
+            yield "memory", options.model, workload, checkpointing, numbers
 
 
 def _model(options: argparse.Namespace) -> nn.Module:
@@ -276,6 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--model", default=EMBEDDED, help="a model's folder or hub id, or embedded")
     found.add_argument("--parts", nargs="+", default=["overhead", "attach", "memory"], help="what to measure")
     found.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds")
+    found.add_argument(
+        "--variants", nargs="+", default=list(MEASURED), choices=list(MEASURED), help="of the memory part"
+    )
     found.add_argument("--sequences", type=int, nargs="+", default=[4, 10], help="of the smaller and the larger batch")
     found.add_argument("--tokens", type=int, nargs="+", default=[48, 128], help="likewise, per sequence")
     found.add_argument("--vocabulary", type=int, default=49152, help="largest token id, plus one")
