@@ -84,8 +84,13 @@ class AttentionLaunch:
 _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
     "attention_moments_forward": {64: (64, 32, 4, 255), 128: (32, 32, 4, 255), 256: (32, 16, 8, 255)},
     "attention_moments_backward_rows": {64: (32, 32, 4, 255), 128: (32, 32, 8, 255), 256: (32, 16, 8, 255)},
-    "attention_moments_backward_columns": {64: (32, 32, 4, None), 128: (16, 32, 8, None), 256: (16, 16, 8, 240)},
-    "attention_moments_backward_turns": {64: (32, 64, 4, 255), 128: (32, 64, 4, 255), 256: (16, 32, 4, 255)},
+    "attention_moments_backward_keys": {64: (32, 32, 4, None), 128: (16, 32, 8, None), 256: (16, 16, 8, 240)},
+    "attention_moments_backward_values": {64: (32, 64, 4, 255), 128: (32, 32, 4, 255), 256: (16, 32, 4, 255)},
+    "attention_trace_features": {64: (64, 16, 4, 255), 128: (64, 16, 4, 255)},
+    "attention_trace_combine": {64: (64, 16, 4, 255), 128: (64, 16, 4, 255)},
+    "attention_trace_backward_weights": {64: (64, 16, 4, 255), 128: (64, 16, 4, 255)},
+    "attention_trace_backward_tokens": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
+    "attention_trace_backward_constants": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
 }
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
 
@@ -104,7 +109,7 @@ def configure_attention(kernel: str, width: int, itemsize: int, architecture: st
     registers: int | None
     if itemsize <= 2:
         rows, columns, warps, registers = _HALF_TILES[kernel][max(64, tile)]
-    elif kernel == "attention_moments_backward_columns":
+    elif kernel == "attention_moments_backward_keys":
         # Eight warps leave a thread of this sweep 128 registers: too few by some.
         rows, columns, warps, registers = 16, 16, 4, None
     else:
@@ -115,6 +120,14 @@ def configure_attention(kernel: str, width: int, itemsize: int, architecture: st
     # A thread copies 16 bytes or more of the smaller tile.
     warps = min(warps, max(1, min(rows, columns) * tile * itemsize // (16 * warp)))
     return AttentionLaunch(rows, columns, warps, num_stages=2, max_registers=registers)
+
+
+def attention_runs(blocks: int, heads: int, multiprocessors: int) -> int:
+    """How many runs share the blocks of rows that each head's gradients of M_q and M_k are summed over.
+
+    Two programs for each run and head: enough for two on every multiprocessor, and no run without a block.
+    """
+    return max(1, min(blocks, -(-multiprocessors // heads)))
 
 
 def tile_width(width: int) -> int:

@@ -13,6 +13,11 @@ import triton.language as tl
 
 from ofa_kernels.kernels.tile import load, store
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+"""Weights are powers of two: one instruction, where e to a power takes a product more."""
+LOWEST = tl.constexpr(-3.0e38)
+
 ANY_LENGTH = (
     "mask",
     "mask_sequence",
@@ -123,7 +128,7 @@ def keys_of(first, rows, columns, window, CAUSAL: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def masked(
-    raw,
+    score,
     row,
     column,
     rows,
@@ -140,7 +145,7 @@ def masked(
     ADDITIVE: tl.constexpr,
     PER_QUERY: tl.constexpr,
 ):
-    """Scores: raw products and what the mask adds, −inf where a query does not attend.
+    """Scores in units of ln 2 and what the mask adds to them, −inf where a query does not attend.
 
     `row` and `column` are the queries' and keys' numbers, one of them with a first and one with a last dimension of 1,
     so that both orders of a tile are served. A mask that is the same for all queries is read once for all of them.
@@ -159,10 +164,28 @@ def masked(
             inside &= row < rows
         given = load(mask + sequence * mask_sequence + head * mask_head, at, inside)
         if ADDITIVE:
-            raw += given
+            # The lowest number of float32 forbids all but among its like; a product with it must stay a number.
+            score = tl.where(given == float("-inf"), given, tl.maximum(score + given * LOG2_E, LOWEST))
         else:
             attends &= given != 0
-    return tl.where(attends, raw, float("-inf"))
+    return tl.where(attends, score, float("-inf"))
+
+
+@triton.jit
+def finite(highest):
+    """What to subtract from scores: a query that attends to nothing has −inf for the highest, as all of its scores."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
+def keys_of_all(first, low, columns, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, COLUMNS: tl.constexpr):
+    """The end of the blocks of keys that every query from `first` on attends to whole; the others need `masked`."""
+    end = low
+    if PLAIN:
+        end = columns // COLUMNS * COLUMNS
+        if CAUSAL:
+            end = tl.minimum(first, columns) // COLUMNS * COLUMNS
+    return end
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -235,51 +258,57 @@ def attention_moments_forward(
     form_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     moved_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     moved_values = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)
+    PLAIN: tl.constexpr = mask is None and window is None
     low, high = keys_of(first, rows, columns, window, CAUSAL, BLOCK_ROWS)
-    for start in range(low, high, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        k = load_rows(key, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
-        v = load_rows(value, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
-        turns = load_rows(turn, sequence, head, start, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
-        raw = scale * products(q, k, STREAM, EMULATED)
-        score = masked(
-            raw,
-            row[:, None],
-            column[None, :],
-            rows,
-            columns,
-            sequence,
-            head,
-            mask,
-            mask_sequence,
-            mask_head,
-            mask_query,
-            mask_key,
-            window,
-            CAUSAL,
-            ADDITIVE,
-            PER_QUERY,
-        )
-        before, highest = highest, tl.maximum(highest, tl.max(score, 1))
-        # Nothing to attend to so far: −inf − (−inf) would be NaN.
-        above = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(score - above[:, None])
-        keep = tl.exp(before - above)
-        against = product(aims, tl.trans(k), products(back, turns, STREAM, EMULATED), STREAM, EMULATED)
-        moved = raw
-        if tangent is not None:
-            moved = scale * products(t, k, STREAM, EMULATED)
-        # What is summed is what is multiplied, so that its rounding meets v − o, not v and o on their own.
-        moved = (weight * moved).to(STREAM)
-        total = total * keep + tl.sum(weight, 1)
-        form_sum = form_sum * keep - tl.sum(weight * against, 1)
-        moved_sum = moved_sum * keep + tl.sum(moved.to(tl.float32), 1)
-        moved_values = product(moved, v, moved_values * keep[:, None], STREAM, EMULATED)
+    middle = keys_of_all(first, low, columns, CAUSAL, PLAIN, BLOCK_COLUMNS)
+    for MASKED in tl.static_range(0 if PLAIN else 1, 2):
+        for start in range(middle if MASKED else low, high if MASKED else middle, BLOCK_COLUMNS):
+            k = load_rows(key, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
+            v = load_rows(value, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
+            turns = load_rows(turn, sequence, head, start, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
+            raw = products(q, k, STREAM, EMULATED)
+            score = raw * (scale * LOG2_E)
+            if MASKED:
+                score = masked(
+                    score,
+                    row[:, None],
+                    start + tl.arange(0, BLOCK_COLUMNS)[None, :],
+                    rows,
+                    columns,
+                    sequence,
+                    head,
+                    mask,
+                    mask_sequence,
+                    mask_head,
+                    mask_query,
+                    mask_key,
+                    window,
+                    CAUSAL,
+                    ADDITIVE,
+                    PER_QUERY,
+                )
+            before, highest = highest, tl.maximum(highest, tl.max(score, 1))
+            # Nothing to attend to so far: −inf − (−inf) would be NaN.
+            above = highest
+            if MASKED:
+                above = finite(highest)
+            weight = tl.exp2(score - above[:, None])
+            keep = tl.exp2(before - above)
+            against = product(aims, tl.trans(k), products(back, turns, STREAM, EMULATED), STREAM, EMULATED)
+            moved = raw
+            if tangent is not None:
+                moved = products(t, k, STREAM, EMULATED)
+            # What is summed is what is multiplied, so that its rounding meets v − o, not v and o on their own.
+            moved = (weight * moved).to(STREAM)
+            total = total * keep + tl.sum(weight, 1)
+            form_sum = form_sum * keep - tl.sum(weight * against, 1)
+            moved_sum = moved_sum * keep + tl.sum(moved.to(tl.float32), 1)
+            moved_values = product(moved, v, moved_values * keep[:, None], STREAM, EMULATED)
     o = load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
     attends = total > 0
     total = tl.where(attends, total, 1.0)
     share = tl.where(attends, 1.0 / total, 0.0)
-    moved_values = (moved_values - moved_sum[:, None] * o) * share[:, None]
-    store(lse + numbers, row, row < rows, highest + tl.log(total))
+    moved_values = (moved_values - moved_sum[:, None] * o) * (scale * share)[:, None]
+    store(lse + numbers, row, row < rows, (highest + tl.log2(total)) * LN_2)
     store(mean + numbers, row, row < rows, form_sum * share)
     store_rows(covariance, sequence, head, first, rows, moved_values, BLOCK_ROWS, VALUE, VALUE_TILE)

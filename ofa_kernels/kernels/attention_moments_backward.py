@@ -10,7 +10,10 @@ import triton.language as tl
 
 from ofa_kernels.kernels.attention_moments import (
     ANY_LENGTH,
+    LOG2_E,
+    finite,
     keys_of,
+    keys_of_all,
     load_rows,
     masked,
     product,
@@ -35,9 +38,14 @@ def queries_of(first, rows, columns, window, CAUSAL: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def finite(lse):
-    """What to subtract from scores: a query that attends to nothing has lse −inf, as all of its scores."""
-    return tl.where(lse == float("-inf"), 0.0, lse)
+def queries_of_some(low, high, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The end of the blocks of queries, from `low` on, of which one may not attend to all keys of a block."""
+    end = high
+    if PLAIN:
+        end = low
+        if CAUSAL:
+            end = tl.minimum(low + (COLUMNS + ROWS - 1) // ROWS * ROWS, high)
+    return end
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -103,7 +111,7 @@ def attention_moments_backward_rows(
     first = (tl.cdiv(rows, BLOCK_ROWS) - 1 - block) * BLOCK_ROWS
     row = first + tl.arange(0, BLOCK_ROWS)
     q = load_rows(query, sequence, head, first, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-    above = finite(load(lse + numbers, row, row < rows))
+    above = LOG2_E * finite(load(lse + numbers, row, row < rows))
     w = tl.zeros((BLOCK_ROWS,), tl.float32)
     if grad_mean is not None:
         w = load(grad_mean + numbers, row, row < rows)
@@ -121,53 +129,58 @@ def attention_moments_backward_rows(
     moved_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     pushed = tl.zeros((BLOCK_ROWS, HEAD_TILE), tl.float32)
     average = tl.zeros((BLOCK_ROWS, HEAD_TILE), tl.float32)
+    PLAIN: tl.constexpr = mask is None and window is None
     low, high = keys_of(first, rows, columns, window, CAUSAL, BLOCK_ROWS)
-    for start in range(low, high, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        k = load_rows(key, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
-        raw = scale * products(q, k, STREAM, EMULATED)
-        score = masked(
-            raw,
-            row[:, None],
-            column[None, :],
-            rows,
-            columns,
-            sequence,
-            head,
-            mask,
-            mask_sequence,
-            mask_head,
-            mask_query,
-            mask_key,
-            window,
-            CAUSAL,
-            ADDITIVE,
-            PER_QUERY,
-        )
-        weight = tl.exp(score - above[:, None])
-        b = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        if grad_mean is not None:
-            turns = load_rows(turn, sequence, head, start, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
-            against = product(aims, tl.trans(k), products(back, turns, STREAM, EMULATED), STREAM, EMULATED)
-            b -= w[:, None] * against
-        if grad_covariance is not None:
-            v = load_rows(value, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
-            gap = products(d, v, STREAM, EMULATED) - d_dot_o[:, None]
-            moved = raw
-            if tangent is not None:
-                moved = scale * products(t, k, STREAM, EMULATED)
-                turned = product(weight * gap, k, turned, STREAM, EMULATED)
-            b += moved * gap
-            moved_sum += tl.sum(weight * moved, 1)
-        p += tl.sum(weight * b, 1)
-        if grad_covariance is not None and tangent is None:
-            b += gap
-        pushed = product(weight * b, k, pushed, STREAM, EMULATED)
-        average = product(weight, k, average, STREAM, EMULATED)
+    middle = keys_of_all(first, low, columns, CAUSAL, PLAIN, BLOCK_COLUMNS)
+    for MASKED in tl.static_range(0 if PLAIN else 1, 2):
+        for start in range(middle if MASKED else low, high if MASKED else middle, BLOCK_COLUMNS):
+            k = load_rows(key, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
+            raw = products(q, k, STREAM, EMULATED)
+            score = raw * (scale * LOG2_E)
+            if MASKED:
+                score = masked(
+                    score,
+                    row[:, None],
+                    start + tl.arange(0, BLOCK_COLUMNS)[None, :],
+                    rows,
+                    columns,
+                    sequence,
+                    head,
+                    mask,
+                    mask_sequence,
+                    mask_head,
+                    mask_query,
+                    mask_key,
+                    window,
+                    CAUSAL,
+                    ADDITIVE,
+                    PER_QUERY,
+                )
+            weight = tl.exp2(score - above[:, None])
+            b = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            if grad_mean is not None:
+                turns = load_rows(turn, sequence, head, start, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
+                against = product(aims, tl.trans(k), products(back, turns, STREAM, EMULATED), STREAM, EMULATED)
+                b -= w[:, None] * against
+            if grad_covariance is not None:
+                v = load_rows(value, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
+                gap = scale * (products(d, v, STREAM, EMULATED) - d_dot_o[:, None])
+                moved = raw
+                if tangent is not None:
+                    moved = products(t, k, STREAM, EMULATED)
+                    turned = product(weight * gap, k, turned, STREAM, EMULATED)
+                b += moved * gap
+                moved_sum += tl.sum(weight * moved, 1)
+            p += tl.sum(weight * b, 1)
+            b *= scale
+            if grad_covariance is not None and tangent is None:
+                b += gap
+            pushed = product(weight * b, k, pushed, STREAM, EMULATED)
+            average = product(weight, k, average, STREAM, EMULATED)
     if grad_lse is not None:
         p -= load(grad_lse + numbers, row, row < rows)
     store(pull + numbers, row, row < rows, p)
-    pushed = scale * (pushed - p[:, None] * average)
+    pushed -= (scale * p)[:, None] * average
     store_rows(grad_query, sequence, head, first, rows, pushed, BLOCK_ROWS, HEAD, HEAD_TILE)
     store_rows(grad_aim, sequence, head, first, rows, -w[:, None] * average, BLOCK_ROWS, HEAD, HEAD_TILE)
     d_output = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)
@@ -175,16 +188,16 @@ def attention_moments_backward_rows(
     if grad_covariance is not None:
         # Read once more, rather than kept in registers during the sweep.
         d = load_rows(grad_covariance, sequence, head, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
-        d_output = -moved_sum[:, None] * d.to(tl.float32)
+        d_output = (-scale * moved_sum)[:, None] * d.to(tl.float32)
         if tangent is not None:
-            d_tangent = scale * turned
+            d_tangent = turned
     store_rows(grad_output, sequence, head, first, rows, d_output, BLOCK_ROWS, VALUE, VALUE_TILE)
     if tangent is not None:
         store_rows(grad_tangent, sequence, head, first, rows, d_tangent, BLOCK_ROWS, HEAD, HEAD_TILE)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
-def attention_moments_backward_columns(
+def attention_moments_backward_keys(
     query,
     key,
     value,
@@ -203,7 +216,6 @@ def attention_moments_backward_columns(
     pull,
     offset,
     grad_key,
-    grad_value,
     rows,
     columns,
     heads,
@@ -223,53 +235,55 @@ def attention_moments_backward_columns(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Gradients of key and value; one program per block of keys, which goes through the heads that share them.
+    """Gradient of key, for each query head that it serves; one program per block of keys and query head.
 
         ∂key_j = Σ_i scale a_ij (b_ij − p_i) q_i + scale a_ij g_ij (tangent_i or q_i) − a_ij w_i aim_i
-        ∂value_j = Σ_i a_ij t_ij D_i
 
     with the symbols of the sweep over the queries, whose pull = p and offset = D·o are read here. Tiles are
-    (keys, queries), as the products that follow want them.
+    (keys, queries), as the products that follow want them. grad_key has `heads` heads.
     """
-    sequence, shared, block = sequence_head_block(columns, heads // groups, BLOCK_COLUMNS)
+    sequence, head, block = sequence_head_block(columns, heads, BLOCK_COLUMNS)
     STREAM: tl.constexpr = query[0].dtype.element_ty
     scale = tl.cast(scale, tl.float32)
+    numbers = (sequence * heads + head) * rows
     first = block * BLOCK_COLUMNS
     column = first + tl.arange(0, BLOCK_COLUMNS)
-    k = load_rows(key, sequence, shared, first, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
+    k = load_rows(key, sequence, head // groups, first, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
+    if grad_mean is not None:
+        turns = load_rows(turn, sequence, head, first, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
     if grad_covariance is not None:
-        v = load_rows(value, sequence, shared, first, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
+        v = load_rows(value, sequence, head // groups, first, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
     # −∂key: the sign of aim's part costs nothing in the factor of the others.
     away = tl.zeros((BLOCK_COLUMNS, HEAD_TILE), tl.float32)
-    d_value = tl.zeros((BLOCK_COLUMNS, VALUE_TILE), tl.float32)
+    PLAIN: tl.constexpr = mask is None and window is None
     low, high = queries_of(first, rows, columns, window, CAUSAL, BLOCK_COLUMNS)
-    for head in range(shared * groups, (shared + 1) * groups):
-        numbers = (sequence * heads + head) * rows
-        if grad_mean is not None:
-            turns = load_rows(turn, sequence, head, first, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
-        for start in range(low, high, BLOCK_ROWS):
+    middle = queries_of_some(low, high, CAUSAL, PLAIN, BLOCK_ROWS, BLOCK_COLUMNS)
+    for CLEAR in tl.static_range(1 if PLAIN and not CAUSAL else 0, 2 if PLAIN else 1):
+        for start in range(middle if CLEAR else low, high if CLEAR else middle, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             q = load_rows(query, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-            raw = scale * products(k, q, STREAM, EMULATED)
-            score = masked(
-                raw,
-                row[None, :],
-                column[:, None],
-                rows,
-                columns,
-                sequence,
-                head,
-                mask,
-                mask_sequence,
-                mask_head,
-                mask_query,
-                mask_key,
-                window,
-                CAUSAL,
-                ADDITIVE,
-                PER_QUERY,
-            )
-            weight = tl.exp(score - finite(load(lse + numbers, row, row < rows))[None, :])
+            raw = products(k, q, STREAM, EMULATED)
+            score = raw * (scale * LOG2_E)
+            if not CLEAR:
+                score = masked(
+                    score,
+                    row[None, :],
+                    column[:, None],
+                    rows,
+                    columns,
+                    sequence,
+                    head,
+                    mask,
+                    mask_sequence,
+                    mask_head,
+                    mask_query,
+                    mask_key,
+                    window,
+                    CAUSAL,
+                    ADDITIVE,
+                    PER_QUERY,
+                )
+            weight = tl.exp2(score - LOG2_E * finite(load(lse + numbers, row, row < rows))[None, :])
             b = -load(pull + numbers, row, row < rows)[None, :]
             if grad_mean is not None:
                 aims = load_rows(aim, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
@@ -281,25 +295,22 @@ def attention_moments_backward_columns(
             if grad_covariance is not None:
                 d = load_rows(grad_covariance, sequence, head, start, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
                 gap = products(v, d, STREAM, EMULATED) - load(offset + numbers, row, row < rows)[None, :]
-                moved = raw
                 if tangent is not None:
                     t = load_rows(tangent, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-                    moved = scale * products(k, t, STREAM, EMULATED)
+                    b += scale * products(k, t, STREAM, EMULATED) * gap
                     away = product(weight * (-scale * gap), t, away, STREAM, EMULATED)
-                b += moved * gap
-                if tangent is None:
-                    b += gap
-                d_value = product(weight * moved, d, d_value, STREAM, EMULATED)
+                else:
+                    b += (scale * raw + 1.0) * gap
             away = product(weight * (-scale * b), q, away, STREAM, EMULATED)
-    store_rows(grad_key, sequence, shared, first, columns, -away, BLOCK_COLUMNS, HEAD, HEAD_TILE)
-    store_rows(grad_value, sequence, shared, first, columns, d_value, BLOCK_COLUMNS, VALUE, VALUE_TILE)
+    store_rows(grad_key, sequence, head, first, columns, -away, BLOCK_COLUMNS, HEAD, HEAD_TILE)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
-def attention_moments_backward_turns(
+def attention_moments_backward_values(
     query,
     key,
     reverse,
+    tangent,
     mask,
     mask_sequence,
     mask_head,
@@ -307,6 +318,8 @@ def attention_moments_backward_turns(
     mask_key,
     lse,
     grad_mean,
+    grad_covariance,
+    grad_value,
     grad_turn,
     rows,
     columns,
@@ -320,15 +333,19 @@ def attention_moments_backward_turns(
     EMULATED: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_TILE: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
     TURN: tl.constexpr,
     TURN_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Gradient of turn, ∂turn_j = Σ_i a_ij w_i angle_i; one program per block of keys and query head.
+    """Gradients of value, for each query head that it serves, and of turn; one program per block of keys and head.
 
-    A sweep of its own, because a third sum as wide as a head would have the one above spill registers. It costs the
-    scores once more, one of the fifteen products of the backward pass.
+        ∂value_j = Σ_i a_ij t_ij D_i,  ∂turn_j = Σ_i a_ij w_i angle_i
+
+    apart from the sweep above, because a third sum as wide as a head would have that one spill registers. It costs the
+    scores once more, one of the fifteen products of the backward pass. grad_value has `heads` heads.
     """
     sequence, head, block = sequence_head_block(columns, heads, BLOCK_COLUMNS)
     STREAM: tl.constexpr = query[0].dtype.element_ty
@@ -337,31 +354,47 @@ def attention_moments_backward_turns(
     first = block * BLOCK_COLUMNS
     column = first + tl.arange(0, BLOCK_COLUMNS)
     k = load_rows(key, sequence, head // groups, first, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
+    d_value = tl.zeros((BLOCK_COLUMNS, VALUE_TILE), tl.float32)
     d_turn = tl.zeros((BLOCK_COLUMNS, TURN_TILE), tl.float32)
+    PLAIN: tl.constexpr = mask is None and window is None
     low, high = queries_of(first, rows, columns, window, CAUSAL, BLOCK_COLUMNS)
-    for start in range(low, high, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        q = load_rows(query, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-        back = load_rows(reverse, sequence, head, start, rows, STREAM, BLOCK_ROWS, TURN, TURN_TILE)
-        score = masked(
-            scale * products(k, q, STREAM, EMULATED),
-            row[None, :],
-            column[:, None],
-            rows,
-            columns,
-            sequence,
-            head,
-            mask,
-            mask_sequence,
-            mask_head,
-            mask_query,
-            mask_key,
-            window,
-            CAUSAL,
-            ADDITIVE,
-            PER_QUERY,
-        )
-        weight = tl.exp(score - finite(load(lse + numbers, row, row < rows))[None, :])
-        w = load(grad_mean + numbers, row, row < rows)[None, :]
-        d_turn = product(weight * -w, back, d_turn, STREAM, EMULATED)
+    middle = queries_of_some(low, high, CAUSAL, PLAIN, BLOCK_ROWS, BLOCK_COLUMNS)
+    for CLEAR in tl.static_range(1 if PLAIN and not CAUSAL else 0, 2 if PLAIN else 1):
+        for start in range(middle if CLEAR else low, high if CLEAR else middle, BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)
+            q = load_rows(query, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
+            raw = products(k, q, STREAM, EMULATED)
+            score = raw * (scale * LOG2_E)
+            if not CLEAR:
+                score = masked(
+                    score,
+                    row[None, :],
+                    column[:, None],
+                    rows,
+                    columns,
+                    sequence,
+                    head,
+                    mask,
+                    mask_sequence,
+                    mask_head,
+                    mask_query,
+                    mask_key,
+                    window,
+                    CAUSAL,
+                    ADDITIVE,
+                    PER_QUERY,
+                )
+            weight = tl.exp2(score - LOG2_E * finite(load(lse + numbers, row, row < rows))[None, :])
+            if grad_covariance is not None:
+                d = load_rows(grad_covariance, sequence, head, start, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+                moved = raw
+                if tangent is not None:
+                    t = load_rows(tangent, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
+                    moved = products(k, t, STREAM, EMULATED)
+                d_value = product(weight * (scale * moved), d, d_value, STREAM, EMULATED)
+            if grad_mean is not None:
+                back = load_rows(reverse, sequence, head, start, rows, STREAM, BLOCK_ROWS, TURN, TURN_TILE)
+                w = load(grad_mean + numbers, row, row < rows)[None, :]
+                d_turn = product(weight * -w, back, d_turn, STREAM, EMULATED)
+    store_rows(grad_value, sequence, head, first, columns, d_value, BLOCK_COLUMNS, VALUE, VALUE_TILE)
     store_rows(grad_turn, sequence, head, first, columns, d_turn, BLOCK_COLUMNS, TURN, TURN_TILE)

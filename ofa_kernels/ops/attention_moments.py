@@ -77,13 +77,11 @@ def forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel: (lse, mean, covariance)."""
-    from ofa_kernels.kernels.attention_moments import attention_moments_forward
-
     outputs = empty(query, key, value, output, angle, turn, aim, tangent, mask)
-    attention = _Attention(query, key, value, output, angle, turn, aim, tangent, mask, scale, causal, window)
     lse, mean, covariance = outputs
-    attention.add(lse=lse, mean=mean, covariance=_rows(covariance))
-    attention.over_queries(attention_moments_forward)
+    reverse = -angle.to(query.dtype)
+    sweep = Attention(query, key, value, output, reverse, turn, aim, tangent, mask, scale, causal, window)
+    sweep.forward(lse, mean, covariance)
     return outputs
 
 
@@ -116,38 +114,18 @@ def backward(
     All have their tensor's shape, and are zeros where nothing that came in depends on it; that of a missing tangent is
     empty.
     """
-    from ofa_kernels.kernels.attention_moments_backward import (
-        attention_moments_backward_columns,
-        attention_moments_backward_rows,
-        attention_moments_backward_turns,
+    reverse = -angle.to(query.dtype)
+    sweep = Attention(query, key, value, output, reverse, turn, aim, tangent, mask, scale, causal, window)
+    grads = sweep.backward(lse, grad_lse, grad_mean, grad_covariance)
+    return (
+        grads["query"],
+        sum_of_groups(grads["key"], key),
+        sum_of_groups(grads["value"], value),
+        grads["output"],
+        grads["turn"],
+        grads["aim"],
+        query.new_empty(0) if tangent is None else grads["tangent"],
     )
-
-    grads = empty_gradients(query, key, value, output, angle, turn, aim, tangent)
-    d_query, d_key, d_value, d_output, d_turn, d_aim, d_tangent = grads
-    attention = _Attention(query, key, value, output, angle, turn, aim, tangent, mask, scale, causal, window)
-    pull, offset = (torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(2))
-    attention.add(
-        lse=lse.contiguous(),
-        grad_lse=None if grad_lse is None else grad_lse.contiguous(),
-        grad_mean=None if grad_mean is None else grad_mean.contiguous(),
-        grad_covariance=_rows(None if grad_covariance is None else grad_covariance.to(query.dtype)),
-        pull=pull,
-        offset=None if grad_covariance is None else offset,
-        grad_query=_rows(d_query),
-        grad_key=_rows(d_key),
-        grad_value=_rows(d_value),
-        grad_output=_rows(d_output),
-        grad_turn=_rows(d_turn),
-        grad_aim=_rows(d_aim),
-        grad_tangent=None if tangent is None else _rows(d_tangent),
-    )
-    attention.over_queries(attention_moments_backward_rows)
-    attention.over_keys(attention_moments_backward_columns, key.shape[1])
-    if grad_mean is None:
-        d_turn.zero_()
-    else:
-        attention.over_keys(attention_moments_backward_turns, query.shape[1])
-    return grads
 
 
 def empty_gradients(
@@ -163,16 +141,24 @@ def empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of the backward pass, unwritten, in the order of their tensors' dimensions in memory."""
     d_query, d_key, d_value, d_output, d_turn, d_aim = (
-        torch.empty_like(_dense(tensor)) for tensor in (query, key, value, output, turn, aim)
+        like(tensor) for tensor in (query, key, value, output, turn, aim)
     )
-    d_tangent = query.new_empty(0) if tangent is None else torch.empty_like(_dense(tangent))
+    d_tangent = query.new_empty(0) if tangent is None else like(tangent)
     return d_query, d_key, d_value, d_output, d_turn, d_aim, d_tangent
 
 
-class _Attention:
-    """What the kernels are told about an attention, by the names of their arguments; each takes what it names.
+def sum_of_groups(each: Tensor, shared: Tensor) -> Tensor:
+    """The gradient of keys or values from those of the query heads that they serve."""
+    if each.shape[1] == shared.shape[1]:
+        return each
+    return like(shared).copy_(each.unflatten(1, (shared.shape[1], -1)).sum(2))
 
-    Operands are rounded to the stream's dtype here, once, rather than by every program that reads them.
+
+class Attention:
+    """What the sweeps are told about an attention, by the names of their arguments; each takes what it names.
+
+    Operands are rounded to the stream's dtype here, once, rather than by every program that reads them. `reverse` is
+    −angle: minus the form that enters the mean is then one sum of products, in one accumulator.
     """
 
     def __init__(
@@ -181,7 +167,7 @@ class _Attention:
         key: Tensor,
         value: Tensor,
         output: Tensor,
-        angle: Tensor,
+        reverse: Tensor,
         turn: Tensor,
         aim: Tensor,
         tangent: Tensor | None,
@@ -191,18 +177,26 @@ class _Attention:
         window: int | None,
     ) -> None:
         self._like = query
+        self._differentiated = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "output": output,
+            "turn": turn,
+            "aim": aim,
+            "tangent": tangent,
+        }
         (self._sequences, self._heads, self._rows, width), (shared, self._columns) = query.shape, key.shape[1:3]
-        widths = {"HEAD": width, "VALUE": value.shape[-1], "TURN": angle.shape[-1]}
+        widths = {"HEAD": width, "VALUE": value.shape[-1], "TURN": reverse.shape[-1]}
         self._widest = max(widths.values())
         operands = {"query": query, "key": key, "value": value, "turn": turn, "aim": aim, "tangent": tangent}
-        spread = _spread(mask, (self._sequences, self._heads, self._rows, self._columns))
-        strides = (0, 0, 0, 0) if spread is None else spread.stride()
+        given_mask = spread(mask, (self._sequences, self._heads, self._rows, self._columns))
+        strides = (0, 0, 0, 0) if given_mask is None else given_mask.stride()
         self._arguments: dict[str, Any] = {
-            **{name: _rows(None if tensor is None else tensor.to(query.dtype)) for name, tensor in operands.items()},
-            "output": _rows(output),
-            # Minus the form that enters the mean is then one sum of products, in one accumulator.
-            "reverse": _angles(-angle.to(query.dtype)),
-            "mask": spread,
+            **{name: None if x is None else rows_of(x.to(query.dtype)) for name, x in operands.items()},
+            "output": rows_of(output),
+            "reverse": angles_of(reverse),
+            "mask": given_mask,
             **{
                 f"mask_{name}": stride
                 for name, stride in zip(("sequence", "head", "query", "key"), strides, strict=True)
@@ -224,19 +218,58 @@ class _Attention:
             **{f"{name}_TILE": launch.tile_width(width) for name, width in widths.items()},
         }
 
-    def add(self, **arguments: Group | Tensor | None) -> None:
-        """More arguments."""
-        self._arguments |= arguments
+    def forward(self, lse: Tensor, mean: Tensor, covariance: Tensor) -> None:
+        """Launch the sweep over the keys of every query, which writes to all three."""
+        from ofa_kernels.kernels.attention_moments import attention_moments_forward
 
-    def over_queries(self, kernel: Any) -> None:
+        self._arguments |= {"lse": lse, "mean": mean, "covariance": rows_of(covariance)}
+        self._over_queries(attention_moments_forward)
+
+    def backward(
+        self, lse: Tensor, grad_lse: Tensor | None, grad_mean: Tensor | None, grad_covariance: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Launch the sweeps backward: gradients by name, those of key and value with a head for each query head.
+
+        One program for all the query heads of a key would be too few programs, and each too long, where eight share
+        one; their gradients are float32 where they are to be summed. Gradients lie in memory as their tensors do.
+        """
+        from ofa_kernels.kernels.attention_moments_backward import (
+            attention_moments_backward_keys,
+            attention_moments_backward_rows,
+            attention_moments_backward_values,
+        )
+
+        grads = {name: like(tensor) for name, tensor in self._differentiated.items() if tensor is not None}
+        for name in ("key", "value"):
+            shared = grads[name]
+            if shared.shape[1] != self._heads:
+                shape = len(shared), self._heads, *shared.shape[2:]
+                grads[name] = shared.new_empty(shape, dtype=torch.float32)
+        pull, offset = (torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(2))
+        self._arguments |= {
+            "lse": lse.contiguous(),
+            "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
+            "grad_mean": None if grad_mean is None else grad_mean.contiguous(),
+            "grad_covariance": None if grad_covariance is None else rows_of(grad_covariance.to(self._like.dtype)),
+            "pull": pull,
+            "offset": None if grad_covariance is None else offset,
+            "grad_tangent": None,
+            **{f"grad_{name}": rows_of(grad) for name, grad in grads.items()},
+        }
+        self._over_queries(attention_moments_backward_rows)
+        self._over_keys(attention_moments_backward_keys)
+        self._over_keys(attention_moments_backward_values)
+        return grads
+
+    def _over_queries(self, kernel: Any) -> None:
         """Launch one program per block of queries and head."""
         config = self._configuration(kernel)
         self._run(kernel, config, -(-self._rows // config.block_rows) * self._heads)
 
-    def over_keys(self, kernel: Any, heads: int) -> None:
-        """Launch one program per block of keys and each of `heads` heads."""
+    def _over_keys(self, kernel: Any) -> None:
+        """Launch one program per block of keys and query head."""
         config = self._configuration(kernel)
-        self._run(kernel, config, -(-self._columns // config.block_columns) * heads)
+        self._run(kernel, config, -(-self._columns // config.block_columns) * self._heads)
 
     def _configuration(self, kernel: Any) -> launch.AttentionLaunch:
         return launch.configure_attention(
@@ -256,21 +289,19 @@ class _Attention:
         start(kernel, self._sequences * programs, self._like, args, given, config.max_registers, **options)
 
 
-def _rows(tensor: Tensor | None) -> Group | None:
+def rows_of(tensor: Tensor) -> Group:
     """(B, heads, rows, channels) with dense channels."""
-    if tensor is None:
-        return None
     tensor = _dense(tensor)
     return tensor, *tensor.stride()[:3]
 
 
-def _angles(angle: Tensor) -> Group:
+def angles_of(angle: Tensor) -> Group:
     """(B or 1, rows, channels): the same for all heads, and for all sequences if there is one."""
     angle = _dense(angle)
     return angle, angle.stride(0) if angle.shape[0] > 1 else 0, 0, angle.stride(1)
 
 
-def _spread(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+def spread(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """The mask as (B, heads, rows, columns), with stride 0 where it has only one of them."""
     if mask is None:
         return None
@@ -280,6 +311,11 @@ def _spread(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     elif mask.dtype == torch.float64:
         mask = mask.float()
     return mask.expand(shape)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Room for a gradient, its dimensions in the order of the tensor's in memory."""
+    return torch.empty_like(_dense(tensor))
 
 
 def _dense(tensor: Tensor) -> Tensor:

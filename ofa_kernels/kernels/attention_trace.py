@@ -1,0 +1,649 @@
+"""What a token's own key and value add to the trace of attention, and the features that the sweep over keys is given.
+
+All of it is token by token: a head's rows in blocks, products with the head's constants M_q and M_k, and no sum over
+other tokens but that of the constants' gradients. A head's channels are taken apart as a rotary embedding pairs them:
+x and y of every pair, and the rest that is not rotated; without an embedding all channels are rest. Arguments come in
+groups as in `kernels.attention_moments`; cos and sin are (pointer, strides of a sequence and of a row).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ofa_kernels.kernels.attention_moments import finite, head_of, load_rows, product, products, sequence_head_block
+from ofa_kernels.kernels.tile import load, store
+
+ANY_LENGTH = ("mask", "lse", "mean", "grad_trace", "grad_lse", "grad_mean", "trace", "sequences", "rows", "heads")
+"""Arguments in which a sequence's length shows: the same binary serves all, where 16 divides it and elsewhere."""
+
+
+@triton.jit
+def channels_of(PART: tl.constexpr, PAIRS: tl.constexpr, HEAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Channels x (PART 0) or y (1) of all pairs, or the rest (2), and whether they are any: a tile's last dimension."""
+    number = tl.arange(0, tile_of(HEAD - 2 * PAIRS if PART == 2 else PAIRS))
+    if PART == 2:
+        channel, any_of = 2 * PAIRS + number, 2 * PAIRS + number < HEAD
+    elif INTERLEAVED:
+        channel, any_of = 2 * number + PART, number < PAIRS
+    else:
+        channel, any_of = number + PART * PAIRS, number < PAIRS
+    return channel, any_of
+
+
+@triton.constexpr_function
+def tile_of(count):
+    """A power of two, and what a product takes at least."""
+    return max(16, 1 << (max(count, 1) - 1).bit_length())
+
+
+@triton.jit
+def load_part(
+    tensor,
+    sequence,
+    head,
+    first,
+    rows,
+    PART: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """x, y or rest of rows first…first + ROWS − 1 of a head in float32, 0 outside."""
+    channel, any_of = channels_of(PART, PAIRS, HEAD, INTERLEAVED)
+    row = tl.arange(0, ROWS)[:, None]
+    start = head_of(tensor, sequence, head) + tl.cast(first, tl.int64) * tensor[3]
+    return load(start, row * tensor[3] + channel[None, :], (first + row < rows) & any_of[None, :])
+
+
+@triton.jit
+def store_part(
+    tensor,
+    sequence,
+    head,
+    first,
+    rows,
+    values,
+    PART: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write what `load_part` would read."""
+    channel, any_of = channels_of(PART, PAIRS, HEAD, INTERLEAVED)
+    row = tl.arange(0, ROWS)[:, None]
+    start = head_of(tensor, sequence, head) + tl.cast(first, tl.int64) * tensor[3]
+    store(start, row * tensor[3] + channel[None, :], (first + row < rows) & any_of[None, :], values)
+
+
+@triton.jit
+def load_constant(
+    constant,
+    head,
+    STREAM: tl.constexpr,
+    PART: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+):
+    """Rows x, y or rest of M_q or M_k of a head, (channels, VALUE_TILE), as operands of products."""
+    channel, any_of = channels_of(PART, PAIRS, HEAD, INTERLEAVED)
+    column = tl.arange(0, VALUE_TILE)[None, :]
+    inside = any_of[:, None] & (column < VALUE)
+    return load(constant + head * HEAD * VALUE, channel[:, None] * VALUE + column, inside).to(STREAM)
+
+
+@triton.jit
+def load_angles(cos, sin, sequence, first, rows, PAIRS: tl.constexpr, ROWS: tl.constexpr):
+    """Cos θ and sin θ of every pair of some rows; what is outside is not turned."""
+    row, pair = tl.arange(0, ROWS)[:, None], tl.arange(0, tile_of(PAIRS))[None, :]
+    inside = (first + row < rows) & (pair < PAIRS)
+    cosine = load(cos[0] + sequence * cos[1] + tl.cast(first, tl.int64) * cos[2], row * cos[2] + pair, inside)
+    sine = load(sin[0] + sequence * sin[1] + tl.cast(first, tl.int64) * sin[2], row * sin[2] + pair, inside)
+    return tl.where(inside, cosine, 1.0), sine
+
+
+@triton.jit
+def own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE: tl.constexpr, ROWS: tl.constexpr):
+    """a_ii from scale q_i·k_i; 0 where the mask forbids a token itself."""
+    row = first + tl.arange(0, ROWS)
+    inside = row < rows
+    if mask is not None:
+        at = sequence * mask[1] + head * mask[2] + row.to(tl.int64) * (mask[3] + mask[4])
+        given = load(mask[0], at, inside)
+        if ADDITIVE:
+            score += given
+        else:
+            score = tl.where(given != 0, score, float("-inf"))
+    total = load(lse + (sequence * heads + head) * rows, row, inside)
+    return tl.where(inside, tl.exp(score - finite(total)), 0.0)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attention_trace_features(
+    key,
+    value,
+    output,
+    query_trace,
+    cos,
+    sin,
+    turn,
+    aim,
+    reverse,
+    rows,
+    heads,
+    groups,
+    EMULATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """(turn, aim, reverse) of the sweep over the keys, as `reference.features`; one program per block of rows and head.
+
+        w = M_q v,  turn = (k_x w_x + k_y w_y, k_y w_x − k_x w_y, k_rest·w_rest),  aim = R M_q o
+        reverse = −(cos θ, sin θ, 1)
+
+    The last feature only where channels are not rotated. turn (B, H, T, features), aim (B, H, T, HEAD) and reverse
+    (B or 1, T, features), written by the programs of the first head; reverse[1] is 0 where all sequences share it.
+    """
+    sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
+    STREAM: tl.constexpr = key[0].dtype.element_ty
+    first = block * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    shared = head // groups
+    writes_angles = (head == 0) & ((sequence == 0) | (reverse[1] != 0))
+    v = load_rows(value, sequence, shared, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+    o = load_rows(output, sequence, head, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+    if PAIRS > 0:
+        cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, BLOCK_ROWS)
+        m_x = load_constant(query_trace, head, STREAM, 0, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        m_y = load_constant(query_trace, head, STREAM, 1, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        k_x = load_part(key, sequence, shared, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        w_x, w_y = products(v, m_x, STREAM, EMULATED), products(v, m_y, STREAM, EMULATED)
+        # Features are stored one kind behind the other, whatever the order of the channels.
+        store_part(turn, sequence, head, first, rows, k_x * w_x + k_y * w_y, 0, PAIRS, HEAD, False, BLOCK_ROWS)
+        store_part(turn, sequence, head, first, rows, k_y * w_x - k_x * w_y, 1, PAIRS, HEAD, False, BLOCK_ROWS)
+        y_x, y_y = products(o, m_x, STREAM, EMULATED), products(o, m_y, STREAM, EMULATED)
+        store_part(aim, sequence, head, first, rows, y_x * cosine - y_y * sine, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        store_part(aim, sequence, head, first, rows, y_y * cosine + y_x * sine, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        if writes_angles:
+            store_part(reverse, sequence, head, first, rows, -cosine, 0, PAIRS, HEAD, False, BLOCK_ROWS)
+            store_part(reverse, sequence, head, first, rows, -sine, 1, PAIRS, HEAD, False, BLOCK_ROWS)
+    if HEAD > 2 * PAIRS:
+        m = load_constant(query_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        flat = tl.sum(k * products(v, m, STREAM, EMULATED), 1)
+        at = row.to(tl.int64) * turn[3] + 2 * PAIRS
+        store(head_of(turn, sequence, head), at, row < rows, flat)
+        y = products(o, m, STREAM, EMULATED)
+        store_part(aim, sequence, head, first, rows, y, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        if writes_angles:
+            at = row.to(tl.int64) * reverse[3] + 2 * PAIRS
+            store(head_of(reverse, sequence, head), at, row < rows, tl.full((BLOCK_ROWS,), -1.0, tl.float32))
+
+
+@triton.jit
+def own_products(
+    query,
+    key,
+    key_trace,
+    cos,
+    sin,
+    gap,
+    sequence,
+    head,
+    groups,
+    first,
+    rows,
+    STREAM: tl.constexpr,
+    EMULATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """q·k and q·R M_k (v − o) of some rows, for gap = v − o."""
+    shared = head // groups
+    score = tl.zeros((ROWS,), tl.float32)
+    match = tl.zeros((ROWS,), tl.float32)
+    if PAIRS > 0:
+        cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, ROWS)
+        q_x = load_part(query, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, ROWS)
+        q_y = load_part(query, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, ROWS)
+        k_x = load_part(key, sequence, shared, first, rows, 0, PAIRS, HEAD, INTERLEAVED, ROWS)
+        k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, ROWS)
+        score += tl.sum(q_x * k_x + q_y * k_y, 1)
+        m_x = load_constant(key_trace, head, STREAM, 0, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        match += tl.sum((q_x * cosine + q_y * sine) * products(gap, m_x, STREAM, EMULATED), 1)
+        m_y = load_constant(key_trace, head, STREAM, 1, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        match += tl.sum((q_y * cosine - q_x * sine) * products(gap, m_y, STREAM, EMULATED), 1)
+    if HEAD > 2 * PAIRS:
+        q = load_part(query, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, ROWS)
+        k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, ROWS)
+        score += tl.sum(q * k, 1)
+        m = load_constant(key_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        match += tl.sum(q * products(gap, m, STREAM, EMULATED), 1)
+    return score, match
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attention_trace_combine(
+    query,
+    key,
+    value,
+    output,
+    key_trace,
+    value_trace,
+    cos,
+    sin,
+    mask,
+    lse,
+    mean,
+    tangent,
+    trace,
+    rows,
+    heads,
+    groups,
+    scale,
+    ADDITIVE: tl.constexpr,
+    EMULATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Tangent and trace of every head from the moments, as `reference.combine`; one program per block of rows and head.
+
+        m = M_k (v_i − o_i),  a_ii = exp(scale q·k + mask − lse)
+        trace = a_ii (c_v + scale q·R m) + scale mean,  tangent += a_ii (scale q·k (v − o) + v)
+
+    tangent, (B, H, T, VALUE), holds the covariance and is written to; trace is (B, H, T) in float32.
+    """
+    sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
+    STREAM: tl.constexpr = query[0].dtype.element_ty
+    scale = tl.cast(scale, tl.float32)
+    first = block * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    numbers = (sequence * heads + head) * rows
+    v = load_rows(value, sequence, head // groups, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    gap = v - load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    score, match = own_products(
+        query,
+        key,
+        key_trace,
+        cos,
+        sin,
+        gap,
+        sequence,
+        head,
+        groups,
+        first,
+        rows,
+        STREAM,
+        EMULATED,
+        INTERLEAVED,
+        PAIRS,
+        HEAD,
+        VALUE,
+        VALUE_TILE,
+        BLOCK_ROWS,
+    )
+    score *= scale
+    weight = own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE, BLOCK_ROWS)
+    own = weight * (tl.load(value_trace + head).to(tl.float32) + scale * match)
+    store(trace + numbers, row, row < rows, own + scale * load(mean + numbers, row, row < rows))
+    column = tl.arange(0, VALUE_TILE)[None, :]
+    at, inside = (row.to(tl.int64) * tangent[3])[:, None] + column, (row < rows)[:, None] & (column < VALUE)
+    start = head_of(tangent, sequence, head)
+    moved = load(start, at, inside) + weight[:, None] * (score[:, None] * gap + v)
+    store(start, at, inside, moved)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attention_trace_backward_weights(
+    query,
+    key,
+    value,
+    output,
+    key_trace,
+    value_trace,
+    cos,
+    sin,
+    mask,
+    lse,
+    grad_tangent,
+    grad_trace,
+    grad_lse,
+    grad_mean,
+    rows,
+    heads,
+    groups,
+    scale,
+    ADDITIVE: tl.constexpr,
+    EMULATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Gradients of lse and mean, (B, H, T) in float32, for the sweeps; one program per block of rows and head.
+
+        ∂lse = −a_ii (s (c_v + scale q·R m) + scale q·k D·(v − o) + D·v),  ∂mean = scale s
+
+    for D = grad_tangent, (B, H, T, VALUE), and s = grad_trace, (B, T).
+    """
+    sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
+    STREAM: tl.constexpr = query[0].dtype.element_ty
+    scale = tl.cast(scale, tl.float32)
+    first = block * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    numbers = (sequence * heads + head) * rows
+    v = load_rows(value, sequence, head // groups, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    gap = v - load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    d = load_rows(grad_tangent, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    s = load(grad_trace + sequence * rows, row, row < rows)
+    score, match = own_products(
+        query,
+        key,
+        key_trace,
+        cos,
+        sin,
+        gap,
+        sequence,
+        head,
+        groups,
+        first,
+        rows,
+        STREAM,
+        EMULATED,
+        INTERLEAVED,
+        PAIRS,
+        HEAD,
+        VALUE,
+        VALUE_TILE,
+        BLOCK_ROWS,
+    )
+    score *= scale
+    weight = own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE, BLOCK_ROWS)
+    d_weight = s * (tl.load(value_trace + head).to(tl.float32) + scale * match)
+    d_weight += score * tl.sum(d * gap, 1) + tl.sum(d * v, 1)
+    store(grad_lse + numbers, row, row < rows, -weight * d_weight)
+    store(grad_mean + numbers, row, row < rows, scale * s)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attention_trace_backward_tokens(
+    query,
+    key,
+    value,
+    output,
+    query_trace,
+    key_trace,
+    cos,
+    sin,
+    mask,
+    lse,
+    grad_tangent,
+    grad_trace,
+    grad_lse,
+    grad_turn,
+    grad_aim,
+    grad_query,
+    grad_key,
+    grad_value,
+    grad_output,
+    rows,
+    heads,
+    groups,
+    scale,
+    ADDITIVE: tl.constexpr,
+    EMULATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Adds to the gradients of the sweeps what does not go through them; one program per block of rows and head.
+
+        u = R⁻¹ q,  w = M_q v,  (f, g, r) = ∂turn,  z = R⁻¹ ∂aim
+        h = scale a_ii s,  l = scale (a_ii D·(v − o) − ∂lse)
+        ∂w = (f k_x + g k_y, f k_y − g k_x, r k_rest),  ∂m = h u
+        ∂query += h R m + l k,  ∂key += l q + (f w_x − g w_y, f w_y + g w_x, r w_rest)
+        ∂value += a_ii (scale q·k + 1) D + M_qᵀ ∂w + M_kᵀ ∂m,  ∂output += −a_ii scale q·k D + M_qᵀ z − M_kᵀ ∂m
+
+    ∂lse holds a_ii times what is multiplied by the own weight. grad_key and grad_value have a head for each query head.
+    """
+    sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
+    STREAM: tl.constexpr = query[0].dtype.element_ty
+    scale = tl.cast(scale, tl.float32)
+    first = block * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    shared = head // groups
+    numbers = (sequence * heads + head) * rows
+    v = load_rows(value, sequence, shared, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+    o = load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    gap = v.to(tl.float32) - o
+    d = load_rows(grad_tangent, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+    s = load(grad_trace + sequence * rows, row, row < rows)
+    score = tl.zeros((BLOCK_ROWS,), tl.float32)
+    if PAIRS > 0:
+        q_x = load_part(query, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        q_y = load_part(query, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        k_x = load_part(key, sequence, shared, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        score += tl.sum(q_x * k_x + q_y * k_y, 1)
+    if HEAD > 2 * PAIRS:
+        q = load_part(query, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        score += tl.sum(q * k, 1)
+    score *= scale
+    weight = own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE, BLOCK_ROWS)
+    to_match = (scale * weight * s)[:, None]
+    to_score = scale * (weight * tl.sum(d * gap, 1) - load(grad_lse + numbers, row, row < rows))[:, None]
+    through_gap = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)
+    d_value = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)
+    d_output = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)
+    if PAIRS > 0:
+        cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, BLOCK_ROWS)
+        m_x = load_constant(key_trace, head, STREAM, 0, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        m_y = load_constant(key_trace, head, STREAM, 1, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        x, y = products(gap, m_x, STREAM, EMULATED), products(gap, m_y, STREAM, EMULATED)
+        d_x = load_part(grad_query, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_x += to_match * (x * cosine - y * sine) + to_score * k_x
+        d_y = load_part(grad_query, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_y += to_match * (y * cosine + x * sine) + to_score * k_y
+        store_part(grad_query, sequence, head, first, rows, d_x, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        store_part(grad_query, sequence, head, first, rows, d_y, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        through_gap = product(to_match * (q_x * cosine + q_y * sine), m_x, through_gap, STREAM, EMULATED)
+        through_gap = product(to_match * (q_y * cosine - q_x * sine), m_y, through_gap, STREAM, EMULATED)
+        m_x = load_constant(query_trace, head, STREAM, 0, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        m_y = load_constant(query_trace, head, STREAM, 1, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        f = load_part(grad_turn, sequence, head, first, rows, 0, PAIRS, HEAD, False, BLOCK_ROWS)
+        g = load_part(grad_turn, sequence, head, first, rows, 1, PAIRS, HEAD, False, BLOCK_ROWS)
+        x, y = products(v, m_x, STREAM, EMULATED), products(v, m_y, STREAM, EMULATED)
+        d_x = load_part(grad_key, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_y = load_part(grad_key, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_x += to_score * q_x + f * x - g * y
+        d_y += to_score * q_y + f * y + g * x
+        store_part(grad_key, sequence, head, first, rows, d_x, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        store_part(grad_key, sequence, head, first, rows, d_y, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_value = product(f * k_x + g * k_y, m_x, d_value, STREAM, EMULATED)
+        d_value = product(f * k_y - g * k_x, m_y, d_value, STREAM, EMULATED)
+        x = load_part(grad_aim, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        y = load_part(grad_aim, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_output = product(x * cosine + y * sine, m_x, d_output, STREAM, EMULATED)
+        d_output = product(y * cosine - x * sine, m_y, d_output, STREAM, EMULATED)
+    if HEAD > 2 * PAIRS:
+        m = load_constant(key_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        x = products(gap, m, STREAM, EMULATED)
+        d_x = load_part(grad_query, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_x += to_match * x + to_score * k
+        store_part(grad_query, sequence, head, first, rows, d_x, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        through_gap = product(to_match * q, m, through_gap, STREAM, EMULATED)
+        m = load_constant(query_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        at = row.to(tl.int64) * grad_turn[3] + 2 * PAIRS
+        r = load(head_of(grad_turn, sequence, head), at, row < rows)[:, None]
+        d_x = load_part(grad_key, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_x += to_score * q + r * products(v, m, STREAM, EMULATED)
+        store_part(grad_key, sequence, head, first, rows, d_x, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_value = product(r * k, m, d_value, STREAM, EMULATED)
+        x = load_part(grad_aim, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        d_output = product(x, m, d_output, STREAM, EMULATED)
+    own = weight[:, None] * d
+    along = score[:, None] * own
+    column = tl.arange(0, VALUE_TILE)[None, :]
+    inside = (row < rows)[:, None] & (column < VALUE)
+    start, at = head_of(grad_value, sequence, head), (row.to(tl.int64) * grad_value[3])[:, None] + column
+    store(start, at, inside, load(start, at, inside) + d_value + through_gap + along + own)
+    start, at = head_of(grad_output, sequence, head), (row.to(tl.int64) * grad_output[3])[:, None] + column
+    store(start, at, inside, load(start, at, inside) + d_output - through_gap - along)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attention_trace_backward_constants(
+    query,
+    key,
+    value,
+    output,
+    cos,
+    sin,
+    mask,
+    lse,
+    grad_trace,
+    grad_turn,
+    grad_aim,
+    partial,
+    partial_value,
+    sequences,
+    rows,
+    heads,
+    groups,
+    scale,
+    ADDITIVE: tl.constexpr,
+    EMULATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Gradients of M_q, M_k and c_v, summed over a run of blocks of rows; two programs per run and head.
+
+        ∂M_q = Σ ∂w vᵀ + z oᵀ,  ∂M_k = Σ ∂m (v − o)ᵀ,  ∂c_v = Σ a_ii s
+
+    with the symbols of `attention_trace_backward_tokens`. A program has one of M_q, and M_k with c_v. The partial sums
+    are (runs, 2, H, HEAD, VALUE) and (runs, H) in float32, each over its blocks in their order.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    head = program // 2 % heads
+    run = program // 2 // heads
+    runs = tl.num_programs(0) // (2 * heads)
+    STREAM: tl.constexpr = query[0].dtype.element_ty
+    scale = tl.cast(scale, tl.float32)
+    shared = head // groups
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    share = tl.cdiv(sequences * blocks, runs)
+    begin, end = run * share, tl.minimum((run + 1) * share, sequences * blocks)
+    into = partial + (program % 2 * heads + run * 2 * heads + head) * HEAD * VALUE
+    PAIR_TILE: tl.constexpr = tile_of(PAIRS)
+    REST_TILE: tl.constexpr = tile_of(HEAD - 2 * PAIRS)
+    sum_x = tl.zeros((PAIR_TILE, VALUE_TILE), tl.float32)
+    sum_y = tl.zeros((PAIR_TILE, VALUE_TILE), tl.float32)
+    sum_rest = tl.zeros((REST_TILE, VALUE_TILE), tl.float32)
+    if program % 2 == 0:
+        for block in range(begin, end):
+            sequence, first = block // blocks, (block % blocks * BLOCK_ROWS).to(tl.int32)
+            row = first + tl.arange(0, BLOCK_ROWS)
+            v = load_rows(value, sequence, shared, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+            o = load_rows(output, sequence, head, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+            if PAIRS > 0:
+                cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, BLOCK_ROWS)
+                f = load_part(grad_turn, sequence, head, first, rows, 0, PAIRS, HEAD, False, BLOCK_ROWS)
+                g = load_part(grad_turn, sequence, head, first, rows, 1, PAIRS, HEAD, False, BLOCK_ROWS)
+                k_x = load_part(key, sequence, shared, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                sum_x = product(tl.trans(f * k_x + g * k_y), v, sum_x, STREAM, EMULATED)
+                sum_y = product(tl.trans(f * k_y - g * k_x), v, sum_y, STREAM, EMULATED)
+                x = load_part(grad_aim, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                y = load_part(grad_aim, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                sum_x = product(tl.trans(x * cosine + y * sine), o, sum_x, STREAM, EMULATED)
+                sum_y = product(tl.trans(y * cosine - x * sine), o, sum_y, STREAM, EMULATED)
+            if HEAD > 2 * PAIRS:
+                at = row.to(tl.int64) * grad_turn[3] + 2 * PAIRS
+                r = load(head_of(grad_turn, sequence, head), at, row < rows)[:, None]
+                k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                sum_rest = product(tl.trans(r * k), v, sum_rest, STREAM, EMULATED)
+                z = load_part(grad_aim, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                sum_rest = product(tl.trans(z), o, sum_rest, STREAM, EMULATED)
+        store_constant(into, sum_x, sum_y, sum_rest, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+    else:
+        total = 0.0
+        for block in range(begin, end):
+            sequence, first = block // blocks, (block % blocks * BLOCK_ROWS).to(tl.int32)
+            row = first + tl.arange(0, BLOCK_ROWS)
+            v = load_rows(value, sequence, shared, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+            gap = v - load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
+            score = tl.zeros((BLOCK_ROWS,), tl.float32)
+            if PAIRS > 0:
+                q_x = load_part(query, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                q_y = load_part(query, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                k_x = load_part(key, sequence, shared, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                score += tl.sum(q_x * k_x + q_y * k_y, 1)
+            if HEAD > 2 * PAIRS:
+                q = load_part(query, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+                score += tl.sum(q * k, 1)
+            weight = own_weight(scale * score, mask, sequence, head, first, rows, lse, heads, ADDITIVE, BLOCK_ROWS)
+            weight *= load(grad_trace + sequence * rows, row, row < rows)
+            total += tl.sum(weight)
+            to_match = (scale * weight)[:, None]
+            if PAIRS > 0:
+                cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, BLOCK_ROWS)
+                sum_x = product(tl.trans(to_match * (q_x * cosine + q_y * sine)), gap, sum_x, STREAM, EMULATED)
+                sum_y = product(tl.trans(to_match * (q_y * cosine - q_x * sine)), gap, sum_y, STREAM, EMULATED)
+            if HEAD > 2 * PAIRS:
+                sum_rest = product(tl.trans(to_match * q), gap, sum_rest, STREAM, EMULATED)
+        store_constant(into, sum_x, sum_y, sum_rest, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
+        tl.store(partial_value + run * heads + head, total)
+
+
+@triton.jit
+def store_constant(
+    constant,
+    x,
+    y,
+    rest,
+    PAIRS: tl.constexpr,
+    HEAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+):
+    """Write rows x, y and rest of one head's constant."""
+    column = tl.arange(0, VALUE_TILE)[None, :]
+    if PAIRS > 0:
+        channel, any_of = channels_of(0, PAIRS, HEAD, INTERLEAVED)
+        store(constant, channel[:, None] * VALUE + column, any_of[:, None] & (column < VALUE), x)
+        channel, any_of = channels_of(1, PAIRS, HEAD, INTERLEAVED)
+        store(constant, channel[:, None] * VALUE + column, any_of[:, None] & (column < VALUE), y)
+    if HEAD > 2 * PAIRS:
+        channel, any_of = channels_of(2, PAIRS, HEAD, INTERLEAVED)
+        store(constant, channel[:, None] * VALUE + column, any_of[:, None] & (column < VALUE), rest)
