@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from ofa_kernels.launch import widest_head
-from ofa_kernels.ops import attention_moments, contract, displace, mlp_trace, norm_step, perturb, step_boundary
+from ofa_kernels.ops import (
+    attention_moments,
+    attention_trace,
+    contract,
+    displace,
+    mlp_trace,
+    norm_step,
+    perturb,
+    step_boundary,
+)
 
 WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
 """One width of each launch configuration from 513 to 8192 columns, and 16384.
@@ -93,6 +102,20 @@ class AttentionCase:
         settings = self.width**-0.5, True, None
         attention_moments.forward(*given, *settings)
         attention_moments.backward(*given, number, number, number, q, *settings)
+        if q.element_size() == 2 and self.width <= attention_trace.WIDEST_HEAD:
+            self._launch_trace(q, k, number, mask)
+
+    def _launch_trace(self, q: Tensor, k: Tensor, number: Tensor, mask: Tensor | None) -> None:
+        heads, rows = q.shape[1:3]
+        constant = torch.empty(heads, self.width, self.width, device="meta")
+        # Views of the model's, which has every angle twice.
+        angle = torch.empty(1, rows, self.width, dtype=q.dtype, device="meta")[..., : self.width // 2]
+        features = torch.empty(q.shape, dtype=q.dtype, device="meta")
+        given = q, k, k, q, constant, constant, number[0, :, 0], mask, angle, angle
+        settings = False, self.width**-0.5, True, None
+        attention_trace.forward(*given, *settings)
+        saved = features, features, features[:1, 0], number
+        attention_trace.backward(*given, *saved, q, number[:, 0], *settings)
 
 
 def attention_cases(heads: Sequence[int], dtypes: Sequence[str]) -> list[AttentionCase]:

@@ -67,6 +67,7 @@ def attention_moments_backward_rows(
     grad_lse,
     grad_mean,
     grad_covariance,
+    own_query,
     grad_query,
     grad_output,
     grad_aim,
@@ -101,7 +102,7 @@ def attention_moments_backward_rows(
         ∂aim_i = −w_i Σ a_ij k_j,  ∂output_i = −D_i Σ a_ij t_ij
 
     for ℓ, w, D = grad_lse, grad_mean, grad_covariance, each of which may be None. Arguments as those of the forward
-    kernel, the gradients as what they belong to. pull = p and offset = D·o (None without D), numbers of each query in
+    kernel, the gradients as what they belong to. own_query (or None) is added to ∂query, whose memory it may be. pull = p and offset = D·o (None without D), numbers of each query in
     float32, are written for the sweep over the keys.
     """
     sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
@@ -181,6 +182,8 @@ def attention_moments_backward_rows(
         p -= load(grad_lse + numbers, row, row < rows)
     store(pull + numbers, row, row < rows, p)
     pushed -= (scale * p)[:, None] * average
+    if own_query is not None:
+        pushed += load_rows(own_query, sequence, head, first, rows, tl.float32, BLOCK_ROWS, HEAD, HEAD_TILE)
     store_rows(grad_query, sequence, head, first, rows, pushed, BLOCK_ROWS, HEAD, HEAD_TILE)
     store_rows(grad_aim, sequence, head, first, rows, -w[:, None] * average, BLOCK_ROWS, HEAD, HEAD_TILE)
     d_output = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)

@@ -226,12 +226,18 @@ class Attention:
         self._over_queries(attention_moments_forward)
 
     def backward(
-        self, lse: Tensor, grad_lse: Tensor | None, grad_mean: Tensor | None, grad_covariance: Tensor | None
+        self,
+        lse: Tensor,
+        grad_lse: Tensor | None,
+        grad_mean: Tensor | None,
+        grad_covariance: Tensor | None,
+        own_query: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Launch the sweeps backward: gradients by name, those of key and value with a head for each query head.
 
         One program for all the query heads of a key would be too few programs, and each too long, where eight share
         one; their gradients are float32 where they are to be summed. Gradients lie in memory as their tensors do.
+        `own_query`, shaped like query, is added to its gradient, and written to.
         """
         from ofa_kernels.kernels.attention_moments_backward import (
             attention_moments_backward_keys,
@@ -240,6 +246,7 @@ class Attention:
         )
 
         grads = {name: like(tensor) for name, tensor in self._differentiated.items() if tensor is not None}
+        grads["query"] = grads["query"] if own_query is None else own_query
         for name in ("key", "value"):
             shared = grads[name]
             if shared.shape[1] != self._heads:
@@ -254,6 +261,7 @@ class Attention:
             "pull": pull,
             "offset": None if grad_covariance is None else offset,
             "grad_tangent": None,
+            "own_query": None if own_query is None else rows_of(own_query),
             **{f"grad_{name}": rows_of(grad) for name, grad in grads.items()},
         }
         self._over_queries(attention_moments_backward_rows)

@@ -186,19 +186,21 @@ def backward(
     """Launch the kernels of the backward pass: gradients of the four heads and of M_q, M_k and c_v."""
     from ofa_kernels.kernels.attention_trace import (
         attention_trace_backward_constants,
+        attention_trace_backward_own,
         attention_trace_backward_tokens,
-        attention_trace_backward_weights,
     )
 
     constants = query_trace, key_trace, value_trace
     d_tangent = query.new_zeros(output.shape) if grad_tangent is None else grad_tangent.to(query.dtype)
     d_trace = lse.new_zeros(query.shape[0], query.shape[2]) if grad_trace is None else grad_trace.contiguous()
     tokens = _Tokens(query, key, value, output, *constants, mask, cos, sin, interleaved, scale)
-    to_lse, to_mean = torch.empty_like(lse), torch.empty_like(lse)
-    tokens.add(lse=lse, grad_tangent=moments.rows_of(d_tangent), grad_trace=d_trace, grad_lse=to_lse, grad_mean=to_mean)
-    tokens.over_rows(attention_trace_backward_weights)
+    own, to_lse, to_mean = lse.new_empty((4, *lse.shape)), torch.empty_like(lse), torch.empty_like(lse)
+    d_query = moments.like(query)
+    tokens.add(lse=lse, grad_tangent=moments.rows_of(d_tangent), grad_trace=d_trace, own=own)
+    tokens.add(grad_lse=to_lse, grad_mean=to_mean, grad_query=moments.rows_of(d_query))
+    tokens.over_rows(attention_trace_backward_own)
     sweep = moments.Attention(query, key, value, output, reverse, turn, aim, None, mask, scale, causal, window)
-    swept = sweep.backward(lse, to_lse, to_mean, d_tangent)
+    swept = sweep.backward(lse, to_lse, to_mean, d_tangent, own_query=d_query)
     tokens.add(**{f"grad_{name}": moments.rows_of(grad) for name, grad in swept.items()})
     tokens.over_rows(attention_trace_backward_tokens)
     to_constants = tokens.over_runs(attention_trace_backward_constants)
