@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from ofa_kernels.launch import widest_head
-from ofa_kernels.ops import attention_moments, contract, displace, mlp_trace, norm_step, perturb, step_boundary
+from ofa_kernels.ops import (
+    attention_moments,
+    contract,
+    displace,
+    mlp_trace,
+    norm_step,
+    norm_trace,
+    perturb,
+    step_boundary,
+)
 
 WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
 """One width of each launch configuration from 513 to 8192 columns, and 16384.
@@ -57,6 +66,7 @@ class Case:
         _launch_probes(z, weight, norm, biased, self.samples)
         _launch_step_boundary(z, weight, norm, biased, self.samples)
         _launch_mlp_trace(z, weight, biased)
+        _launch_norm_trace(z, weight, norm, biased)
 
 
 def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], samples: Sequence[int]) -> list[Case]:
@@ -144,6 +154,13 @@ def _launch_mlp_trace(z: Tensor, weight: Tensor, biased: bool) -> None:
         for hidden in (None, z):
             mlp_trace.forward(z, up, *traces, *shifts, hidden, activation)
         mlp_trace.backward(z, up, *traces, *shifts, _stack(z, 2), _row(z), activation)
+
+
+def _launch_norm_trace(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
+    """The product that made the image has a shift if the norm in front of the branch has one."""
+    given = z, weight, z, _row(z), weight if biased else None
+    _, saved = norm_trace.forward(*given, *norm)
+    norm_trace.backward(*given, saved, _row(z), norm[1], norm[2])
 
 
 def _row(z: Tensor) -> Tensor:
