@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import attention
 from benchmarks.implementations import Case, passes
-from ofa_kernels.ops import attention_trace, displace
+from ofa_kernels.ops import attention_trace, displace, norm_trace
 
 SIZES = ((5, 96), (3, 1100))
 """Rows and columns; the second takes more than one block of columns."""
@@ -35,6 +35,11 @@ def launch(device: torch.device) -> Iterator[str]:
             scale = torch.rand(width, device=device, requires_grad=True)
             displace.displace(stream, scale, samples=3, epsilon=0.1, seed=7).sum().backward()
             yield f"displace {rows}x{width} {dtype}"
+            # Centred, with a shift, and of two dtypes, which no operation that is timed is.
+            image, trace = (torch.randn(*shape, device=device) for shape in ((rows, width), (rows,)))
+            given = stream, scale, image, trace
+            norm_trace.norm_trace(*given, eps=1e-5, kind="layer", shift=scale.detach()).sum().backward()
+            yield f"norm_trace {rows}x{width} {dtype}"
     for width in HEADS:
         for dtype in DTYPES:
             case = replace(attention.TINY, width=width, tokens=37, dtype=dtype)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import traffic
 from benchmarks.traffic import Size, Traffic
 from ofa_kernels import reference
-from ofa_kernels.ops import contract, mlp_trace, norm_step, perturb, step_boundary
+from ofa_kernels.ops import contract, mlp_trace, norm_step, norm_trace, perturb, step_boundary
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
@@ -116,7 +116,7 @@ class Pass:
 def passes(samples: Sequence[int]) -> list[Pass]:
     """Both directions of all operations, of those with probes once for each number of samples."""
     probed = [make(n) for make in (_contract, _perturb, _step_boundary) for n in samples]
-    chosen = _norm_step(), _add_norm(), *probed, _mlp_trace()
+    chosen = _norm_step(), _add_norm(), *probed, _mlp_trace(), _norm_trace()
     return [Pass(one, way) for one in chosen for way in ("forward", "backward")]
 
 
@@ -228,6 +228,21 @@ def _mlp_trace() -> Operation:
     )
 
 
+def _norm_trace() -> Operation:
+    def call(function: Callable[..., Any]) -> Function:
+        return lambda stream, weight, image, trace: (function(stream, weight, image, trace, eps=_EPS),)
+
+    return Operation(
+        "norm_trace",
+        inputs=lambda case: (_rows(case), _scale(case), _rows(case), _scalars(case)),
+        gradients=lambda case: (_scalars(case),),
+        forward=traffic.norm_trace_forward,
+        backward=traffic.norm_trace_backward,
+        eager=call(reference.norm_trace),
+        triton=Implementation(call(norm_trace.norm_trace), _norm_trace_backward),
+    )
+
+
 def _rows(case: Case, *stacked: int) -> Tensor:
     return torch.randn(*stacked, case.rows, case.width, dtype=case.dtype, device=case.device)
 
@@ -327,3 +342,8 @@ def _step_boundary_backward(inputs: Tensors, gradients: Tensors) -> Call:
 def _mlp_trace_backward(inputs: Tensors, gradients: Tensors) -> Call:
     shifts = None, None
     return lambda: torch.ops.ofa_kernels.mlp_trace_backward(*inputs, *shifts, *gradients, _ACTIVATION)
+
+
+def _norm_trace_backward(inputs: Tensors, gradients: Tensors) -> Call:
+    _, saved = torch.ops.ofa_kernels.norm_trace(*inputs, None, _EPS, False, 0.0)
+    return lambda: torch.ops.ofa_kernels.norm_trace_backward(*inputs, None, saved, *gradients, False, 0.0)

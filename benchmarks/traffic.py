@@ -2,8 +2,8 @@
 
 The model: every element of every row that goes in is read once and every element that comes out is written once, in
 the stream's dtype; numbers per row, `displace`'s preconditioner and its gradient are float32; γ and β are read once
-and their gradients written once for all rows together, and so are the vectors of `mlp_trace`, which are as long. All
-gradients arrive and all are wanted.
+and their gradients written once for all rows together, and so are the vectors of `mlp_trace` and the shift of
+`norm_trace`, which are as long. All gradients arrive and all are wanted.
 
 What a kernel moves beyond that is left out, because it comes from a cache or is small beside the rows:
 
@@ -164,4 +164,20 @@ def mlp_trace_backward(size: Size, *, gated: bool = True) -> Traffic:
     return Traffic(
         reads=(1 + gated) * (size.stream + size.scale_and_shift) + 2 * size.stream + size.scalars,
         writes=(1 + gated) * (size.stream + size.scale),
+    )
+
+
+def norm_trace_forward(size: Size) -> Traffic:
+    """stream, image, trace, γ and, if biased, the shift → trace behind the norm, 1/σ, a; centred, μ and mean(h) too."""
+    return Traffic(
+        reads=2 * size.stream + size.scalars + size.scale_and_shift,
+        writes=(3 + 2 * size.centred) * size.scalars,
+    )
+
+
+def norm_trace_backward(size: Size) -> Traffic:
+    """The same inputs, what the forward pass kept, and the result's gradient → gradients of stream, γ, image, trace."""
+    return Traffic(
+        reads=2 * size.stream + (4 + 2 * size.centred) * size.scalars + size.scale_and_shift,
+        writes=2 * size.stream + size.scalars + size.scale,
     )

@@ -30,6 +30,7 @@ from ofa_kernels.ops import contract as contract_op
 from ofa_kernels.ops import displace as displace_op
 from ofa_kernels.ops import mlp_trace as mlp_trace_op
 from ofa_kernels.ops import norm_step as norm_step_op
+from ofa_kernels.ops import norm_trace as norm_trace_op
 from ofa_kernels.ops import perturb as perturb_op
 from ofa_kernels.ops import step_boundary as step_boundary_op
 
@@ -179,6 +180,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "contract": contract_op.contract,
     "step_boundary": step_boundary_op.step_boundary,
     "mlp_trace": mlp_trace_op.mlp_trace,
+    "norm_trace": norm_trace_op.norm_trace,
 }
 for _operation, _function in _KERNELS.items():
     register(_operation, Implementation("triton", _function, _kernels_take))

@@ -13,7 +13,7 @@ MAX_WIDTH = 65536
 HEAVY = ("perturb_backward", "step_boundary_backward")
 """Kernels that hold several tiles at once: the row, γ, the gradient, the sum of the weight's gradient."""
 
-WALKING = ("mlp_trace_forward", "mlp_trace_backward")
+WALKING = ("mlp_trace_forward", "mlp_trace_backward", "norm_trace_backward")
 """Kernels that need no row as a whole and hold no tile while they work on the next."""
 
 

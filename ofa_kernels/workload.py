@@ -20,6 +20,10 @@ from ofa_kernels.ops import (
     displace,
     mlp_trace,
     norm_step,
+<<<<<<< HEAD
+=======
+    norm_trace,
+>>>>>>> norm
     perturb,
     step_boundary,
 )
@@ -66,6 +70,7 @@ class Case:
         _launch_probes(z, weight, norm, biased, self.samples)
         _launch_step_boundary(z, weight, norm, biased, self.samples)
         _launch_mlp_trace(z, weight, biased)
+        _launch_norm_trace(z, weight, norm, biased)
 
 
 def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], samples: Sequence[int]) -> list[Case]:
@@ -167,6 +172,13 @@ def _launch_mlp_trace(z: Tensor, weight: Tensor, biased: bool) -> None:
         for hidden in (None, z):
             mlp_trace.forward(z, up, *traces, *shifts, hidden, activation)
         mlp_trace.backward(z, up, *traces, *shifts, _stack(z, 2), _row(z), activation)
+
+
+def _launch_norm_trace(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
+    """The product that made the image has a shift if the norm in front of the branch has one."""
+    given = z, weight, z, _row(z), weight if biased else None
+    _, saved = norm_trace.forward(*given, *norm)
+    norm_trace.backward(*given, saved, _row(z), norm[1], norm[2])
 
 
 def _row(z: Tensor) -> Tensor:

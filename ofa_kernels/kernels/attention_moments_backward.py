@@ -102,8 +102,9 @@ def attention_moments_backward_rows(
         ∂aim_i = −w_i Σ a_ij k_j,  ∂output_i = −D_i Σ a_ij t_ij
 
     for ℓ, w, D = grad_lse, grad_mean, grad_covariance, each of which may be None. Arguments as those of the forward
-    kernel, the gradients as what they belong to. own_query (or None) is added to ∂query, whose memory it may be. pull = p and offset = D·o (None without D), numbers of each query in
-    float32, are written for the sweep over the keys.
+    kernel, the gradients as what they belong to. own_query (or None) is added to ∂query, whose memory it may be.
+    pull = p and offset = D·o (None without D), numbers of each query in float32, are written for the sweeps over the
+    queries of a key.
     """
     sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
     STREAM: tl.constexpr = query[0].dtype.element_ty

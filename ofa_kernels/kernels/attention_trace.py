@@ -405,7 +405,8 @@ def attention_trace_backward_tokens(
 ):
     """Adds to the gradients of the sweeps what does not go through them; one program per block of rows and head.
 
-        u = R⁻¹ q,  w = M_q v,  (f, g, r) = ∂turn,  z = R⁻¹ ∂aim,  ∂m = h u,  ∂w = (f k_x + g k_y, f k_y − g k_x, r k_rest)
+        u = R⁻¹ q,  w = M_q v,  z = R⁻¹ ∂aim,  (f, g, r) = ∂turn
+        ∂m = h u,  ∂w = (f k_x + g k_y, f k_y − g k_x, r k_rest)
         ∂output += −a_ii scale q·k D + M_qᵀ z − M_kᵀ ∂m,  ∂value += a_ii (scale q·k + 1) D + M_qᵀ ∂w + M_kᵀ ∂m
         ∂key += l q + (f w_x − g w_y, f w_y + g w_x, r w_rest)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.tile import channels, load, store
+from ofa_kernels.kernels.tile import channels, load, load_if_any, store
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)
@@ -141,12 +141,6 @@ def mlp_trace_backward(
         store(partial_gate + run * width, channel, inside, gate_sum)
         if up is not None:
             store(partial_up + run * width, channel, inside, up_sum)
-
-
-@triton.jit
-def load_if_any(vector, channel, inside):
-    """As `load`; 0 where there is no vector."""
-    return load(vector, channel, inside) if vector is not None else 0.0
 
 
 @triton.jit

@@ -30,6 +30,12 @@ def load(pointer, channel, inside):
 
 
 @triton.jit
+def load_if_any(vector, channel, inside):
+    """As `load`; 0 where there is no vector."""
+    return load(vector, channel, inside) if vector is not None else 0.0
+
+
+@triton.jit
 def load_scale(weight, channel, inside, OFFSET: tl.constexpr):
     """γ = OFFSET + weight."""
     return tl.where(inside, load(weight, channel, inside) + OFFSET, 0.0)

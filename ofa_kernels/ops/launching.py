@@ -117,6 +117,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def runs_and_tiles(kernel: Any, rows: int, tensor: Tensor, width: int) -> tuple[int, int]:
+    """Of a kernel whose programs take one tile of a run of rows each: how many runs there are, and tiles of a row.
+
+    The tiles of a row are work for as many programs, so that fewer runs of rows keep a GPU busy.
+    """
+    tiles = configuration(kernel, tensor, width).tiles
+    return (launch.programs(rows, max(1, multiprocessors(tensor.device) // tiles)) if rows else 0), tiles
+
+
 class ScaleGradients:
     """Sums of the gradients of γ and β over the rows of each program, and over the programs in their order.
 

@@ -7,17 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_kernels import launch
 from ofa_kernels.fused.mlp_trace import refuse_gradients
 from ofa_kernels.ops.launching import (
     as_rows,
     as_stack,
-    configuration,
     differentiable_once,
     implement,
     library,
-    multiprocessors,
     run,
+    runs_and_tiles,
 )
 from ofa_kernels.reference.mlp_trace import check_mlp
 
@@ -117,9 +115,8 @@ def backward(
     g, u = as_rows(gate, width), None if up is None else as_rows(up, width)
     y = None if grad_stack is None else as_stack(grad_stack, width)
     grad_gate, grad_up = gate.new_empty(gate.shape), _empty_like(up, gate)
-    rows, tiles = g.shape[0], configuration(mlp_trace_backward, gate, width).tiles
-    # The tiles of a row are work for as many programs, so that fewer runs of rows keep a GPU busy.
-    runs = launch.programs(rows, max(1, multiprocessors(gate.device) // tiles)) if rows else 0
+    rows = g.shape[0]
+    runs, tiles = runs_and_tiles(mlp_trace_backward, rows, gate, width)
 
     def sums(vector: Tensor | None) -> Tensor:
         written = vector is not None and grad_trace is not None

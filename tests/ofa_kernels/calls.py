@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops import contract, displace, mlp_trace, norm_step, perturb, step_boundary
+from ofa_kernels.ops import contract, displace, mlp_trace, norm_step, norm_trace, perturb, step_boundary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the kernels run: on a GPU, or on the CPU in Triton's interpreter."""
@@ -114,6 +114,11 @@ def call(
         return Call(contract.squared_norm, reference.squared_norm, (stream,), ("sqnorm",))
     if operation in ("mlp_trace gated", "mlp_trace plain"):
         return _mlp_trace(stream, other if operation == "mlp_trace gated" else None, shifted=norm == "layer")
+    if operation == "norm_trace":
+        # A shift is a constant, so that it is a setting.
+        settings = norms if shift is None else {**norms, "shift": shift}
+        inputs = (stream, scale, other, draw(*shape[:-1], dtype=torch.float32, seed=5))
+        return Call(norm_trace.norm_trace, reference.norm_trace, inputs, ("trace",), settings)
     settings = {**norms, **probes, "samples": 3, "epsilon": 0.1}
     names = ("stream", "stack", "update_sqnorm", "products")
     inputs = (stream, other, stack, scale, shift)
@@ -131,8 +136,9 @@ OPERATIONS = (
     "step_boundary",
     "mlp_trace gated",
     "mlp_trace plain",
+    "norm_trace",
 )
-NORMED = ("norm_step", "norm", "perturb", "perturb behind", "step_boundary")
+NORMED = ("norm_step", "norm", "perturb", "perturb behind", "step_boundary", "norm_trace")
 PROBED = ("perturb", "perturb behind", "displace", "contract", "step_boundary")
 
 

@@ -28,7 +28,7 @@ FEWER = ["--width", "576", "--dtype", "bf16", "--norm", "rms", "--samples", "1",
 ATTENTION = {f"attention_moments_{way}" for way in ("forward", "backward_rows", "backward_columns", "backward_turns")}
 KERNELS = {
     f"{name}_{way}"
-    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace")
+    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace", "norm_trace")
     for way in ("forward", "backward")
 } | ATTENTION
 
@@ -88,15 +88,16 @@ def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_machine_code(compiled, architecture):
-    """16-byte accesses, no float64, no spills up to 8192 columns; only scalars per row are read in less than 16.
+    """16-byte accesses, no float64, no spills up to 8192 columns; only scalars per row are moved in less than 16.
 
-    Attention has blocks of them, and AMD's chips read some operands in the order of a product.
+    Seven where a norm's trace has them; attention has blocks, and AMD's chips read some operands in a product's order.
     """
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
         assert int(row["float64"]) == 0, row
         assert int(row["spills"]) == 0, row
-        assert int(row["narrow"]) <= 4 or row["kernel"] in ATTENTION, row
+        scalars = 7 if row["kernel"].startswith("norm_trace") else 4
+        assert int(row["narrow"]) <= scalars or row["kernel"] in ATTENTION, row
         assert int(row["shared"]) <= 64 * 1024, row
 
 

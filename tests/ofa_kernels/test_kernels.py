@@ -116,7 +116,7 @@ def test_rows_of_several_tiles(operation, norm, dtype):
     assert_close(call(operation, (3, 300), dtype, norm), 300, dtype)
 
 
-@pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract", "mlp_trace gated"])
+@pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract", "mlp_trace gated", "norm_trace"])
 @pytest.mark.parametrize("width", [65535, 65536])
 def test_the_widest_row(operation, width):
     """As it is launched: 65,536 columns do not fit into the registers."""
@@ -140,8 +140,11 @@ def test_any_shape_and_stride(operation, norm, leading, width, dtype, gap):
 
 
 @over_operations
-def test_a_mean_far_from_zero_cancels_no_digits(operation):
+@pytest.mark.parametrize("tiles", ["one tile", "several tiles"])
+def test_a_mean_far_from_zero_cancels_no_digits(operation, tiles, request):
     """A LayerNorm of rows 100 ± 1: E[z²] − E[z]² in float32 would keep three digits of the variance."""
+    if tiles == "several tiles":
+        request.getfixturevalue("small_tiles")
     case = call(operation, (3, 513), torch.float32, "layer")
     first = case.inputs[0] + 100.0
     case = Call(case.kernel, case.reference, (first, *case.inputs[1:]), case.outputs, case.settings)
@@ -229,7 +232,7 @@ def test_expanded_gradients(operation):
 @over_operations
 def test_expanded_inputs(operation):
     case = call(operation, (1, 20), torch.float32)
-    inputs = [x if x is None or x.dim() < 2 else x.expand(*x.shape[:-2], 4, 20) for x in case.inputs]
+    inputs = [x if x is None else x.expand([4 if size == 1 else size for size in x.shape]) for x in case.inputs]
     dense = [x if x is None else x.contiguous() for x in inputs]
     results = (as_tuple(case.kernel(*given, **case.settings)) for given in (inputs, dense))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -286,6 +289,7 @@ def test_a_second_derivative_is_refused_not_wrong(operation):
         ("step_boundary", 2),
         ("mlp_trace gated", 1),
         ("mlp_trace plain", 2),
+        ("norm_trace", 2),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_sentence_of_the_reference(operation, which):

@@ -9,7 +9,8 @@ import pytest
 from ofa_kernels.launch import HEAVY, MAX_WIDTH, WALKING, configure, programs
 from ofa_kernels.workload import WIDTHS as WIDTHS_AHEAD
 
-KERNELS = ("norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward", *HEAVY)
+ROWS = "norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward", "norm_trace_forward"
+KERNELS = (*ROWS, *HEAVY)
 WIDTHS = [1, 2, 31, 127, 128, 129, 576, 1024, 4096, 4097, 8192, 11008, 16384, 16385, 32768, MAX_WIDTH]
 
 

@@ -30,6 +30,10 @@ ARGUMENTS = {
     "mlp_trace plain": (Z, None, SCALE, None, None, None, None, "gelu"),
     "mlp_trace_backward": (Z, Z, SCALE, SCALE, SCALE, SCALE, STACK, ROW, "silu"),
     "mlp_trace_backward plain": (Z, None, SCALE, None, None, None, STACK, None, "gelu"),
+    "norm_trace": (Z, SCALE, Z, ROW, SCALE, *NORM),
+    "norm_trace without shift": (Z, SCALE, Z, ROW, None, 1e-5, False, 0.0),
+    "norm_trace_backward": (Z, SCALE, Z, ROW, SCALE, draw(4, 3, seed=4), ROW, True, 1.0),
+    "norm_trace_backward without shift": (Z, SCALE, Z, ROW, None, draw(2, 3, seed=4), ROW, False, 0.0),
 }
 
 
