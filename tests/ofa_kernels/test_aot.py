@@ -26,11 +26,16 @@ FEW = ["--width", "576", "8192", "--dtype", "bf16", "--norm", "layer+bias", "--s
 
 FEWER = ["--width", "576", "--dtype", "bf16", "--norm", "rms", "--samples", "1", "--head", "64"]
 ATTENTION = {f"attention_moments_{way}" for way in ("forward", "backward_rows", "backward_columns", "backward_turns")}
-KERNELS = {
-    f"{name}_{way}"
-    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace")
-    for way in ("forward", "backward")
-} | ATTENTION
+CONSTANTS = {f"{branch}_constants_{way}" for branch in ("mlp", "attention") for way in ("forward", "backward")}
+KERNELS = (
+    {
+        f"{name}_{way}"
+        for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace")
+        for way in ("forward", "backward")
+    }
+    | ATTENTION
+    | CONSTANTS
+)
 
 OFFERED = """
 import json, sys, torch
@@ -48,7 +53,8 @@ def compile_instead(kernel, grid, args, keywords):
     kernel.warmup(*args, grid=(grid,), **keywords)
 
 workload._ROWS = 250
-for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *workload.attention_cases([64], ["bf16"])]:
+heads = *workload.attention_cases([64], ["bf16"]), *workload.weights_cases([64], ["bf16"], ["rms"])
+for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *heads]:
     with launching_by(compile_instead, "sm_90"):
         case.launch()
 print(json.dumps([aot.__file__, hits]))
@@ -90,13 +96,13 @@ def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
 def test_machine_code(compiled, architecture):
     """16-byte accesses, no float64, no spills up to 8192 columns; only scalars per row are read in less than 16.
 
-    Attention has blocks of them, and AMD's chips read some operands in the order of a product.
+    Attention and constants have blocks of them, and AMD's chips read some operands in the order of a product.
     """
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
         assert int(row["float64"]) == 0, row
         assert int(row["spills"]) == 0, row
-        assert int(row["narrow"]) <= 4 or row["kernel"] in ATTENTION, row
+        assert int(row["narrow"]) <= 4 or row["kernel"] in ATTENTION | CONSTANTS, row
         assert int(row["shared"]) <= 64 * 1024, row
 
 
