@@ -36,9 +36,9 @@ from benchmarks.workloads import (
     regularized,
     step,
 )
-from ofa.closed_form import constants
 from ofa_kernels.blocked import attention_trace
 from ofa_kernels.fused import mlp_trace, norm_trace
+from ofa_kernels.reference import constants
 
 WORKLOADS = (
     SMOLLM2_135M.of(10, 48),

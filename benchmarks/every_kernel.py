@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import attention
+from benchmarks import attention, constants
 from benchmarks.implementations import Case, passes
 from ofa_kernels.ops import attention_trace, displace, norm_trace
+from ofa_kernels.ops import constants as kernels
 
 SIZES = ((5, 96), (3, 1100))
 """Rows and columns; the second takes more than one block of columns."""
@@ -48,6 +49,15 @@ def launch(device: torch.device) -> Iterator[str]:
             results = attention_trace.attention_trace(*leaves, scale=width**-0.5, causal=True, rotary=given.rotary)
             torch.autograd.grad(results, leaves, [torch.randn_like(result) for result in results])
             yield f"attention_trace heads of {width} {dtype}"
+    for branch in constants.BRANCHES:
+        for dtype in DTYPES:
+            for centred in (False, True):
+                case = replace(constants.TINY, width=70, inner=37, head=24, dtype=dtype)
+                for call in constants.directions(
+                    kernels, branch, constants.draw(branch, case, device), centred
+                ).values():
+                    call()
+                yield f"{branch}_constants {'layer' if centred else 'rms'} {dtype}"
 
 
 def main() -> None:

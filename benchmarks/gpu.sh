@@ -41,6 +41,7 @@ part 20 ceilings "$python" -m benchmarks.ceilings --out "$out/ceilings_gpu.csv"
 part 150 tests "$python" -m pytest -q -n "$workers" -p no:cacheprovider "${tests[@]}"
 part 170 step "$python" -m benchmarks.gpu_step --out "$out/step_gpu.csv"
 part 60 attention "$python" -m benchmarks.attention --out "$out/attention_gpu.csv"
+part 30 constants "$python" -m benchmarks.constants --out "$out/constants_gpu.csv"
 part 90 kernels "$python" -m benchmarks.kernels --out "$out/kernels_gpu.csv" --rows 2048 8192 --widths 4096 --samples 4 \
   --repeats 30
 if command -v compute-sanitizer >/dev/null; then

@@ -26,7 +26,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 NO_SPILLS_UP_TO = 8192
 """Widest row, in columns, whose kernels must not spill; no head is wider."""
 
-AnyCase = workload.Case | workload.AttentionCase
+AnyCase = workload.Case | workload.AttentionCase | workload.WeightsCase
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     cases: list[AnyCase] = [*workload.cases(options.width, options.dtype, options.norm, options.samples)]
     cases += workload.attention_cases(options.head, options.dtype)
+    cases += workload.weights_cases(options.head, options.dtype, options.norm)
     if find_spec("triton") is None:
         print('ofa_kernels.aot: Triton is not installed; pip install "ofa-adapt[cuda]"', file=sys.stderr)
         return 2

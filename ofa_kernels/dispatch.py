@@ -8,7 +8,7 @@ GPU where Triton is installed. `OFA_KERNELS=reference` in the environment leaves
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -23,9 +23,10 @@ from ofa_kernels.fused import attention_trace as fused_attention_trace
 from ofa_kernels.fused import mlp_trace as fused_mlp_trace
 from ofa_kernels.fused import norm_trace as fused_norm_trace
 from ofa_kernels.fused import squared_norm as fused_squared_norm
-from ofa_kernels.launch import MAX_WIDTH, widest_head
+from ofa_kernels.launch import MAX_WIDTH, WIDEST_WEIGHTS, widest_head
 from ofa_kernels.ops import attention_moments as attention_moments_op
 from ofa_kernels.ops import attention_trace as attention_trace_op
+from ofa_kernels.ops import constants as constants_op
 from ofa_kernels.ops import contract as contract_op
 from ofa_kernels.ops import displace as displace_op
 from ofa_kernels.ops import mlp_trace as mlp_trace_op
@@ -46,6 +47,10 @@ OPERATIONS = (
     "attention_trace",
     "attention_moments",
     "norm_trace",
+    "mlp_constants",
+    "mlp_constants_gradient",
+    "attention_constants",
+    "attention_constants_gradient",
 )
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +59,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation; `accepts` looks at its first tensor and imports nothing heavy."""
+    """One way to compute an operation; `accepts` looks at one of its tensors and imports nothing heavy."""
 
     name: str
     function: Callable[..., Any]
@@ -70,12 +75,12 @@ def register(operation: str, implementation: Implementation) -> None:
     _IMPLEMENTATIONS[operation].insert(0, implementation)
 
 
-def choose(operation: str, tensor: Tensor) -> Implementation:
-    """The implementation of `operation` that runs for a tensor of this device, dtype and shape."""
+def choose(operation: str, *tensors: Tensor) -> Implementation:
+    """The implementation of `operation` that runs for tensors of this device, dtype and shape: it accepts them all."""
     offered = _IMPLEMENTATIONS[operation]
     if os.environ.get("OFA_KERNELS") == "reference":
         return offered[-1]
-    return next(implementation for implementation in offered if implementation.accepts(tensor))
+    return next(one for one in offered if all(one.accepts(tensor) for tensor in tensors))
 
 
 def norm_step(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,6 +138,40 @@ def norm_trace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return choose("norm_trace", stream).function(stream, *args, **kwargs)
 
 
+def mlp_constants(gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, centred: bool) -> tuple[Tensor, ...]:
+    """(W G W_d)_kk of an MLP's weights; see `reference.mlp_constants`."""
+    chosen = choose("mlp_constants", *_given(gate, up, down, scale))
+    return chosen.function(gate, up, down, scale, centred)
+
+
+def mlp_constants_gradient(
+    gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, grads: Sequence[Tensor], centred: bool
+) -> Tensor:
+    """Its gradient in γ; see `reference.mlp_constants_gradient`."""
+    chosen = choose("mlp_constants_gradient", *_given(gate, up, down, scale))
+    return chosen.function(gate, up, down, scale, grads, centred)
+
+
+def attention_constants(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W_q G W_o, W_k G W_o and tr(W_v G W_o) of every head; see `reference.attention_constants`."""
+    chosen = choose("attention_constants", output, query, key, value, scale)
+    return chosen.function(query, key, value, output, scale, centred)
+
+
+def attention_constants_gradient(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor, grads: Sequence[Tensor], centred: bool
+) -> Tensor:
+    """Its gradient in γ; see `reference.attention_constants_gradient`."""
+    chosen = choose("attention_constants_gradient", output, query, key, value, scale)
+    return chosen.function(query, key, value, output, scale, grads, centred)
+
+
+def _given(*tensors: Tensor | None) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if tensor is not None)
+
+
 _IMPLEMENTATIONS = {
     operation: [Implementation("reference", getattr(reference, operation), lambda tensor: True)]
     for operation in OPERATIONS
@@ -181,6 +220,8 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "step_boundary": step_boundary_op.step_boundary,
     "mlp_trace": mlp_trace_op.mlp_trace,
     "norm_trace": norm_trace_op.norm_trace,
+    "mlp_constants": constants_op.mlp_constants,
+    "mlp_constants_gradient": constants_op.mlp_constants_gradient,
 }
 for _operation, _function in _KERNELS.items():
     register(_operation, Implementation("triton", _function, _kernels_take))
@@ -199,3 +240,20 @@ register(
     "attention_trace",
     Implementation("triton", attention_trace_op.attention_trace, _attention_kernels_take),
 )
+
+
+def _constants_kernels_take(tensor: Tensor) -> bool:
+    """Whether the kernels can work on weights of these heads, or on a norm's scale.
+
+    Weights are (heads, channels of a head, channels of the stream) or the other way round; a head is the narrower one.
+    """
+    heads = tensor.dim() >= 3 and min(tensor.shape[-2:]) <= WIDEST_WEIGHTS
+    return _kernels_take(tensor) and (heads or tensor.dim() == 1)
+
+
+_KERNELS_OF_HEADS: dict[str, Callable[..., Any]] = {
+    "attention_constants": constants_op.attention_constants,
+    "attention_constants_gradient": constants_op.attention_constants_gradient,
+}
+for _operation, _function in _KERNELS_OF_HEADS.items():
+    register(_operation, Implementation("triton", _function, _constants_kernels_take))

@@ -138,3 +138,62 @@ def tile_width(width: int) -> int:
 def widest_head(itemsize: int) -> int:
     """The widest heads that the attention kernels take: wider tiles fit neither into registers nor shared memory."""
     return 256 if itemsize <= 2 else 128
+
+
+WIDEST_WEIGHTS = 256
+"""Channels of the widest heads whose weights' constants the kernels compute."""
+
+
+@dataclass(frozen=True)
+class ConstantsLaunch:
+    """Tiles and threads of one launch of a kernel of `kernels.constants`."""
+
+    block_rows: int
+    """Inner channels of an MLP, or channels of a head, at once."""
+    block_width: int
+    """Channels of the norm at once."""
+    num_warps: int
+    num_stages: int
+    """See `AttentionLaunch`."""
+    max_registers: int | None
+    """See `Launch`."""
+    waves: int
+    """How many programs there should be for each multiprocessor."""
+
+
+def configure_constants(kernel: str, width: int, itemsize: int, architecture: str) -> ConstantsLaunch:
+    """The launch of a `kernel` of constants for weights of `itemsize` bytes; `width` is that of a head, if it has any.
+
+    Rows of a tile are 128 bytes long where they can be, a line of the cache, whichever dimension is dense. An MLP's
+    tiles are multiplied element by element, and a few programs of 128 registers share a multiprocessor, so that one
+    loads while another adds. An attention's forward kernel holds 64 by 64 of both products; 128 by 128 would spill. Its
+    backward kernel holds a block of L, as wide as a head, and reads M̄ anew for every block: the longer, the fewer. Each
+    is the largest found that spills on no architecture that is compiled ahead of time, in 64 KiB of shared memory. In
+    float32 products are made by multiply-adds of single numbers, whose operands fill the registers.
+    """
+    amd, half, tile = architecture.startswith("gfx"), itemsize <= 2, tile_width(width)
+    if kernel.startswith("mlp"):
+        rows, columns, warps, stages, registers, waves = (64, 64, 8, 1, 128, 8) if half else (32, 32, 4, 1, 128, 8)
+    elif kernel == "attention_constants_forward":
+        # With two stages the assembler of sm_80 spills what a LayerNorm needs besides.
+        rows, columns, warps, stages = (
+            (min(tile, 64), 32, 8 if tile >= 64 else 4, 3) if half else (min(tile, 64), 16, 8, 2)
+        )
+        registers, waves = 255, 2
+    else:
+        rows, columns = (32 if tile <= 128 else 16, 64 if tile <= 128 else 32) if half else (16, 32)
+        warps, stages, registers, waves = 8 if tile > 64 or not half else 4, 2, 255, 1
+    if amd:
+        return ConstantsLaunch(rows, columns, min(warps, 4), min(stages, 2), None, waves)
+    return ConstantsLaunch(rows, columns, warps, stages, registers, waves)
+
+
+def shares(blocks: int, tiles: int, programs: int) -> int:
+    """Into how many sums of neighbouring tiles that of `tiles` is split, so that `blocks` of them are `programs`.
+
+    Fewer where they would be more than the tiles; each has a tile at least, and all but the last as many.
+    """
+    if blocks * tiles == 0:
+        return 1
+    each = -(-tiles // max(1, min(tiles, programs // blocks)))
+    return -(-tiles // each)

@@ -16,14 +16,12 @@ from ofa_kernels.launch import widest_head
 from ofa_kernels.ops import (
     attention_moments,
     attention_trace,
+    constants,
     contract,
     displace,
     mlp_trace,
     norm_step,
-<<<<<<< HEAD
-=======
     norm_trace,
->>>>>>> norm
     perturb,
     step_boundary,
 )
@@ -71,6 +69,7 @@ class Case:
         _launch_step_boundary(z, weight, norm, biased, self.samples)
         _launch_mlp_trace(z, weight, biased)
         _launch_norm_trace(z, weight, norm, biased)
+        _launch_mlp_constants(z, weight, centred=norm[1])
 
 
 def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], samples: Sequence[int]) -> list[Case]:
@@ -132,6 +131,40 @@ def attention_cases(heads: Sequence[int], dtypes: Sequence[str]) -> list[Attenti
     ]
 
 
+@dataclass(frozen=True)
+class WeightsCase:
+    """The constants of an attention's weights, each stored as a matrix of its own, forward and backward."""
+
+    width: int
+    dtype: str
+    centred: bool
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        return f"weights of heads of {self.width} {self.dtype} {'layer' if self.centred else 'rms'}"
+
+    def launch(self) -> None:
+        """Call what the operations' registered implementations are; heads share keys, and stand beside each other."""
+        heads, shared, width = 8, 2, 1024
+
+        def weight(count: int) -> Tensor:
+            return torch.empty(count, self.width, width, dtype=DTYPES[self.dtype], device="meta")
+
+        output = torch.empty(width, heads * self.width, dtype=DTYPES[self.dtype], device="meta")
+        output = output.unflatten(1, (heads, self.width)).transpose(0, 1)
+        scale = torch.empty(width, device="meta")
+        given = weight(heads), weight(shared), weight(shared), output, scale
+        grads = constants.forward_attention(*given, self.centred)
+        constants.backward_attention(*given, *grads, self.centred)
+
+
+def weights_cases(heads: Sequence[int], dtypes: Sequence[str], norms: Sequence[str]) -> list[WeightsCase]:
+    """All combinations that differ to the kernels, which know of a norm only whether it centres."""
+    centred = dict.fromkeys(NORMS[norm][0] == "layer" for norm in norms)
+    return [WeightsCase(*values) for values in product(heads, dtypes, centred)]
+
+
 def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
     row = _row(z)
     for update in (z, None):
@@ -179,6 +212,15 @@ def _launch_norm_trace(z: Tensor, weight: Tensor, norm: tuple[float, bool, float
     given = z, weight, z, _row(z), weight if biased else None
     _, saved = norm_trace.forward(*given, *norm)
     norm_trace.backward(*given, saved, _row(z), norm[1], norm[2])
+
+
+def _launch_mlp_constants(z: Tensor, weight: Tensor, *, centred: bool) -> None:
+    """A gated and a plain MLP behind a norm of this width, whose weights are stored row by row."""
+    inner = 4 * z.shape[1]
+    gate, down = z.new_empty(inner, z.shape[1]), z.new_empty(z.shape[1], inner)
+    for up in (gate, None):
+        grads = constants.forward_mlp(gate, up, down, weight, centred)
+        constants.backward_mlp(gate, up, down, weight, grads[0], None if up is None else grads[1], centred)
 
 
 def _row(z: Tensor) -> Tensor:

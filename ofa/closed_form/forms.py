@@ -155,11 +155,13 @@ class AttentionForm(_Form):
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts, shape = self._parts, self._fit.shape
-        query, key, value = shape.split(
-            self._fit.layout, (parts.query.weight(), parts.key.weight(), parts.value.weight())
-        )
-        output = parts.output.weight().unflatten(1, (shape.heads, shape.width)).transpose(0, 1)
-        return query * self._fit.query_factor, key, value, output
+        stored = parts.query.stored(), parts.key.stored(), parts.value.stored()
+        query, key, value = shape.split(self._fit.layout, stored)
+        if self._fit.query_factor != 1:
+            # In float32: a factor that is no power of two has no place in half precision.
+            query = query.to(torch.promote_types(query.dtype, torch.float32)) * self._fit.query_factor
+        output = parts.output.stored().unflatten(1, (shape.heads, shape.width)).transpose(0, 1)
+        return query, key, value, output
 
 
 def attended(parts: AttentionParts, fit: AttentionFit, seen: AttentionSeen) -> tuple[Attending, Rotary | None]:

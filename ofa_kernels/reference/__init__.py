@@ -9,6 +9,12 @@ device. Tensors may have any leading shape; a row is everything but the last dim
 from ofa_kernels.reference.attention_moments import attention_moments
 from ofa_kernels.reference.attention_moments import bias as attention_bias
 from ofa_kernels.reference.attention_trace import HeadNorm, Rotary, attention_tangent, attention_trace
+from ofa_kernels.reference.constants import (
+    attention_constants,
+    attention_constants_gradient,
+    mlp_constants,
+    mlp_constants_gradient,
+)
 from ofa_kernels.reference.mlp_trace import ACTIVATIONS, mlp_trace
 from ofa_kernels.reference.norm_trace import norm_trace
 from ofa_kernels.reference.stream import (
@@ -31,6 +37,8 @@ __all__ = [
     "HeadNorm",
     "Rotary",
     "attention_bias",
+    "attention_constants",
+    "attention_constants_gradient",
     "attention_moments",
     "attention_tangent",
     "attention_trace",
@@ -39,6 +47,8 @@ __all__ = [
     "check_stack",
     "contract",
     "displace",
+    "mlp_constants",
+    "mlp_constants_gradient",
     "mlp_trace",
     "norm_step",
     "norm_trace",

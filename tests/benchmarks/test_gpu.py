@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from benchmarks import attention, ceilings, every_kernel, gpu_step
+from benchmarks import attention, ceilings, constants, every_kernel, gpu_step
 from ofa_kernels import workload
 from ofa_kernels.ops import launching
 
@@ -61,9 +62,33 @@ def test_a_wrong_trace_is_refused_and_not_timed(tmp_path, monkeypatch, capsys):
     assert "blocked refused: error 0.2" in capsys.readouterr().err
 
 
+def test_constants_are_timed_in_both_directions(tmp_path):
+    constants.main(["--out", str(tmp_path / "constants.csv"), "--repeats", "2"])
+    rows = read(tmp_path / "constants.csv")
+    ways = {f"{branch}_constants_{way}" for branch in constants.BRANCHES for way in ("forward", "backward")}
+    assert {(row["benchmark"], row["norm"]) for row in rows} == {
+        (way, norm) for way in ways for norm in ("rms", "layer")
+    }
+    assert {row["metric"] for row in rows} == {"time_median", "time_p20", "time_p80", "bandwidth", "copy_share"}
+    assert all(float(row["value"]) > 0 for row in rows)
+
+
+def test_wrong_constants_are_refused_and_not_timed(tmp_path, monkeypatch, capsys):
+    def wrong(*given):
+        return tuple(1.2 * one for one in constants.reference.attention_constants(*given))
+
+    other = SimpleNamespace(**vars(constants.reference) | {"attention_constants": wrong})
+    monkeypatch.setattr(constants, "implementations", lambda device: {"other": other})
+    constants.main(["--out", str(tmp_path / "constants.csv"), "--repeats", "2"])
+    rows = [row for row in read(tmp_path / "constants.csv") if row["benchmark"] == "attention_constants_forward"]
+    assert [(row["metric"], round(float(row["value"]), 1)) for row in rows] == [("error", 0.2)] * 2
+    assert "attention forward other refused: error 0.2" in capsys.readouterr().err
+
+
 def test_the_memory_checker_sees_every_kernel():
     """Every kernel that is compiled ahead of time, which `ofa_kernels.workload` launches, is launched here too."""
     ahead = workload.cases([64], ["fp32"], ["rms"], [1]) + workload.attention_cases([64], ["fp32"])
+    ahead += workload.weights_cases([64], ["fp32"], ["rms"])
     assert _launched(lambda: [case.launch() for case in ahead]) <= _launched(lambda: list(every_kernel.launch(CPU)))
 
 

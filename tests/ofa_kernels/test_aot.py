@@ -25,12 +25,19 @@ FEW = ["--width", "576", "8192", "--dtype", "bf16", "--norm", "layer+bias", "--s
 """The heaviest launches of a narrow and a wide row, and the most usual heads."""
 
 FEWER = ["--width", "576", "--dtype", "bf16", "--norm", "rms", "--samples", "1", "--head", "64"]
-ATTENTION = {f"attention_moments_{way}" for way in ("forward", "backward_rows", "backward_columns", "backward_turns")}
-KERNELS = {
-    f"{name}_{way}"
-    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace", "norm_trace")
-    for way in ("forward", "backward")
-} | ATTENTION
+SWEEPS = ("forward", "backward_rows", "backward_keys", "backward_values")
+TOKENS = ("features", "combine", "backward_own", "backward_tokens", "backward_constants")
+ATTENTION = {f"attention_moments_{way}" for way in SWEEPS} | {f"attention_trace_{way}" for way in TOKENS}
+CONSTANTS = {f"{branch}_constants_{way}" for branch in ("mlp", "attention") for way in ("forward", "backward")}
+KERNELS = (
+    {
+        f"{name}_{way}"
+        for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace", "norm_trace")
+        for way in ("forward", "backward")
+    }
+    | ATTENTION
+    | CONSTANTS
+)
 
 OFFERED = """
 import json, sys, torch
@@ -48,7 +55,8 @@ def compile_instead(kernel, grid, args, keywords):
     kernel.warmup(*args, grid=(grid,), **keywords)
 
 workload._ROWS = 250
-for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *workload.attention_cases([64], ["bf16"])]:
+heads = *workload.attention_cases([64], ["bf16"]), *workload.weights_cases([64], ["bf16"], ["rms"])
+for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *heads]:
     with launching_by(compile_instead, "sm_90"):
         case.launch()
 print(json.dumps([aot.__file__, hits]))
@@ -90,14 +98,15 @@ def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
 def test_machine_code(compiled, architecture):
     """16-byte accesses, no float64, no spills up to 8192 columns; only scalars per row are moved in less than 16.
 
-    Seven where a norm's trace has them; attention has blocks, and AMD's chips read some operands in a product's order.
+    Seven where a norm's trace has them; attention and constants have blocks of them, and AMD's chips read some operands
+    in the order of a product.
     """
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
         assert int(row["float64"]) == 0, row
         assert int(row["spills"]) == 0, row
         scalars = 7 if row["kernel"].startswith("norm_trace") else 4
-        assert int(row["narrow"]) <= scalars or row["kernel"] in ATTENTION, row
+        assert int(row["narrow"]) <= scalars or row["kernel"] in ATTENTION | CONSTANTS, row
         assert int(row["shared"]) <= 64 * 1024, row
 
 

@@ -37,6 +37,16 @@ CALLS = {
     ),
     "norm_trace": ((STREAM, SCALE, 2 * STREAM, STREAM[..., 0]), {"eps": 1e-5, "kind": "layer"}),
 }
+GATE, DOWN, OUTPUT = STREAM.view(6, 4), STREAM.view(6, 4).mT, TRACE[:, :, :2]
+CALLS |= {
+    "mlp_constants": ((GATE, 2 * GATE, DOWN, SCALE), {"centred": True}),
+    "mlp_constants_gradient": ((GATE, 2 * GATE, DOWN, SCALE, (GATE[:, 0], GATE[:, 1])), {"centred": True}),
+    "attention_constants": ((OUTPUT.mT, OUTPUT.mT[:2], -OUTPUT.mT[:2], OUTPUT, SCALE), {"centred": True}),
+    "attention_constants_gradient": (
+        (OUTPUT.mT, OUTPUT.mT[:2], -OUTPUT.mT[:2], OUTPUT, SCALE, (TRACE[:, :2, :2], TRACE[:, 2:, :2], SCALE)),
+        {"centred": True},
+    ),
+}
 BY_HAND = ("squared_norm", "mlp_trace", "attention_trace", "attention_moments", "norm_trace")
 """Operations with derivatives written by hand, for every device."""
 
@@ -123,7 +133,7 @@ def test_an_implementation_runs_only_for_tensors_it_accepts(offer, operation):
     args, kwargs = CALLS[operation]
     offer(operation, accepts=lambda tensor: tensor.dtype == torch.float32)
     assert getattr(dispatch, operation)(*args, **kwargs) == "other"
-    double = [arg.double() for arg in args]
+    double = [tuple(x.double() for x in arg) if isinstance(arg, tuple) else arg.double() for arg in args]
     assert dispatch.choose(operation, double[0]).name == without_kernels(operation)
     assert getattr(dispatch, operation)(*double, **kwargs) != "other"
 
