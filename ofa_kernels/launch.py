@@ -6,6 +6,7 @@ The thresholds follow from register counts, which `python -m ofa_kernels.aot` pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 MAX_WIDTH = 65536
 """Columns of the widest row that the kernels take."""
@@ -28,6 +29,7 @@ class Launch:
     """Per thread, on NVIDIA; without a limit the assembler sets one of its own, and spills to keep it."""
 
 
+@cache
 def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Launch:
     """The launch of `kernel` for rows of `width` columns of `itemsize` bytes on "sm_90", "gfx942" and the like.
 
@@ -90,6 +92,7 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
 
 
+@cache
 def configure_attention(kernel: str, width: int, itemsize: int, architecture: str) -> AttentionLaunch:
     """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
 

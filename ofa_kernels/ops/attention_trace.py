@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ofa_kernels.fused import attention_trace as fused
 from ofa_kernels.fused.attention_moments import Moments
-from ofa_kernels.ops import attention_moments as _  # noqa: F401 - defines the operations
+from ofa_kernels.ops import attention_moments as operations
 
 
 def attention_trace(*tensors: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -18,12 +17,12 @@ def attention_trace(*tensors: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.ofa_kernels.attention_moments(*inputs)
+    result: tuple[Tensor, Tensor, Tensor] = operations.call(*inputs)
     return result
 
 
 def _backward(*inputs: Any) -> tuple[Tensor | None, ...]:
-    *grads, tangent = torch.ops.ofa_kernels.attention_moments_backward(*inputs)
+    *grads, tangent = operations.call_backward(*inputs)
     # The operation has to return a tensor; without a tangent among the inputs it is empty.
     return *grads, None if inputs[7] is None else tangent
 
