@@ -140,6 +140,9 @@ def _is_causal(mask: Tensor) -> bool:
     """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
     if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
         return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Nobody may look, and the graph may be run with another mask.
+        return False
     seen = _causal_masks.get(mask)
     if seen is None or seen[0] != mask._version:
         later = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
