@@ -93,10 +93,10 @@ def is_direct(args: tuple[Any, ...]) -> bool:
     """Whether nobody but autograd looks at operations on these arguments: plain tensors, no mode, no transform."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+    return _PLAIN.issuperset(map(type, args))
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
