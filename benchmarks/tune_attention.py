@@ -31,24 +31,21 @@ from ofa_kernels.ops import attention_moments
 from ofa_kernels.ops.launching import launching_by
 
 PREFIX = "attention_moments_"
-KERNELS = ("forward", "backward_rows", "backward_columns", "backward_turns")
+KERNELS = ("forward", "backward_rows", "backward_keys", "backward_values")
 CASES = (LLAMA2_7B, replace(LLAMA2_7B, sequences=4, tokens=512), LLAMA3_8B, replace(LLAMA3_8B, width=64, heads=64))
 LAUNCHES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
-    "forward": (
-        *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2)),
-        *((128, 64, 8, 1), (128, 32, 4, 2)),
-    ),
+    "forward": ((64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1)),
     "backward_rows": (
-        *((32, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3)),
-        *((128, 64, 8, 1), (64, 32, 4, 1)),
+        *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 1)),
+        *((128, 32, 8, 1), (128, 16, 8, 3)),
     ),
-    "backward_columns": (
-        *((16, 32, 4, 2), (32, 32, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (16, 64, 4, 2), (32, 128, 8, 2)),
-        *((32, 128, 8, 1), (64, 128, 8, 1), (64, 64, 8, 2)),
+    "backward_keys": (
+        *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 128, 8, 1)),
+        *((16, 64, 4, 2), (32, 128, 8, 1)),
     ),
-    "backward_turns": (
-        *((64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3)),
-        *((128, 128, 8, 2),),
+    "backward_values": (
+        *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2)),
+        *((64, 128, 8, 3), (16, 64, 4, 3)),
     ),
 }
 """Queries, keys, warps and stages that are tried; a product of wgmma has 64 rows for each four warps."""

@@ -19,6 +19,7 @@ from ofa.errors import InputError
 from ofa.families import BranchRow, Family, Wiring, candidates
 from ofa.module_io import hidden_input, hidden_output
 from ofa_kernels import reference
+from ofa_kernels.reference.stream import widen
 
 GRANULARITIES = ("sublayer", "layer")
 
@@ -47,7 +48,8 @@ class NormView:
     @property
     def scale(self) -> Tensor:
         """γ in the widest dtype at hand, (d,): what the norm multiplies by."""
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+        wide = widen(self.weight)
+        return wide + self.offset if self.offset else wide
 
 
 def view_norm(module: nn.Module, norm: Norm) -> NormView:

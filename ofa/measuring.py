@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,10 +106,13 @@ class Pass:
         rows = [measured[index] for index in sorted(measured)]
         device = rows[0].values.device
         values = torch.stack([row.values.to(device).reshape(-1, *self.shape) for row in rows])
-        factors = {row.factor for row in rows}
-        factor: Tensor | float = rows[0].factor
-        if len(factors) > 1:
-            factor = values.new_tensor([row.factor for row in rows]).unsqueeze(1)
+        if values.requires_grad:
+            # Behind a sum it is one number expanded, and every step's kernel would make a dense copy of its own.
+            values.register_hook(Tensor.contiguous)
+        factors = tuple(row.factor for row in rows)
+        factor: Tensor | float = factors[0]
+        if len(set(factors)) > 1:
+            factor = _column(factors, values)
         mask = None if self.mask is None else self.mask.to(device)
         return values, factor, mask
 
@@ -126,10 +130,16 @@ class Pass:
     def _traces(self) -> Tensor:
         """Mean of tr(J_i P_i) over the real tokens of each sequence, (measured steps, B)."""
         values, factor, mask = self._stack(self.traces)
-        values = values.sum(1)
+        values = values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
         if mask is None:
             return values.mean(2) * factor
         return (values * mask).sum(2) / mask.sum(1).clamp_min(1) * factor
+
+    def _among(self, measured: Tensor, steps: int) -> Tensor:
+        """Rows of the traced steps where they belong, NaN in those of the others."""
+        rows = dict(zip(sorted(self.traced), measured.unbind(), strict=True))
+        missing = torch.full_like(measured[0], float("nan"))
+        return torch.stack([rows.get(step, missing) for step in range(steps)])
 
     def measurements(self, steps: int) -> objectives.Measurements:
         """Everything measured, as one record.
@@ -151,9 +161,21 @@ class Pass:
         if self.traced:
             measured = self._traces()
             sharpness = objectives.sharpness(measured, steps)
-            missing = measured.new_full((steps, measured.shape[1]), float("nan"))
-            traces = missing.index_copy(0, torch.tensor(sorted(self.traced), device=measured.device), measured)
+            traces = measured if len(measured) == steps else self._among(measured, steps)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
+
+
+def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """Numbers as a column on the device of a tensor: brought there once, since bringing them waits for the device."""
+    # A tensor without data is not to be kept for those that have some.
+    build = _kept_column if type(like) is Tensor else _kept_column.__wrapped__
+    return build(numbers, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _kept_column(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
 
 
 def _squared_length(ends: tuple[BranchEnd, ...]) -> Tensor:
@@ -294,6 +316,8 @@ class BranchMeter:
         assert self._stream is not None
         fed = self.estimator.enter(self.branch, self._norm(), self._stream, entering, self._probe())
         self._fed = fed
+        if fed is entering:
+            return None
         batch, copies = entering.shape[0], self.estimator.copies
 
         def widen(name: str, tensor: Tensor) -> Tensor:

@@ -53,14 +53,12 @@ def sharpness(traces: Tensor, steps: int) -> Tensor:
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
     that splitting a batch does not change the objective. Sampled steps are scaled by `steps`/measured: unbiased.
     """
-    return F.softplus(traces.clamp_min(LOWEST)).sum(0).mean() * (steps / len(traces))
+    value = F.softplus(traces.clamp_min(LOWEST)).sum(0).mean()
+    return value if len(traces) == steps else value * (steps / len(traces))
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:
     """λ₁ J + λ₂ H, a float32 scalar; terms that were not measured count zero."""
-    total = torch.zeros((), device=device)
-    if measured.step_ratio is not None:
-        total = total + step_ratio_weight * measured.step_ratio
-    if measured.sharpness is not None:
-        total = total + sharpness_weight * measured.sharpness
-    return total
+    weighted = (step_ratio_weight, measured.step_ratio), (sharpness_weight, measured.sharpness)
+    terms = [weight * value for weight, value in weighted if value is not None]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=device)

@@ -1,7 +1,7 @@
 """‖update‖² of each row, taken on the update's way into the stream.
 
 As an operation beside the residual addition it would have a gradient of the update's size, to be added to that of the
-stream; on the way both are one sweep. Where a kernel computes the length, the gradient is that kernel's too.
+stream; on the way both are one sweep.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import dispatch
+from ofa_kernels.ops import contract
 
 
 def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
     """The update as it is, to be used in place of the one given, and its squared length per row, at least float32."""
+    if dispatch.choose("squared_norm", update).name == "triton":
+        return contract.with_length(update)
     narrow = update.dtype.itemsize < torch.float32.itemsize
-    if torch.compiler.is_compiling() or narrow or dispatch.choose("squared_norm", update).name == "triton":
+    if torch.compiler.is_compiling() or narrow:
         return update, dispatch.squared_norm(update)
     passed, squared = _WithLength.apply(update)
     return passed, squared

@@ -6,6 +6,7 @@ The thresholds follow from register counts, which `python -m ofa_kernels.aot` pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 MAX_WIDTH = 65536
 """Columns of the widest row that the kernels take."""
@@ -28,6 +29,7 @@ class Launch:
     """Per thread, on NVIDIA; without a limit the assembler sets one of its own, and spills to keep it."""
 
 
+@cache
 def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Launch:
     """The launch of `kernel` for rows of `width` columns of `itemsize` bytes on "sm_90", "gfx942" and the like.
 
@@ -95,6 +97,16 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
 
 
+@cache
+_HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "attention_moments_forward": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2)},
+    "attention_moments_backward_rows": {64: (64, 32, 4, 2), 128: (128, 32, 8, 3)},
+    "attention_moments_backward_keys": {64: (32, 64, 4, 2), 128: (32, 128, 8, 2)},
+    "attention_moments_backward_values": {64: (32, 64, 4, 2), 128: (32, 128, 8, 2)},
+}
+"""Queries, keys, warps and stages of the sweeps in 16 bits on sm_90."""
+
+
 def configure_attention(kernel: str, width: int, itemsize: int, architecture: str) -> AttentionLaunch:
     """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
 
@@ -105,9 +117,13 @@ def configure_attention(kernel: str, width: int, itemsize: int, architecture: st
     is worked on, without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. Where no limit of
     registers is given, the assembler spills less with one of its own.
     """
-    tile, warp = tile_width(width), 64 if architecture.startswith("gfx9") else 32
+    tile, warp, stages = tile_width(width), 64 if architecture.startswith("gfx9") else 32, 2
     registers: int | None
-    if itemsize <= 2:
+    measured = _HOPPER_TILES.get(kernel, {}).get(max(64, tile)) if architecture == "sm_90" and itemsize <= 2 else None
+    if measured is not None:
+        rows, columns, warps, stages = measured
+        registers = 255
+    elif itemsize <= 2:
         rows, columns, warps, registers = _HALF_TILES[kernel][max(64, tile)]
     elif kernel == "attention_moments_backward_keys":
         # Eight warps leave a thread of this sweep 128 registers: too few by some.
@@ -117,9 +133,10 @@ def configure_attention(kernel: str, width: int, itemsize: int, architecture: st
     if architecture.startswith("gfx"):
         # Eight warps of 64 threads would have 256 registers each, where four have 512.
         warps, registers = 4, None
-    # A thread copies 16 bytes or more of the smaller tile.
-    warps = min(warps, max(1, min(rows, columns) * tile * itemsize // (16 * warp)))
-    return AttentionLaunch(rows, columns, warps, num_stages=2, max_registers=registers)
+    if not kernel.startswith("attention_trace"):
+        # A thread copies 16 bytes or more of the smaller tile.
+        warps = min(warps, max(1, min(rows, columns) * tile * itemsize // (16 * warp)))
+    return AttentionLaunch(rows, columns, warps, num_stages=stages, max_registers=registers)
 
 
 def attention_runs(blocks: int, heads: int, multiprocessors: int) -> int:

@@ -184,7 +184,8 @@ def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], b
     contract.backward(z, products, _row(z), samples, *_PROBE)
     # A squared norm alone is a contraction with no copies.
     contract.forward(z, stack[:0], *_PROBE)
-    contract.backward(z, None, _row(z), 0, *_PROBE)
+    for passed in (None, z):
+        contract.backward(z, None, _row(z), 0, *_PROBE, passed)
 
 
 def _launch_step_boundary(

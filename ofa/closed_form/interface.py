@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -123,8 +124,23 @@ def _register(name: str | None) -> str:
 
         AttentionInterface.register(ours, attend)
         if name in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[name])
+            AttentionMaskInterface.register(ours, _remembering(ALL_MASK_ATTENTION_FUNCTIONS[name]))
     return ours
+
+
+def _remembering(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function of which it is remembered that what it made is causal, if it was told so: nobody has to look."""
+    from transformers.masking_utils import causal_mask_function
+
+    @wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        mask = make(*args, **kwargs)
+        known = isinstance(mask, Tensor) and kwargs.get("mask_function") is causal_mask_function
+        if known and not torch.compiler.is_compiling():
+            _causal_masks[mask] = mask._version, True
+        return mask
+
+    return made
 
 
 def _watchers(module: nn.Module) -> list[Watcher]:
@@ -133,12 +149,16 @@ def _watchers(module: nn.Module) -> list[Watcher]:
 
 
 _causal_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Masks that were looked at: a model hands the same one to all its layers, and looking waits for the device."""
+"""Masks by version that are known or were seen to be causal, or not to be: a model hands the same one to all its
+layers, and looking waits for the device."""
 
 
 def _is_causal(mask: Tensor) -> bool:
     """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
     if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Nobody may look, and the graph may be run with another mask.
         return False
     seen = _causal_masks.get(mask)
     if seen is None or seen[0] != mask._version:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ofa import sharding
 from ofa.anatomy import Branch
 from ofa.errors import InputError
+from ofa_kernels.reference.stream import widen
 
 MLP_NAMES = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -49,6 +49,12 @@ class NoClosedForm(Exception):
     """Why a branch has no closed form here; the reason is a clause that can stand behind "because"."""
 
 
+def version(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor gets another memory or is written to in place."""
+    # Tensors of inference mode count nothing.
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear map x ↦ W x + b whose weight is a plain matrix, stored either way round."""
@@ -66,13 +72,12 @@ class Linear:
 
     def version(self) -> tuple[int, int]:
         """What changes when the weight is replaced or written to in place."""
-        weight: Any = self.module.weight
-        return weight.data_ptr(), weight._version
+        return version(self.module.weight)  # type: ignore[arg-type]
 
     def image(self, rows: Tensor) -> Tensor:
         """W x + b of every row, in float32 or wider."""
         bias = self.bias()
-        image = _wide(rows) @ self.weight().mT
+        image = widen(rows) @ self.weight().mT
         return image if bias is None else image + bias
 
     def stored(self) -> Tensor:
@@ -83,12 +88,12 @@ class Linear:
 
     def weight(self) -> Tensor:
         """W, (outputs, inputs), in float32 or wider; a view where it is stored so."""
-        return _wide(self.stored())
+        return widen(self.stored())
 
     def bias(self) -> Tensor | None:
         """b, (outputs), or None."""
         bias = getattr(self.module, "bias", None)
-        return None if bias is None else _wide(sharding.whole(bias).detach())
+        return None if bias is None else widen(sharding.whole(bias).detach())
 
     def zeros(self) -> Tensor:
         """A bias of zeros, (outputs)."""
@@ -99,7 +104,7 @@ class Linear:
         bias = self.bias()
         if beta is None:
             return bias
-        image = self.weight() @ _wide(beta.detach())
+        image = self.weight() @ widen(beta.detach())
         return image if bias is None else image + bias
 
 
@@ -228,7 +233,10 @@ def check_frozen(linears: Iterable[Linear]) -> None:
         InputError: the first one.
     """
     for linear in linears:
-        if any(parameter.requires_grad for parameter in linear.module.parameters()):
+        module = linear.module
+        # Asked in every forward pass; going through modules that have none inside is most of what that takes.
+        own = module.parameters() if module._modules else module._parameters.values()
+        if any(parameter is not None and parameter.requires_grad for parameter in own):
             raise InputError(
                 f"{linear.path} is trained since the regularizers were attached, and the closed form takes the weights "
                 "as constants; freeze it, or use estimator='hutchinson' or 'jvp'"
@@ -250,7 +258,3 @@ def _linear(path: str, module: nn.Module) -> Linear:
     if any(parameter.requires_grad for parameter in module.parameters()):
         raise NoClosedForm(f"{path} is trained, and the closed form takes the weights as constants")
     return Linear(path, module, transposed)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,6 +8,8 @@ The derivation is in docs/theory.md. Works for the branches that `ofa.closed_for
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,29 @@ from ofa.anatomy import Anatomy, Branch, NormView, view_norm
 from ofa.closed_form import forms
 from ofa.closed_form.fit import fit
 from ofa.closed_form.interface import Watching
-from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm, check_frozen
+from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm, check_frozen, version
 from ofa.estimators import Handle, Leaving, Probe
 from ofa_kernels import dispatch
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What constants were computed from: versions of weights and scales, and the values of the scales."""
+
+    versions: list[tuple[int, int]]
+    values: Tensor
+
+    def equals(self, other: _Seen) -> bool:
+        """Whether nothing has changed. Equal versions are no proof, and the device is asked, once for all scales."""
+        return self.versions == other.versions and torch.equal(self.values, other.values)
+
+
+def _joined(scales: list[Tensor]) -> Tensor:
+    """All scales in one tensor: one launch where they are alike."""
+    first = scales[0]
+    if any(scale.dtype != first.dtype or scale.device != first.device for scale in scales):
+        scales = [scale.to(first.device, torch.float64) for scale in scales]
+    return torch.cat([scale.reshape(-1) for scale in scales])
 
 
 class Exact:
@@ -42,7 +64,7 @@ class Exact:
         self._norms = list(dict.fromkeys(self._norm_modules.values()))
         self._linears: list[Linear] = [linear for one in fitted for linear in one.parts.linears()]
         self.relies_on = [linear.path for linear in self._linears]
-        self._seen: tuple[Tensor, list[tuple[int, int]]] | None = None
+        self._seen: _Seen | None = None
 
     def attach(self) -> list[Handle]:
         """The hooks inside the branches, and the model's attention functions shown to them."""
@@ -57,6 +79,9 @@ class Exact:
         Frozen weights are not read for it. One that is exchanged or written to in place is noticed; one that is written
         to through `.data`, which no version counter sees, is not: write to it under `torch.no_grad()`, or attach anew.
 
+        Behind an optimizer's step the versions say that scales have changed, and the device is not waited for. While a
+        CUDA graph is captured it cannot be: the constants are computed in the graph, with what the scales are then.
+
         Raises:
             InputError: a weight of a branch is trained by now.
         """
@@ -65,17 +90,19 @@ class Exact:
             # Each rank has another part, and asking all of them costs more than the constants.
             self._forget()
             return
-        scales = [norm.weight.detach().reshape(-1) for norm in self._norms]  # type: ignore[operator]
-        # Compared by value: an optimizer may write through `.data`, which no version counter sees. One comparison for
-        # all norms is one wait for the device.
-        flat = torch.cat([scale.to(scales[0].device, torch.float64) for scale in scales])
-        weights = [linear.version() for linear in self._linears]
-        if self._seen is not None and self._seen[1] == weights and torch.equal(self._seen[0], flat):
+        scales: list[Tensor] = [norm.weight.detach() for norm in self._norms]  # type: ignore[operator]
+        capturing = scales[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        now = None if capturing else _Seen(self._versions(scales), _joined(scales))
+        # By value as well: an optimizer may write through `.data`, which no version counter sees.
+        if now is not None and self._seen is not None and now.equals(self._seen):
             return
         # Here, not where they are used: a checkpointed layer that is run again must do what it did before.
         for branch, form in self._forms.items():
             form.kept.compute(view_norm(self._norm_modules[branch], branch.norm).scale)
-        self._seen = flat, weights
+        self._seen = now
+
+    def _versions(self, scales: list[Tensor]) -> list[tuple[int, int]]:
+        return [*(linear.version() for linear in self._linears), *map(version, scales)]
 
     def _forget(self) -> None:
         self._seen = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch
-from ofa_kernels.ops.launching import differentiable_once, implement, library, start, target
+from ofa_kernels.ops.launching import Derivative, library, operation, start, target
 from ofa_kernels.reference.attention_moments import check_attention
 
 Group = tuple[Any, ...]
@@ -56,7 +56,7 @@ def attention_moments(
         raise ValueError(
             f"heads of {widest} channels are wider than the {limit} that the kernels take in {query.dtype}"
         )
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.ofa_kernels.attention_moments(
+    result: tuple[Tensor, Tensor, Tensor] = call(
         query, key, value, output, angle, turn, aim, tangent, mask, scale, causal, window
     )
     return result
@@ -338,14 +338,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    query, key, value, output, turn, aim, tangent = torch.ops.ofa_kernels.attention_moments_backward(
-        *saved, *grads, ctx.scale, ctx.causal, ctx.window
-    )
+    query, key, value, output, turn, aim, tangent = call_backward(*saved, *grads, ctx.scale, ctx.causal, ctx.window)
     tangent = None if saved[7] is None else tangent
     return query, key, value, output, None, turn, aim, tangent, None, None, None, None
 
 
-implement("attention_moments", forward, empty)
-implement("attention_moments_backward", backward, empty_gradients)
-differentiable_once("attention_moments_backward")
-torch.library.register_autograd("ofa_kernels::attention_moments", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("attention_moments_backward", backward, empty_gradients)
+call = operation("attention_moments", forward, empty, Derivative(_save, _differentiate))

@@ -15,7 +15,7 @@ from ofa_kernels import launch
 from ofa_kernels.fused import attention_trace as fused
 from ofa_kernels.fused.attention_moments import Moments
 from ofa_kernels.ops import attention_moments as moments
-from ofa_kernels.ops.launching import differentiable_once, implement, library, multiprocessors, start, target
+from ofa_kernels.ops.launching import Derivative, library, multiprocessors, operation, start, target
 from ofa_kernels.reference.attention_trace import HeadNorm, Rotary, check_attention_trace
 
 _INPUTS = (
@@ -88,7 +88,7 @@ def attention_trace(
     fused.refuse_gradients(mask=mask)
     check_attention_trace(*given, None, None, None)
     turns = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
-    tangent, trace, *_ = torch.ops.ofa_kernels.attention_trace(*given, mask, *turns, scale, causal, window)
+    tangent, trace, *_ = call(*given, mask, *turns, scale, causal, window)
     return tangent, trace
 
 
@@ -210,7 +210,7 @@ def backward(
         moments.sum_of_groups(swept["value"], value),
         swept["output"],
         *(grad.to(constant.dtype) for grad, constant in zip(to_constants, constants, strict=True)),
-    )  # type: ignore[return-value]
+    )
 
 
 def empty_gradients(*given: Any) -> Seven:
@@ -321,25 +321,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad_tangent: Tensor | None, grad_trace: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    grads = torch.ops.ofa_kernels.attention_trace_backward(
+    grads = call_backward(
         *ctx.saved_tensors, grad_tangent, grad_trace, ctx.interleaved, ctx.scale, ctx.causal, ctx.window
     )
     return *grads, *(None,) * 7
 
 
-implement("attention_trace", forward, empty)
-implement("attention_trace_backward", backward, empty_gradients)
-differentiable_once("attention_trace_backward")
-torch.library.register_autograd("ofa_kernels::attention_trace", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("attention_trace_backward", backward, empty_gradients)
+call = operation("attention_trace", forward, empty, Derivative(_save, _differentiate))
 
 
 def _moments_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.ofa_kernels.attention_moments(*inputs)
+    result: tuple[Tensor, Tensor, Tensor] = moments.call(*inputs)
     return result
 
 
 def _moments_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
-    *grads, tangent = torch.ops.ofa_kernels.attention_moments_backward(*inputs)
+    *grads, tangent = moments.call_backward(*inputs)
     # The operation has to return a tensor; without a tangent among the inputs it is empty.
     return *grads, None if inputs[7] is None else tangent
 

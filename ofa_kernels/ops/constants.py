@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch
-from ofa_kernels.ops.launching import implement, library, multiprocessors, start, target
+from ofa_kernels.ops.launching import library, multiprocessors, operation, start, target
 from ofa_kernels.reference.constants import check_attention_weights, check_gradients, check_mlp_weights
 
 Matrix = tuple[Any, ...]
@@ -37,7 +37,7 @@ def mlp_constants(gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, 
         ValueError: shapes that do not match.
     """
     check_mlp_weights(gate, up, down, scale)
-    of_gate, of_up = torch.ops.ofa_kernels.mlp_constants(gate, up, down, scale, centred)
+    of_gate, of_up = _call_mlp_constants(gate, up, down, scale, centred)
     return (of_gate,) if up is None else (of_gate, of_up)
 
 
@@ -52,7 +52,7 @@ def mlp_constants_gradient(
     check_mlp_weights(gate, up, down, scale)
     check_gradients(grads, [gate.shape[:1]] * (1 if up is None else 2))
     of_up = None if up is None else grads[1]
-    grad: Tensor = torch.ops.ofa_kernels.mlp_constants_gradient(gate, up, down, scale, grads[0], of_up, centred)
+    grad: Tensor = _call_mlp_constants_gradient(gate, up, down, scale, grads[0], of_up, centred)
     return grad
 
 
@@ -67,9 +67,7 @@ def attention_constants(
         ValueError: shapes that do not match.
     """
     check_attention_weights(query, key, value, output, scale)
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.ofa_kernels.attention_constants(
-        query, key, value, output, scale, centred
-    )
+    result: tuple[Tensor, Tensor, Tensor] = _call_attention_constants(query, key, value, output, scale, centred)
     return result
 
 
@@ -84,7 +82,7 @@ def attention_constants_gradient(
     check_attention_weights(query, key, value, output, scale)
     heads, width = query.shape[:2]
     check_gradients(grads, [(heads, width, width), (heads, width, width), (heads,)])
-    grad: Tensor = torch.ops.ofa_kernels.attention_constants_gradient(query, key, value, output, scale, *grads, centred)
+    grad: Tensor = _call_attention_constants_gradient(query, key, value, output, scale, *grads, centred)
     return grad
 
 
@@ -317,7 +315,7 @@ def _start(
     start(kernel, grid, tensor, args, constants, config.max_registers, **options)
 
 
-implement("mlp_constants", forward_mlp, empty_mlp)
-implement("mlp_constants_gradient", backward_mlp, empty_gradient)
-implement("attention_constants", forward_attention, empty_attention)
-implement("attention_constants_gradient", backward_attention, empty_gradient)
+_call_mlp_constants = operation("mlp_constants", forward_mlp, empty_mlp)
+_call_mlp_constants_gradient = operation("mlp_constants_gradient", backward_mlp, empty_gradient)
+_call_attention_constants = operation("attention_constants", forward_attention, empty_attention)
+_call_attention_constants_gradient = operation("attention_constants_gradient", backward_attention, empty_gradient)

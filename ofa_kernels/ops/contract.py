@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops.launching import (
+    Derivative,
     as_rows,
     as_stack,
     configuration,
-    differentiable_once,
-    implement,
+    is_direct,
     key,
     library,
+    operation,
     run,
 )
 from ofa_kernels.philox import check_probe
@@ -25,7 +26,7 @@ library.define(
 )
 library.define(
     "contract_backward(Tensor base, Tensor? grad_products, Tensor? grad_sqnorm, SymInt samples, SymInt seed, "
-    "SymInt step, bool gaussian) -> (Tensor grad_base, Tensor grad_copies)"
+    "SymInt step, bool gaussian, Tensor? passed=None) -> (Tensor grad_base, Tensor grad_copies)"
 )
 
 
@@ -35,13 +36,36 @@ def contract(
     """As `reference.contract`; the backward pass computes the probes again and reads nothing but gradients."""
     reference.check_stack(base, copies)
     check_probe(probe)
-    return torch.ops.ofa_kernels.contract(base, copies, seed, step, probe == "gaussian")
+    return call(base, copies, seed, step, probe == "gaussian")
 
 
 def squared_norm(update: Tensor) -> Tensor:
     """As `reference.squared_norm`."""
     none = update.new_empty((0, *update.shape))
-    return torch.ops.ofa_kernels.contract(update, none, 0, 0, False)[1]
+    return call(update, none, 0, 0, False)[1]
+
+
+def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
+    """The update, to be used in place of the one given, and its `squared_norm`: their gradients are one launch."""
+    if torch.compiler.is_compiling() or not (is_direct((update,)) and torch.is_grad_enabled() and update.requires_grad):
+        return update, squared_norm(update)
+    passed, squared = _WithLength.apply(update)
+    return passed, squared
+
+
+class _WithLength(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, update: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(update)
+        ctx.set_materialize_grads(False)
+        return update.view_as(update), squared_norm(update)
+
+    @staticmethod
+    def backward(ctx: Any, passed: Tensor | None, grad_sqnorm: Tensor | None) -> Tensor | None:
+        if grad_sqnorm is None:
+            return passed
+        grad: Tensor = call_backward(*ctx.saved_tensors, None, grad_sqnorm, 0, 0, 0, False, passed)[0]
+        return grad
 
 
 def forward(base: Tensor, copies: Tensor, seed: int, step: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -84,13 +108,17 @@ def backward(
     seed: int,
     step: int,
     gaussian: bool,
+    passed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; the copies' gradient is empty where no product has one."""
+    """Launch the backward kernel; the copies' gradient is empty where no product has one.
+
+    `passed` is a gradient that reaches the base by another way, shaped like it; it is added to the base's own.
+    """
     from ofa_kernels.kernels.contract import contract_backward
 
     grad_base, grad_copies = empty_gradients(base, grad_products, grad_sqnorm, samples, seed, step, gaussian)
     width = base.shape[-1]
-    b = as_rows(base, width)
+    b, way = as_rows(base, width), None if passed is None else as_rows(passed, width)
     run(
         contract_backward,
         b.shape[0] * configuration(contract_backward, base, width).tiles,
@@ -99,10 +127,12 @@ def backward(
         b,
         None if grad_products is None else grad_products.contiguous(),
         None if grad_sqnorm is None else grad_sqnorm.contiguous(),
+        way,
         grad_base,
         None if grad_products is None else grad_copies,
         width,
         b.stride(0),
+        None if way is None else way.stride(0),
         *key(seed, step),
         SAMPLES=samples,
         GAUSSIAN=gaussian,
@@ -128,13 +158,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (base,) = ctx.saved_tensors
-    grad_base, grad_copies = torch.ops.ofa_kernels.contract_backward(
-        base, *grads, ctx.samples, ctx.seed, ctx.step, ctx.gaussian
-    )
+    grad_base, grad_copies = call_backward(base, *grads, ctx.samples, ctx.seed, ctx.step, ctx.gaussian)
     return grad_base, None if grads[0] is None else grad_copies, None, None, None
 
 
-implement("contract", forward, empty)
-implement("contract_backward", backward, empty_gradients)
-differentiable_once("contract_backward")
-torch.library.register_autograd("ofa_kernels::contract", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("contract_backward", backward, empty_gradients)
+call = operation("contract", forward, empty, Derivative(_save, _differentiate))

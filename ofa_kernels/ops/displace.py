@@ -7,16 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa_kernels.ops.launching import (
-    as_rows,
-    as_stack,
-    configuration,
-    differentiable_once,
-    implement,
-    key,
-    library,
-    run,
-)
+from ofa_kernels.ops.launching import Derivative, as_rows, as_stack, configuration, key, library, operation, run
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -41,9 +32,7 @@ def displace(
 ) -> Tensor:
     """As `reference.displace`."""
     check_probe(probe)
-    return torch.ops.ofa_kernels.displace(
-        stream, preconditioner.expand(stream.shape), samples, epsilon, seed, step, probe == "gaussian"
-    )
+    return call(stream, preconditioner.expand(stream.shape), samples, epsilon, seed, step, probe == "gaussian")
 
 
 def forward(
@@ -121,13 +110,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     preconditioned = ctx.needs_input_grad[1]
-    grad_stream, grad_preconditioner = torch.ops.ofa_kernels.displace_backward(
+    grad_stream, grad_preconditioner = call_backward(
         grad, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, preconditioned
     )
     return (grad_stream, grad_preconditioner if preconditioned else None, *[None] * 5)
 
 
-implement("displace", forward, empty)
-implement("displace_backward", backward, empty_gradients)
-differentiable_once("displace_backward")
-torch.library.register_autograd("ofa_kernels::displace", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("displace_backward", backward, empty_gradients)
+call = operation("displace", forward, empty, Derivative(_save, _differentiate))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -34,6 +35,74 @@ def differentiable_once(name: str) -> None:
     torch.library.register_autograd(f"ofa_kernels::{name}", refuse, lib=library)
 
 
+@dataclass(frozen=True)
+class Derivative:
+    """The gradient of an operation: what its forward pass keeps, and what its backward pass makes of that.
+
+    `save(ctx, inputs, output)` and `differentiate(ctx, *grads)` are those of `torch.library.register_autograd`.
+    """
+
+    save: Callable[[Any, tuple[Any, ...], Any], None]
+    differentiate: Callable[..., Any]
+
+
+def operation(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], derivative: Derivative | None = None
+) -> Callable[..., Any]:
+    """Implement a defined operation, differentiable by `derivative` or not at all; returns what calls it.
+
+    The registered operation is there for whoever looks at operations: `torch.compile`, tensors without data, dispatch
+    modes. Going through PyTorch's dispatcher and back into Python for each of its keys takes several times as long as
+    a launch, so that any other call goes to `function` at once, by way of a plain autograd function if need be.
+    """
+    implement(name, function, fake)
+    if derivative is None:
+        differentiable_once(name)
+    else:
+        torch.library.register_autograd(
+            f"ofa_kernels::{name}", derivative.differentiate, setup_context=derivative.save, lib=library
+        )
+    registered = getattr(torch.ops.ofa_kernels, name).default
+    # Without a derivative: the registered one, which refuses to be differentiated.
+    tracked = registered if derivative is None else _autograd_function(function, derivative).apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not is_direct(args):
+            return registered(*args)
+        return tracked(*args) if torch.is_grad_enabled() and _any_requires_grad(args) else function(*args)
+
+    return call
+
+
+def _autograd_function(function: Callable[..., Any], derivative: Derivative) -> type[torch.autograd.Function]:
+    class Launched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            derivative.save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return derivative.differentiate(ctx, *grads)
+
+    return Launched
+
+
+def is_direct(args: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd looks at operations on these arguments: plain tensors, no mode, no transform."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return _PLAIN.issuperset(map(type, args))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(arg.requires_grad for arg in args if isinstance(arg, Tensor))
+
+
 Launcher = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
 
 
@@ -42,8 +111,11 @@ def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **consta
     if grid == 0 or width == 0:
         return
     config = configuration(kernel, tensor, width)
-    own = {"GROUPS": config.groups, "TILES": config.tiles}
-    constants |= {name: value for name, value in own.items() if name in kernel.arg_names}
+    names = kernel.arg_names
+    if "GROUPS" in names:
+        constants["GROUPS"] = config.groups
+    if "TILES" in names:
+        constants["TILES"] = config.tiles
     start(kernel, grid, tensor, args, constants, config.max_registers, num_warps=config.num_warps)
 
 
@@ -61,10 +133,18 @@ def start(
     options["enable_fp_fusion"] = True
     if max_registers is not None:
         options["maxnreg"] = max_registers
-    if tensor.is_cuda:
-        binaries.offer(architecture(tensor.device))
-    with torch.cuda.device_of(tensor):
-        _launcher(kernel, grid, args, constants | options)
+    keywords = {**constants, **options}
+    if not tensor.is_cuda:
+        _launcher(kernel, grid, args, keywords)
+        return
+    binaries.offer(architecture(tensor.device))
+    index = tensor.get_device()
+    # Triton launches on the current device. Changing it takes as long as half a launch, and is hardly ever needed.
+    if index == torch.cuda.current_device():
+        _launcher(kernel, grid, args, keywords)
+        return
+    with torch.cuda.device(index):
+        _launcher(kernel, grid, args, keywords)
 
 
 @contextmanager

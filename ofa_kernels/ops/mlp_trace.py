@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels.fused.mlp_trace import refuse_gradients
-from ofa_kernels.ops.launching import (
-    as_rows,
-    as_stack,
-    differentiable_once,
-    implement,
-    library,
-    run,
-    runs_and_tiles,
-)
+from ofa_kernels.ops.launching import Derivative, as_rows, as_stack, library, operation, run, runs_and_tiles
 from ofa_kernels.reference.mlp_trace import check_mlp
 
 library.define(
@@ -53,7 +45,7 @@ def mlp_trace(
     check_mlp(gate, up, gate_trace, up_trace, gate_shift, up_shift, hidden, activation)
     refuse_gradients(gate_shift=gate_shift, up_shift=up_shift)
     given = gate, up, gate_trace, up_trace, gate_shift, up_shift, None if hidden is None else hidden.detach()
-    return torch.ops.ofa_kernels.mlp_trace(*given, activation)
+    return call(*given, activation)
 
 
 def forward(
@@ -187,9 +179,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     gate, up, *vectors = ctx.saved_tensors
-    grad_gate, grad_up, *of_traces = torch.ops.ofa_kernels.mlp_trace_backward(
-        gate, up, *vectors, *grads, ctx.activation
-    )
+    grad_gate, grad_up, *of_traces = call_backward(gate, up, *vectors, *grads, ctx.activation)
     gated, traced = up is not None, grads[1] is not None
     return (
         grad_gate,
@@ -203,7 +193,5 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     )
 
 
-implement("mlp_trace", forward, empty)
-implement("mlp_trace_backward", backward, empty_gradients)
-differentiable_once("mlp_trace_backward")
-torch.library.register_autograd("ofa_kernels::mlp_trace", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("mlp_trace_backward", backward, empty_gradients)
+call = operation("mlp_trace", forward, empty, Derivative(_save, _differentiate))

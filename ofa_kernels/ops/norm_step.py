@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import ScaleGradients, as_rows, differentiable_once, implement, library, run
+from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, library, operation, run
 
 library.define(
     "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset) "
@@ -35,9 +35,7 @@ def norm_step(
     reference.check_norm(residual, weight, bias, kind)
     if update is not None:
         reference.check_same_shape("update", update, "residual", residual)
-    stream, normalized, sqnorm, rstd, _ = torch.ops.ofa_kernels.norm_step(
-        residual, update, weight, bias, eps, kind == "layer", offset
-    )
+    stream, normalized, sqnorm, rstd, _ = call(residual, update, weight, bias, eps, kind == "layer", offset)
     if update is None:
         return residual, normalized, torch.zeros_like(rstd), rstd
     return stream, normalized, sqnorm, rstd
@@ -194,7 +192,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
     _, update, *_ = saved = ctx.saved_tensors
-    grad_residual, grad_update, grad_weight, grad_bias = torch.ops.ofa_kernels.norm_step_backward(
+    grad_residual, grad_update, grad_weight, grad_bias = call_backward(
         *saved,
         grad_stream if update is not None else None,
         grad_normalized,
@@ -215,7 +213,5 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     )
 
 
-implement("norm_step", forward, empty)
-implement("norm_step_backward", backward, empty_gradients)
-differentiable_once("norm_step_backward")
-torch.library.register_autograd("ofa_kernels::norm_step", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("norm_step_backward", backward, empty_gradients)
+call = operation("norm_step", forward, empty, Derivative(_save, _differentiate))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels.fused.mlp_trace import refuse_gradients
-from ofa_kernels.ops.launching import as_rows, differentiable_once, implement, library, run, runs_and_tiles
+from ofa_kernels.ops.launching import Derivative, as_rows, library, operation, run, runs_and_tiles
 from ofa_kernels.reference.norm_trace import check_norm_trace
 
 library.define(
@@ -45,7 +45,7 @@ def norm_trace(
     check_norm_trace(stream, weight, image, trace, kind, shift)
     refuse_gradients(shift=shift)
     result: Tensor
-    result, _ = torch.ops.ofa_kernels.norm_trace(stream, weight, image, trace, shift, eps, kind == "layer", offset)
+    result, _ = call(stream, weight, image, trace, shift, eps, kind == "layer", offset)
     return result
 
 
@@ -178,11 +178,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.ofa_kernels.norm_trace_backward(*ctx.saved_tensors, grad, ctx.centred, ctx.offset)
+    grads = call_backward(*ctx.saved_tensors, grad, ctx.centred, ctx.offset)
     return *grads, None, None, None, None
 
 
-implement("norm_trace", forward, empty)
-implement("norm_trace_backward", backward, empty_gradients)
-differentiable_once("norm_trace_backward")
-torch.library.register_autograd("ofa_kernels::norm_trace", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("norm_trace_backward", backward, empty_gradients)
+call = operation("norm_trace", forward, empty, Derivative(_save, _differentiate))

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import (
-    ScaleGradients,
-    as_rows,
-    as_stack,
-    differentiable_once,
-    implement,
-    key,
-    library,
-    run,
-    slots,
-)
+from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, as_stack, key, library, operation, run, slots
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -52,9 +41,7 @@ def perturb(
     if undisturbed is not None:
         reference.check_same_shape("undisturbed", undisturbed, "stream", stream)
     norm = eps, kind == "layer", offset
-    return torch.ops.ofa_kernels.perturb(
-        stream, undisturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian"
-    )
+    return call(stream, undisturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian")
 
 
 def forward(
@@ -178,14 +165,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
     grad_copies = grad[1:] if ctx.front else grad
-    grad_stream, grad_weight, grad_bias = torch.ops.ofa_kernels.perturb_backward(
-        *ctx.saved_tensors, grad_copies, *settings
-    )
+    grad_stream, grad_weight, grad_bias = call_backward(*ctx.saved_tensors, grad_copies, *settings)
     front = grad[0] if ctx.front else None
     return (grad_stream, front, grad_weight, grad_bias if ctx.biased else None, *[None] * 8)
 
 
-implement("perturb", forward, empty)
-implement("perturb_backward", backward, empty_gradients)
-differentiable_once("perturb_backward")
-torch.library.register_autograd("ofa_kernels::perturb", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("perturb_backward", backward, empty_gradients)
+call = operation("perturb", forward, empty, Derivative(_save, _differentiate))

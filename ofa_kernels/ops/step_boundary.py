@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import (
-    ScaleGradients,
-    as_rows,
-    as_stack,
-    differentiable_once,
-    implement,
-    key,
-    library,
-    run,
-    slots,
-)
+from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, as_stack, key, library, operation, run, slots
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -56,9 +46,7 @@ def step_boundary(
     reference.check_stack(update, copies)
     check_probe(probe)
     norm = eps, kind == "layer", offset
-    return torch.ops.ofa_kernels.step_boundary(
-        residual, update, copies, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian"
-    )
+    return call(residual, update, copies, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian")
 
 
 def forward(
@@ -224,7 +212,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _, grad_stack, grad_sqnorm, grad_products = grads
     settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
-    grad_residual, grad_update, grad_copies, grad_weight, grad_bias = torch.ops.ofa_kernels.step_boundary_backward(
+    grad_residual, grad_update, grad_copies, grad_weight, grad_bias = call_backward(
         *ctx.saved_tensors, *grads, ctx.copies, *settings
     )
     measured = grad_sqnorm is not None or grad_products is not None
@@ -238,7 +226,5 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     )
 
 
-implement("step_boundary", forward, empty)
-implement("step_boundary_backward", backward, empty_gradients)
-differentiable_once("step_boundary_backward")
-torch.library.register_autograd("ofa_kernels::step_boundary", _differentiate, setup_context=_save, lib=library)
+call_backward = operation("step_boundary_backward", backward, empty_gradients)
+call = operation("step_boundary", forward, empty, Derivative(_save, _differentiate))

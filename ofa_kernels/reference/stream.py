@@ -246,4 +246,13 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    # PyTorch sends this question through its dispatcher, and it is asked of every tensor.
+    return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)
+
+
+_WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}

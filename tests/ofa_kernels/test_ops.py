@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ofa_kernels import dispatch
 from ofa_kernels.launch import MAX_WIDTH
-from ofa_kernels.ops import norm_step
+from ofa_kernels.ops import contract, launching, norm_step
 from tests.ofa_kernels.calls import DEVICE, OPERATIONS, as_tuple, call, draw
 
 Z, STACK, SCALE, ROW = draw(3, 20), draw(2, 3, 20, seed=1), draw(20, seed=2), draw(3, seed=3)
@@ -24,6 +25,7 @@ ARGUMENTS = {
     "displace_backward": (STACK, 0.1, *PROBE, True),
     "contract": (Z, STACK, *PROBE),
     "contract_backward": (Z, STACK[..., 0], ROW, 2, *PROBE),
+    "contract_backward of what is passed on": (Z, None, ROW, 0, *PROBE, Z),
     "step_boundary": (Z, Z, STACK, SCALE, SCALE, *NORM, 2, 0.1, *PROBE),
     "step_boundary_backward": (Z, Z, SCALE, Z, torch.stack((Z, Z, Z)), ROW, STACK[..., 0], 2, *NORM, 0.1, *PROBE, True),
     "mlp_trace": (Z, Z, SCALE, SCALE, SCALE, SCALE, Z, "silu"),
@@ -136,3 +138,88 @@ def test_without_triton_the_operations_are_defined_and_a_launch_says_what_is_mis
     monkeypatch.setitem(sys.modules, "ofa_kernels.kernels.norm_step", None)
     with pytest.raises(ImportError):
         norm_step.norm_step(Z.float(), None, SCALE.float(), eps=1e-5)
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations that a mode is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(update, weight, stream):
+    """Of everything that a norm step returns, in everything that it is given."""
+    given = [x.detach().requires_grad_() for x in (stream, update, weight)]
+    outputs = norm_step.norm_step(*given, eps=1e-5)
+    total = sum((output * (1 + index)).sin().sum() for index, output in enumerate(outputs))
+    return [*outputs, *torch.autograd.grad(total, given)]
+
+
+def test_a_plain_call_is_launched_at_once_and_a_watched_one_is_the_registered_operation():
+    """The same bits either way; a mode sees one operation in each direction."""
+    tensors = Z.float(), SCALE.float(), Z.float() + 1
+    at_once = gradients(*tensors)
+    with Seen() as mode:
+        watched = gradients(*tensors)
+    assert {"norm_step", "norm_step_backward"} <= mode.names
+    assert all(torch.equal(one, other) for one, other in zip(at_once, watched, strict=True))
+    assert at_once[1].grad_fn.name() != watched[1].grad_fn.name()
+
+
+def test_tensors_of_another_class_and_functional_transforms_meet_the_registered_operation():
+    assert launching.is_direct((Z, torch.nn.Parameter(Z), None, 1, 0.5, "silu"))
+    assert not launching.is_direct((Z.as_subclass(type("Own", (torch.Tensor,), {})),))
+    inside = []
+    torch.func.vmap(lambda row: inside.append(launching.is_direct((row,))) or row)(Z)
+    with FakeTensorMode() as mode:
+        inside.append(launching.is_direct((Z,)))
+    inside.append(launching.is_direct((mode.from_tensor(Z),)))
+    assert inside == [False] * 3
+
+
+def test_without_a_gradient_nothing_is_kept():
+    """No input that requires one, or gradients switched off."""
+    tracked = Z.float().requires_grad_()
+    for update, enabled in ((Z.float(), True), (tracked, False)):
+        with torch.set_grad_enabled(enabled):
+            outputs = norm_step.norm_step(Z.float(), update, SCALE.float(), eps=1e-5)
+        assert not any(output.requires_grad for output in outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_an_update_and_its_length_have_one_gradient(dtype, expanded, monkeypatch):
+    """What the stream sends back and that of the length, added in float32 and rounded once; one launch."""
+    update = Z.to(DEVICE, dtype).requires_grad_()
+    weight, of_length = Z.flip(0).to(DEVICE, dtype), ROW.float().to(DEVICE)
+    if expanded:
+        weight = weight[:1].expand(update.shape)
+    calls = []
+    own = contract.run
+    monkeypatch.setattr(contract, "run", lambda kernel, *args, **kw: calls.append(kernel) or own(kernel, *args, **kw))
+    passed, squared = contract.with_length(update)
+    torch.autograd.backward((passed, squared), (weight, of_length))
+    wide = update.detach().float()
+    expected = (weight.float() + 2 * of_length.unsqueeze(-1) * wide).to(dtype)
+    assert len(calls) == 2
+    assert torch.equal(passed, update)
+    torch.testing.assert_close(squared, wide.square().sum(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(update.grad, expected)
+
+
+def test_an_update_without_a_length_and_a_length_alone():
+    """Only one of the two is used; the length is differentiable once."""
+    update = Z.float().to(DEVICE).requires_grad_()
+    passed, squared = contract.with_length(update)
+    ones = torch.ones_like(update)
+    assert torch.equal(torch.autograd.grad(passed, update, ones, retain_graph=True)[0], ones)
+    (gradient,) = torch.autograd.grad(squared.sum(), update, create_graph=True)
+    torch.testing.assert_close(gradient, 2 * update)
+    with pytest.raises(RuntimeError, match="contract_backward has no derivative"):
+        gradient.sum().backward()
+    assert not contract.with_length(update.detach())[1].requires_grad
