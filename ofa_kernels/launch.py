@@ -97,7 +97,6 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
 
 
-@cache
 _HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
     "attention_moments_forward": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2)},
     "attention_moments_backward_rows": {64: (64, 32, 4, 2), 128: (128, 32, 8, 3)},
@@ -107,6 +106,7 @@ _HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
 """Queries, keys, warps and stages of the sweeps in 16 bits on sm_90."""
 
 
+@cache
 def configure_attention(kernel: str, width: int, itemsize: int, architecture: str) -> AttentionLaunch:
     """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
 
