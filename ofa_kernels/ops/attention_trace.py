@@ -203,7 +203,7 @@ def backward(
     swept = sweep.backward(lse, to_lse, to_mean, d_tangent, own_query=d_query)
     tokens.add(**{f"grad_{name}": moments.rows_of(grad) for name, grad in swept.items()})
     tokens.over_rows(attention_trace_backward_tokens)
-    to_constants = tokens.over_runs(attention_trace_backward_constants)
+    to_query, to_key, to_value = tokens.over_runs(attention_trace_backward_constants)
     return (
         swept["query"],
         moments.sum_of_groups(swept["key"], key),
@@ -215,9 +215,8 @@ def backward(
 
 def empty_gradients(*given: Any) -> Seven:
     """The outputs of the backward pass, unwritten."""
-    query, key, value, output, *constants = given[:7]
-    heads = (moments.like(tensor) for tensor in (query, key, value, output))
-    return (*heads, *(constant.new_empty(constant.shape) for constant in constants))  # type: ignore[return-value]
+    query, key, value, output, to_query, to_key, to_value = (moments.like(tensor) for tensor in given[:7])
+    return query, key, value, output, to_query, to_key, to_value
 
 
 class _Tokens:
