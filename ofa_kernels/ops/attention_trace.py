@@ -209,7 +209,9 @@ def backward(
         moments.sum_of_groups(swept["key"], key),
         moments.sum_of_groups(swept["value"], value),
         swept["output"],
-        *(grad.to(constant.dtype) for grad, constant in zip(to_constants, constants, strict=True)),
+        to_query.to(query_trace.dtype),
+        to_key.to(key_trace.dtype),
+        to_value.to(value_trace.dtype),
     )
 
 
