@@ -88,41 +88,56 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
     "attention_moments_backward_rows": {64: (32, 32, 4, 255), 128: (32, 32, 8, 255), 256: (32, 16, 8, 255)},
     "attention_moments_backward_keys": {64: (32, 32, 4, None), 128: (16, 32, 8, None), 256: (16, 16, 8, 240)},
     "attention_moments_backward_values": {64: (32, 64, 4, 255), 128: (32, 32, 4, 255), 256: (16, 32, 4, 255)},
-    "attention_trace_features": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
-    "attention_trace_combine": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
-    "attention_trace_backward_own": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
-    "attention_trace_backward_tokens": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
-    "attention_trace_backward_constants": {64: (64, 16, 4, 255), 128: (64, 16, 8, 255)},
+    "attention_trace_features": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
+    "attention_trace_combine": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
+    "attention_trace_backward_own": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
+    "attention_trace_backward_tokens": {64: (32, 16, 4, 255), 128: (16, 16, 8, 255)},
+    "attention_trace_backward_constants": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
 }
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
 
 
 _HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    # 1 x 2048 tokens of 32 heads of 128: 0.27 ms, where 128 x 32 takes 0.31, 64 x 32 on four warps 0.34, 32 x 32 0.63.
     "attention_moments_forward": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2)},
-    "attention_moments_backward_rows": {64: (64, 32, 4, 2), 128: (128, 32, 8, 3)},
-    "attention_moments_backward_keys": {64: (32, 64, 4, 2), 128: (32, 128, 8, 2)},
-    "attention_moments_backward_values": {64: (32, 64, 4, 2), 128: (32, 128, 8, 2)},
+    # 0.35 ms; 64 x 32 on four warps 0.37, two stages instead of three 0.41, one 0.51, 32 x 32 0.67.
+    "attention_moments_backward_rows": {64: (64, 64, 4, 2), 128: (128, 32, 8, 3)},
+    "attention_moments_backward_keys": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2)},
+    # 0.24 ms, and 0.084 for 4 x 512 tokens; 64 x 128 on eight warps 0.23 and 0.093, 32 x 128 0.25 and 0.092.
+    "attention_moments_backward_values": {64: (64, 64, 4, 2), 128: (32, 64, 4, 3)},
+    "attention_trace_features": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
+    "attention_trace_combine": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
+    "attention_trace_backward_own": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
+    "attention_trace_backward_tokens": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
+    "attention_trace_backward_constants": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
 }
-"""Queries, keys, warps and stages of the sweeps in 16 bits on sm_90."""
+"""Queries, keys, warps and stages of the sweeps in 16 bits on sm_90, the fastest of `benchmarks.tune_attention`.
+
+Its products want 64 rows of the outer side for each four warps. Measured on an H200, PyTorch 2.11, Triton 3.6.
+"""
 
 
 @cache
-def configure_attention(kernel: str, width: int, itemsize: int, architecture: str) -> AttentionLaunch:
+def configure_attention(
+    kernel: str, width: int, itemsize: int, architecture: str, pairwise: bool = False
+) -> AttentionLaunch:
     """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
 
     A thread holds a share of every sum over the other side and of five tiles of scores. Each entry above is the largest
-    found at which no architecture that is compiled ahead of time spills one of them; the sweeps backward over queries
-    and over keys have two sums as wide as a head, the others one. In float32 products are made by multiply-adds of
-    single numbers, 16 by 16, the smallest tile there is. Two stages copy a tile into shared memory while the last one
-    is worked on, without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. Where no limit of
-    registers is given, the assembler spills less with one of its own.
+    found at which no architecture that is compiled ahead of time spills one of them, but on sm_90, where what was
+    measured to be fastest is taken, spills or none. In float32 products are made by multiply-adds of single numbers, 16
+    by 16, the smallest tile there is. Two stages copy a tile into shared memory while the last one is worked on,
+    without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. A mask of every pair (`pairwise`)
+    is one more tile of each, for which the large ones of sm_90 leave no room. Where no limit of registers is given, the
+    assembler spills less with one of its own.
     """
     tile, warp, stages = tile_width(width), 64 if architecture.startswith("gfx9") else 32, 2
     registers: int | None
-    measured = _HOPPER_TILES.get(kernel, {}).get(max(64, tile)) if architecture == "sm_90" and itemsize <= 2 else None
+    measured = None
+    if architecture == "sm_90" and itemsize <= 2 and not pairwise:
+        measured = _HOPPER_TILES.get(kernel, {}).get(max(64, tile))
     if measured is not None:
-        rows, columns, warps, stages = measured
-        registers = 255
+        (rows, columns, warps, stages), registers = measured, 255
     elif itemsize <= 2:
         rows, columns, warps, registers = _HALF_TILES[kernel][max(64, tile)]
     elif kernel == "attention_moments_backward_keys":

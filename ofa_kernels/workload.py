@@ -79,16 +79,17 @@ def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], sa
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Causal attention with rotated heads, its sequences of one length or padded, forward and backward."""
+    """Causal attention with rotated heads, forward and backward: all keys, or those that a mask leaves."""
 
     width: int
     dtype: str
-    padded: bool
+    masked: str
+    """"" for nothing, "padded" for a mask of keys, "pairwise" for one of every query and key, to be added."""
 
     @property
     def label(self) -> str:
         """The case in words."""
-        return f"heads of {self.width} {self.dtype}{' padded' if self.padded else ''}"
+        return f"heads of {self.width} {self.dtype} {self.masked}".rstrip()
 
     def launch(self) -> None:
         """Call the registered implementation on heads that are views of (B, T, H, d), as projections leave them."""
@@ -101,7 +102,11 @@ class AttentionCase:
         q, k = per_head(heads), per_head(heads // 4)
         angle = torch.empty(1, rows, self.width, device="meta")
         number = torch.empty(sequences, heads, rows, device="meta")
-        mask = torch.empty(sequences, 1, 1, rows, dtype=torch.bool, device="meta") if self.padded else None
+        masks = {
+            "padded": torch.empty(sequences, 1, 1, rows, dtype=torch.bool, device="meta"),
+            "pairwise": torch.empty(sequences, 1, rows, rows, device="meta"),
+        }
+        mask = masks.get(self.masked)
         given = q, k, k, q, angle, q, q, None, mask
         settings = self.width**-0.5, True, None
         attention_moments.forward(*given, *settings)
@@ -125,8 +130,8 @@ class AttentionCase:
 def attention_cases(heads: Sequence[int], dtypes: Sequence[str]) -> list[AttentionCase]:
     """All combinations that the kernels take."""
     return [
-        AttentionCase(width, dtype, padded)
-        for width, dtype, padded in product(heads, dtypes, (False, True))
+        AttentionCase(width, dtype, masked)
+        for width, dtype, masked in product(heads, dtypes, ("", "padded", "pairwise"))
         if width <= widest_head(DTYPES[dtype].itemsize)
     ]
 

@@ -13,7 +13,6 @@ from ofa_kernels.kernels.attention_moments import (
     LOG2_E,
     finite,
     keys_of,
-    keys_of_all,
     load_rows,
     masked,
     product,
@@ -131,54 +130,50 @@ def attention_moments_backward_rows(
     moved_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     pushed = tl.zeros((BLOCK_ROWS, HEAD_TILE), tl.float32)
     average = tl.zeros((BLOCK_ROWS, HEAD_TILE), tl.float32)
-    PLAIN: tl.constexpr = mask is None and window is None
     low, high = keys_of(first, rows, columns, window, CAUSAL, BLOCK_ROWS)
-    middle = keys_of_all(first, low, columns, CAUSAL, PLAIN, BLOCK_COLUMNS)
-    for MASKED in tl.static_range(0 if PLAIN else 1, 2):
-        for start in range(middle if MASKED else low, high if MASKED else middle, BLOCK_COLUMNS):
-            k = load_rows(key, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
-            raw = products(q, k, STREAM, EMULATED)
-            score = raw * (scale * LOG2_E)
-            if MASKED:
-                score = masked(
-                    score,
-                    row[:, None],
-                    start + tl.arange(0, BLOCK_COLUMNS)[None, :],
-                    rows,
-                    columns,
-                    sequence,
-                    head,
-                    mask,
-                    mask_sequence,
-                    mask_head,
-                    mask_query,
-                    mask_key,
-                    window,
-                    CAUSAL,
-                    ADDITIVE,
-                    PER_QUERY,
-                )
-            weight = tl.exp2(score - above[:, None])
-            b = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-            if grad_mean is not None:
-                turns = load_rows(turn, sequence, head, start, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
-                against = product(aims, tl.trans(k), products(back, turns, STREAM, EMULATED), STREAM, EMULATED)
-                b -= w[:, None] * against
-            if grad_covariance is not None:
-                v = load_rows(value, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
-                gap = scale * (products(d, v, STREAM, EMULATED) - d_dot_o[:, None])
-                moved = raw
-                if tangent is not None:
-                    moved = products(t, k, STREAM, EMULATED)
-                    turned = product(weight * gap, k, turned, STREAM, EMULATED)
-                b += moved * gap
-                moved_sum += tl.sum(weight * moved, 1)
-            p += tl.sum(weight * b, 1)
-            b *= scale
-            if grad_covariance is not None and tangent is None:
-                b += gap
-            pushed = product(weight * b, k, pushed, STREAM, EMULATED)
-            average = product(weight, k, average, STREAM, EMULATED)
+    for start in range(low, high, BLOCK_COLUMNS):
+        k = load_rows(key, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
+        raw = products(q, k, STREAM, EMULATED)
+        score = raw * (scale * LOG2_E)
+        score = masked(
+            score,
+            row[:, None],
+            start + tl.arange(0, BLOCK_COLUMNS)[None, :],
+            rows,
+            columns,
+            sequence,
+            head,
+            mask,
+            mask_sequence,
+            mask_head,
+            mask_query,
+            mask_key,
+            window,
+            CAUSAL,
+            ADDITIVE,
+            PER_QUERY,
+        )
+        weight = tl.exp2(score - above[:, None])
+        b = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        if grad_mean is not None:
+            turns = load_rows(turn, sequence, head, start, columns, STREAM, BLOCK_COLUMNS, TURN, TURN_TILE)
+            against = product(aims, tl.trans(k), products(back, turns, STREAM, EMULATED), STREAM, EMULATED)
+            b -= w[:, None] * against
+        if grad_covariance is not None:
+            v = load_rows(value, sequence, head // groups, start, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
+            gap = scale * (products(d, v, STREAM, EMULATED) - d_dot_o[:, None])
+            moved = raw
+            if tangent is not None:
+                moved = products(t, k, STREAM, EMULATED)
+                turned = product(weight * gap, k, turned, STREAM, EMULATED)
+            b += moved * gap
+            moved_sum += tl.sum(weight * moved, 1)
+        p += tl.sum(weight * b, 1)
+        b *= scale
+        if grad_covariance is not None and tangent is None:
+            b += gap
+        pushed = product(weight * b, k, pushed, STREAM, EMULATED)
+        average = product(weight, k, average, STREAM, EMULATED)
     if grad_lse is not None:
         p -= load(grad_lse + numbers, row, row < rows)
     store(pull + numbers, row, row < rows, p)
@@ -259,53 +254,49 @@ def attention_moments_backward_keys(
         v = load_rows(value, sequence, head // groups, first, columns, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
     # −∂key: the sign of aim's part costs nothing in the factor of the others.
     away = tl.zeros((BLOCK_COLUMNS, HEAD_TILE), tl.float32)
-    PLAIN: tl.constexpr = mask is None and window is None
     low, high = queries_of(first, rows, columns, window, CAUSAL, BLOCK_COLUMNS)
-    middle = queries_of_some(low, high, CAUSAL, PLAIN, BLOCK_ROWS, BLOCK_COLUMNS)
-    for CLEAR in tl.static_range(1 if PLAIN and not CAUSAL else 0, 2 if PLAIN else 1):
-        for start in range(middle if CLEAR else low, high if CLEAR else middle, BLOCK_ROWS):
-            row = start + tl.arange(0, BLOCK_ROWS)
-            q = load_rows(query, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-            raw = products(k, q, STREAM, EMULATED)
-            score = raw * (scale * LOG2_E)
-            if not CLEAR:
-                score = masked(
-                    score,
-                    row[None, :],
-                    column[:, None],
-                    rows,
-                    columns,
-                    sequence,
-                    head,
-                    mask,
-                    mask_sequence,
-                    mask_head,
-                    mask_query,
-                    mask_key,
-                    window,
-                    CAUSAL,
-                    ADDITIVE,
-                    PER_QUERY,
-                )
-            weight = tl.exp2(score - LOG2_E * finite(load(lse + numbers, row, row < rows))[None, :])
-            b = -load(pull + numbers, row, row < rows)[None, :]
-            if grad_mean is not None:
-                aims = load_rows(aim, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-                back = load_rows(reverse, sequence, head, start, rows, STREAM, BLOCK_ROWS, TURN, TURN_TILE)
-                w = load(grad_mean + numbers, row, row < rows)[None, :]
-                against = product(k, tl.trans(aims), products(turns, back, STREAM, EMULATED), STREAM, EMULATED)
-                b -= w * against
-                away = product(weight * w, aims, away, STREAM, EMULATED)
-            if grad_covariance is not None:
-                d = load_rows(grad_covariance, sequence, head, start, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
-                gap = products(v, d, STREAM, EMULATED) - load(offset + numbers, row, row < rows)[None, :]
-                if tangent is not None:
-                    t = load_rows(tangent, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
-                    b += scale * products(k, t, STREAM, EMULATED) * gap
-                    away = product(weight * (-scale * gap), t, away, STREAM, EMULATED)
-                else:
-                    b += (scale * raw + 1.0) * gap
-            away = product(weight * (-scale * b), q, away, STREAM, EMULATED)
+    for start in range(low, high, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        q = load_rows(query, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
+        raw = products(k, q, STREAM, EMULATED)
+        score = raw * (scale * LOG2_E)
+        score = masked(
+            score,
+            row[None, :],
+            column[:, None],
+            rows,
+            columns,
+            sequence,
+            head,
+            mask,
+            mask_sequence,
+            mask_head,
+            mask_query,
+            mask_key,
+            window,
+            CAUSAL,
+            ADDITIVE,
+            PER_QUERY,
+        )
+        weight = tl.exp2(score - LOG2_E * finite(load(lse + numbers, row, row < rows))[None, :])
+        b = -load(pull + numbers, row, row < rows)[None, :]
+        if grad_mean is not None:
+            aims = load_rows(aim, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
+            back = load_rows(reverse, sequence, head, start, rows, STREAM, BLOCK_ROWS, TURN, TURN_TILE)
+            w = load(grad_mean + numbers, row, row < rows)[None, :]
+            against = product(k, tl.trans(aims), products(turns, back, STREAM, EMULATED), STREAM, EMULATED)
+            b -= w * against
+            away = product(weight * w, aims, away, STREAM, EMULATED)
+        if grad_covariance is not None:
+            d = load_rows(grad_covariance, sequence, head, start, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
+            gap = products(v, d, STREAM, EMULATED) - load(offset + numbers, row, row < rows)[None, :]
+            if tangent is not None:
+                t = load_rows(tangent, sequence, head, start, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
+                b += scale * products(k, t, STREAM, EMULATED) * gap
+                away = product(weight * (-scale * gap), t, away, STREAM, EMULATED)
+            else:
+                b += (scale * raw + 1.0) * gap
+        away = product(weight * (-scale * b), q, away, STREAM, EMULATED)
     store_rows(grad_key, sequence, head, first, columns, -away, BLOCK_COLUMNS, HEAD, HEAD_TILE)
 
 

@@ -209,7 +209,7 @@ class Attention:
             "window": None if window is None else min(window, self._rows + self._columns),
             "scale": scale,
         }
-        self._constants = {
+        self._constants: dict[str, Any] = {
             "CAUSAL": causal,
             "ADDITIVE": mask is not None and mask.dtype != torch.bool,
             "PER_QUERY": strides[2] != 0,
@@ -285,6 +285,7 @@ class Attention:
             self._widest,
             self._like.element_size(),
             target(self._like),
+            self._constants["PER_QUERY"],
         )
 
     def _run(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:
