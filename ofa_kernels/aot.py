@@ -63,7 +63,9 @@ class Built:
 
 
 MAY_SPILL = {
+    "attention_moments_forward",
     "attention_moments_backward_rows",
+    "attention_moments_backward_values",
     "attention_trace_backward_tokens",
     "attention_trace_backward_constants",
 }

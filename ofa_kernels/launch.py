@@ -86,12 +86,12 @@ class AttentionLaunch:
 _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
     "attention_moments_forward": {64: (64, 32, 4, 255), 128: (32, 32, 4, 255), 256: (32, 16, 8, 255)},
     "attention_moments_backward_rows": {64: (32, 32, 4, 255), 128: (32, 32, 8, 255), 256: (32, 16, 8, 255)},
-    "attention_moments_backward_keys": {64: (32, 32, 4, None), 128: (16, 32, 8, None), 256: (16, 16, 8, 240)},
+    "attention_moments_backward_keys": {64: (32, 32, 4, 255), 128: (16, 32, 8, 255), 256: (16, 16, 8, 240)},
     "attention_moments_backward_values": {64: (32, 64, 4, 255), 128: (32, 32, 4, 255), 256: (16, 32, 4, 255)},
     "attention_trace_features": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
     "attention_trace_combine": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
-    "attention_trace_backward_own": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
-    "attention_trace_backward_tokens": {64: (32, 16, 4, 255), 128: (16, 16, 8, 255)},
+    "attention_trace_backward_own": {64: (32, 16, 4, 255), 128: (16, 16, 8, 255)},
+    "attention_trace_backward_tokens": {64: (16, 16, 4, 255), 128: (16, 16, 8, 255)},
     "attention_trace_backward_constants": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
 }
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""

@@ -157,7 +157,7 @@ def _is_causal(mask: Tensor) -> bool:
     """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
     if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
         return False
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(mask):
         # Nobody may look, and the graph may be run with another mask.
         return False
     seen = _causal_masks.get(mask)
@@ -165,6 +165,11 @@ def _is_causal(mask: Tensor) -> bool:
         later = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         seen = _causal_masks[mask] = mask._version, not bool(later.triu(1).any())
     return bool(seen[1])
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor goes into a CUDA graph, and nobody can look at its value now."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _attending(

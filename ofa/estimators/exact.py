@@ -17,7 +17,7 @@ from ofa import sharding
 from ofa.anatomy import Anatomy, Branch, NormView, view_norm
 from ofa.closed_form import forms
 from ofa.closed_form.fit import fit
-from ofa.closed_form.interface import Watching
+from ofa.closed_form.interface import Watching, capturing
 from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm, check_frozen, version
 from ofa.estimators import Handle, Leaving, Probe
 from ofa_kernels import dispatch
@@ -91,8 +91,7 @@ class Exact:
             self._forget()
             return
         scales: list[Tensor] = [norm.weight.detach() for norm in self._norms]  # type: ignore[operator]
-        capturing = scales[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        now = None if capturing else _Seen(self._versions(scales), _joined(scales))
+        now = None if capturing(scales[0]) else _Seen(self._versions(scales), _joined(scales))
         # By value as well: an optimizer may write through `.data`, which no version counter sees.
         if now is not None and self._seen is not None and now.equals(self._seen):
             return

@@ -58,7 +58,7 @@ class _WithLength(torch.autograd.Function):
     def forward(ctx: Any, update: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(update)
         ctx.set_materialize_grads(False)
-        return update.view_as(update), squared_norm(update)
+        return update.view_as(update), forward(update, update.new_empty((0, *update.shape)), 0, 0, False)[1]
 
     @staticmethod
     def backward(ctx: Any, passed: Tensor | None, grad_sqnorm: Tensor | None) -> Tensor | None:

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ofa
 from ofa.closed_form import interface
+from ofa.closed_form.constants import MlpProducts
+from ofa.estimators import exact
 from tests import families
 
 QUESTIONS = ("equal", "_local_scalar_dense", "is_nonzero", "item", "nonzero", "allclose", "unique", "masked_select")
@@ -91,6 +93,37 @@ def test_scales_that_no_version_tells_of_are_asked_for_once() -> None:
     with ofa.fused_regularizers(model, estimator="exact") as reg:
         asked(model, given, reg)
         assert asked(model, given, reg) - own == Counter(equal=1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_while_a_graph_is_captured_nobody_asks_at_all(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants are computed in every pass, so that they are in the graph; and anew behind it, in memory of their own.
+
+    The mask is one that the model was given, of which nothing is known.
+    """
+    model = families.build("llama")
+    ofa.tune_norms(model)
+    given = {**families.inputs("llama", sequences=2, tokens=4), "use_cache": False}
+    given.pop("labels")
+    if padded:
+        given["attention_mask"] = torch.ones(2, 1, 4, 4).tril().bool()
+    own = asked(model, given)
+    computed: list[int] = []
+    forward = MlpProducts.forward
+    monkeypatch.setattr(MlpProducts, "forward", lambda *args: computed.append(1) or forward(*args))
+    with ofa.fused_regularizers(model, estimator="exact") as reg:
+        expected = []
+        for times in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(exact, "capturing", lambda tensor: True)
+                patch.setattr(interface, "capturing", lambda tensor: True)
+                assert asked(model, given, reg) - own == Counter()
+            expected.append(reg.penalty().detach())
+            assert len(computed) == 3 * (times + 1)
+        for _ in range(2):
+            asked(model, given, reg)
+            torch.testing.assert_close(reg.penalty().detach(), expected[0])
+        assert len(computed) == 9
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
