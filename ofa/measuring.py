@@ -99,16 +99,19 @@ class Pass:
             values = sum((trace.values for trace in traces[1:]), traces[0].values)
             self.traces[index] = Rows(values, self.sign * step.scale * traces[0].factor)
 
-    def _stack(self, measured: dict[int, Rows]) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """Values of all steps, (steps, probes or 1, B, T), their factors, and the mask, on one device."""
+    def _stack(self, measured: dict[int, Rows]) -> tuple[Tensor, float, Tensor | None]:
+        """Values of all steps, (steps, probes or 1, B, T), the factor of them all, and the mask, on one device.
+
+        Nothing is made from numbers of the host: a copy would make it wait for the device, and end a CUDA graph.
+        """
         assert self.shape is not None
         rows = [measured[index] for index in sorted(measured)]
-        device = rows[0].values.device
-        values = torch.stack([row.values.to(device).reshape(-1, *self.shape) for row in rows])
-        factors = {row.factor for row in rows}
-        factor: Tensor | float = rows[0].factor
-        if len(factors) > 1:
-            factor = values.new_tensor([row.factor for row in rows]).unsqueeze(1)
+        device, factor = rows[0].values.device, rows[0].factor
+        each: list[Tensor] | tuple[Tensor, ...] = [row.values.to(device) for row in rows]
+        if any(row.factor != factor for row in rows):
+            # Arguments of one kernel for all steps.
+            each, factor = torch._foreach_mul(each, [row.factor for row in rows]), 1.0
+        values = torch.stack([one.reshape(-1, *self.shape) for one in each])
         mask = None if self.mask is None else self.mask.to(device)
         return values, factor, mask
 
@@ -151,8 +154,8 @@ class Pass:
         if self.traced:
             measured = self._traces()
             sharpness = objectives.sharpness(measured, steps)
-            missing = measured.new_full((steps, measured.shape[1]), float("nan"))
-            traces = missing.index_copy(0, torch.tensor(sorted(self.traced), device=measured.device), measured)
+            missing, seen = torch.full_like(measured[0], float("nan")), iter(measured)
+            traces = torch.stack([next(seen) if index in self.traced else missing for index in range(steps)])
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 
 
