@@ -101,7 +101,10 @@ class Pass:
             self.traces[index] = Rows(values, self.sign * step.scale * traces[0].factor)
 
     def _stack(self, measured: dict[int, Rows]) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """Values of all steps, (steps, probes or 1, B, T), their factors, and the mask, on one device."""
+        """Values of all steps, (steps, probes or 1, B, T), the factor of them all, and the mask, on one device.
+
+        Nothing is made from numbers of the host: a copy would make it wait for the device, and end a CUDA graph.
+        """
         assert self.shape is not None
         rows = [measured[index] for index in sorted(measured)]
         device = rows[0].values.device

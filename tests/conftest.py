@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.device import DEVICE
+
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +37,12 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 def _one_thread() -> None:
     """One thread: these tensors are so small that handing them to a second one costs ten times the arithmetic."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _whole_float32() -> None:
+    """Convolutions in float32 on a GPU too, as products of matrices are: TF32, their default there, has 10 bits."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _save_tokenizer(folder: Path) -> int:
@@ -87,12 +95,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_model(tiny_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A fresh (model, tokenizer) of the tiny Llama: float32, eval mode, on the CPU."""
+    """A fresh (model, tokenizer) of the tiny Llama: float32, eval mode, on the tests' device."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(tiny_folder)
+    return model.eval().to(DEVICE), AutoTokenizer.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="session")

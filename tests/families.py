@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.device import DEVICE
+
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 GROUPED = {**SIZE, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 
@@ -103,7 +105,7 @@ STEPS = dict.fromkeys(BUILDERS, 6) | dict.fromkeys(
 
 
 def build(name: str, *, seed: int = 0) -> nn.Module:
-    """The family's model in float32 and evaluation mode, its norms moved away from 1 so that γ matters."""
+    """The family's model in float32 and evaluation mode on `DEVICE`, its norms moved away from 1 so that γ matters."""
     torch.manual_seed(seed)
     model = BUILDERS[name]().eval()
     for path, parameter in model.named_parameters():
@@ -114,17 +116,17 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
         else:
             # Larger than the usual initialization, so that branches bend and the trace is not lost in rounding.
             parameter.data = 0.15 * torch.randn_like(parameter)
-    return model
+    return model.to(DEVICE)
 
 
 def inputs(name: str, *, sequences: int = 2, tokens: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Something for the family's forward pass, with labels."""
+    """Something for the family's forward pass, with labels, on `DEVICE`."""
     generator = torch.Generator().manual_seed(seed)
     if name == "vit":
         pixels = torch.randn(sequences, 3, 16, 16, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.arange(sequences) % 3}
+        return on_device({"pixel_values": pixels, "labels": torch.arange(sequences) % 3})
     ids = torch.randint(3, 64, (sequences, tokens), generator=generator)
-    return {"input_ids": ids, "labels": torch.arange(sequences) % 3 if name == "bert" else ids}
+    return on_device({"input_ids": ids, "labels": torch.arange(sequences) % 3 if name == "bert" else ids})
 
 
 def vision_language(name: str, *, seed: int = 0) -> nn.Module:
@@ -136,7 +138,7 @@ def vision_language(name: str, *, seed: int = 0) -> nn.Module:
             parameter.data += 0.3 * torch.randn_like(parameter)
         else:
             parameter.data = 0.15 * torch.randn_like(parameter)
-    return model
+    return model.to(DEVICE)
 
 
 def images_and_text(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -149,9 +151,8 @@ def images_and_text(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
     if name == "qwen2_vl":
         patches = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
         of_image = (ids == IMAGE_TOKEN).int()
-        return {**given, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)} | {
-            "mm_token_type_ids": of_image
-        }
+        given |= {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+        return on_device({**given, "mm_token_type_ids": of_image})
     shape = (2, 1, 3, 16, 16) if name == "smolvlm" else (2, 3, 16, 16)
     given["pixel_values"] = torch.randn(shape, generator=generator)
     if name == "paligemma":
@@ -159,7 +160,13 @@ def images_and_text(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
         given["token_type_ids"][:, :6] = 0
     if name == "gemma3":
         given["token_type_ids"] = (ids == IMAGE_TOKEN).long()
-    return given
+    return on_device(given)
+
+
+def on_device(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors on `DEVICE`: one that stands there twice is still one."""
+    moved = {id(value): value.to(DEVICE) for value in given.values()}
+    return {key: moved[id(value)] for key, value in given.items()}
 
 
 IMAGE_TOKEN = 63

@@ -146,7 +146,7 @@ def steps(name: str, root: nn.Module, given: dict[str, Tensor], granularity: str
 def step_norms(found: list[OracleStep], mask: Tensor | None = None) -> Tensor:
     """‖F_t(Z_t)‖ of each sequence, (T, B), over the tokens where `mask` is 1."""
     updates = torch.stack([step.function(step.stream) for step in found]).detach()
-    weights = torch.ones(updates.shape[1:3]) if mask is None else mask
+    weights = updates.new_ones(updates.shape[1:3]) if mask is None else mask
     return (updates.square().sum(-1) * weights).sum(-1).sqrt()
 
 

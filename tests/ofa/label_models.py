@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ofa.tasks.task import Task
+from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
 # In the tiny tokenizer no label of this task is a word of its own: all begin with the token of a blank and a letter.
@@ -22,7 +23,7 @@ def sharpened(model):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(10)
-    return model.double().eval()
+    return model.double().eval().to(DEVICE)
 
 
 def build(family, vocab_size):

@@ -63,7 +63,7 @@ def cases(*arguments: dict[str, Any]) -> Callable[[Callable[..., None]], Callabl
 
 
 def batch(name: str, step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-    return {key: value[rows] for key, value in inputs(name, sequences=2 * RANKS, seed=step).items()}
+    return {key: value[rows].cpu() for key, value in inputs(name, sequences=2 * RANKS, seed=step).items()}
 
 
 def rows_of(rank: int) -> slice:
@@ -71,7 +71,7 @@ def rows_of(rank: int) -> slice:
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64, *, checkpointing: bool = False) -> nn.Module:
-    model = build(name).to(dtype)
+    model = build(name).to("cpu", dtype)  # gloo's device, also beside a GPU
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ofa
 from ofa.adapters import CARD, CONFIG, DETAILS, WEIGHTS, read_adapter
 from ofa.errors import InputError
+from tests.device import DEVICE
 from tests.families import BUILDERS, build, inputs
 
 # PEFT says so of every norm, and then tunes it all the same.
@@ -62,7 +63,7 @@ def logits(model, name="llama"):
 def tune(model):
     """Give every scale another value, none of them equal."""
     for index, scale in enumerate(ofa.tune_norms(model)):
-        scale.add_(torch.linspace(-0.2, 0.3, scale.numel()) + 0.01 * index)
+        scale.add_(torch.linspace(-0.2, 0.3, scale.numel()).to(DEVICE) + 0.01 * index)
 
 
 def save(name, root):
@@ -129,7 +130,7 @@ def test_transformers_loads_it(saved):
 
 @pytest.mark.parametrize("saved", CAUSAL, indirect=True)
 def test_peft_finds_the_base_of_a_causal_model(saved):
-    model = AutoPeftModelForCausalLM.from_pretrained(saved.folder).eval()
+    model = AutoPeftModelForCausalLM.from_pretrained(saved.folder).eval().to(DEVICE)
     assert torch.equal(logits(model, saved.name), saved.tuned_logits)
 
 
@@ -149,7 +150,7 @@ def test_a_merged_checkpoint_is_an_ordinary_one(saved, tmp_path):
     before = snapshot(model)
     out = ofa.merge(model, saved.folder, tmp_path / "merged")
     assert_untouched(model, before)
-    assert torch.equal(logits(type(model).from_pretrained(out).eval(), saved.name), saved.tuned_logits)
+    assert torch.equal(logits(type(model).from_pretrained(out).eval().to(DEVICE), saved.name), saved.tuned_logits)
     assert contents(out).keys() == contents(saved.base).keys()
 
 
@@ -238,7 +239,7 @@ def test_norms_that_an_adapter_leaves_out_are_merged_from_the_base(llama, damage
     tune(model)
     merged = load_file(ofa.merge(model, damaged, tmp_path / "out") / "model.safetensors")
     assert len(left_out) == 1
-    assert all(torch.equal(merged[path], llama.pristine.get_parameter(path)) for path in left_out)
+    assert all(torch.equal(merged[path], llama.pristine.get_parameter(path).cpu()) for path in left_out)
 
 
 def test_loading_replaces_what_was_tuned(llama):
@@ -252,7 +253,7 @@ def test_loading_replaces_what_was_tuned(llama):
 def test_merging_over_an_old_checkpoint_replaces_it(llama, tmp_path):
     out = shutil.copytree(llama.base, tmp_path / "out")
     ofa.merge(llama.fresh(), llama.folder, out, overwrite=True)
-    assert torch.equal(logits(type(llama.pristine).from_pretrained(out).eval()), llama.tuned_logits)
+    assert torch.equal(logits(type(llama.pristine).from_pretrained(out).eval().to(DEVICE)), llama.tuned_logits)
 
 
 # Refusals: one sentence, and nothing changes.

@@ -24,6 +24,7 @@ from ofa.errors import InputError
 from ofa.tasks.task import Example, Task
 from ofa.trainer import CHECKPOINT, METRICS, Interrupted, TrainingConfig, read_metrics, train
 from ofa.tuning import restore_norms
+from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
 EXAMPLES = (
@@ -95,7 +96,7 @@ def uninterrupted(tiny_folder, tmp_path_factory):
 
     def get(name):
         if name not in known:
-            model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval().to(DEVICE)
             folder = tmp_path_factory.mktemp("uninterrupted")
             result, scales = run((model, AutoTokenizer.from_pretrained(tiny_folder)), folder, SETTINGS[name])
             known[name] = scales, metrics(folder), result
@@ -169,7 +170,7 @@ import json
 
 torch.set_num_threads(1)
 base, folder, given = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().to(given["device"])
 
 def progress(record, total):
     if record.step == 5:
@@ -184,7 +185,7 @@ ofa.fit(model, tokenizer, task, shots, 42, folder=folder, progress=progress, **g
 
 def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_folder, tmp_path, uninterrupted):
     """SIGKILL in the second epoch of a real process; the metrics written behind its checkpoint are written once."""
-    given = {"examples": [asdict(e) for e in EXAMPLES], "task": TASK.to_dict(), "settings": BOTH}
+    given = {"examples": [asdict(e) for e in EXAMPLES], "task": TASK.to_dict(), "settings": BOTH, "device": DEVICE}
     environment = {**os.environ, "PYTHONPATH": str(Path(ofa.__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT, str(tiny_folder), str(tmp_path), json.dumps(given)]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)

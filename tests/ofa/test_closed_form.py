@@ -19,6 +19,7 @@ from ofa.closed_form.fit import AttentionFit, Fitted, MlpFit, fit
 from ofa.closed_form.interface import Watching
 from ofa.closed_form.parts import AttentionParts, HeadShape, MlpParts, NoClosedForm
 from tests import families, oracle
+from tests.device import DEVICE
 from tests.ofa.traces import CLOSED, built, frozen, hooks_of, measuring
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -117,7 +118,7 @@ def test_both_ways_of_storing_a_matrix() -> None:
     (conv,) = {one.parts.gate for one in fitted(frozen("gpt2")) if "h.1.mlp" in one.branch.entry}
     (linear,) = {one.parts.gate for one in fitted(frozen("gpt_neox")) if "layers.1.mlp" in one.branch.entry}
     for one, transposed, shape in ((conv, True, (128, 32)), (linear, False, (48, 32))):
-        rows = torch.randn(3, 32, dtype=torch.float64)
+        rows = torch.randn(3, 32, dtype=torch.float64).to(DEVICE)
         assert (one.transposed, one.weight_shape, tuple(one.weight().shape)) == (transposed, shape, shape)
         torch.testing.assert_close(one.image(rows), one.module(rows).detach())
 
@@ -210,7 +211,7 @@ def test_the_model_s_own_attention_function_is_called(
     """With the arguments, masks included, that it would be called with otherwise, and once per layer."""
     model, given, calls = frozen(name), oracle.batch(name), []
     if name != "vit":
-        given |= {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), "use_cache": False}
+        given |= {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=DEVICE), "use_cache": False}
     own = AttentionInterface()["sdpa"]
 
     def recording(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +265,8 @@ def interface_functions() -> dict[str, Any]:
 def test_causal_masks_are_recognized(mask: Tensor | None, causal: bool) -> None:
     """Only where no query of any sequence sees a later key; and never for a module that is not causal."""
     module = built("llama").model.layers[0].self_attn
-    heads = [torch.randn(1, count, 4, 8) for count in (4, 2, 2)]
+    heads = [torch.randn(1, count, 4, 8).to(DEVICE) for count in (4, 2, 2)]
+    mask = None if mask is None else mask.to(DEVICE)
     seen = interface._attending("sdpa", module, *heads, mask, {"scaling": 0.25})
     assert (seen.causal, seen.scale, seen.unusual) == (causal, 0.25, None)
     assert seen.mask is None if mask is None else torch.equal(seen.mask, mask)
@@ -276,8 +278,8 @@ def test_causal_masks_are_recognized(mask: Tensor | None, causal: bool) -> None:
 def test_what_the_closed_form_does_not_know_is_named(argument: str) -> None:
     """Soft-caps, sinks and biases of positions are arguments of the attention function."""
     module = built("llama").model.layers[0].self_attn
-    heads = [torch.randn(1, count, 4, 8) for count in (4, 2, 2)]
-    seen = interface._attending("eager", module, *heads, None, {argument: torch.ones(1)})
+    heads = [torch.randn(1, count, 4, 8).to(DEVICE) for count in (4, 2, 2)]
+    seen = interface._attending("eager", module, *heads, None, {argument: torch.ones(1, device=DEVICE)})
     assert seen.unusual == argument
 
 

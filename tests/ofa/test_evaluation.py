@@ -14,6 +14,7 @@ from ofa.errors import InputError
 from ofa.evaluation import Scorer, evaluate, evaluating
 from ofa.shared_prefix import SharedPrefix
 from ofa.tasks.task import Example
+from tests.device import DEVICE
 from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
 TEXTS = ["a warm film", "dull", "slow and far too long, but it never drags after the first hour", "funny and warm"]
@@ -33,7 +34,7 @@ def llama(tiny_model):
 
 @torch.no_grad()
 def next_log_probabilities(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(0)
+    return model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].double().log_softmax(0)
 
 
 def by_hand(model, tokenizer, task, texts, before=""):

@@ -20,6 +20,7 @@ import ofa
 from ofa import InputError
 from ofa.closed_form.constants import AttentionProducts, MlpProducts
 from tests import families, oracle
+from tests.device import DEVICE
 from tests.ofa.traces import (
     CLOSED,
     PADDED,
@@ -71,8 +72,8 @@ def test_packed_sequences_and_attention_implementations(implementation: str, pac
     model = copy.deepcopy(frozen("llama"))
     model.set_attn_implementation(implementation)
     given = oracle.batch("llama", tokens=7, sequences=1)
-    given["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    apart = torch.ones(1, 1, 7, 7).tril().bool()
+    given["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=DEVICE)
+    apart = torch.ones(1, 1, 7, 7, device=DEVICE).tril().bool()
     apart[..., 3:, :3] = False
     if packed != "positions":
         # Eager attention adds its mask, so that it cannot be boolean there.
@@ -116,7 +117,7 @@ def test_probes_and_differences_agree_with_it(name: str) -> None:
             # Every entry of the diagonal by a central difference, whose error is h² times a third derivative.
             slopes = 0.0
             for token in range(step.stream.shape[1]):
-                moves = torch.zeros(step.stream.shape[2], *step.stream.shape[1:]).double()
+                moves = step.stream.new_zeros(step.stream.shape[2], *step.stream.shape[1:])
                 moves[:, token].fill_diagonal_(h)
                 moves = moves * step.right * step.left.unsqueeze(-1)
                 changes = [
@@ -230,7 +231,7 @@ def test_autocast_is_close_to_float32() -> None:
     model, given, measured = built("llama"), families.inputs("llama"), []
     model.get_input_embeddings().weight.data /= 0.15
     for enabled in (False, True):
-        with measuring(model) as reg, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with measuring(model) as reg, torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
             model(**given)
             measured.append(reg.measurements.traces.detach())
             assert all(gradient.isfinite().all() for gradient in gradients(model, model(**given).loss + reg.penalty()))
@@ -265,10 +266,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "data": lambda model: model.model.layers[2].input_layernorm.weight.data.add_(0.1),
     "weight written to": lambda model: model.model.layers[0].mlp.up_proj.weight.mul_(1.1),
     "weight's data replaced": lambda model: setattr(
-        model.model.layers[1].self_attn.k_proj.weight, "data", torch.randn(16, 32)
+        model.model.layers[1].self_attn.k_proj.weight, "data", torch.randn(16, 32).to(DEVICE)
     ),
     "weight replaced": lambda model: setattr(
-        model.model.layers[1].mlp.down_proj, "weight", nn.Parameter(torch.randn(32, 48), requires_grad=False)
+        model.model.layers[1].mlp.down_proj, "weight", nn.Parameter(torch.randn(32, 48).to(DEVICE), requires_grad=False)
     ),
     "weight moved": lambda model: model.double(),
 }
@@ -473,7 +474,7 @@ def test_parts_may_be_called_alone_and_text_generated(name: str, estimator: str)
     model, given = built(name), families.inputs(name)
     decoder, ids = model.base_model, given["input_ids"]
     branch = next(module for path, module in model.named_modules() if path.endswith("1.mlp"))
-    hidden = torch.randn(2, 3, 32)
+    hidden = torch.randn(2, 3, 32).to(DEVICE)
 
     def alone() -> list[Tensor]:
         return [decoder(ids).last_hidden_state, branch(hidden), model.generate(ids, max_new_tokens=3, do_sample=False)]
@@ -508,7 +509,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(name: str, estimator: s
 def test_two_models_at_once(shared: bool) -> None:
     """Each measures itself, also where both hold one configuration, whose name is back when the last one closes."""
     first, given = built("llama"), families.inputs("llama")
-    second = freeze(type(first)(first.config) if shared else families.build("llama", seed=1))
+    second = freeze(type(first)(first.config).to(DEVICE) if shared else families.build("llama", seed=1))
     assert (second.config is first.config) == shared
     alone = [by_token(model, given)[1] for model in (first, second)]
     one, other = measuring(first), measuring(second)
@@ -559,7 +560,7 @@ def test_a_projection_that_was_replaced_is_noticed() -> None:
     """Another module in the place of a projection: no stale trace, but a sentence that names it."""
     model, given = built("llama"), families.inputs("llama")
     with measuring(model):
-        model.model.layers[1].mlp.down_proj = nn.Linear(48, 32, bias=False)
+        model.model.layers[1].mlp.down_proj = nn.Linear(48, 32, bias=False).to(DEVICE)
         with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj was exchanged after"):
             model(**given)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ofa
 from ofa import anatomy
 from tests import families, oracle
+from tests.device import DEVICE
 from tests.ofa.traces import OTHERS, assert_dense, own_blocks, probes_of
 
 # PEFT says so of every norm, and then tunes it all the same.
@@ -122,7 +123,7 @@ def assert_gradient_of_the_oracle(
         gradients = torch.autograd.grad(penalty, params, allow_unused=True)
     assert sum(gradient is None for gradient in gradients) <= 1  # the final norm stands behind the last step
     assert float(penalty) == pytest.approx(penalty_of(oracle.steps(wiring, model, given, granularity)), rel=tolerance)
-    moves = [torch.randn(param.shape, generator=generator).double() for param in params]
+    moves = [torch.randn(param.shape, generator=generator).to(param) for param in params]
     slope = sum(float((g * move).sum()) for g, move in zip(gradients, moves, strict=True) if g is not None)
     ends = []
     for sign in (1, -1):
@@ -185,7 +186,7 @@ def test_the_language_part_has_the_gradient_of_the_oracle_with_images(name: str)
 def test_batches_as_large_as_the_axes_of_a_position_are_widened_alike() -> None:
     """Qwen2-VL's positions have three axes; three sequences must not be taken for them, nor the axes for sequences."""
     model = families.vision_language("qwen2_vl")
-    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ofa.tune_norms(model)
     traces = []
     for batch in (ids, *ids.split(1)):

@@ -28,6 +28,7 @@ from ofa.guidance import (
 )
 from ofa.tuning import tune_norms
 from tests import families
+from tests.device import DEVICE
 
 ALL = Weights(direction=0.3, magnitude=0.02, alignment=0.2)
 VARIANTS = (ExactGuidance, FiniteDifferenceGuidance, FirstOrderGuidance)
@@ -50,8 +51,8 @@ class Problem:
                 if parameter.ndim == 2:
                     parameter.mul_(3)  # a random model's curvature is small beside its gradient
             for scale in self.parameters:
-                scale.add_(0.3 * torch.randn(scale.shape, generator=generator, dtype=scale.dtype))
-        self.ids = torch.randint(3, 300, (9, 7), generator=generator)
+                scale.add_(0.3 * torch.randn(scale.shape, generator=generator, dtype=scale.dtype).to(DEVICE))
+        self.ids = torch.randint(3, 300, (9, 7), generator=generator).to(DEVICE)
 
     def loss(self, rows=slice(0, 4)):
         logits = self.model(input_ids=self.ids[rows, :-1], use_cache=False).logits[:, -1]
@@ -92,7 +93,7 @@ def gpt2():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=384, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
     config._attn_implementation = "eager"
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).eval().to(DEVICE)
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_exact_guidance_is_the_slope_of_the_objective(problem):
     """
     reference = problem.reference()
     guided = problem.guided(ExactGuidance(ALL, problem.source))
-    for direction in (guided / guided.norm(), *vectors(2, size=guided.numel()) / math.sqrt(guided.numel())):
+    for direction in (guided / guided.norm(), *vectors(2, size=guided.numel()).to(DEVICE) / math.sqrt(guided.numel())):
         values = []
         for step in (1e-4, -2e-4):
             problem.move(step * direction)
@@ -257,7 +258,7 @@ def test_exact_and_difference_agree_in_every_family(family):
         guidance._average = vectors(1, size=len(guidance._average))[0]
         guidance.backward(lambda: model(**inputs).loss)
         guided.append(torch.cat([scale.grad.flatten() for scale in parameters]))
-    plain = guidance._previous.float()
+    plain = guidance._previous.float().to(DEVICE)
     assert (guided[0] - guided[1]).norm() < 30 * 3.5e-4 * (guided[0] - plain).norm()
 
 

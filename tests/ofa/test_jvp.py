@@ -17,6 +17,7 @@ from ofa import InputError, anatomy
 from ofa.commands import inspect
 from ofa.estimators import jvp
 from tests import families, oracle
+from tests.device import DEVICE
 from tests.ofa.test_hutchinson import DENSE
 from tests.ofa.test_regularizers_checkpointing import gradients
 from tests.ofa.traces import Failing, own_token_trace, probes_of, spread, training_model
@@ -142,7 +143,7 @@ def assert_gradient(model: nn.Module, given: dict[str, Tensor], reg: ofa.Regular
         if gradient is None:  # the final norm stands behind the last step
             assert path.rpartition(".")[0] == reg.anatomy.norms[-1].path
             continue
-        direction = torch.randn(scale.shape, generator=generator).double()
+        direction = torch.randn(scale.shape, generator=generator).to(scale)
         direction /= direction.norm()
         original, values = scale.data, []
         with torch.no_grad(), reg.measuring():
@@ -173,7 +174,7 @@ def test_norms_inside_a_branch_have_the_right_gradient(norm: type[nn.Module], af
     """PyTorch takes 1/σ for a constant when it differentiates these tangents; the estimator must not."""
     model, given = families.build("llama").double(), oracle.batch("llama", sequences=1)
     for layer in model.model.layers:
-        layer.mlp = Normed(norm(32, elementwise_affine=affine, eps=0.1, dtype=torch.float64), layer.mlp)
+        layer.mlp = Normed(norm(32, elementwise_affine=affine, eps=0.1, dtype=torch.float64, device=DEVICE), layer.mlp)
     with oracle.Float64(), measuring(model) as reg:
         assert_gradient(model, given, reg)
 
@@ -380,7 +381,8 @@ def test_an_exception_in_the_second_run_leaves_nothing_behind() -> None:
         assert switched_on() == before
 
 
-@pytest.mark.parametrize("choice", [(True, False, False), (False, True, True)])
+# On a GPU not flash attention alone: it has no float32, and layers outside of branches attend as ever.
+@pytest.mark.parametrize("choice", [(True, False, DEVICE == "cuda"), (False, True, True)])
 def test_attention_kernels_are_left_as_they_were(choice: tuple[bool, bool, bool]) -> None:
     """Whatever kernels the caller has chosen for scaled_dot_product_attention: branches need none of them."""
     kernels = torch.backends.cuda
@@ -401,10 +403,10 @@ def test_attention_kernels_are_left_as_they_were(choice: tuple[bool, bool, bool]
 
 
 DRAWN = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
-HEADS = [torch.randn(2, heads, 5, 8, **DRAWN) for heads in (4, 2, 2)]
+HEADS = [torch.randn(2, heads, 5, 8, **DRAWN).to(DEVICE) for heads in (4, 2, 2)]
 ALL_HEADS = [HEADS[0], *(heads.repeat_interleave(2, 1) for heads in HEADS[1:])]
-ATTENDS = torch.tensor([[False] * 5, *[[True] * 3 + [False] * 2] * 4])
-SCALE, SHIFT = torch.randn(2, 8, **DRAWN)
+ATTENDS = torch.tensor([[False] * 5, *[[True] * 3 + [False] * 2] * 4], device=DEVICE)
+SCALE, SHIFT = torch.randn(2, 8, **DRAWN).to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_a_branch_that_loses_its_tangent_is_refused() -> None:
 
     class Foreign(nn.Module):
         def forward(self, hidden: Tensor) -> Tensor:
-            return torch.from_numpy(hidden.detach().numpy() ** 2)
+            return torch.from_numpy(hidden.detach().cpu().numpy() ** 2).to(DEVICE)
 
     model = families.build("llama")
     model.model.layers[1].mlp = Foreign()

@@ -43,7 +43,7 @@ def test_the_estimate_is_the_quadratic_form_of_own_blocks(name: str, padded: boo
         tokens, measured = by_token(model, given, samples=3, seed=5, **LOCAL)
     mask = mask_of(given, tokens.shape[-1]).double()
     for index, block in enumerate(blocks):
-        nus = probes_of(index, torch.empty(block.shape[:3]), seed=5, samples=3)
+        nus = probes_of(index, block[..., 0], seed=5, samples=3)
         expected = torch.einsum("sbti,btij,sbtj->sbt", nus, block, nus).detach() * mask
         torch.testing.assert_close(tokens[index] * mask, expected, **CLOSE)
         torch.testing.assert_close(measured[index], -expected.mean(0).sum(-1) / mask.sum(-1), **CLOSE)
@@ -51,7 +51,7 @@ def test_the_estimate_is_the_quadratic_form_of_own_blocks(name: str, padded: boo
 
 def assert_quadratic(tokens: Tensor, block: Tensor, index: int) -> None:
     """Two probes' estimates of a step, (2, B, T), are the quadratic forms of its own blocks, (B, T, d, d)."""
-    nus = probes_of(index, torch.empty(block.shape[:3]), samples=2)
+    nus = probes_of(index, block[..., 0], samples=2)
     torch.testing.assert_close(tokens, torch.einsum("sbti,btij,sbtj->sbt", nus, block, nus).detach(), **CLOSE)
 
 

@@ -60,10 +60,12 @@ def by_wrappers(model: nn.Module) -> None:
 
 def selectively(model: nn.Module) -> None:
     """Attention's output is kept and the rest computed again."""
-    kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    aten = torch.ops.aten
+    # On a GPU attention in float64 is plain operations, of which the softmax is kept.
+    kept = (aten._scaled_dot_product_flash_attention_for_cpu.default, aten._safe_softmax.default)
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation is kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer in layers_of(model):

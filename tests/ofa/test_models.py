@@ -74,7 +74,7 @@ def test_folder_loads_ready_to_use(tiny_folder: Path, tiny_model: tuple) -> None
     batch = loaded.tokenizer(["a film", "The capital of France is"], return_tensors="pt", padding=True)
     assert batch["attention_mask"][0, -1] == 0, "padding must be on the right"
     with torch.no_grad():
-        torch.testing.assert_close(loaded.model(**batch).logits, tiny_model[0](**batch).logits, rtol=0, atol=0)
+        torch.testing.assert_close(loaded.model(**batch).logits, tiny_model[0].cpu()(**batch).logits, rtol=0, atol=0)
 
 
 def test_relative_folder_gets_an_absolute_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from ofa.objectives import Measurements, penalty, ratios, sharpness, step_norms, step_ratio
+from tests.device import DEVICE
 
 STEPS, SEQUENCES = 5, 4
 
 
 def squared_norms():
     """Of T steps and B sequences, over three orders of magnitude."""
-    return 10 ** (3 * torch.rand(STEPS, SEQUENCES, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    drawn = torch.rand(STEPS, SEQUENCES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return 10 ** (3 * drawn.to(DEVICE))
 
 
 def traces():
     """Of both signs and large enough for softplus to bend."""
-    return 3 * torch.randn(STEPS, SEQUENCES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = torch.randn(STEPS, SEQUENCES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return 3 * drawn.to(DEVICE)
 
 
 def softplus(value):
@@ -52,7 +55,7 @@ def test_sharpness_is_the_sum_of_softplus_averaged_over_sequences():
 
 def test_softplus_comes_before_the_mean_over_sequences():
     """The order matters: sequences of opposite sign would cancel if the mean were taken first."""
-    opposite = torch.tensor([-8.0, 8.0], dtype=torch.float64)
+    opposite = torch.tensor([-8.0, 8.0], dtype=torch.float64, device=DEVICE)
     expected = (softplus(-8.0) + softplus(8.0)) / 2
     assert expected > 5 * softplus(0.0)
     assert float(sharpness(opposite.unsqueeze(0), 1)) == pytest.approx(expected, rel=1e-12)
@@ -83,7 +86,7 @@ def test_sampled_steps_are_unbiased(measured):
 @pytest.mark.parametrize("still", range(3))
 def test_an_update_of_zero_has_a_finite_gradient(dtype, still):
     """A branch that adds nothing (a dead layer, a zero initialization) must not turn every γ into NaN."""
-    squared = torch.full((3, 2), 1e6, dtype=dtype)
+    squared = torch.full((3, 2), 1e6, dtype=dtype, device=DEVICE)
     squared[still, 0] = 0.0
     squared.requires_grad_()
     value = step_ratio(ratios(step_norms(squared)))
@@ -98,8 +101,8 @@ def test_an_update_of_zero_has_a_finite_gradient(dtype, still):
     ids=["nothing", "step ratio", "sharpness", "both"],
 )
 def test_penalty_weighs_what_was_measured(measured, expected):
-    tensors = {name: torch.tensor(value) for name, value in measured.items()}
-    value = penalty(Measurements(**tensors), 0.1, 0.3, torch.device("cpu"))
+    tensors = {name: torch.tensor(value, device=DEVICE) for name, value in measured.items()}
+    value = penalty(Measurements(**tensors), 0.1, 0.3, torch.device(DEVICE))
     assert value.dtype == torch.float32
     assert value.shape == ()
     # Two products and a sum in float32.
@@ -107,6 +110,6 @@ def test_penalty_weighs_what_was_measured(measured, expected):
 
 
 def test_penalty_reaches_both_terms_with_its_gradient():
-    terms = torch.tensor([2.0, 3.0], requires_grad=True)
-    penalty(Measurements(step_ratio=terms[0], sharpness=terms[1]), 0.1, 0.3, torch.device("cpu")).backward()
+    terms = torch.tensor([2.0, 3.0], requires_grad=True, device=DEVICE)
+    penalty(Measurements(step_ratio=terms[0], sharpness=terms[1]), 0.1, 0.3, torch.device(DEVICE)).backward()
     assert terms.grad.tolist() == pytest.approx([0.1, 0.3])

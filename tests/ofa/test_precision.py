@@ -17,6 +17,7 @@ import ofa
 from ofa import anatomy, regularizers
 from ofa.estimators.hutchinson import DELTA, INT8_DELTA, Hutchinson, reaches
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.test_families_dropin import EVERY, built, granularity_of
 from tests.ofa.traces import OTHERS
 
@@ -38,8 +39,8 @@ class Mode:
         return self.autocast or self.dtype
 
     def context(self) -> AbstractContextManager[Any]:
-        """Autocast on the CPU, or nothing."""
-        return nullcontext() if self.autocast is None else torch.autocast("cpu", dtype=self.autocast)
+        """Autocast on the tests' device, or nothing."""
+        return nullcontext() if self.autocast is None else torch.autocast(DEVICE, dtype=self.autocast)
 
 
 MODES = {
@@ -205,7 +206,7 @@ def test_quantized_layers_are_stepped_over_farther() -> None:
     assert [one.at_least for one in found.values()] == [0, 0, 0, INT8_DELTA, DELTA[torch.bfloat16], 0]
     branch = next(branch for branch, one in found.items() if one.at_least == INT8_DELTA)
     estimator = Hutchinson(reach=found)
-    stream = torch.zeros(1, 4, 32)
+    stream = torch.zeros(1, 4, 32, device=DEVICE)
     assert estimator._epsilon(branch, stream) == INT8_DELTA * found[branch].epsilon
     first = next(iter(found))
     assert estimator._epsilon(first, stream) == DELTA[torch.float32] * found[first].epsilon

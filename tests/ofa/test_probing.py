@@ -12,6 +12,7 @@ from ofa.evaluation import Scorer
 from ofa.linear_probe import linear_probe
 from ofa.probing import probe
 from ofa.tasks.task import Example, Task
+from tests.device import DEVICE
 from tests.ofa.given_back import state
 from tests.ofa.test_anatomy import _renamed_attention
 
@@ -45,7 +46,8 @@ def unchanged(tiny_model):
 
 def encoded(tokenizer, task=TASK, examples=EXAMPLES):
     encoder = Encoder(tokenizer, task, None)
-    return collate(encoder.encode_prompts([example.text for example in examples]), encoder.pad_id)
+    ids, mask = collate(encoder.encode_prompts([example.text for example in examples]), encoder.pad_id)
+    return ids.to(DEVICE), mask.to(DEVICE)
 
 
 # The logit lens
@@ -91,7 +93,7 @@ def test_inner_layers_are_read_through_the_final_norm_and_the_head(tiny_model):
     hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     last = hidden[torch.arange(len(ids)), mask.sum(1) - 1]
     expected = model.lm_head(model.model.norm(last))[:, firsts].log_softmax(1)
-    torch.testing.assert_close(measured[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(measured[0], expected.cpu(), rtol=1e-5, atol=1e-5)
 
 
 # The linear probe
@@ -106,7 +108,7 @@ def test_the_linear_probe_is_trained_on_the_same_states_of_other_texts(tiny_mode
     for examples in (SHOTS, EXAMPLES):
         ids, mask = encoded(tokenizer, examples=examples)
         hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2]
-        states.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1])
+        states.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1].cpu())
     expected = linear_probe(states[0], torch.tensor([1, 0, 1, 0]), states[1])
     # Standardizing four texts magnifies float32 roundings of features that hardly vary.
     torch.testing.assert_close(measured.linear.log_probabilities[1], expected, rtol=0, atol=1e-3)
@@ -123,8 +125,8 @@ def test_ratios_of_layers_are_those_of_the_hidden_states(tiny_model):
     ids, mask = encoded(tokenizer)
     hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     lengths = [((hidden[i + 1] - hidden[i]) * mask[..., None]).flatten(1).norm(dim=1) for i in (0, 1)]
-    torch.testing.assert_close(steps.norms[:2], torch.stack(lengths), rtol=1e-4, atol=0)
-    torch.testing.assert_close(steps.ratios[0], lengths[1] / lengths[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(steps.norms[:2], torch.stack(lengths).cpu(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(steps.ratios[0], (lengths[1] / lengths[0]).cpu(), rtol=1e-4, atol=0)
 
 
 def test_the_sharpness_of_an_mlp_is_that_of_its_dense_jacobian(tiny_model):
@@ -179,7 +181,7 @@ def test_both_granularities_are_what_the_regularizers_measure(unchanged, options
             (steps.ratios, expected.ratios),
             (steps.traces, expected.traces),
         ):
-            assert torch.equal(mine[:, order], theirs)
+            assert torch.equal(mine[:, order], theirs.cpu())
         assert steps.step_ratio == pytest.approx(float(expected.step_ratio), rel=1e-6)
         assert steps.sharpness == pytest.approx(float(expected.sharpness), rel=1e-6)
     model.requires_grad_(True)
@@ -207,7 +209,7 @@ def test_a_family_without_sublayer_boundaries_has_steps_of_layers(tiny_model):
         "word_embed_proj_dim": 32,
     }
     config = AutoConfig.for_model("opt", vocab_size=384, do_layer_norm_before=False, pad_token_id=2, **size)
-    measured = probe(AutoModelForCausalLM.from_config(config).eval(), tiny_model[1], TASK, EXAMPLES)
+    measured = probe(AutoModelForCausalLM.from_config(config).eval().to(DEVICE), tiny_model[1], TASK, EXAMPLES)
     assert list(measured.steps) == ["layer"]
     assert measured.lens.accuracy.shape == (2,)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import ofa
 from ofa import InputError
 from tests import families
+from tests.device import DEVICE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT of every norm, and tunes it
@@ -35,7 +36,7 @@ def quantized(folder: Path, form: str, dtype: torch.dtype = torch.float32) -> nn
 
 
 def batch() -> dict[str, Tensor]:
-    ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -91,10 +92,10 @@ def test_an_adapter_fits_its_base_in_full_precision(form: str, tiny_folder: Path
     model = quantized(tiny_folder, form)
     train(model)
     ofa.save_adapter(model, tmp_path / "adapter", base_model=str(tiny_folder))
-    full = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    full = AutoModelForCausalLM.from_pretrained(tiny_folder).to(DEVICE)
     ofa.load_adapter(full, tmp_path / "adapter")
     ofa.merge(str(tiny_folder), tmp_path / "adapter", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").to(DEVICE)
     with torch.no_grad():
         assert torch.equal(merged(**batch()).logits, full(**batch()).logits)
     own = model.get_parameter("model.norm.weight")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ofa
 from ofa import InputError
 from tests import families, oracle
+from tests.device import DEVICE
 from tests.ofa.traces import gradients, hooks_of
 
 
@@ -200,8 +201,8 @@ def test_the_shares_of_micro_batches_add_up_to_one(name: str) -> None:
 def _items_as_trainer_counts(model: nn.Module, labels: Tensor) -> Tensor:
     from transformers import Trainer, TrainingArguments
 
-    trainer = Trainer(model=model, args=TrainingArguments(output_dir="unused", report_to=[], use_cpu=True))
-    return trainer._get_num_items_in_batch([{"labels": labels}], torch.device("cpu"))
+    trainer = Trainer(model=model, args=TrainingArguments(output_dir="unused", report_to=[], use_cpu=DEVICE == "cpu"))
+    return trainer._get_num_items_in_batch([{"labels": labels}], torch.device(DEVICE))
 
 
 def test_shifted_labels_are_counted_as_they_are() -> None:
@@ -305,7 +306,7 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     model, given = families.build("vit"), families.inputs("vit")
     model.forward = _with_mask(model.forward)
     with ofa.fused_regularizers(model), pytest.raises(InputError, match=r"shape \(2, 3\) but the hidden states"):
-        model(**given, attention_mask=torch.ones(2, 3))
+        model(**given, attention_mask=torch.ones(2, 3, device=DEVICE))
 
 
 def _with_mask(forward: Any) -> Any:

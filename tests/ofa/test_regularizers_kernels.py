@@ -14,8 +14,8 @@ from benchmarks.workloads import TINY, batch, build
 from ofa_kernels import dispatch
 from ofa_kernels.ops import launching
 from tests import families
+from tests.device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [(name, "rademacher") for name in ("llama", "gpt2", "gemma", "phi", "olmo2", "bert", "opt", "granite")]
 CASES += [("llama", "gaussian")]
 """RMSNorm, LayerNorm with a shift, 1+w, parallel branches, norms behind the branch, flattened rows, scaled steps."""
@@ -51,9 +51,9 @@ def _float32(tensor):
 
 def measure(name, granularity="sublayer", **options):
     """Traces, squared lengths of the steps, and the penalty's gradient in the norm scales."""
-    model = families.build(name).to(DEVICE)
+    model = families.build(name)
     parameters = ofa.tune_norms(model)
-    given = {key: value.to(DEVICE) for key, value in families.inputs(name, sequences=1, tokens=3).items()}
+    given = families.inputs(name, sequences=1, tokens=3)
     options = {"estimator": "hutchinson", "epsilon": EPSILON, "sharpness": 1.0, "step_ratio": 1.0, **options}
     with ofa.fused_regularizers(model, granularity=granularity, **options) as reg:
         model(**given)

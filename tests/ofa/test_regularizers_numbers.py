@@ -168,7 +168,7 @@ def test_the_penalty_has_the_gradient_of_its_differences(name: str, granularity:
             if gradient is None:  # the final norm stands behind the last step
                 assert path.rpartition(".")[0] == reg.anatomy.norms[-1].path
                 continue
-            direction = torch.randn(scale.shape, generator=generator).double()
+            direction = torch.randn(scale.shape, generator=generator).to(scale)
             direction /= direction.norm()
             original, values = scale.data, []
             with torch.no_grad(), reg.measuring():

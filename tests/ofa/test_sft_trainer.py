@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ofa
 from ofa import InputError
+from tests.device import DEVICE
 from tests.ofa.training import WeightOfPenalty, gradients_of_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(deprecated|Padding-free|Packing).*")
@@ -45,7 +46,7 @@ def trainer_of(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         bf16=False,
         disable_tqdm=True,
         **options,

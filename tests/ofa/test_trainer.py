@@ -31,6 +31,7 @@ from ofa.trainer import (
     train,
 )
 from ofa.tuning import restore_norms
+from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
 # In the tiny tokenizer all of these begin with the token of a blank and a letter, two of them with the same one.
@@ -236,7 +237,7 @@ def loss_by_hand(loaded, task, examples, scales):
         if task is TASK:
             whole = whole[: len(before) + 1]
         with torch.no_grad():
-            log_p = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+            log_p = model(input_ids=torch.tensor([whole], device=DEVICE)).logits[0].log_softmax(-1)
         places = range(len(before), len(whole))
         losses.append(-sum(log_p[place - 1, whole[place]] for place in places) / len(places))
     return float(sum(losses) / len(losses))

@@ -15,6 +15,7 @@ import ofa
 from ofa import InputError
 from ofa.regularizers import Regularizers
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.training import WeightOfPenalty, gradients_of_steps, without_dropout
 
 LENGTHS = (6, 4, 7, 5, 3, 6, 4, 7, 5, 4)
@@ -48,7 +49,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 def batches(name: str) -> list[dict[str, Tensor]]:
     rows = sequences(name)
-    return [collate(rows[start : start + 2]) for start in range(0, len(rows), 2)]
+    return [families.on_device(collate(rows[start : start + 2])) for start in range(0, len(rows), 2)]
 
 
 def trainer_of(model: nn.Module, folder: Path, *, name: str = "llama", kind: type | None = None, **options: Any) -> Any:
@@ -68,7 +69,7 @@ def trainer_of(model: nn.Module, folder: Path, *, name: str = "llama", kind: typ
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         disable_tqdm=True,
         remove_unused_columns=False,
         **options,

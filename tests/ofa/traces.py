@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ofa
 from ofa_kernels import philox
 from tests import families, oracle
+from tests.device import DEVICE
 
 OTHERS = ("gemma2", "gemma3", "olmo2", "bert", "opt_post_norm", "falcon_alibi")
 """Norms behind branches, and an attention that adds biases to its scores without saying so to anybody."""
@@ -47,14 +48,16 @@ def batch(name: str, padded: bool) -> dict[str, Tensor]:
     """Two sequences, the first with padding on the left and the second with padding on the right, or with none."""
     given = oracle.batch(name)
     if padded:
-        given["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+        given["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]], device=DEVICE)
     return given
 
 
 def mask_of(given: dict[str, Tensor], tokens: int) -> Tensor:
     """1 at real tokens, (B, T)."""
     mask = given.get("attention_mask")
-    return torch.ones(len(next(iter(given.values()))), tokens) if mask is None or mask.dim() != 2 else mask
+    if mask is None or mask.dim() != 2:
+        return torch.ones(len(next(iter(given.values()))), tokens, device=DEVICE)
+    return mask
 
 
 def own_blocks(step: oracle.OracleStep) -> Tensor:
@@ -146,7 +149,7 @@ def assert_gradient(model: nn.Module, given: dict[str, Tensor], reg: ofa.Regular
     used = [(path, *pair) for (path, *pair) in zip(scales, scales.values(), found, strict=True) if pair[1] is not None]
     assert len(used) == len(scales) - 1  # the final norm stands behind the last step
     for path, scale, gradient in used:
-        direction = torch.randn(scale.shape, generator=generator).double()
+        direction = torch.randn(scale.shape, generator=generator).to(scale)
         direction /= direction.norm()
         original, values = scale.data, []
         with torch.no_grad(), reg.measuring():
@@ -166,7 +169,8 @@ def probes_of(step: int, stream: Tensor, *, seed: int = 0, number: int = 0, **op
     """The probes ν of a step in the `number`-th measured pass: key (seed, pass), one row per token of the batch."""
     rows, width = stream.shape[0] * stream.shape[1], stream.shape[2]
     key = (seed << 32) | number
-    return philox.probes(rows, width, seed=key, step=step, **options).view(-1, *stream.shape).double()
+    nu = philox.probes(rows, width, seed=key, step=step, device=stream.device, **options)
+    return nu.view(-1, *stream.shape).double()
 
 
 def spread(dense: Tensor, probe: str, tokens: int) -> float:

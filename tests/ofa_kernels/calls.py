@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops import contract, displace, mlp_trace, norm_step, norm_trace, perturb, step_boundary
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where the kernels run: on a GPU, or on the CPU in Triton's interpreter."""
+from tests.device import DEVICE
 
 EPS = 1e-5
 

@@ -12,7 +12,7 @@ from ofa.comparison.fingerprint import Fingerprint, bit_sums
 def one_ulp(model):
     weight = model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
-        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(2.0))
+        weight[3, 5] = torch.nextafter(weight[3, 5], weight.new_tensor(2.0))
 
 
 def equal_but_another(model):

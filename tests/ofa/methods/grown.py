@@ -13,5 +13,5 @@ def with_vocabulary_of(tokenizer: Any, model: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = module.weight
-        weight.data = 0.15 * torch.randn(weight.shape, generator=generator)
+        weight.data = 0.15 * torch.randn(weight.shape, generator=generator).to(weight.device)
     return model

@@ -14,6 +14,7 @@ from ofa.methods.i2cl import NOISE, Mixture, context_vectors, fit, recompute, si
 from ofa.tasks.task import Example
 from ofa.trainer import Diverged, Interrupted
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.given_back import at_step_2, state
 from tests.ofa.label_models import ROUNDING, TASK, sharpened
 
@@ -33,9 +34,9 @@ def llama(tiny_model):
 def llama_by_hand(model, ids, change=lambda index, out: out):
     """(branch outputs, logits (T, V)), every branch called by itself; `change(index, output)` is what is added."""
     decoder, total = model.model, len(ids)
-    hidden = decoder.embed_tokens(torch.tensor([ids]))
-    rotation = decoder.rotary_emb(hidden, torch.arange(total)[None])
-    mask = torch.full((1, 1, total, total), -1e9, dtype=hidden.dtype).triu(1)
+    hidden = decoder.embed_tokens(torch.tensor([ids], device=DEVICE))
+    rotation = decoder.rotary_emb(hidden, torch.arange(total, device=DEVICE)[None])
+    mask = hidden.new_full((1, 1, total, total), -1e9).triu(1)
     outputs = []
     for layer in decoder.layers:
         for norm, branch in ((layer.input_layernorm, layer.self_attn), (layer.post_attention_layernorm, layer.mlp)):
@@ -51,9 +52,9 @@ def llama_by_hand(model, ids, change=lambda index, out: out):
 def neox_by_hand(model, ids, change=lambda index, out: out):
     """The same for GPT-NeoX, whose two branches read one stream."""
     decoder, total = model.gpt_neox, len(ids)
-    hidden = decoder.embed_in(torch.tensor([ids]))
-    rotation = decoder.rotary_emb(hidden, torch.arange(total)[None])
-    mask = torch.full((1, 1, total, total), -1e9, dtype=hidden.dtype).triu(1)
+    hidden = decoder.embed_in(torch.tensor([ids], device=DEVICE))
+    rotation = decoder.rotary_emb(hidden, torch.arange(total, device=DEVICE)[None])
+    mask = hidden.new_full((1, 1, total, total), -1e9).triu(1)
     outputs = []
     for layer in decoder.layers:
         attended = layer.attention(layer.input_layernorm(hidden), attention_mask=mask, position_embeddings=rotation)[0]
@@ -80,7 +81,7 @@ def scores_by_hand(model, tokenizer, vectors, coefficients):
         ids = tokenizer(TASK.prompt(text))["input_ids"]
         mixed = llama_by_hand(model, ids, lambda i, out: coefficients[i, 1] * out + coefficients[i, 0] * vectors[i])
         rows.append(mixed[1][-1, words])
-    return torch.stack(rows).log_softmax(1).float()
+    return torch.stack(rows).log_softmax(1).float().cpu()
 
 
 def some_coefficients(branches, seed=3):
@@ -127,7 +128,7 @@ def test_parallel_branches_are_mixed_one_by_one():
     mixture.set(coefficients)
     mixture.attach()
     with evaluating(model):
-        actual = model(input_ids=torch.tensor([ids])).logits[0]
+        actual = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0]
     mixture.detach()
     mixed = neox_by_hand(model, ids, lambda i, out: coefficients[i, 1] * out + coefficients[i, 0] * vectors[i])[1]
     torch.testing.assert_close(actual, mixed, atol=1e-10, rtol=1e-10)
@@ -140,7 +141,7 @@ def test_lambda_0_and_beta_1_change_nothing_in_any_wiring(name):
     inputs = {key: value for key, value in families.inputs(name).items() if key == "input_ids"}
     branches = sum(len(step.branches) for step in anatomy.find(model).steps())
     assert branches == 6
-    vectors = list(torch.randn(branches, 32, generator=torch.Generator().manual_seed(1)))
+    vectors = list(torch.randn(branches, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE))
     mixture = Mixture(model, vectors)
     mixture.set(torch.tensor([0.0, 1.0]).expand(branches, 2))
     expected = model(**inputs).logits
@@ -170,7 +171,7 @@ def test_noise_has_the_size_it_should_and_only_while_calibrating(llama):
     vectors = context_vectors(model, Scorer(model, tokenizer, TASK).encoder, SHOTS)
     mixture = Mixture(model, vectors)
     branch = model.model.layers[1].mlp
-    hidden = torch.randn(4, 500, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(4, 500, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     out = branch(hidden).detach()
     mixture.set(torch.tensor([0.0, 1.0]).expand(6, 2))
     mixture.attach()
@@ -196,7 +197,7 @@ def test_the_norm_of_the_noise_carries_no_gradient(llama):
     model, tokenizer = llama
     mixture = Mixture(model, context_vectors(model, Scorer(model, tokenizer, TASK).encoder, SHOTS))
     branch = model.model.layers[0].mlp
-    hidden = torch.randn(2, 5, 64, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(2, 5, 64, dtype=torch.float64).to(DEVICE).requires_grad_()
     mixture.set(torch.tensor([0.0, 1.0]).expand(6, 2))
     (expected,) = torch.autograd.grad(branch(hidden).sum(), hidden)
     mixture.attach()

@@ -7,10 +7,11 @@ import torch
 
 from ofa.methods import ia3, method
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK
 from tests.ofa.methods.grown import with_vocabulary_of
 
-IDS = torch.tensor([[5, 9, 40, 33, 21, 8]])
+IDS = torch.tensor([[5, 9, 40, 33, 21, 8]], device=DEVICE)
 TRAINING = {"epochs": 2, "batch_size": 4, "learning_rate": 0.05}
 
 

@@ -12,6 +12,7 @@ from ofa.methods.label_anchor import AnchorEncoder, fit
 from ofa.shared_prefix import SharedPrefix
 from ofa.tasks.task import Example, Task
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.given_back import state
 from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
@@ -31,10 +32,10 @@ def llama(tiny_model):
 
 def hidden_from_the_prompt(length: int, kept: list[int], total: int) -> torch.Tensor:
     """Additive mask (1, 1, total, total), float64: causal; tokens from `length` on see only `kept` of those before."""
-    seen = torch.ones(total, total, dtype=torch.bool).tril()
+    seen = torch.ones(total, total, dtype=torch.bool, device=DEVICE).tril()
     dropped = [position for position in range(length) if position not in kept]
     seen[length:, dropped] = False
-    return torch.zeros(1, 1, total, total, dtype=torch.float64).masked_fill(~seen, -1e9)
+    return torch.zeros(1, 1, total, total, dtype=torch.float64, device=DEVICE).masked_fill(~seen, -1e9)
 
 
 @torch.no_grad()
@@ -43,9 +44,9 @@ def logits_by_mask(model, prefix, kept, ids, start):
     total = len(prefix) + len(ids)
     positions = [*range(len(prefix)), *range(start, start + len(ids))]
     return model(
-        input_ids=torch.tensor([[*prefix, *ids]]),
+        input_ids=torch.tensor([[*prefix, *ids]], device=DEVICE),
         attention_mask=hidden_from_the_prompt(len(prefix), kept, total),
-        position_ids=torch.tensor([positions]),
+        position_ids=torch.tensor([positions], device=DEVICE),
     ).logits[0, len(prefix) :]
 
 
@@ -128,13 +129,13 @@ def test_a_part_of_a_prefix_is_a_mask_over_the_rest(name):
         logits = logits_by_mask(model, prefix, kept, [*prompt, *word], start)
         torch.testing.assert_close(last[row], logits[len(prompt) - 1].float(), atol=ROUNDING, rtol=0)
         steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        expected = steps.gather(1, torch.tensor(word)[:, None]).sum()
+        expected = steps.gather(1, torch.tensor(word, device=DEVICE)[:, None]).sum()
         torch.testing.assert_close(words[row], expected.float(), atol=ROUNDING, rtol=0)
 
 
 def cache_bytes(model, tokens):
     with evaluating(model):
-        cache = model(input_ids=torch.arange(3, 3 + tokens)[None], use_cache=True).past_key_values
+        cache = model(input_ids=torch.arange(3, 3 + tokens, device=DEVICE)[None], use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
@@ -156,8 +157,8 @@ def test_labels_are_scored_behind_the_anchors(tiny_model, family, task):
         for word in words:
             read = word if whole else word[:1]
             logits = logits_by_mask(model, prefix, encoder.anchors, [*prompt, *read], start)[len(prompt) - 1 : -1]
-            expected.append(logits.log_softmax(-1).gather(1, torch.tensor(read)[:, None]).sum())
-    expected = torch.stack(expected).view(len(TEXTS), -1).log_softmax(1).float()
+            expected.append(logits.log_softmax(-1).gather(1, torch.tensor(read, device=DEVICE)[:, None]).sum())
+    expected = torch.stack(expected).view(len(TEXTS), -1).log_softmax(1).float().cpu()
     with fit(model, tokenizer, task, shots, 5) as predictor:
         assert predictor.contexts == ("prompt",)
         assert predictor.notes == {"extra_tokens": len(encoder.anchors)}

@@ -9,10 +9,11 @@ from ofa.errors import InputError
 from ofa.methods import lora, method
 from ofa.methods.projections import find_projections
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK
 from tests.ofa.methods.grown import with_vocabulary_of
 
-IDS = torch.tensor([[5, 9, 40, 33, 21, 8]])
+IDS = torch.tensor([[5, 9, 40, 33, 21, 8]], device=DEVICE)
 TRAINING = {"epochs": 2, "batch_size": 4, "learning_rate": 0.05}
 
 

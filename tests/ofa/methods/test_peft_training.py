@@ -18,6 +18,7 @@ from ofa.methods.peft_training import trainable
 from ofa.tasks.task import Example, Task
 from ofa.trainer import Interrupted
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, state
 from tests.ofa.methods.grown import with_vocabulary_of
 
@@ -174,11 +175,11 @@ def whole_sequence_scores(model, tokenizer, task, examples, demonstrations):
         whole = len({word[0] for word in encoder.labels.values()}) < len(encoder.labels)
         words = [word if whole else word[:1] for word in encoder.labels.values()]
         rows.append(torch.stack([log_likelihood(model, prompt, word) for word in words]))
-    return torch.stack(rows).softmax(1)
+    return torch.stack(rows).softmax(1).cpu()
 
 
 def log_likelihood(model, prompt, word):
-    ids = torch.tensor([[*prompt, *word]])
+    ids = torch.tensor([[*prompt, *word]], device=DEVICE)
     with evaluating(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(word) - 1 : -1]
     if len(word) == 1:  # the first token's logit, as the softmax over the labels is all that follows

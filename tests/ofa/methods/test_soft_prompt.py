@@ -9,6 +9,7 @@ from ofa.errors import InputError
 from ofa.methods import soft_prompt
 from ofa.tasks.task import Task
 from tests import families
+from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK, TEXTS
 from tests.ofa.methods.grown import with_vocabulary_of
 
@@ -18,7 +19,7 @@ TRAINING = {"epochs": 2, "batch_size": 4}
 @torch.no_grad()
 def logits_behind(model, vector, ids):
     """Logits (tokens + 1, vocabulary) of the base model for the vector and the ids' own embeddings."""
-    own = model.get_input_embeddings()(torch.tensor([ids]))
+    own = model.get_input_embeddings()(torch.tensor([ids], device=DEVICE))
     embedded = torch.cat([vector.to(own.dtype).view(1, 1, -1), own], dim=1)
     return model.eval()(inputs_embeds=embedded).logits[0].float()
 
@@ -44,7 +45,7 @@ def test_labels_are_read_at_the_last_token_behind_the_vector(tiny_model, family)
         scores = predictor.scorer.log_probabilities(TEXTS)
     firsts = [word[0] for word in encoder.labels.values()]
     rows = [logits_behind(model, vector, encoder.encode_prompt(text)) for text in TEXTS]
-    last, early = (torch.stack([row[place, firsts] for row in rows]).log_softmax(1) for place in (-1, -2))
+    last, early = (torch.stack([row[place, firsts] for row in rows]).log_softmax(1).cpu() for place in (-1, -2))
     # Keys and values of the vector are computed apart from the rest, in float32.
     torch.testing.assert_close(scores, last, rtol=1e-4, atol=1e-5)
     assert (early - last).abs().max() > 1e-3
@@ -123,7 +124,7 @@ def test_generating_and_checkpointed_activations_leave_no_trace(tiny_model):
     before = [sorted(vars(module)) for module in model.modules()], list(embedding._forward_hooks)
     attributes = {name: vars(model)[name] for name in ("_require_grads_hooks", "_require_grads_hook")}
     with fitted(model, tokenizer, epochs=1) as predictor:
-        predictor.scorer.model.generate(input_ids=torch.tensor([[5, 9, 40]]), max_new_tokens=2)
+        predictor.scorer.model.generate(input_ids=torch.tensor([[5, 9, 40]], device=DEVICE), max_new_tokens=2)
         assert predictor.predict(TEXTS)
     assert ([sorted(vars(module)) for module in model.modules()], list(embedding._forward_hooks)) == before
     assert {name: vars(model)[name] for name in attributes} == attributes

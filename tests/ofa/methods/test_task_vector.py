@@ -11,6 +11,7 @@ from ofa.evaluation import Scorer
 from ofa.methods import task_vector
 from ofa.methods.task_vector import TaskVectorScorer, draw, fit
 from ofa.tasks.task import Example
+from tests.device import DEVICE
 from tests.ofa.given_back import state
 from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
@@ -37,13 +38,13 @@ def by_layers(model, ids, overwritten=None):
     `overwritten` is (layer, position, state): the output that is replaced before the next layer reads it.
     """
     decoder, total = model.model, len(ids)
-    hidden = decoder.embed_tokens(torch.tensor([ids]))
-    rotation = decoder.rotary_emb(hidden, torch.arange(total)[None])
-    seen = torch.ones(total, total, dtype=torch.bool).tril()
+    hidden = decoder.embed_tokens(torch.tensor([ids], device=DEVICE))
+    rotation = decoder.rotary_emb(hidden, torch.arange(total, device=DEVICE)[None])
+    seen = torch.ones(total, total, dtype=torch.bool, device=DEVICE).tril()
     window = getattr(model.config, "sliding_window", None)
     if window is not None:
-        seen &= ~torch.ones(total, total, dtype=torch.bool).tril(-window)
-    mask = torch.zeros(1, 1, total, total, dtype=hidden.dtype).masked_fill(~seen, -1e9)
+        seen &= ~torch.ones_like(seen).tril(-window)
+    mask = hidden.new_zeros(1, 1, total, total).masked_fill(~seen, -1e9)
     outputs = []
     for index, layer in enumerate(decoder.layers):
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotation)
@@ -65,8 +66,8 @@ def scores_by_layers(model, tokenizer, task, texts, layer, vector):
         for word in words:
             read = word if whole else word[:1]
             logits = by_layers(model, [*prompt, *read], place)[1][len(prompt) - 1 : -1]
-            rows.append(logits.log_softmax(-1).gather(1, torch.tensor(read)[:, None]).sum())
-    return torch.stack(rows).view(len(texts), -1).log_softmax(1).float()
+            rows.append(logits.log_softmax(-1).gather(1, torch.tensor(read, device=DEVICE)[:, None]).sum())
+    return torch.stack(rows).view(len(texts), -1).log_softmax(1).float().cpu()
 
 
 # The state
@@ -100,7 +101,7 @@ def test_scores_are_those_of_an_overwrite_by_hand(tiny_model, family, task, laye
     """In batches of padded prompts, by first tokens and whole words, with caches that can be continued and without."""
     tokenizer = tiny_model[1]
     model = build(family, len(tokenizer))
-    vector = 3 * torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    vector = 3 * torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     path = f"model.layers.{layer}"
     scorer = TaskVectorScorer(model, tokenizer, task, layer=path, state=vector)
     actual = scorer.log_probabilities(TEXTS)
