@@ -168,7 +168,7 @@ def configure_constants(kernel: str, width: int, itemsize: int, architecture: st
         threads = rows * columns * itemsize // 16
         warps, registers, waves = max(1, threads // (64 if amd else 32)), 255, 2
     else:
-        rows, columns = (32 if tile <= 128 else 16, 64 if tile <= 128 else 32) if half else (16, 32)
+        rows, columns = (32 if tile < 128 else 16, 64 if tile <= 128 else 32) if half else (16, 32)
         warps, stages, registers, waves = 8 if tile > 64 or not half else 4, 2, 255, 1
     if amd:
         return ConstantsLaunch(rows, columns, min(warps, 4), min(stages, 2), None, waves)
