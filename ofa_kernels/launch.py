@@ -208,12 +208,12 @@ def configure_constants(kernel: str, width: int, itemsize: int, architecture: st
         rows, columns, warps, stages, registers, waves = (64, 64, 8, 1, 128, 8) if half else (32, 32, 4, 1, 128, 8)
     elif kernel == "attention_constants_forward":
         # With two stages the assembler of sm_80 spills what a LayerNorm needs besides.
-        rows, columns, warps, stages = (
-            (min(tile, 64), 32, 8 if tile >= 64 else 4, 3) if half else (min(tile, 64), 16, 8, 2)
-        )
-        registers, waves = 255, 2
+        rows, columns, stages = min(tile, 64), 32 if half else 16, 3 if half else 2
+        # A thread reads 16 bytes of a tile.
+        threads = rows * columns * itemsize // 16
+        warps, registers, waves = max(1, threads // (64 if amd else 32)), 255, 2
     else:
-        rows, columns = (32 if tile <= 128 else 16, 64 if tile <= 128 else 32) if half else (16, 32)
+        rows, columns = (32 if tile < 128 else 16, 64 if tile <= 128 else 32) if half else (16, 32)
         warps, stages, registers, waves = 8 if tile > 64 or not half else 4, 2, 255, 1
     if amd:
         return ConstantsLaunch(rows, columns, min(warps, 4), min(stages, 2), None, waves)

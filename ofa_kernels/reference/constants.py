@@ -168,4 +168,5 @@ def _per_query_head(query: Tensor, key: Tensor, value: Tensor, output: Tensor, s
     """All in the dtype of γ, and every query head with a key and a value head of its own."""
     groups = len(query) // len(key)
     shared = (weight.to(scale.dtype).repeat_interleave(groups, 0) for weight in (key, value))
-    return query.to(scale.dtype), *shared, output.to(scale.dtype)
+    # A copy even in that dtype: rows of a fused weight lie apart, which products of PyTorch sum in another order.
+    return query.to(scale.dtype, copy=True), *shared, output.to(scale.dtype)
