@@ -68,6 +68,7 @@ MAY_SPILL = {
     "attention_moments_backward_values",
     "attention_trace_backward_tokens",
     "attention_trace_backward_constants",
+    "attention_constants_forward",
 }
 """Kernels whose large tiles are the fastest on sm_90 although a few registers of theirs go to memory there."""
 
