@@ -1,11 +1,15 @@
 """Times one training step of every variant on a GPU: layers of Llama-2-7B and Llama-3-8B, and a whole Llama-2-7B.
 
 python -m benchmarks.gpu_step --out benchmarks/results/step_gpu.csv
+python -m benchmarks.gpu_step --what replays --out benchmarks/results/replays_gpu.csv
+python -m benchmarks.gpu_step --what launches --out benchmarks/results/launches_gpu.csv
 
-Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. Times are the host's, from a
-synchronized device to a synchronized device, so that what it takes to launch a step is in them; `launches` counts
-kernels and copies of one step and `device_time` adds up how long they ran. `peak_memory` is all that was allocated at
-most, weights included, and `step_memory` what the step added to it.
+Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is the host's, from a
+synchronized device to a synchronized device, so that what it takes to launch a step is in it; `device_time` is the
+device's for a step that was queued as a whole, and `replay_time` that of a step captured as a CUDA graph. `peak_memory`
+is all that was allocated at most, weights included, and `step_memory` what the step added to it. `launches` counts the
+kernels and copies of one step. Replays and launches are runs of their own: the profiler goes on slowing launches down
+after it has looked, and a capture that fails takes the random numbers of its process with it.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,7 +28,9 @@ import transformers
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from transformers import masking_utils
 
+from benchmarks import timing
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 from benchmarks.workloads import (
     LLAMA2_7B_LAYERS,
@@ -38,9 +45,13 @@ from benchmarks.workloads import (
     step,
 )
 
-ROUNDS = 10
-GRAPH = "exact_graph"
-"""The closed form once more, its step captured as a CUDA graph and replayed."""
+ROUNDS = 4
+DEVICE_ROUNDS = 3
+LONGEST = 1500.0
+"""Milliseconds that all rounds of one variant may take; two are taken of any."""
+REPLAYED = (PLAIN, "exact")
+"""Variants whose step is also captured as a CUDA graph."""
+COUNTED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_quarter")
 PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4", "jvp_n1")
 TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_quarter")
 FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_quarter")
@@ -78,6 +89,9 @@ class Row:
     commit: str
 
 
+Maker = Callable[[str, str, float, str], Row]
+
+
 @dataclass(frozen=True)
 class Timed:
     """One step: milliseconds, and bytes allocated at most and before it (0 on a CPU)."""
@@ -105,8 +119,8 @@ def timed(workload: Workload, model: nn.Module, variant: str) -> Timed:
         _close(model, attached)
 
 
-def launched(workload: Workload, model: nn.Module, variant: str) -> tuple[int, float]:
-    """How many kernels and copies one step runs on the device, and for how many milliseconds in all."""
+def launched(workload: Workload, model: nn.Module, variant: str) -> int:
+    """How many kernels and copies one step runs on the device."""
     ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
     try:
         step(model, ids, attached)
@@ -117,16 +131,29 @@ def launched(workload: Workload, model: nn.Module, variant: str) -> tuple[int, f
             _finish(ids.device)
     finally:
         _close(model, attached)
-    ran = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return len(ran), sum(event.time_range.elapsed_us() for event in ran) / 1e3
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
-def replayed(workload: Workload, model: nn.Module, rounds: int) -> tuple[list[float], float]:
-    """Milliseconds of every replay of a captured step with the closed form, and how far its gradients are from eager.
+def device_times(workload: Workload, model: nn.Module, variant: str, rounds: int) -> timing.Times:
+    """Milliseconds that the device works on a step whose launches do not keep it waiting."""
+    ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
+
+    def once() -> None:
+        step(model, ids, attached)
+        _move_scales(model)
+
+    try:
+        return timing.measure([once], ids.device, rounds)
+    finally:
+        _close(model, attached)
+
+
+def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) -> tuple[list[float], float]:
+    """Milliseconds of every replay of a captured step, and how far its gradients are from those of an eager one.
 
     The distance is ‖replayed − eager‖ / ‖eager‖ over all scales together, at scales that have moved since the capture.
     """
-    ids, attached = _given(workload, model), VARIANTS["exact"](model, 0)
+    ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
     try:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -135,10 +162,8 @@ def replayed(workload: Workload, model: nn.Module, rounds: int) -> tuple[list[fl
                 step(model, ids, attached)
         torch.cuda.current_stream().wait_stream(aside)
         model.zero_grad(set_to_none=True)
-        # The constants of scales that have not moved would be taken from the step before, and not be in the graph.
-        _move_scales(model)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _no_mask_for_causality(), torch.cuda.graph(graph):
             step(model, ids, attached)
         captured = [parameter.grad for parameter in _scales(model)]
         _move_scales(model, 1 + 1e-2)
@@ -151,6 +176,21 @@ def replayed(workload: Workload, model: nn.Module, rounds: int) -> tuple[list[fl
         _close(model, attached)
 
 
+@contextmanager
+def _no_mask_for_causality() -> Iterator[None]:
+    """Keep flash attention while a graph is captured.
+
+    Whether a mask says more than causality transformers asks the device, and under capture, where it cannot, it makes a
+    mask of every pair, which flash attention does not take. The batches here have no padding.
+    """
+    own = masking_utils._ignore_causal_mask_sdpa
+    masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: True
+    try:
+        yield
+    finally:
+        masking_utils._ignore_causal_mask_sdpa = own
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all workloads and write the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,28 +199,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per workload")
     parser.add_argument("--only", choices=list(workloads), help="one workload instead of all")
+    parser.add_argument("--what", choices=_MEASURES, default="times", help="which metrics")
     options = parser.parse_args(arguments)
     with writing(options.out, Row) as write:
         for label, workload in workloads.items():
             if options.only in (None, label):
-                write(_measure(workload, device, WORKLOADS[device.type][workload], options.rounds))
+                model, row = build(workload, device, torch.bfloat16), _row_maker(workload, device)
+                variants = WORKLOADS[device.type][workload]
+                write(_MEASURES[options.what](row, workload, model, variants, options.rounds))
 
 
-def _measure(workload: Workload, device: torch.device, variants: Sequence[str], rounds: int) -> Iterator[Row]:
-    model, row = build(workload, device, torch.bfloat16), _row_maker(workload, device)
+def _counts(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
+    for variant in COUNTED:
+        if variant not in variants:
+            continue
+        count = launched(workload, model, variant)
+        print(f"{workload.label} {variant}: {count} launches")
+        yield row(variant, "launches", count, "1")
+
+
+def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
+    cuda = next(model.parameters()).is_cuda
     measured = _interleaved(workload, model, variants, rounds)
     plain = [one.milliseconds for one in measured[PLAIN]]
-    print(workload.label)
+    print(workload.label, flush=True)
     for variant, steps in measured.items():
-        yield from _time_rows(row, variant, [one.milliseconds for one in steps], plain)
-        if device.type == "cuda":
+        times = [one.milliseconds for one in steps]
+        yield from _time_rows(row, variant, "time", times)
+        yield row(variant, "time_ratio", median(value / base for value, base in zip(times, plain, strict=False)), "1")
+        if cuda:
             yield row(variant, "peak_memory", max(one.peak for one in steps), "B")
             yield row(variant, "step_memory", max(one.peak - one.before for one in steps), "B")
-        launches, busy = launched(workload, model, variant)
-        yield row(variant, "launches", launches, "1")
-        yield row(variant, "device_time", busy, "ms")
-    if device.type == "cuda":
-        yield from _graph_rows(row, workload, model, rounds, plain)
+    if cuda:
+        yield from _device_rows(row, workload, model, list(measured))
 
 
 def _interleaved(workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> dict[str, list[Timed]]:
@@ -195,37 +246,41 @@ def _interleaved(workload: Workload, model: nn.Module, variants: Sequence[str], 
     measured: dict[str, list[Timed]] = {variant: [] for variant in able}
     for _ in range(rounds):
         for variant, steps in measured.items():
-            steps.append(timed(workload, model, variant))
+            if len(steps) < 2 or sum(one.milliseconds for one in steps) < LONGEST or variant == PLAIN:
+                steps.append(timed(workload, model, variant))
     return measured
 
 
-def _graph_rows(
-    row: Callable[[str, str, float, str], Row],
-    workload: Workload,
-    model: nn.Module,
-    rounds: int,
-    plain: Sequence[float],
-) -> Iterator[Row]:
-    try:
-        times, error = replayed(workload, model, rounds)
-    except RuntimeError as failure:
-        # A step that cannot be captured must not take the rest of the table with it.
-        print(f"{workload.label} {GRAPH} failed: {str(failure)[:500]}", file=sys.stderr)
-        return
-    yield from _time_rows(row, GRAPH, times, plain)
-    yield row(GRAPH, "gradient_error", error, "1")
+def _device_rows(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str]) -> Iterator[Row]:
+    plain = 0.0
+    for variant in variants:
+        times = device_times(workload, model, variant, DEVICE_ROUNDS)
+        plain = plain or times.median
+        print(f"  {variant:20} device {times.median:9.2f} ms {times.median / plain:7.3f}", flush=True)
+        yield row(variant, "device_time_median", times.median, "ms")
+        yield row(variant, "device_time_ratio", times.median / plain, "1")
 
 
-def _time_rows(
-    row: Callable[[str, str, float, str], Row], variant: str, times: Sequence[float], plain: Sequence[float]
-) -> Iterator[Row]:
+def _replays(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
+    plain = 0.0
+    for variant in REPLAYED:
+        times, error = replayed(workload, model, variant, rounds)
+        print(f"{workload.label} {variant}, gradients {error:.2g} from eager ones")
+        plain = plain or median(times)
+        yield from _time_rows(row, variant, "replay_time", times)
+        yield row(variant, "replay_time_ratio", median(times) / plain, "1")
+        yield row(variant, "replay_gradient_error", error, "1")
+
+
+def _time_rows(row: Maker, variant: str, metric: str, times: Sequence[float]) -> Iterator[Row]:
     low, *_, high = quantiles(times, n=5, method="inclusive") if len(times) > 1 else [*times, *times]
-    ratio = median(value / base for value, base in zip(times, plain, strict=True))
-    print(f"  {variant:20} {median(times):9.2f} ms {ratio:7.3f}")
-    yield row(variant, "time_median", median(times), "ms")
-    yield row(variant, "time_p20", low, "ms")
-    yield row(variant, "time_p80", high, "ms")
-    yield row(variant, "time_ratio", ratio, "1")
+    print(f"  {variant:20} {metric} {median(times):9.2f} ms", flush=True)
+    yield row(variant, f"{metric}_median", median(times), "ms")
+    yield row(variant, f"{metric}_p20", low, "ms")
+    yield row(variant, f"{metric}_p80", high, "ms")
+
+
+_MEASURES = {"times": _times, "replays": _replays, "launches": _counts}
 
 
 def _given(workload: Workload, model: nn.Module) -> Tensor:
@@ -270,7 +325,7 @@ def _close(model: nn.Module, attached: Attached | None) -> None:
         attached.close()
 
 
-def _row_maker(workload: Workload, device: torch.device) -> Callable[[str, str, float, str], Row]:
+def _row_maker(workload: Workload, device: torch.device) -> Maker:
     origin = device_name(device), torch.__version__, triton_version(), transformers.__version__, commit()
 
     def row(variant: str, metric: str, value: float, unit: str) -> Row:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks import attention, ceilings, constants, every_kernel, gpu_step
@@ -87,7 +88,7 @@ def test_wrong_constants_are_refused_and_not_timed(tmp_path, monkeypatch, capsys
 
 def test_the_memory_checker_sees_every_kernel():
     """Every kernel that is compiled ahead of time, which `ofa_kernels.workload` launches, is launched here too."""
-    ahead = workload.cases([64], ["fp32"], ["rms"], [1]) + workload.attention_cases([64], ["fp32"])
+    ahead = workload.cases([64], ["fp32"], ["rms"], [1]) + workload.attention_cases([64], ["bf16", "fp32"])
     ahead += workload.weights_cases([64], ["fp32"], ["rms"])
     assert _launched(lambda: [case.launch() for case in ahead]) <= _launched(lambda: list(every_kernel.launch(CPU)))
 
@@ -95,7 +96,31 @@ def test_the_memory_checker_sees_every_kernel():
 def test_the_script_is_sound_shell_and_says_what_it_takes():
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
     told = subprocess.run(["bash", SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "benchmarks/gpu.sh [OUT]" in told
+    assert "benchmarks/gpu.sh [OUT [PART...]]" in told
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path):
+    done = subprocess.run(["bash", SCRIPT, tmp_path / "out", "steps"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "benchmarks/gpu.sh: there is no part steps; the parts are ceilings tests step replays launches attention "
+        "constants kernels memcheck\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: there are no CUDA graphs elsewhere")
+@pytest.mark.parametrize("variant", gpu_step.REPLAYED)
+def test_a_replayed_step_has_the_gradients_of_an_eager_one(variant):
+    """At scales that have moved since the capture: the constants of the closed form are computed in the graph.
+
+    Half a unit of bfloat16, 2⁻⁹, in the two places where a gradient of a scale is rounded differently if kernels of
+    other tiles are chosen, and again for every one of the four branches that it comes through.
+    """
+    workload = gpu_step.TINY.reshaped("small", hidden_size=128, intermediate_size=192, vocab_size=64).of(2, 64)
+    model = gpu_step.build(workload, torch.device("cuda"), torch.bfloat16)
+    _, error = gpu_step.replayed(workload, model, variant, 2)
+    assert error <= 4 * 2 * 2**-9
 
 
 def test_without_a_gpu_the_script_stops_in_one_sentence(tmp_path):
