@@ -74,7 +74,7 @@ part 30 launches "$python" -m benchmarks.gpu_step --what launches --only "llama2
 part 40 attention "$python" -m benchmarks.attention --out "$out/attention_gpu.csv"
 part 20 constants "$python" -m benchmarks.constants --out "$out/constants_gpu.csv"
 part 60 kernels "$python" -m benchmarks.kernels --out "$out/kernels_gpu.csv" --rows 8192 --widths 4096 --samples 4 \
-  --repeats 30 --plot docs/figures/kernels.png
+  --repeats 30 --variants eager compile triton liger quack
 if command -v compute-sanitizer >/dev/null; then
   part 45 memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.every_kernel
 else
