@@ -12,7 +12,8 @@
 #   launches   how many kernels a step launches
 #   attention  the trace of attention beside flash attention
 #   constants  the constants of frozen weights beside a copy of as many bytes
-#   kernels    the other kernels beside eager, torch.compile, Liger-Kernel and QuACK
+#   kernels    those of norms and MLPs beside eager, torch.compile, Liger-Kernel and QuACK
+#   probes     those of the probes beside eager
 #   memcheck   a memory checker over every kernel, where compute-sanitizer is installed
 # It ends with status 1 where a part failed, and names it.
 set -uo pipefail
@@ -22,7 +23,7 @@ if [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
-parts="ceilings tests step replays launches attention constants kernels memcheck"
+parts="ceilings tests step replays launches attention constants kernels probes memcheck"
 for name in "${@:2}"; do
   if [[ " $parts " != *" $name "* ]]; then
     echo "benchmarks/gpu.sh: there is no part $name; the parts are $parts" >&2
@@ -73,8 +74,12 @@ part 30 launches "$python" -m benchmarks.gpu_step --what launches --only "llama2
   --out "$out/launches_gpu.csv"
 part 40 attention "$python" -m benchmarks.attention --out "$out/attention_gpu.csv"
 part 20 constants "$python" -m benchmarks.constants --out "$out/constants_gpu.csv"
-part 60 kernels "$python" -m benchmarks.kernels --out "$out/kernels_gpu.csv" --rows 8192 --widths 4096 --samples 4 \
-  --repeats 30 --variants eager compile triton liger quack
+rows=(--rows 8192 --widths 4096 --samples 4 --repeats 30)
+part 60 kernels "$python" -m benchmarks.kernels --out "$out/kernels_gpu.csv" "${rows[@]}" --operations \
+  {norm_step,add_norm,mlp_trace,norm_trace}_{forward,backward}
+# Compiling the probes' integers takes longer than everything else here.
+part 30 probes "$python" -m benchmarks.kernels --out "$out/probes_gpu.csv" "${rows[@]}" --operations \
+  {step_boundary,contract,perturb}_{forward,backward} --variants eager triton
 if command -v compute-sanitizer >/dev/null; then
   part 45 memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.every_kernel
 else

@@ -104,7 +104,7 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     assert done.returncode == 2
     assert done.stderr == (
         "benchmarks/gpu.sh: there is no part steps; the parts are ceilings tests step replays launches attention "
-        "constants kernels memcheck\n"
+        "constants kernels probes memcheck\n"
     )
     assert not (tmp_path / "out").exists()
 
