@@ -70,6 +70,13 @@ def compare(
         int | None,
         typer.Option(help="Cells that run at once, each with a model of its own. Without it: one per GPU, or one."),
     ] = None,
+    workers_per_gpu: Annotated[
+        int,
+        typer.Option(
+            help="Workers that share a GPU, for a model that leaves it idle: each has its own copy of the model, and "
+            "its seconds are those of a busy GPU. More of them until the GPU's memory or the CPU's cores are used up."
+        ),
+    ] = 1,
     ray_address: Annotated[
         str | None,
         typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),

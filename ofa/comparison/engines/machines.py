@@ -26,6 +26,7 @@ class Machines(BaseModel):
 
     engine: Literal["local", "ray"] = "local"
     workers: int | None = Field(None, ge=1)
+    workers_per_gpu: int = Field(1, ge=1)
     ray_address: str | None = None
     device: str = "auto"
     device_map: str | None = None
@@ -79,6 +80,7 @@ def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
         source,
         address=machines.ray_address,
         workers=machines.workers,
+        workers_per_gpu=machines.workers_per_gpu,
         device=machines.device,
         cores=available_cores(),
     ) as engine:
@@ -92,4 +94,5 @@ def _local_placements(machines: Machines) -> tuple[Placement, ...]:
         device_map=machines.device_map,
         gpus=visible_gpus(),
         cores=available_cores(),
+        workers_per_gpu=machines.workers_per_gpu,
     )
