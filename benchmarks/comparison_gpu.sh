@@ -78,10 +78,14 @@ case $status in
   124 | 137) echo "== the time is over" ;;
   *) failed+=("compare (status $status)") ;;
 esac
-"$python" -m benchmarks.comparison_seconds "$results" --out "$out/comparison_seconds_$kind.csv" \
-  ${COMMIT:+--commit "$COMMIT"} || failed+=(seconds)
-"$python" -m ofa report "$results" --out "$out" || failed+=(report)
-echo "== $(wc -l <"$results/results.jsonl") cells in $results, $((SECONDS - begun)) s"
+if [ -s "$results/results.jsonl" ]; then
+  "$python" -m benchmarks.comparison_seconds "$results" --out "$out/comparison_seconds_$kind.csv" \
+    ${COMMIT:+--commit "$COMMIT"} || failed+=(seconds)
+  "$python" -m ofa report "$results" --out "$out" || failed+=(report)
+  echo "== $(wc -l <"$results/results.jsonl") cells in $results, $((SECONDS - begun)) s"
+else
+  failed+=("no cell is finished")
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

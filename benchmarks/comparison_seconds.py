@@ -19,6 +19,7 @@ from statistics import median
 from benchmarks.table import commit, significant, writing
 from ofa.comparison.records import Record
 from ofa.comparison.store import read_records
+from ofa.errors import InputError
 
 STATISTICS = {"median": median, "min": min, "max": max}
 _MADE_BY = ("device", "threads", "workers_per_gpu", "dtype", "torch", "transformers")
@@ -72,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="commit of the code that ran, where it is not the one checked out")
     given = parser.parse_args(arguments)
-    found = rows(read_records(given.results), given.commit or commit())
+    try:
+        records = read_records(given.results)
+    except InputError as error:
+        parser.error(str(error))
+    found = rows(records, given.commit or commit())
     with writing(given.out, Row) as write:
         write(found)
 

@@ -229,9 +229,10 @@ def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
 def _foresee(plan: Plan, sizes: Mapping[str, Size], machines: Machines, wishes: _Wishes) -> None:
     """List the cells, and what they may take; nothing is written."""
     from ofa.commands.compared import show_plan
+    from ofa.comparison.engines.machines import foreseen_workers
     from ofa.comparison.store import RESULTS, read_records
 
     records = read_records(wishes.out) if (wishes.out / RESULTS).is_file() else []
     plan.check_against(records)
     cells = plan.missing(records, retry_failed=wishes.retry_failed)
-    show_plan(plan, cells, records, sizes, machines.workers or 1, wishes.as_json)
+    show_plan(plan, cells, records, sizes, foreseen_workers(machines), wishes.as_json)

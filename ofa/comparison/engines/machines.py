@@ -66,6 +66,13 @@ def check_machines(machines: Machines) -> None:
         _local_placements(machines)
 
 
+def foreseen_workers(machines: Machines) -> int:
+    """How many cells will run at once, as far as it is known without a cluster."""
+    if machines.engine == "local":
+        return len(_local_placements(machines))
+    return machines.workers or 1
+
+
 @contextmanager
 def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
     """The engine that was asked for; a cluster that it started ends with it.

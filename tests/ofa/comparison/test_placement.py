@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ofa.comparison.engines import Placement
-from ofa.comparison.engines.machines import Machines, check_machines
+from ofa.comparison.engines.machines import Machines, check_machines, foreseen_workers
 from ofa.comparison.engines.placement import available_cores, placements, visible_gpus
 from ofa.comparison.engines.ray import shared_placements
 from ofa.comparison.grid import checked_part
@@ -170,6 +170,14 @@ def test_what_a_cluster_cannot_give_is_refused(nodes, workers, device, words):
 def test_machines_that_there_are_not_are_refused(values, words):
     with pytest.raises(InputError, match=words):
         checked_part(Machines, values)
+
+
+def test_an_estimate_counts_on_every_place_of_this_machine(monkeypatch):
+    monkeypatch.setattr("ofa.comparison.engines.machines.visible_gpus", lambda: ("0", "1"))
+    assert foreseen_workers(Machines(workers_per_gpu=4)) == 8
+    assert foreseen_workers(Machines(workers_per_gpu=4, workers=3)) == 3
+    assert foreseen_workers(Machines(device="cpu")) == 1
+    assert foreseen_workers(Machines(engine="ray", workers=5)) == 5
 
 
 def test_contradictions_are_refused_before_anything_starts(monkeypatch):
