@@ -6,8 +6,9 @@
 #                                                       OUT: folder of what it writes; SECONDS: 3600 without it
 #
 # OUT gets comparison_gpu (results.jsonl and run.json, as `ofa compare` writes them; the same command continues it),
-# report.md and report.html, comparison_seconds_gpu.csv, and comparison_gpu.log. When the time is over, `ofa compare`
-# is interrupted: what it has finished is kept and told. It ends with status 1 where something failed, and says what.
+# report.md and report.html of the tasks that are finished, comparison_seconds_gpu.csv, and comparison_gpu.log. When the
+# time is over, `ofa compare` is interrupted: what it has finished is kept and told. It ends with status 1 where
+# something failed, and says what.
 #
 # In the environment:
 #   WORKERS (8): cells that run at once on each GPU.  TASKS (all of DATA): "sst2 trec", in the order in which they run.
@@ -68,7 +69,7 @@ ln -s "$data" "$links/data" && ln -s "$results" "$links/results" && ln -s "$conf
 
 left=$((limit - (SECONDS - begun) - for_report)) status=0
 echo "== ${tasks[*]}: at most $left s"
-# The interrupt reaches Python even where whoever started this ignores interrupts, as shells do for jobs in the background.
+# The interrupt reaches Python even where whoever started this ignores interrupts, as shells do for background jobs.
 # shellcheck disable=SC2086 # the options are words of their own
 (cd "$links" && timeout --signal=INT --kill-after=10 "$left" env --default-signal=INT "$python" -m ofa compare \
   --config comparison.yaml --tasks "$(IFS=,; echo "${tasks[*]}")" --out results --offline --device "$device" \
@@ -81,7 +82,7 @@ esac
 if [ -s "$results/results.jsonl" ]; then
   "$python" -m benchmarks.comparison_seconds "$results" --out "$out/comparison_seconds_$kind.csv" \
     ${COMMIT:+--commit "$COMMIT"} || failed+=(seconds)
-  "$python" -m ofa report "$results" --out "$out" || failed+=(report)
+  "$python" -m ofa report "$results" --out "$out" --whole-tasks || failed+=(report)
   echo "== $(wc -l <"$results/results.jsonl") cells in $results, $((SECONDS - begun)) s"
 else
   failed+=("no cell is finished")

@@ -179,6 +179,29 @@ def build(records: Sequence[Record], runs: Runs = NO_RUNS) -> Content:
     )
 
 
+def whole_tasks(records: Sequence[Record]) -> tuple[list[Record], tuple[str, ...]]:
+    """The records of the tasks that every method has run with every seed, and the names of the other tasks.
+
+    A method or seed that no task has is not missed. Where no task is whole, all records are kept.
+    """
+    draws = {(record.cell.model, draw_of(record)) for record in records}
+    there = {(record.cell.model, record.cell.row, draw_of(record)) for record in records}
+    names = {(model, name) for model, name, _ in there}
+    seeds = {(model, draw.seed) for model, draw in draws}
+    problems = {(model, draw.problem) for model, draw in draws}
+    partial = {
+        (model, problem)
+        for model, problem in problems
+        for named, name in names
+        for seeded, seed in seeds
+        if model == named == seeded and (model, name, Draw(problem, seed)) not in there
+    }
+    if partial == problems:
+        return list(records), ()
+    kept = [record for record in records if (record.cell.model, draw_of(record).problem) not in partial]
+    return kept, tuple(sorted({problem.task for _, problem in partial}))
+
+
 def _comparison(model: str, records: Sequence[Record]) -> Comparison:
     rows = by_row(records)
     draws = tuple(sorted({draw_of(record) for record in records}))
