@@ -70,6 +70,13 @@ def compare(
         int | None,
         typer.Option(help="Cells that run at once, each with a model of its own. Without it: one per GPU, or one."),
     ] = None,
+    workers_per_gpu: Annotated[
+        int,
+        typer.Option(
+            help="Workers that share a GPU, for a model that leaves it idle: each has its own copy of the model, and "
+            "its seconds are those of a busy GPU. More of them until the GPU's memory or the CPU's cores are used up."
+        ),
+    ] = 1,
     ray_address: Annotated[
         str | None,
         typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),
@@ -222,9 +229,10 @@ def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
 def _foresee(plan: Plan, sizes: Mapping[str, Size], machines: Machines, wishes: _Wishes) -> None:
     """List the cells, and what they may take; nothing is written."""
     from ofa.commands.compared import show_plan
+    from ofa.comparison.engines.machines import foreseen_workers
     from ofa.comparison.store import RESULTS, read_records
 
     records = read_records(wishes.out) if (wishes.out / RESULTS).is_file() else []
     plan.check_against(records)
     cells = plan.missing(records, retry_failed=wishes.retry_failed)
-    show_plan(plan, cells, records, sizes, machines.workers or 1, wishes.as_json)
+    show_plan(plan, cells, records, sizes, foreseen_workers(machines), wishes.as_json)

@@ -22,6 +22,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.md and report.html, instead of the comparison's own.")
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole-tasks",
+            help="Leave out tasks that some method has not run with every seed yet: of a comparison that was stopped "
+            "within a task, the average is over the finished ones, and has every method.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -32,11 +40,15 @@ def report(
     from ofa.comparison.store import read_records
     from ofa.errors import InputError
     from ofa.files import claimed_folder
-    from ofa.report import build, read_runs, summary, write_report
+    from ofa.report import build, read_runs, summary, whole_tasks, write_report
 
     records = read_records(folder)
     if not records:
         raise InputError(f"{folder} has no finished cell yet: let `ofa compare --out {folder}` finish one")
+    if whole:
+        records, left_out = whole_tasks(records)
+        for task in left_out:
+            notice(f"ofa: {task} is left out, which some method has not run with every seed")
     content = build(records, read_runs(folder))
     with claimed_folder(out or folder, overwrite=True) as target:
         written = write_report(content, target)

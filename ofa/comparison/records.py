@@ -72,7 +72,7 @@ class Record:
 
     `seconds` is the whole cell, `fit_seconds` the adaptation alone; `stored_bytes` is what an adapter of the method
     takes, `peak_memory_bytes` the worker's largest memory so far (the device's on a GPU); `versions` includes the
-    device's name; `notes` is what a method tells of itself.
+    device's name, and `workers_per_gpu` where several shared it; `notes` is what a method tells of itself.
     """
 
     cell: Cell

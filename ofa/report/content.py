@@ -43,7 +43,7 @@ NORM_TUNING, OFA = "norm-tuning", "ofa"
 TERMS = {"ofa-step-ratio": "J alone", "ofa-sharpness": "H alone", OFA: "J and H"}
 """What each method adds to norm tuning."""
 
-_TIMED_ON = ("device", "threads")
+_TIMED_ON = ("device", "threads", "workers_per_gpu")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Comparison:
     """All rows of one model, best macro average first; rows without one behind them.
 
     `tested` is the number of test examples of each task that has a result, `machines` counts the kinds of device and
-    numbers of threads that the finished cells were timed on, `remarks` has the rows whose cells warned of something.
+    numbers of threads and of workers on a GPU that the finished cells were timed on, `sharing` is the largest number of
+    workers on a GPU, `remarks` has the rows whose cells warned of something.
     """
 
     model: str
@@ -109,6 +110,7 @@ class Comparison:
     cells: int
     tested: Mapping[Problem, int]
     machines: int
+    sharing: int
     remarks: Mapping[str, Sequence[str]]
 
     @cached_property
@@ -177,6 +179,29 @@ def build(records: Sequence[Record], runs: Runs = NO_RUNS) -> Content:
     )
 
 
+def whole_tasks(records: Sequence[Record]) -> tuple[list[Record], tuple[str, ...]]:
+    """The records of the tasks that every method has run with every seed, and the names of the other tasks.
+
+    A method or seed that no task has is not missed. Where no task is whole, all records are kept.
+    """
+    draws = {(record.cell.model, draw_of(record)) for record in records}
+    there = {(record.cell.model, record.cell.row, draw_of(record)) for record in records}
+    names = {(model, name) for model, name, _ in there}
+    seeds = {(model, draw.seed) for model, draw in draws}
+    problems = {(model, draw.problem) for model, draw in draws}
+    partial = {
+        (model, problem)
+        for model, problem in problems
+        for named, name in names
+        for seeded, seed in seeds
+        if model == named == seeded and (model, name, Draw(problem, seed)) not in there
+    }
+    if partial == problems:
+        return list(records), ()
+    kept = [record for record in records if (record.cell.model, draw_of(record).problem) not in partial]
+    return kept, tuple(sorted({problem.task for _, problem in partial}))
+
+
 def _comparison(model: str, records: Sequence[Record]) -> Comparison:
     rows = by_row(records)
     draws = tuple(sorted({draw_of(record) for record in records}))
@@ -199,6 +224,7 @@ def _comparison(model: str, records: Sequence[Record]) -> Comparison:
             draw.problem: len(outcome.score.truth) for outcomes in rows.values() for draw, outcome in outcomes.items()
         },
         machines=len({tuple(map(record.versions.get, _TIMED_ON)) for record in records if record.done}),
+        sharing=max((int(record.versions.get("workers_per_gpu", 1)) for record in records if record.done), default=1),
         remarks=_remarks(records),
     )
 

@@ -120,8 +120,13 @@ def costs(comparison: Comparison) -> Table:
     ]
     if comparison.machines > 1:
         notes.append(
-            f"The cells were timed on {comparison.machines} different devices or numbers of threads: seconds of rows "
-            "that ran on different ones do not compare."
+            f"The cells were timed on {comparison.machines} different devices or numbers of threads or of workers on a "
+            "GPU: seconds of rows that ran on different ones do not compare."
+        )
+    if comparison.sharing > 1:
+        notes.append(
+            f"Up to {comparison.sharing} workers shared a GPU: seconds are longer than on a GPU of one's own, by as "
+            "much as the others had to do; memory is that of the one worker."
         )
     return Table("cost", columns, tuple(rows), tuple(notes))
 

@@ -26,11 +26,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one worker computes. `visible_gpus` is what CUDA_VISIBLE_DEVICES becomes; None leaves it as it is."""
+    """Where one worker computes. `visible_gpus` is what CUDA_VISIBLE_DEVICES becomes; None leaves it as it is.
+
+    `sharing` is the number of workers on its GPU, itself among them.
+    """
 
     device: str
     threads: int
     visible_gpus: str | None = None
+    sharing: int = 1
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Machines(BaseModel):
 
     engine: Literal["local", "ray"] = "local"
     workers: int | None = Field(None, ge=1)
+    workers_per_gpu: int = Field(1, ge=1)
     ray_address: str | None = None
     device: str = "auto"
     device_map: str | None = None
@@ -65,6 +66,13 @@ def check_machines(machines: Machines) -> None:
         _local_placements(machines)
 
 
+def foreseen_workers(machines: Machines) -> int:
+    """How many cells will run at once, as far as it is known without a cluster."""
+    if machines.engine == "local":
+        return len(_local_placements(machines))
+    return machines.workers or 1
+
+
 @contextmanager
 def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
     """The engine that was asked for; a cluster that it started ends with it.
@@ -79,6 +87,7 @@ def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
         source,
         address=machines.ray_address,
         workers=machines.workers,
+        workers_per_gpu=machines.workers_per_gpu,
         device=machines.device,
         cores=available_cores(),
     ) as engine:
@@ -92,4 +101,5 @@ def _local_placements(machines: Machines) -> tuple[Placement, ...]:
         device_map=machines.device_map,
         gpus=visible_gpus(),
         cores=available_cores(),
+        workers_per_gpu=machines.workers_per_gpu,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ofa.comparison.engines import Event, Placement, Ready, Source
 from ofa.comparison.engines.crew import run_crew
+from ofa.comparison.engines.placement import check_sharing, way_out
 from ofa.comparison.engines.worker import Refused, load, place
 from ofa.comparison.records import Cell
 from ofa.errors import InputError
@@ -44,29 +45,30 @@ def check_installed() -> None:
 
 @contextmanager
 def ray_engine(
-    source: Source, *, address: str | None, workers: int | None, device: str, cores: int
+    source: Source, *, address: str | None, workers: int | None, workers_per_gpu: int = 1, device: str, cores: int
 ) -> Iterator[RayEngine]:
     """An engine on the cluster at `address`, or on one of this machine with so many `cores`.
 
-    Without `workers` there is one for each GPU of the cluster, or for each node where it has none.
+    Without `workers` there are `workers_per_gpu` for each GPU of the cluster, or one for each node where it has none.
 
     Raises:
-        InputError: Ray is not installed, there is no such cluster, or it has fewer GPUs than workers.
+        InputError: Ray is not installed, there is no such cluster, or it has fewer places on GPUs than workers.
     """
     check_installed()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = import_module("ray")
     _connect(ray, address, max(cores, workers or 1))
     try:
-        yield RayEngine(ray, source, *shared_placements(ray.nodes(), workers, device, source.device_map))
+        given = shared_placements(ray.nodes(), workers, device, source.device_map, workers_per_gpu)
+        yield RayEngine(ray, source, *given)
     finally:
         ray.shutdown()
 
 
 class RayEngine:
-    """One actor for each placement, with `gpus` GPUs of its own. See `Engine`."""
+    """One actor for each placement, with `gpus` GPUs of its own, or that part of one. See `Engine`."""
 
-    def __init__(self, ray: Any, source: Source, placements: Sequence[Placement], gpus: int) -> None:
+    def __init__(self, ray: Any, source: Source, placements: Sequence[Placement], gpus: float) -> None:
         self._ray, self._source = ray, source
         self._placements, self._gpus = tuple(placements), gpus
 
@@ -91,7 +93,7 @@ class RayEngine:
 class _Remote:
     """An actor, as the driver sees it."""
 
-    def __init__(self, ray: Any, source: Source, placement: Placement, gpus: int) -> None:
+    def __init__(self, ray: Any, source: Source, placement: Placement, gpus: float) -> None:
         self.placement = placement
         self.pid = 0
         self._ray = ray
@@ -164,9 +166,9 @@ def _check_address(address: str) -> None:
 
 
 def shared_placements(
-    nodes: Sequence[Any], workers: int | None, device: str, device_map: str | None
-) -> tuple[list[Placement], int]:
-    """The placements on these nodes, and the GPUs of each."""
+    nodes: Sequence[Any], workers: int | None, device: str, device_map: str | None, workers_per_gpu: int = 1
+) -> tuple[list[Placement], float]:
+    """The placements on these nodes, and the GPUs of each: a part of one where several workers share it."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in alive if node.get("CPU", 0) >= 1]
     gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in alive))
@@ -174,18 +176,26 @@ def shared_placements(
         raise InputError(f"--device {device} means nothing on a cluster: choose auto, cuda or cpu")
     if not cpus:
         raise InputError("the Ray cluster has no node with a CPU: start one with `ray start`")
+    check_sharing(workers_per_gpu, gpus, device_map)
     if not gpus:
         count = workers or len(cpus)
         # No more threads than the smallest node has: an actor lives on one node.
         threads = max(1, min(sum(cpus) // count, *cpus))
         return [Placement(device, threads)] * count, 0
-    count = workers or (1 if device_map is not None else gpus)
-    if count > gpus:
+    count = workers or (1 if device_map is not None else gpus * workers_per_gpu)
+    if count > gpus * workers_per_gpu:
         raise InputError(
-            f"{count} workers were asked for and the cluster has a GPU for {gpus} of them: lower --workers, or choose "
-            "--device cpu"
+            f"{count} workers were asked for and the cluster has a GPU for {gpus * workers_per_gpu} of them: lower "
+            f"--workers, {way_out(count, gpus, device_map)}or choose --device cpu"
         )
-    return [Placement("cuda", max(1, min(sum(cpus) // count, *cpus)))] * count, gpus // count if device_map else 1
+    sharing = -(-count // gpus)
+    actors = [Placement("cuda", max(1, min(sum(cpus) // count, *cpus)), sharing=sharing)] * count
+    return actors, gpus // count if device_map else _part(sharing)
+
+
+def _part(sharing: int) -> float:
+    """A GPU divided by so many, rounded down to the four decimals that Ray keeps: else the last might not fit."""
+    return 1 if sharing == 1 else 10_000 // sharing / 10_000
 
 
 def _first_line(error: BaseException) -> str:

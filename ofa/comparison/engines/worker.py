@@ -44,7 +44,7 @@ def load(source: Source, placement: Placement) -> CellRunner:
             trust_remote_code=source.trust_remote_code,
             offline=source.offline,
         )
-        return CellRunner(loaded, source.batch_size)
+        return CellRunner(loaded, source.batch_size, placement.sharing)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         words = (

@@ -99,6 +99,7 @@ def test_the_folder_tells_what_was_run(options, tmp_path):
     assert noted["grid"]["seeds"] == [1, 2]
     assert noted["grid"]["methods"] == [{"zero-shot": {}}, {"icl": {}}]
     assert (noted["protocol"], noted["test_seed"]) == (PROTOCOL, 42)
+    assert (noted["machines"]["workers"], noted["machines"]["workers_per_gpu"]) == (None, 1)
     assert {"ofa-adapt", "torch", "python"} <= noted["versions"].keys()
     assert set(noted["cells"]) == {record.cell.key for record in read_records(tmp_path / "out")}
 
@@ -109,7 +110,7 @@ def test_a_failed_cell_stops_nothing_and_is_run_again_on_request(options, tmp_pa
     first = run(*given)
     assert first.status == 1
     assert first.told[-1] == "1 of 2 cells failed; the same command with --retry-failed runs them again"
-    failed = read_records(tmp_path / "out")[1]
+    failed = next(record for record in read_records(tmp_path / "out") if not record.done)
     assert "try a lower learning rate" in failed.error
     assert run(*given).told[0] == "2 of 2 cells are there, 0 to run"
     again = run(*given, "--retry-failed", "--json")
@@ -184,9 +185,9 @@ def test_a_dry_run_lists_what_would_run_and_touches_nothing(options, tmp_path):
     run(*options, "--seeds", "1")
     before = (tmp_path / "out" / RESULTS).read_bytes()
     later = run(*options, "--seeds", "1-2", "--dry-run", "--workers", 2, "--json").json
-    assert [cell["to_run"] for cell in later["cells"]] == [False, False, True, True]
+    assert [cell["to_run"] for cell in later["cells"]] == [False, True, False, True]
     known = {record.cell.method: record.seconds for record in read_records(tmp_path / "out")}
-    assert [cell["expected_seconds"] for cell in later["cells"]] == [None, None, known["zero-shot"], known["icl"]]
+    assert [cell["expected_seconds"] for cell in later["cells"]] == [None, known["icl"], None, known["zero-shot"]]
     assert later["estimate"] == {"seconds": pytest.approx(sum(known.values()) / 2), "unknown": 0}
     assert "about" in run(*options, "--seeds", "1-2", "--dry-run").out
     assert (tmp_path / "out" / RESULTS).read_bytes() == before
@@ -212,6 +213,8 @@ def test_fewer_test_examples_than_asked_for_are_said(options):
         (["--model", "no/such/model/here"], "no folder .*no/such/model/here"),
         (["--out", "/proc/nothing"], "output folder /proc/nothing cannot be written"),
         (["--ray-address", "auto"], "--ray-address means nothing to the local engine"),
+        (["--workers-per-gpu", "0"], "--workers-per-gpu 0 cannot be used"),
+        (["--workers-per-gpu", "2", "--device", "cpu"], "--workers-per-gpu 2 means nothing without a CUDA GPU"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     ],
 )
@@ -231,6 +234,7 @@ def test_what_cannot_run_is_one_sentence_before_anything_runs(options, tmp_path,
         ({"task": ["a"]}, 'sets "task", which is no option, did you mean "tasks"'),
         ({"methods": {"ofa": {"sharpnes": 1}}}, 'ofa has no setting "sharpnes"'),
         ({"workers": "two"}, "--workers two cannot be used"),
+        ({"workers-per-gpu": "two"}, "--workers-per-gpu two cannot be used"),
         ({"seeds": {"a": 1}}, "the seeds .* cannot be read"),
     ],
 )

@@ -147,7 +147,9 @@ def test_ray_gives_the_same_results_cell_for_cell_though_a_worker_dies(cluster, 
     assert started == [plan.cells[0], *plan.cells]
     # On a busy machine there is another one beside it: no worker has begun yet.
     deaths = [event.text for event in events if isinstance(event, Notice) and event.text.startswith("the worker that")]
-    assert [text.split(", is gone")[0] for text in deaths] == ["the worker that ran zero-shot on mood, seed 1"]
+    assert [text.split(", is gone")[0] for text in deaths] == [
+        "the worker that ran norm-tuning (batch_size=2, epochs=12, learning_rate=0.01) on mood, seed 1"
+    ]
     here = records_of(HereEngine(Source(str(tiny_folder))).run(plan.cells, plan.job))
     assert records_of(events) == here
     assert sum(record["error"] is not None for record in here.values()) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ofa.comparison.engines import Placement
-from ofa.comparison.engines.machines import Machines, check_machines
+from ofa.comparison.engines.machines import Machines, check_machines, foreseen_workers
 from ofa.comparison.engines.placement import available_cores, placements, visible_gpus
 from ofa.comparison.engines.ray import shared_placements
 from ofa.comparison.grid import checked_part
@@ -40,6 +40,52 @@ def test_places_of_workers(workers, device, device_map, gpus, expected):
 def test_more_workers_than_gpus_are_refused(workers, device, gpus):
     with pytest.raises(InputError, match=f"{workers} workers were asked for and there is a GPU for"):
         placements(workers, device, device_map=None, gpus=gpus, cores=8)
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "gpus", "expected"),
+    [
+        (None, 2, ("0", "1"), [("0", 2), ("1", 2), ("0", 2), ("1", 2)]),
+        (None, 3, ("7",), [("7", 3)] * 3),
+        # No more share than must, and one that need not share does not.
+        (3, 4, ("0", "1"), [("0", 2), ("1", 1), ("0", 2)]),
+        (2, 8, ("0", "1"), [("0", 1), ("1", 1)]),
+        (1, 8, ("0", "1"), [("0", 1)]),
+    ],
+)
+def test_workers_share_gpus_evenly(workers, each, gpus, expected):
+    found = placements(workers, "auto", device_map=None, gpus=gpus, cores=8, workers_per_gpu=each)
+    assert [(one.visible_gpus, one.sharing) for one in found] == expected
+    assert {one.threads for one in found} == {8 // len(found)}
+
+
+@pytest.mark.parametrize(("workers", "gpus", "enough"), [(8, ("0",), 8), (5, FOUR, 2), (9, FOUR, 3)])
+def test_the_refusal_names_the_sharing_that_is_enough(workers, gpus, enough):
+    with pytest.raises(InputError, match=f"let them share with --workers-per-gpu {enough}, or choose --device cpu"):
+        placements(workers, "auto", device_map=None, gpus=gpus, cores=8, workers_per_gpu=enough - 1)
+    assert len(placements(workers, "auto", device_map=None, gpus=gpus, cores=8, workers_per_gpu=enough)) == workers
+    with pytest.raises(InputError, match="lower --workers, or choose --device cpu"):
+        placements(workers, "auto", device_map="auto", gpus=gpus, cores=8)
+
+
+@pytest.mark.parametrize(
+    ("device", "device_map", "gpus", "words"),
+    [
+        (
+            "auto",
+            None,
+            (),
+            "--workers-per-gpu 2 means nothing without a CUDA GPU to share: leave it out, and pass --wo",
+        ),
+        ("cpu", None, FOUR, "--workers-per-gpu 2 means nothing without a CUDA GPU"),
+        ("auto", "auto", FOUR, "and --device-map a worker on several: leave one of them out"),
+    ],
+)
+def test_sharing_where_there_is_nothing_to_share_is_refused(device, device_map, gpus, words):
+    with pytest.raises(InputError, match=words):
+        placements(None, device, device_map=device_map, gpus=gpus, cores=8, workers_per_gpu=2)
+    with pytest.raises(InputError, match=words):
+        shared_placements([node(8, len(gpus))], None, device, device_map, 2)
 
 
 def test_gpus_and_cores_are_those_of_this_process(monkeypatch):
@@ -80,9 +126,25 @@ def test_places_of_actors(nodes, workers, device, device_map, expected, gpus):
 
 
 @pytest.mark.parametrize(
+    ("nodes", "workers", "each", "sharing", "gpus"),
+    [
+        ([node(8, 2), node(8, 2)], None, 2, 2, 0.5),
+        ([node(8, 1)], 6, 8, 6, 0.1666),
+        ([node(8, 4)], 3, 8, 1, 1),
+    ],
+)
+def test_actors_share_gpus_in_parts_that_all_fit(nodes, workers, each, sharing, gpus):
+    """A part is rounded down: six of 0.1667 are more than a GPU."""
+    actors, part = shared_placements(nodes, workers, "auto", None, each)
+    assert {actor.sharing for actor in actors} == {sharing}
+    assert part == gpus
+    assert sharing * part <= 1
+
+
+@pytest.mark.parametrize(
     ("nodes", "workers", "device", "words"),
     [
-        ([node(8, 2)], 3, "auto", "3 workers were asked for and the cluster has a GPU for 2"),
+        ([node(8, 2)], 3, "auto", "3 workers were asked for and the cluster has a GPU for 2.*--workers-per-gpu 2"),
         ([node(8)], None, "cuda:1", "--device cuda:1 means nothing on a cluster"),
         ([node(0)], None, "auto", "no node with a CPU"),
     ],
@@ -100,12 +162,22 @@ def test_what_a_cluster_cannot_give_is_refused(nodes, workers, device, words):
     [
         ({"engine": "rey"}, "--engine rey cannot be used: input should be 'local' or 'ray'"),
         ({"workers": 0}, "--workers 0 cannot be used"),
+        ({"workers_per_gpu": 0}, "--workers-per-gpu 0 cannot be used: input should be greater than or equal to 1"),
+        ({"workers_per_gpu": "many"}, "--workers-per-gpu many cannot be used"),
         ({"device": "tpu"}, "the device 'tpu' is not known: choose auto"),
     ],
 )
 def test_machines_that_there_are_not_are_refused(values, words):
     with pytest.raises(InputError, match=words):
         checked_part(Machines, values)
+
+
+def test_an_estimate_counts_on_every_place_of_this_machine(monkeypatch):
+    monkeypatch.setattr("ofa.comparison.engines.machines.visible_gpus", lambda: ("0", "1"))
+    assert foreseen_workers(Machines(workers_per_gpu=4)) == 8
+    assert foreseen_workers(Machines(workers_per_gpu=4, workers=3)) == 3
+    assert foreseen_workers(Machines(device="cpu")) == 1
+    assert foreseen_workers(Machines(engine="ray", workers=5)) == 5
 
 
 def test_contradictions_are_refused_before_anything_starts(monkeypatch):

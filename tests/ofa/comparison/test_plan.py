@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ofa.comparison.plan import check_window, sizes
+from ofa.comparison.plan import SLOW_FIRST, check_window, sizes
 from ofa.comparison.records import Record
 from ofa.encoding import Encoder, model_window
 from ofa.errors import InputError
+from ofa.methods import METHODS
 from ofa.models import load_model, load_tokenizer
 from ofa.tasks import few_shot, load_task
 from tests.ofa.comparison.conftest import write_task
@@ -22,14 +23,22 @@ from tests.ofa.comparison.conftest import write_task
 def test_every_task_meets_every_row_and_every_seed_once(make_plan, tasks):
     methods = {"zero-shot": None, "ofa": {"sharpness": [0.001, 0.01]}}
     plan = make_plan(tasks=[tasks["mood"], tasks["kind"]], methods=methods, seeds="3-4")
-    assert [(cell.seed, cell.task, cell.row) for cell in plan.cells] == [
-        (seed, task, row)
-        for seed in (3, 4)
+    assert [(cell.task, cell.row, cell.seed) for cell in plan.cells] == [
+        (task, row, seed)
         for task in ("mood", "kind")
-        for row in ("zero-shot", "ofa (sharpness=0.001)", "ofa (sharpness=0.01)")
+        for row in ("ofa (sharpness=0.001)", "ofa (sharpness=0.01)", "zero-shot")
+        for seed in (3, 4)
     ]
     assert len({cell.key for cell in plan.cells}) == 12
     assert {cell.settings.get("sharpness") for cell in plan.cells} == {None, 0.001, 0.01}
+
+
+def test_slow_methods_begin_and_one_of_unknown_speed_is_before_them(make_plan, register):
+    """Every method of the package has its place."""
+    assert sorted(SLOW_FIRST) == sorted(METHODS)
+    register("unknown", lambda model, tokenizer, task, shots, seed: None)
+    plan = make_plan(methods="zero-shot,norm-tuning,unknown,guided")
+    assert [cell.method for cell in plan.cells] == ["unknown", "guided", "norm-tuning", "zero-shot"]
 
 
 def test_all_methods_of_a_seed_get_the_same_shots_and_all_cells_the_same_test_examples(make_plan, tasks):

@@ -69,11 +69,11 @@ def test_records_are_on_disk_before_they_are_told(carry_out, tmp_path):
     events = [Ready(OURS), Started(first, 1), Finished(Record(first)), Notice("so far")]
     events += [Started(second, 1), Finished(Record(second, error="no"))]
     assert run(Scripted(*events)) == [
-        "started zero-shot",
-        "finished zero-shot, 1 on disk",
-        "so far",
         "started icl",
-        "finished icl, 2 on disk",
+        "finished icl, 1 on disk",
+        "so far",
+        "started zero-shot",
+        "finished zero-shot, 2 on disk",
     ]
     assert json.loads((tmp_path / RUN).read_text())["command"] == "ofa compare"
 

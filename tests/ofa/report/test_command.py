@@ -72,6 +72,22 @@ def test_one_cell_is_enough(tmp_path):
     assert "zero-shot, 50.0 %, the only row with every task" in done.stdout
 
 
+def test_a_task_that_is_not_whole_can_be_left_out(tmp_path):
+    """Of the task under way only one method is there, which would else be the only row with an average."""
+    done = [record(name, {"prompt": with_accuracy(5)}, task="first") for name in ("ofa", "lora", "ia3")]
+    records = [*done, record("ofa", {"prompt": with_accuracy(5)}, task="second")]
+    folder = write(tmp_path, records)
+    shown = ofa_report(folder, "--whole-tasks", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert "ofa: second is left out, which some method has not run with every seed" in shown.stderr
+    text = (tmp_path / MARKDOWN).read_text()
+    assert "3 methods on first" in text
+    assert "second" not in text
+    write(tmp_path, records[2:])
+    shown = ofa_report(folder, "--whole-tasks")
+    assert (shown.exit_code, "left out" in shown.stderr) == (0, False)
+
+
 def test_only_failures_are_a_report_too(tmp_path):
     folder = write(tmp_path / "failed", [record("ofa", None, error="the loss is not a number")])
     assert ofa_report(folder).exit_code == 0

@@ -68,6 +68,17 @@ def test_seconds_of_different_devices_are_not_set_side_by_side_silently(device, 
         for method, where in (("ofa", "cpu"), ("lora", device))
     ]
     assert ("different devices" in markdown(build(records))) == told
+    assert "shared a GPU" not in markdown(build(records))
+
+
+@pytest.mark.parametrize("others", [{}, {"workers_per_gpu": "4"}])
+def test_seconds_of_a_shared_gpu_are_said_to_be_such(others):
+    versions = [{"device": "NVIDIA H200", **shared} for shared in ({"workers_per_gpu": "8"}, others)]
+    told = markdown(
+        build([record("ofa", {"prompt": with_accuracy(5)}, seed=n, versions=v) for n, v in enumerate(versions)])
+    )
+    assert "Up to 8 workers shared a GPU: seconds are longer than" in told
+    assert "timed on 2 different devices or numbers of threads or of workers on a GPU" in told
 
 
 def test_what_a_method_warned_of_is_told():
