@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import ofa
 from ofa import checkpoint
 from ofa.checkpoint import Checkpoint
 from ofa.encoding import Encoder, model_window
@@ -186,7 +185,7 @@ ofa.fit(model, tokenizer, task, shots, 42, folder=folder, progress=progress, **g
 def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_folder, tmp_path, uninterrupted):
     """SIGKILL in the second epoch of a real process; the metrics written behind its checkpoint are written once."""
     given = {"examples": [asdict(e) for e in EXAMPLES], "task": TASK.to_dict(), "settings": BOTH, "device": DEVICE}
-    environment = {**os.environ, "PYTHONPATH": str(Path(ofa.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", SCRIPT, str(tiny_folder), str(tmp_path), json.dumps(given)]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

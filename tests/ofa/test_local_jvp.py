@@ -156,7 +156,9 @@ def test_passes_and_seeds_have_their_own_probes() -> None:
     assert not torch.equal(first, others[2])
     seen = ~others[4].isnan()
     assert seen.all(1).sum() == seen.any(1).sum() == 3
-    assert torch.equal(others[4][seen], first[seen])
+    # A step that is not measured has a narrower batch, whose sums a GPU may order otherwise: 2⁻²⁴ each, through three
+    # layers.
+    torch.testing.assert_close(others[4][seen], first[seen], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CLOSED)

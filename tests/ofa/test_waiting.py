@@ -18,6 +18,7 @@ from ofa.closed_form import interface
 from ofa.closed_form.constants import MlpProducts
 from ofa.estimators import exact
 from tests import families
+from tests.device import DEVICE
 
 QUESTIONS = ("equal", "_local_scalar_dense", "is_nonzero", "item", "nonzero", "allclose", "unique", "masked_select")
 """Operations whose results depend on data, or are it."""
@@ -106,7 +107,7 @@ def test_while_a_graph_is_captured_nobody_asks_at_all(padded: bool, monkeypatch:
     given = {**families.inputs("llama", sequences=2, tokens=4), "use_cache": False}
     given.pop("labels")
     if padded:
-        given["attention_mask"] = torch.ones(2, 1, 4, 4).tril().bool()
+        given["attention_mask"] = torch.ones(2, 1, 4, 4, device=DEVICE).tril().bool()
     own = asked(model, given)
     computed: list[int] = []
     forward = MlpProducts.forward
@@ -135,7 +136,7 @@ def test_what_is_remembered_of_a_mask_is_what_one_would_see(
     ofa.tune_norms(model)
     model.set_attn_implementation(implementation)
     given = families.inputs("llama", sequences=2, tokens=4)
-    given["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    given["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]], device=DEVICE)
     own, found = interface._is_causal, []
 
     def both(mask: Tensor) -> bool:
@@ -149,8 +150,8 @@ def test_what_is_remembered_of_a_mask_is_what_one_would_see(
         assert found
         assert all(pair == (True, True) for pair in found)
         found.clear()
-        whole = torch.ones(2, 1, 4, 4, dtype=torch.bool)
-        given["attention_mask"] = whole if implementation == "sdpa" else torch.zeros(2, 1, 4, 4)
+        whole = torch.ones(2, 1, 4, 4, dtype=torch.bool, device=DEVICE)
+        given["attention_mask"] = whole if implementation == "sdpa" else torch.zeros_like(whole, dtype=torch.float32)
         model(**given)
         assert found
         assert all(pair == (False, False) for pair in found)
