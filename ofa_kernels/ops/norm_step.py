@@ -210,9 +210,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
     _, update, *_ = saved = ctx.saved_tensors
-    # With create_graph=True, that is: the backward kernel has no derivative.
-    again: Callable[..., Any] = partial(_gradients_written_out, eps=ctx.eps)
-    gradients = again if torch.is_grad_enabled() else call_backward
+    gradients: Callable[..., Any] = call_backward
+    # Grad mode is on here with create_graph=True, and the backward kernel has no derivative.
+    if torch.is_grad_enabled() or any(map(_is_batched, grads)):
+        gradients = partial(_gradients_written_out, eps=ctx.eps)
     grad_residual, grad_update, grad_weight, grad_bias = gradients(
         *saved,
         grad_stream if update is not None else None,
@@ -232,6 +233,14 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
         None,
         None,
     )
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether a gradient is many at once, which have no storage for a kernel: `is_grads_batched`, or inside of vmap."""
+    if grad is None:
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
 
 def _gradients_written_out(
