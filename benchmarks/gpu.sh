@@ -38,7 +38,7 @@ part() { # part SECONDS NAME COMMAND...: run a command within so many seconds, i
 # processes, and not compiling ahead of time, which needs no GPU.
 tests=(
   tests/ofa_kernels --ignore=tests/ofa_kernels/test_aot.py
-  tests/ofa/test_{exact,closed_form,hutchinson,jvp,local_jvp,objectives,anatomy,tuning,guest,precision,compiled}.py
+  tests/ofa/test_{exact,closed_form,hutchinson,jvp,local_jvp,objectives,anatomy,tuning,fused_norms,guest,precision,compiled}.py
   tests/ofa/test_regularizers{,_numbers,_checkpointing,_kernels}.py
   tests/ofa/test_{memory_savers,families_dropin,adapters,trainer,trainer_integration,checkpoint,adaptation}.py
   tests/ofa/test_{methods,guidance,evaluation,probing,logit_lens}.py
