@@ -1,7 +1,8 @@
 """Makes the norm scales the only thing that trains, and undoes it.
 
 A scale near 1 does not move in bfloat16 for steps below 2e-3, so tuned scales are float32 (float64 in a float64 model)
-whatever the model's dtype; their norms then compute in that precision and return the dtype they were given.
+whatever the model's dtype; their norms then compute in that precision and return the dtype they were given, on a GPU by
+the kernel of `fused_norms`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ofa import anatomy, sharding
+from ofa import anatomy, fused_norms, sharding
 from ofa.errors import InputError
 from ofa.quantized import TrainableLayers
 
@@ -69,6 +70,7 @@ def restore_norms(model: nn.Module) -> None:
         handle.remove()
     for path, parameters in original.parameters.items():
         module = model.get_submodule(path)
+        fused_norms.restore(module)
         for name, parameter in parameters.items():
             if original.in_place:
                 sharding.fill(getattr(module, name), parameter)
@@ -93,7 +95,7 @@ def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
         original = _Original([(p, p.requires_grad) for p in model.parameters()], sharding.is_sharded(model))
         for norm in norms:
             hold = _hold_part if original.in_place else _hold
-            hold(model.get_submodule(norm.path), norm.path, original)
+            hold(model.get_submodule(norm.path), norm, original)
         _originals[model] = original
     return {norm.path: model.get_parameter(f"{norm.path}.weight") for norm in norms}
 
@@ -129,25 +131,26 @@ class _Original:
     handles: list[RemovableHandle | TrainableLayers] = field(default_factory=list)
 
 
-def _hold_part(module: nn.Module, path: str, original: _Original) -> None:
+def _hold_part(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
     """`fully_shard` owns the parameters of its modules: they stay, and their values are kept."""
     own = _own(module)
     if own["weight"].dtype.itemsize < torch.float32.itemsize:
         raise InputError(
-            f"{path} is sharded in {str(own['weight'].dtype).removeprefix('torch.')}, in which scales near 1 do not "
-            "move; call tune_norms before fully_shard, or load the model in float32 with a MixedPrecisionPolicy"
+            f"{norm.path} is sharded in {str(own['weight'].dtype).removeprefix('torch.')}, in which scales near 1 do "
+            "not move; call tune_norms before fully_shard, or load the model in float32 with a MixedPrecisionPolicy"
         )
-    original.parameters[path] = {name: value.detach().clone() for name, value in own.items()}
+    original.parameters[norm.path] = {name: value.detach().clone() for name, value in own.items()}
 
 
-def _hold(module: nn.Module, path: str, original: _Original) -> None:
+def _hold(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
     own = _own(module)
-    original.parameters[path] = dict(own)
+    original.parameters[norm.path] = dict(own)
     narrow = own["weight"].dtype
     wide = torch.promote_types(narrow, torch.float32)
     for name, parameter in own.items():
         setattr(module, name, nn.Parameter(parameter.detach().to(wide, copy=True), requires_grad=False))
     if wide != narrow:
+        fused_norms.fuse(module, norm)
         precision = _Precision(wide)
         original.handles.append(module.register_forward_pre_hook(precision.widen))
         original.handles.append(module.register_forward_hook(precision.narrow))
@@ -161,6 +164,8 @@ class _Precision:
 
     def widen(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._given = args[0].dtype
+        if fused_norms.takes(module, args[0]):
+            return args
         return (args[0].to(self._wide), *args[1:])
 
     def narrow(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

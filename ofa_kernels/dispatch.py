@@ -37,6 +37,7 @@ from ofa_kernels.ops import step_boundary as step_boundary_op
 
 OPERATIONS = (
     "norm_step",
+    "normalize",
     "squared_norm",
     "perturb",
     "displace",
@@ -86,6 +87,11 @@ def choose(operation: str, *tensors: Tensor) -> Implementation:
 def norm_step(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Residual addition, norm and squared update per row; see `reference.norm_step`."""
     return choose("norm_step", residual).function(residual, *args, **kwargs)
+
+
+def normalize(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The norm of each row and nothing else; see `reference.normalize`."""
+    return choose("normalize", stream).function(stream, *args, **kwargs)
 
 
 def squared_norm(update: Tensor) -> Tensor:
@@ -213,6 +219,7 @@ register("attention_trace", Implementation("blocked", blocked_attention_trace.at
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "norm_step": norm_step_op.norm_step,
+    "normalize": norm_step_op.normalize,
     "squared_norm": contract_op.squared_norm,
     "perturb": perturb_op.perturb,
     "displace": displace_op.displace,

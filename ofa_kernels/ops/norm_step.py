@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, library, operation, run
+from ofa_kernels.reference.stream import moments, widen
 
 library.define(
     "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset) "
@@ -31,7 +34,7 @@ def norm_step(
     kind: str = "rms",
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.norm_step`, in one sweep forward and one backward; differentiable once."""
+    """As `reference.norm_step`, in one sweep forward and one backward; differentiable as often as the reference."""
     reference.check_norm(residual, weight, bias, kind)
     if update is not None:
         reference.check_same_shape("update", update, "residual", residual)
@@ -39,6 +42,21 @@ def norm_step(
     if update is None:
         return residual, normalized, torch.zeros_like(rstd), rstd
     return stream, normalized, sqnorm, rstd
+
+
+def normalize(
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+) -> Tensor:
+    """As `reference.normalize`: `norm_step` without the zeros that stand for the length of an update."""
+    reference.check_norm(stream, weight, bias, kind)
+    normalized: Tensor = call(stream, None, weight, bias, eps, kind == "layer", offset)[1]
+    return normalized
 
 
 def forward(
@@ -182,7 +200,7 @@ def empty_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    residual, update, weight, bias, _, ctx.centred, ctx.offset = inputs
+    residual, update, weight, bias, ctx.eps, ctx.centred, ctx.offset = inputs
     stream, _, _, rstd, mean = output
     ctx.biased = bias is not None
     ctx.set_materialize_grads(False)
@@ -192,7 +210,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
     _, update, *_ = saved = ctx.saved_tensors
-    grad_residual, grad_update, grad_weight, grad_bias = call_backward(
+    gradients: Callable[..., Any] = call_backward
+    # Grad mode is on here with create_graph=True, and the backward kernel has no derivative.
+    if torch.is_grad_enabled() or any(map(_is_batched, grads)):
+        gradients = partial(_gradients_written_out, eps=ctx.eps)
+    grad_residual, grad_update, grad_weight, grad_bias = gradients(
         *saved,
         grad_stream if update is not None else None,
         grad_normalized,
@@ -211,6 +233,49 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
         None,
         None,
     )
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether a gradient is many at once, which have no storage for a kernel: `is_grads_batched`, or inside of vmap."""
+    if grad is None:
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+
+
+def _gradients_written_out(
+    stream: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    rstd: Tensor,
+    mean: Tensor,
+    grad_stream: Tensor | None,
+    grad_normalized: Tensor | None,
+    grad_sqnorm: Tensor | None,
+    grad_rstd: Tensor | None,
+    centred: bool,
+    offset: float,
+    biased: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `backward`, from plain operations; 1/σ and μ are computed anew, since the kernel's are constants."""
+    z = widen(stream)
+    mu, own_rstd = moments(z, eps, "layer" if centred else "rms")
+    r = own_rstd.unsqueeze(-1)
+    hat = (z if mu is None else z - mu.unsqueeze(-1)) * r
+    g = torch.zeros_like(z) if grad_normalized is None else widen(grad_normalized)
+    h = g * (widen(weight) + offset)
+    along = (h * hat).mean(-1, keepdim=True)
+    if grad_rstd is not None:
+        along = along + grad_rstd.unsqueeze(-1) * r / z.shape[-1]
+    grad = (h - hat * along - (h.mean(-1, keepdim=True) if centred else 0.0)) * r
+    if grad_stream is not None:
+        grad = grad + grad_stream
+    grad_update = grad.new_empty(0)
+    if grad_sqnorm is not None and update is not None:
+        grad_update = grad + 2.0 * grad_sqnorm.unsqueeze(-1) * widen(update)
+    sums = ((g * hat).reshape(-1, z.shape[-1]).sum(0), g.reshape(-1, z.shape[-1]).sum(0))
+    return grad.to(stream.dtype), grad_update.to(stream.dtype), *(one.to(weight.dtype) for one in sums)  # type: ignore[return-value]
 
 
 call_backward = operation("norm_step_backward", backward, empty_gradients)

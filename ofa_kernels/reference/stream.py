@@ -53,6 +53,23 @@ def norm_step(
     return residual, normalized.to(residual.dtype), update_sqnorm, rstd
 
 
+def normalize(
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str = "rms",
+    offset: float = 0.0,
+) -> Tensor:
+    """The norm of `norm_step` alone: (..., d) → (..., d), in the stream's dtype.
+
+    Raises:
+        ValueError: unknown `kind`, or shapes that do not match.
+    """
+    return norm_step(stream, None, weight, bias, eps=eps, kind=kind, offset=offset)[1]
+
+
 def squared_norm(update: Tensor) -> Tensor:
     """‖update‖² of each row: (..., d) → (...), float32."""
     return widen(update).square().sum(-1)

@@ -20,6 +20,7 @@ TRACE = torch.linspace(-1, 1, 64).view(4, 4, 4)
 PROBED = {"epsilon": 0.1, "seed": 3, "step": 1}
 CALLS = {
     "norm_step": ((STREAM, 2 * STREAM, SCALE), {"eps": 1e-5, "kind": "layer"}),
+    "normalize": ((STREAM, SCALE), {"eps": 1e-5, "kind": "layer"}),
     "squared_norm": ((STREAM,), {}),
     "perturb": ((STREAM, SCALE), {"eps": 1e-5, "samples": 2, **PROBED}),
     "displace": ((STREAM, SCALE), {"samples": 2, **PROBED}),

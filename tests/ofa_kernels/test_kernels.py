@@ -269,7 +269,25 @@ def test_the_residual_sum_is_rounded_before_it_is_normalized():
     assert rstd.item() == pytest.approx(1 / math.sqrt((2048**2 + 2**2) / 2), rel=1e-6)
 
 
-@over_operations
+@pytest.mark.parametrize("operation", ["norm_step", "norm"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_has_a_second_derivative(operation, norm):
+    """Of float32 arithmetic, from plain operations: some tens of roundings of 6e-8, and as many of the first one's."""
+    case = call(operation, (3, 70), torch.float32, norm)
+    found = []
+    for function, dtype in ((case.kernel, torch.float32), (case.reference, torch.float64)):
+        inputs = [None if x is None else x.detach().to(dtype).requires_grad_() for x in case.inputs]
+        given = [x for x in inputs if x is not None]
+        outputs = as_tuple(function(*inputs, **case.settings))
+        value = sum((output * weights_like(output, seed=i)).sin().sum() for i, output in enumerate(outputs))
+        grads = torch.autograd.grad(value, given, create_graph=True)
+        inner = sum((grad * weights_like(grad, seed=9 + i)).sum() for i, grad in enumerate(grads))
+        found.append(torch.autograd.grad(inner, given, materialize_grads=True))
+    for actual, expected in zip(*found, strict=True):
+        assert relative_error(actual, expected) <= roundings(70, torch.float32)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in ("norm_step", "norm")])
 def test_a_second_derivative_is_refused_not_wrong(operation):
     case = call(operation, (2, 20), torch.float32)
     inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
