@@ -119,7 +119,7 @@ Its products want 64 rows of the outer side for each four warps. Measured on an 
 
 @cache
 def configure_attention(
-    kernel: str, width: int, itemsize: int, architecture: str, pairwise: bool = False
+    kernel: str, width: int, itemsize: int, architecture: str, crowded: bool = False
 ) -> AttentionLaunch:
     """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
 
@@ -127,14 +127,14 @@ def configure_attention(
     found at which no architecture that is compiled ahead of time spills one of them, but on sm_90, where what was
     measured to be fastest is taken, spills or none. In float32 products are made by multiply-adds of single numbers, 16
     by 16, the smallest tile there is. Two stages copy a tile into shared memory while the last one is worked on,
-    without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. A mask of every pair (`pairwise`)
-    is one more tile of each, for which the large ones of sm_90 leave no room. Where no limit of registers is given, the
-    assembler spills less with one of its own.
+    without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. A mask of every pair or a tangent
+    of the queries' own (`crowded`) is one more tile of each, for which the large ones of sm_90 leave no room. Where no
+    limit of registers is given, the assembler spills less with one of its own.
     """
     tile, warp, stages = tile_width(width), 64 if architecture.startswith("gfx9") else 32, 2
     registers: int | None
     measured = None
-    if architecture == "sm_90" and itemsize <= 2 and not pairwise:
+    if architecture == "sm_90" and itemsize <= 2 and not crowded:
         measured = _HOPPER_TILES.get(kernel, {}).get(max(64, tile))
     if measured is not None:
         (rows, columns, warps, stages), registers = measured, 255

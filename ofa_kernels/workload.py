@@ -85,11 +85,14 @@ class AttentionCase:
     dtype: str
     masked: str
     """"" for nothing, "padded" for a mask of keys, "pairwise" for one of every query and key, to be added."""
+    tangent: bool = False
+    """Whether queries move in a direction of their own, as they do where their projection has a bias."""
 
     @property
     def label(self) -> str:
         """The case in words."""
-        return f"heads of {self.width} {self.dtype} {self.masked}".rstrip()
+        words = f"heads of {self.width}", self.dtype, self.masked, "tangent" if self.tangent else ""
+        return " ".join(filter(None, words))
 
     def launch(self) -> None:
         """Call the registered implementation on heads that are views of (B, T, H, d), as projections leave them."""
@@ -107,11 +110,11 @@ class AttentionCase:
             "pairwise": torch.empty(sequences, 1, rows, rows, device="meta"),
         }
         mask = masks.get(self.masked)
-        given = q, k, k, q, angle, q, q, None, mask
+        given = q, k, k, q, angle, q, q, q if self.tangent else None, mask
         settings = self.width**-0.5, True, None
         attention_moments.forward(*given, *settings)
         attention_moments.backward(*given, number, number, number, q, *settings)
-        if q.element_size() == 2 and self.width <= attention_trace.WIDEST_HEAD:
+        if q.element_size() == 2 and self.width <= attention_trace.WIDEST_HEAD and not self.tangent:
             self._launch_trace(q, k, number, mask)
 
     def _launch_trace(self, q: Tensor, k: Tensor, number: Tensor, mask: Tensor | None) -> None:
@@ -128,12 +131,15 @@ class AttentionCase:
 
 
 def attention_cases(heads: Sequence[int], dtypes: Sequence[str]) -> list[AttentionCase]:
-    """All combinations that the kernels take."""
-    return [
-        AttentionCase(width, dtype, masked)
-        for width, dtype, masked in product(heads, dtypes, ("", "padded", "pairwise"))
-        if width <= widest_head(DTYPES[dtype].itemsize)
-    ]
+    """All combinations that the kernels take; with a tangent those that do not spill: 16 bits, up to 128 channels."""
+    found = []
+    for width, dtype in product(heads, dtypes):
+        size = DTYPES[dtype].itemsize
+        if width <= widest_head(size):
+            found += [AttentionCase(width, dtype, masked) for masked in ("", "padded", "pairwise")]
+        if width <= 128 and size == 2:
+            found.append(AttentionCase(width, dtype, "padded", tangent=True))
+    return found
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ class Attention:
             self._widest,
             self._like.element_size(),
             target(self._like),
-            self._constants["PER_QUERY"],
+            self._constants["PER_QUERY"] or self._arguments["tangent"] is not None,
         )
 
     def _run(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:

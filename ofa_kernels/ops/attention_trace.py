@@ -291,8 +291,8 @@ class _Tokens:
             partial.zero_(), values.zero_()
         self.add(partial=partial, partial_value=values)
         self._run(kernel, config, 2 * heads * runs if blocks else 0)
-        to_query, to_key = partial.sum(0).unbind()
-        return to_query, to_key, values.sum(0)
+        # Outputs of an operation are tensors of their own, not parts of one.
+        return partial[:, 0].sum(0), partial[:, 1].sum(0), values.sum(0)
 
     def _configuration(self, kernel: Any) -> launch.AttentionLaunch:
         widest = max(self._shape[3:])

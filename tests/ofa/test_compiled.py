@@ -65,12 +65,14 @@ def compiled_layers(model: Any) -> Callable[..., Any]:
     return model  # type: ignore[no-any-return]
 
 
-def same(found: list[tuple[float, float, Tensor]], expected: list[tuple[float, float, Tensor]]) -> bool:
-    """Equal up to the rounding of another order of sums: 2⁻²³ times a few hundred terms."""
+def same(
+    found: list[tuple[float, float, Tensor]], expected: list[tuple[float, float, Tensor]], times: float = 1.0
+) -> bool:
+    """Equal up to the rounding of another order of sums, 2⁻²³ times a few hundred terms; `times` that in gradients."""
     return all(
         one[0] == pytest.approx(other[0], rel=1e-5)
         and one[1] == pytest.approx(other[1], rel=1e-5)
-        and torch.allclose(one[2], other[2], rtol=1e-4, atol=1e-5 * float(other[2].abs().max()))
+        and torch.allclose(one[2], other[2], rtol=1e-4, atol=times * 1e-5 * float(other[2].abs().max()))
         for one, other in zip(found, expected, strict=True)
     )
 
@@ -137,4 +139,5 @@ def test_probes_differ_from_pass_to_pass_inside_a_graph() -> None:
     with ofa.fused_regularizers(model, estimator="hutchinson") as reg:
         found = passes(compiled(model), model, reg, 3)
     assert len({penalty for _, penalty, _ in expected}) == 3
-    assert same(found, expected)
+    # A finite difference divides what is rounded by its step; 2.6 times the rounding of a sum was seen.
+    assert same(found, expected, times=10)

@@ -96,7 +96,9 @@ def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_machine_code(compiled, architecture):
-    """16-byte accesses, no float64, no spills up to 8192 columns; only scalars per row are moved in less than 16.
+    """16-byte accesses, no float64, what fits; only scalars per row are moved in less than 16 bytes.
+
+    No spills up to 8192 columns but those of large tiles that were measured to be the fastest, on that chip alone.
 
     Seven where a norm's trace has them; attention and constants have blocks of them, and AMD's chips read some operands
     in the order of a product.
@@ -104,10 +106,10 @@ def test_machine_code(compiled, architecture):
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
         assert int(row["float64"]) == 0, row
-        assert int(row["spills"]) == 0, row
+        assert int(row["spills"]) == 0 or (architecture == "sm_90" and row["kernel"] in aot.MAY_SPILL), row
         scalars = 7 if row["kernel"].startswith("norm_trace") else 4
         assert int(row["narrow"]) <= scalars or row["kernel"] in ATTENTION | CONSTANTS, row
-        assert int(row["shared"]) <= 64 * 1024, row
+        assert int(row["shared"]) <= aot.SHARED[architecture], row
 
 
 def test_an_architecture_that_there_is_not_is_one_sentence():

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ofa_kernels import dispatch, launch, reference
 from ofa_kernels.ops import attention_moments as operation
 from ofa_kernels.ops import launching
+from ofa_kernels.ops.attention_trace import WIDEST_HEAD
 from tests.ofa_kernels.calls import DEVICE, draw, weights_like
 
 NAMES = ("query", "key", "value", "output", "angle", "turn", "aim", "tangent")
@@ -539,14 +540,28 @@ def test_a_gpu_tensor_without_data_has_the_shapes_of_the_reference(name):
         assert (actual.device.type, actual.shape, actual.dtype) == ("cuda", wanted.shape, wanted.dtype)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"])
+TOKENS = ("features", "combine", "backward_own", "backward_tokens", "backward_constants")
+LAUNCHED = {
+    **{f"attention_moments_{name}": {2: 256, 4: 128} for name in KERNELS},
+    **{f"attention_trace_{name}": {2: WIDEST_HEAD} for name in TOKENS},
+}
+"""Kernels, and the widest heads that each takes by the bytes of a number."""
+
+
 @pytest.mark.parametrize(
-    ("itemsize", "width"),
-    [(size, width) for size in (2, 4) for width in (1, 16, 32, 33, 64, 80, 128, 192, 256) if size * width <= 512],
+    ("kernel", "itemsize", "width"),
+    [
+        (kernel, size, width)
+        for kernel, widest in LAUNCHED.items()
+        for size in widest
+        for width in (1, 16, 32, 33, 64, 80, 128, 192, 256)
+        if width <= widest[size]
+    ],
 )
-def test_tiles_and_threads_are_within_bounds(kernel, architecture, itemsize, width):
-    config = launch.configure_attention(f"attention_moments_{kernel}", width, itemsize, architecture)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_tiles_and_threads_are_within_bounds(kernel, architecture, itemsize, width, crowded):
+    config = launch.configure_attention(kernel, width, itemsize, architecture, crowded)
     tile = launch.tile_width(width)
     for size in (config.block_rows, config.block_columns, tile, config.num_warps):
         assert size & (size - 1) == 0, "Triton's tiles and warps are powers of two"
@@ -555,6 +570,28 @@ def test_tiles_and_threads_are_within_bounds(kernel, architecture, itemsize, wid
     threads = config.num_warps * (64 if architecture.startswith("gfx9") else 32)
     assert 32 <= threads <= 256
     assert config.max_registers is None or config.max_registers * threads <= 65536, "registers of a multiprocessor"
+    assert 1 <= config.num_stages <= 3
+
+
+def stages_and_rows(case: Attention) -> dict[str, tuple[int, int]]:
+    """Of each kernel that sm_90 would launch for a call: how many tiles are under way, and queries in one."""
+    *given, scale, causal, window = meta(case)
+    lse, mean, covariance = operation.empty(*given)
+    sums = lse, lse, mean, covariance
+    found = launches(lambda: operation.forward(*given, scale, causal, window))
+    found |= launches(lambda: operation.backward(*given, *sums, scale, causal, window))
+    return {name: (one["num_stages"], one["BLOCK_ROWS"]) for name, one in found.items()}
+
+
+@pytest.mark.parametrize("more", [{"tangent": True}, {"mask": each}], ids=["tangent", "a mask of every pair"])
+def test_one_more_tile_of_each_leaves_no_room_for_large_ones(more):
+    """237568 bytes would a tangent take beside tiles of 128 channels on sm_90, of 232448: no compiler says so."""
+    case = Attention(head=128, value=128, features=128, mask=padding)
+    large, small = stages_and_rows(case), stages_and_rows(replace(case, **more))
+    assert large.keys() == small.keys()
+    for name in ("attention_moments_forward", "attention_moments_backward_rows"):
+        assert small[name][0] <= large[name][0]
+        assert small[name][1] < large[name][1]
 
 
 def test_without_triton_a_launch_says_what_is_missing(monkeypatch):
