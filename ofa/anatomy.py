@@ -48,8 +48,9 @@ class NormView:
     @property
     def scale(self) -> Tensor:
         """γ in the widest dtype at hand, (d,): what the norm multiplies by."""
-        wide = widen(self.weight)
-        return wide + self.offset if self.offset else wide
+        # Always a tensor of its own: FSDP2 takes the memory of whole parameters back before what was computed from them
+        # has its gradient.
+        return widen(self.weight) + self.offset
 
 
 def view_norm(module: nn.Module, norm: Norm) -> NormView:
