@@ -99,7 +99,8 @@ class PlainLoop:
         Z = given if self.whole_layers else self._norm_input
 
         def step(moved: Tensor) -> Tensor:
-            entering = moved if self.whole_layers else norm(moved)
+            # Moved in float32 beside a float32 scale, and given on as the model's own stream is.
+            entering = (moved if self.whole_layers else norm(moved)).to(given.dtype)
             moved_args, moved_kwargs = replace_tensors(args, kwargs, lambda _, x: entering if x is given else x)
             leaving = hidden_output(module(*moved_args, **moved_kwargs))
             return leaving - moved if self.whole_layers else leaving

@@ -130,17 +130,27 @@ def _register(name: str | None) -> str:
 
 def _remembering(make: Callable[..., Any]) -> Callable[..., Any]:
     """A mask function of which it is remembered that what it made is causal, if it was told so: nobody has to look."""
-    from transformers.masking_utils import causal_mask_function
 
     @wraps(make)
     def made(*args: Any, **kwargs: Any) -> Any:
         mask = make(*args, **kwargs)
-        known = isinstance(mask, Tensor) and kwargs.get("mask_function") is causal_mask_function
-        if known and not torch.compiler.is_compiling():
-            _causal_masks[mask] = mask._version, True
+        if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and _forbids_later(kwargs["mask_function"]):
+            _causal_masks[mask] = _Seen(mask._version, causal=True, captured=capturing(mask))
         return mask
 
     return made
+
+
+def _forbids_later(mask_function: Any) -> bool:
+    """Whether transformers' description of a mask is causality, or that and something else."""
+    from transformers import masking_utils
+
+    if mask_function is masking_utils.causal_mask_function:
+        return True
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return False
+    (parts,) = (cell.cell_contents for cell in mask_function.__closure__)
+    return any(_forbids_later(part) for part in parts)
 
 
 def _watchers(module: nn.Module) -> list[Watcher]:
@@ -148,23 +158,33 @@ def _watchers(module: nn.Module) -> list[Watcher]:
     return [owner for owner in owners if isinstance(owner, Watcher)]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of a mask at a version of it; `captured` if it was made while a CUDA graph was captured."""
+
+    version: int
+    causal: bool
+    captured: bool = False
+
+
 _causal_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Masks by version that are known or were seen to be causal, or not to be: a model hands the same one to all its
-layers, and looking waits for the device."""
+"""Masks that are known or were seen to be causal, or not to be: a model hands the same one to all its layers, and
+looking waits for the device."""
 
 
 def _is_causal(mask: Tensor) -> bool:
     """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
     if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
         return False
-    if capturing(mask):
-        # Nobody may look, and the graph may be run with another mask.
-        return False
     seen = _causal_masks.get(mask)
-    if seen is None or seen[0] != mask._version:
+    if capturing(mask):
+        # Nobody may look. One that the graph makes by itself is what it was made to be; any other may be another when
+        # the graph is run.
+        return seen is not None and seen.captured and seen.causal and seen.version == mask._version
+    if seen is None or seen.version != mask._version:
         later = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        seen = _causal_masks[mask] = mask._version, not bool(later.triu(1).any())
-    return bool(seen[1])
+        seen = _causal_masks[mask] = _Seen(mask._version, causal=not bool(later.triu(1).any()))
+    return seen.causal
 
 
 def capturing(tensor: Tensor) -> bool:

@@ -11,6 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.activations import ACT2FN
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    sliding_window_overlay,
+)
 
 import ofa
 from ofa import anatomy, trial
@@ -249,6 +257,22 @@ def interface_functions() -> dict[str, Any]:
     """Where transformers keeps attention functions by name."""
     mapping: dict[str, Any] = AttentionInterface._global_mapping
     return mapping
+
+
+@pytest.mark.parametrize(
+    ("described", "forbids"),
+    [
+        (causal_mask_function, True),
+        (and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))), True),
+        (and_masks(sliding_window_overlay(2), and_masks(causal_mask_function)), True),
+        (and_masks(sliding_window_overlay(2)), False),
+        (or_masks(causal_mask_function, sliding_window_overlay(2)), False),
+        (bidirectional_mask_function, False),
+    ],
+)
+def test_what_transformers_makes_causal_is_known_without_looking(described: Any, forbids: bool) -> None:
+    """While a CUDA graph is captured nobody can look at a mask, and transformers makes one whatever the batch is."""
+    assert interface._forbids_later(described) is forbids
 
 
 @pytest.mark.parametrize(
