@@ -237,13 +237,16 @@ def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[
 
 
 def _interleaved(workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> dict[str, list[Timed]]:
-    """Every variant once per round, behind one that compiles its kernels; who runs out of memory is left out."""
+    """Every variant once per round, behind one that compiles its kernels; who fails is named and left out."""
     able = []
     for variant in variants:
         try:
             timed(workload, model, variant)
             able.append(variant)
-        except torch.OutOfMemoryError as failure:
+        except RuntimeError as failure:
+            # One that runs out of memory, or cannot take such a model, must not take the others with it.
+            if variant == PLAIN:
+                raise
             print(f"{workload.label} {variant} failed: {str(failure)[:200]}", file=sys.stderr)
     measured: dict[str, list[Timed]] = {variant: [] for variant in able}
     for _ in range(rounds):

@@ -287,10 +287,12 @@ class _Tokens:
         runs = launch.attention_runs(blocks, heads, multiprocessors(self._like.device))
         partial = self._like.new_empty((runs, 2, heads, width, depth), dtype=torch.float32)
         values = self._like.new_empty((runs, heads), dtype=torch.float32)
-        if blocks == 0 or heads == 0:
-            partial.zero_(), values.zero_()
         self.add(partial=partial, partial_value=values)
-        self._run(kernel, config, 2 * heads * runs if blocks else 0)
+        if blocks * heads == 0:
+            partial.zero_()
+            values.zero_()
+        else:
+            self._run(kernel, config, 2 * heads * runs)
         # Outputs of an operation are tensors of their own, not parts of one.
         return partial[:, 0].sum(0), partial[:, 1].sum(0), values.sum(0)
 
