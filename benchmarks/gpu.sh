@@ -67,9 +67,9 @@ fi
 workers=$(("$(nproc)" < 16 ? $(nproc) : 16))
 
 part 20 ceilings "$python" -m benchmarks.ceilings --out "$out/ceilings_gpu.csv"
-part 170 tests "$python" -m pytest -q -n "$workers" -p no:cacheprovider "${tests[@]}"
-part 110 step "$python" -m benchmarks.gpu_step --out "$out/step_gpu.csv"
-part 40 replays "$python" -m benchmarks.gpu_step --what replays --out "$out/replays_gpu.csv"
+part 150 tests "$python" -m pytest -q -n "$workers" -p no:cacheprovider "${tests[@]}"
+part 100 step "$python" -m benchmarks.gpu_step --out "$out/step_gpu.csv"
+part 35 replays "$python" -m benchmarks.gpu_step --what replays --out "$out/replays_gpu.csv"
 part 30 launches "$python" -m benchmarks.gpu_step --what launches --only "llama2_7b_layers, 1x2048 tokens" \
   --out "$out/launches_gpu.csv"
 part 40 attention "$python" -m benchmarks.attention --out "$out/attention_gpu.csv"
