@@ -120,13 +120,27 @@ def load_angles(cos, sin, sequence, first, rows, PAIRS: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE: tl.constexpr, ROWS: tl.constexpr):
-    """a_ii from scale q_i·k_i; 0 where the mask forbids a token itself."""
+def own_weight(
+    score,
+    mask,
+    mask_sequence,
+    mask_head,
+    mask_own,
+    sequence,
+    head,
+    first,
+    rows,
+    lse,
+    heads,
+    ADDITIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """a_ii from scale q_i·k_i; 0 where the mask forbids a token itself. From one token to the next it is `mask_own`."""
     row = first + tl.arange(0, ROWS)
     inside = row < rows
     if mask is not None:
-        at = sequence * mask[1] + head * mask[2] + row.to(tl.int64) * (mask[3] + mask[4])
-        given = load(mask[0], at, inside)
+        at = sequence * mask_sequence + head * mask_head + row.to(tl.int64) * mask_own
+        given = load(mask, at, inside)
         if ADDITIVE:
             score += given
         else:
@@ -213,6 +227,9 @@ def attention_trace_combine(
     cos,
     sin,
     mask,
+    mask_sequence,
+    mask_head,
+    mask_own,
     lse,
     mean,
     tangent,
@@ -267,7 +284,21 @@ def attention_trace_combine(
         m = load_constant(key_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
         match += tl.sum(q * products(gap, m, STREAM, EMULATED), 1)
     score *= scale
-    weight = own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE, BLOCK_ROWS)
+    weight = own_weight(
+        score,
+        mask,
+        mask_sequence,
+        mask_head,
+        mask_own,
+        sequence,
+        head,
+        first,
+        rows,
+        lse,
+        heads,
+        ADDITIVE,
+        BLOCK_ROWS,
+    )
     own = weight * (tl.load(value_trace + head).to(tl.float32) + scale * match)
     store(trace + numbers, row, row < rows, own + scale * load(mean + numbers, row, row < rows))
     column = tl.arange(0, VALUE_TILE)[None, :]
@@ -288,6 +319,9 @@ def attention_trace_backward_own(
     cos,
     sin,
     mask,
+    mask_sequence,
+    mask_head,
+    mask_own,
     lse,
     grad_tangent,
     grad_trace,
@@ -352,7 +386,21 @@ def attention_trace_backward_own(
         score += tl.sum(q * k, 1)
         match += tl.sum(q * z, 1)
     score *= scale
-    weight = own_weight(score, mask, sequence, head, first, rows, lse, heads, ADDITIVE, BLOCK_ROWS)
+    weight = own_weight(
+        score,
+        mask,
+        mask_sequence,
+        mask_head,
+        mask_own,
+        sequence,
+        head,
+        first,
+        rows,
+        lse,
+        heads,
+        ADDITIVE,
+        BLOCK_ROWS,
+    )
     s = load(grad_trace + sequence * rows, row, inside)
     d_score = weight * (
         s * (tl.load(value_trace + head).to(tl.float32) + scale * match) + score * with_gap + with_value

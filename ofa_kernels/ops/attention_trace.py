@@ -242,6 +242,7 @@ class _Tokens:
         self._like, self._shape = query, (*query.shape[:3], query.shape[3], value.shape[3])
         sequences, heads, rows, width, depth = self._shape
         spread = moments.spread(mask, (sequences, heads, rows, rows))
+        strides = (0, 0, 0, 0) if spread is None else spread.stride()
         self._arguments: dict[str, Any] = {
             "query": moments.rows_of(query),
             "key": moments.rows_of(key),
@@ -252,7 +253,11 @@ class _Tokens:
             "value_trace": value_trace.contiguous(),
             "cos": None if cos is None else _turns(cos),
             "sin": None if sin is None else _turns(sin),
-            "mask": None if spread is None else (spread, *spread.stride()),
+            "mask": spread,
+            "mask_sequence": strides[0],
+            "mask_head": strides[1],
+            # A token's own entry is on the diagonal.
+            "mask_own": strides[2] + strides[3],
             "sequences": sequences,
             "rows": rows,
             "heads": heads,

@@ -89,12 +89,21 @@ with torch.no_grad():
 
 
 def test_what_is_pushed_opens_by_its_name_and_answers_the_same(hub, of_a_folder, tuned, tmp_path):
-    """To the bit, since nothing is rounded in float32; from an adapter whose base was a folder here."""
+    """To the bit, since nothing is rounded in float32; from an adapter whose base was a folder here.
+
+    With one thread, as in this process: several share a product in parts of their own.
+    """
     page = push_to_hub(of_a_folder, REPOSITORY, base_model=BASE, private=True)
     assert page == f"{hub.url}/{REPOSITORY}"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READER, json.dumps([BASE, REPOSITORY, IDS.tolist()])],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        },
         capture_output=True,
         text=True,
         check=False,
