@@ -15,17 +15,8 @@ from ofa_kernels.kernels.attention_moments import finite, head_of, load_rows, pr
 from ofa_kernels.kernels.tile import load, store
 
 ANY_LENGTH = (
-    "mask",
-    "lse",
-    "mean",
-    "grad_trace",
-    "grad_lse",
-    "grad_mean",
-    "own",
-    "trace",
-    "sequences",
-    "rows",
-    "heads",
+    *("mask", "mask_sequence", "mask_head", "mask_own", "lse", "mean", "grad_trace", "grad_lse", "grad_mean"),
+    *("own", "trace", "sequences", "rows", "heads"),
 )
 """Arguments in which a sequence's length shows: the same binary serves all, where 16 divides it and elsewhere."""
 
