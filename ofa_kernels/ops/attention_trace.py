@@ -184,7 +184,7 @@ def backward(
     window: int | None,
 ) -> Seven:
     """Launch the kernels of the backward pass: gradients of the four heads and of M_q, M_k and c_v."""
-    from ofa_kernels.kernels.attention_trace import (
+    from ofa_kernels.kernels.attention_trace_backward import (
         attention_trace_backward_constants,
         attention_trace_backward_own,
         attention_trace_backward_tokens,
