@@ -9,7 +9,7 @@
 #   tests      the tests of all that runs on CUDA tensors; those of training only where pydantic is installed
 #   step       training steps of 7B and 8B layers and of a whole Llama-2-7B: times, ratios to plain, memory
 #   replays    the same steps, plain and with the closed form, as replayed CUDA graphs
-#   launches   how many kernels a step launches
+#   launches   which kernels a step launches, and how long they run
 #   attention  the trace of attention beside flash attention
 #   constants  the constants of frozen weights beside a copy of as many bytes
 #   kernels    those of norms and MLPs beside eager, torch.compile, Liger-Kernel and QuACK
@@ -70,8 +70,7 @@ part 20 ceilings "$python" -m benchmarks.ceilings --out "$out/ceilings_gpu.csv"
 part 150 tests "$python" -m pytest -q -n "$workers" -p no:cacheprovider "${tests[@]}"
 part 100 step "$python" -m benchmarks.gpu_step --out "$out/step_gpu.csv"
 part 35 replays "$python" -m benchmarks.gpu_step --what replays --out "$out/replays_gpu.csv"
-part 30 launches "$python" -m benchmarks.gpu_step --what launches --only "llama2_7b_layers, 1x2048 tokens" \
-  --out "$out/launches_gpu.csv"
+part 30 launches "$python" -m benchmarks.gpu_profile --out "$out/step_profile_gpu.csv"
 part 40 attention "$python" -m benchmarks.attention --out "$out/attention_gpu.csv"
 part 20 constants "$python" -m benchmarks.constants --out "$out/constants_gpu.csv"
 rows=(--rows 8192 --widths 4096 --samples 4 --repeats 30)

@@ -2,14 +2,13 @@
 
 python -m benchmarks.gpu_step --out benchmarks/results/step_gpu.csv
 python -m benchmarks.gpu_step --what replays --out benchmarks/results/replays_gpu.csv
-python -m benchmarks.gpu_step --what launches --out benchmarks/results/launches_gpu.csv
 
 Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is the host's, from a
 synchronized device to a synchronized device, so that what it takes to launch a step is in it; `device_time` is the
 device's for a step that was queued as a whole, and `replay_time` that of a step captured as a CUDA graph. `peak_memory`
-is all that was allocated at most, weights included, and `step_memory` what the step added to it. `launches` counts the
-kernels and copies of one step. Replays and launches are runs of their own: the profiler goes on slowing launches down
-after it has looked, and a capture that fails takes the random numbers of its process with it.
+is all that was allocated at most, weights included, and `step_memory` what the step added to it; `host_time` ends when
+the step is launched, whether the device is done or not. Replays are a run of their own: a capture that fails takes the
+random numbers of its process with it. What the kernels of a step are: `benchmarks.gpu_profile`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from statistics import median, quantiles
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from transformers import masking_utils
 
 from benchmarks import timing
@@ -51,7 +48,6 @@ LONGEST = 1500.0
 """Milliseconds that all rounds of one variant may take; two are taken of any."""
 REPLAYED = (PLAIN, "exact")
 """Variants whose step is also captured as a CUDA graph."""
-COUNTED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_quarter")
 PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4", "jvp_n1")
 TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_quarter")
 FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_quarter")
@@ -66,9 +62,6 @@ WORKLOADS = {
     "cuda": {**dict.fromkeys(LAYERS, TIMED), FULL: FULL_TIMED},
     "cpu": {TINY: TIMED},
 }
-
-
-_ACTIVITIES = {"cuda": [ProfilerActivity.CPU, ProfilerActivity.CUDA], "cpu": [ProfilerActivity.CPU]}
 
 
 @dataclass(frozen=True)
@@ -94,59 +87,46 @@ Maker = Callable[[str, str, float, str], Row]
 
 @dataclass(frozen=True)
 class Timed:
-    """One step: milliseconds, and bytes allocated at most and before it (0 on a CPU)."""
+    """One step: milliseconds until it is done and until it is launched, bytes allocated at most and before (0: CPU)."""
 
     milliseconds: float
+    host: float
     peak: int
     before: int
 
 
 def timed(workload: Workload, model: nn.Module, variant: str) -> Timed:
     """One step of a loop of steps: a step before it fills the allocator, and the scales move in between."""
-    ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
+    ids, attached = given(workload, model), VARIANTS[variant](model, 0)
     device = ids.device
     try:
         step(model, ids, attached)
-        _move_scales(model)
+        move_scales(model)
         before = _start_of_step(device)
         started = time.perf_counter()
         step(model, ids, attached)
-        _finish(device)
+        host = 1e3 * (time.perf_counter() - started)
+        finish(device)
         elapsed = 1e3 * (time.perf_counter() - started)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return Timed(elapsed, peak, before)
+        return Timed(elapsed, host, peak, before)
     finally:
-        _close(model, attached)
-
-
-def launched(workload: Workload, model: nn.Module, variant: str) -> int:
-    """How many kernels and copies one step runs on the device."""
-    ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
-    try:
-        step(model, ids, attached)
-        _move_scales(model)
-        _finish(ids.device)
-        with profile(activities=_ACTIVITIES[ids.device.type]) as profiler:
-            step(model, ids, attached)
-            _finish(ids.device)
-    finally:
-        _close(model, attached)
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+        close(model, attached)
 
 
 def device_times(workload: Workload, model: nn.Module, variant: str, rounds: int) -> timing.Times:
     """Milliseconds that the device works on a step whose launches do not keep it waiting."""
-    ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
+    ids, attached = given(workload, model), VARIANTS[variant](model, 0)
 
     def once() -> None:
         step(model, ids, attached)
-        _move_scales(model)
+        move_scales(model)
 
     try:
         with _nobody_looks():
             return timing.measure([once], ids.device, rounds)
     finally:
-        _close(model, attached)
+        close(model, attached)
 
 
 def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) -> tuple[list[float], float]:
@@ -154,7 +134,7 @@ def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) ->
 
     The distance is ‖replayed − eager‖ / ‖eager‖ over all scales together, at scales that have moved since the capture.
     """
-    ids, attached = _given(workload, model), VARIANTS[variant](model, 0)
+    ids, attached = given(workload, model), VARIANTS[variant](model, 0)
     try:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -167,14 +147,14 @@ def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) ->
         with _nobody_looks(), torch.cuda.graph(graph):
             step(model, ids, attached)
         captured = [parameter.grad for parameter in _scales(model)]
-        _move_scales(model, 1 + 1e-2)
+        move_scales(model, 1 + 1e-2)
         times = [_replay(graph) for _ in range(rounds)]
         actual = torch.cat([gradient.flatten() for gradient in captured])
         step(model, ids, attached)
         expected = torch.cat([parameter.grad.flatten() for parameter in _scales(model)])
         return times, float((actual - expected).norm() / expected.norm())
     finally:
-        _close(model, attached)
+        close(model, attached)
 
 
 @contextmanager
@@ -211,15 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write(_MEASURES[options.what](row, workload, model, variants, options.rounds))
 
 
-def _counts(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
-    for variant in COUNTED:
-        if variant not in variants:
-            continue
-        count = launched(workload, model, variant)
-        print(f"{workload.label} {variant}: {count} launches")
-        yield row(variant, "launches", count, "1")
-
-
 def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
     cuda = next(model.parameters()).is_cuda
     measured = _interleaved(workload, model, variants, rounds)
@@ -229,6 +200,7 @@ def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[
         times = [one.milliseconds for one in steps]
         yield from _time_rows(row, variant, "time", times)
         yield row(variant, "time_ratio", median(value / base for value, base in zip(times, plain, strict=False)), "1")
+        yield row(variant, "host_time_median", median(one.host for one in steps), "ms")
         if cuda:
             yield row(variant, "peak_memory", max(one.peak for one in steps), "B")
             yield row(variant, "step_memory", max(one.peak - one.before for one in steps), "B")
@@ -285,10 +257,11 @@ def _time_rows(row: Maker, variant: str, metric: str, times: Sequence[float]) ->
     yield row(variant, f"{metric}_p80", high, "ms")
 
 
-_MEASURES = {"times": _times, "replays": _replays, "launches": _counts}
+_MEASURES = {"times": _times, "replays": _replays}
 
 
-def _given(workload: Workload, model: nn.Module) -> Tensor:
+def given(workload: Workload, model: nn.Module) -> Tensor:
+    """Its token ids, where the model is."""
     return batch(workload, next(model.parameters()).device)
 
 
@@ -296,7 +269,7 @@ def _scales(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _move_scales(model: nn.Module, factor: float = 1 + 1e-6) -> None:
+def move_scales(model: nn.Module, factor: float = 1 + 1e-6) -> None:
     """As an optimizer would, so that what depends on them has to be computed again."""
     with torch.no_grad():
         for scale in _scales(model):
@@ -304,14 +277,15 @@ def _move_scales(model: nn.Module, factor: float = 1 + 1e-6) -> None:
 
 
 def _start_of_step(device: torch.device) -> int:
-    _finish(device)
+    finish(device)
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -324,7 +298,8 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def _close(model: nn.Module, attached: Attached | None) -> None:
+def close(model: nn.Module, attached: Attached | None) -> None:
+    """Drop what a variant and its steps have left."""
     model.zero_grad(set_to_none=True)
     if attached is not None:
         attached.close()

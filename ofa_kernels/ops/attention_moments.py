@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch
-from ofa_kernels.ops.launching import Derivative, library, operation, start, target
+from ofa_kernels.ops.launching import Derivative, library, operation, start_by_names, target
 from ofa_kernels.reference.attention_moments import check_attention
 
 Group = tuple[Any, ...]
@@ -289,13 +289,8 @@ class Attention:
         )
 
     def _run(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:
-        if self._sequences * programs == 0:
-            return
-        constants = self._constants | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
-        given = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        args = tuple(self._arguments[name] for name in kernel.arg_names if name in self._arguments)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        start(kernel, self._sequences * programs, self._like, args, given, config.max_registers, **options)
+        programs *= self._sequences
+        start_by_names(kernel, programs, self._like, config, self._arguments, self._constants)
 
 
 def rows_of(tensor: Tensor) -> Group:

@@ -15,7 +15,7 @@ from ofa_kernels import launch
 from ofa_kernels.fused import attention_trace as fused
 from ofa_kernels.fused.attention_moments import Moments
 from ofa_kernels.ops import attention_moments as moments
-from ofa_kernels.ops.launching import Derivative, library, multiprocessors, operation, start, target
+from ofa_kernels.ops.launching import Derivative, library, multiprocessors, operation, start_by_names, target
 from ofa_kernels.reference.attention_trace import HeadNorm, Rotary, check_attention_trace
 
 _INPUTS = (
@@ -282,7 +282,7 @@ class _Tokens:
         """Launch one program per block of rows and head."""
         sequences, heads, rows = self._shape[:3]
         config = self._configuration(kernel)
-        self._run(kernel, config, sequences * heads * -(-rows // config.block_rows))
+        self._start(kernel, config, sequences * heads * -(-rows // config.block_rows))
 
     def over_runs(self, kernel: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Launch two programs per head and run of blocks: sums of what they find for M_q, M_k and c_v."""
@@ -297,22 +297,16 @@ class _Tokens:
             partial.zero_()
             values.zero_()
         else:
-            self._run(kernel, config, 2 * heads * runs)
+            self._start(kernel, config, 2 * heads * runs)
         # Outputs of an operation are tensors of their own, not parts of one.
         return partial[:, 0].sum(0), partial[:, 1].sum(0), values.sum(0)
+
+    def _start(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:
+        start_by_names(kernel, programs, self._like, config, self._arguments, self._constants)
 
     def _configuration(self, kernel: Any) -> launch.AttentionLaunch:
         widest = max(self._shape[3:])
         return launch.configure_attention(kernel.fn.__name__, widest, self._like.element_size(), target(self._like))
-
-    def _run(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:
-        if programs == 0:
-            return
-        constants = self._constants | {"BLOCK_ROWS": config.block_rows}
-        given = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        args = tuple(self._arguments[name] for name in kernel.arg_names if name in self._arguments)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        start(kernel, programs, self._like, args, given, config.max_registers, **options)
 
 
 def _turns(angle: Tensor) -> tuple[Tensor, int, int]:

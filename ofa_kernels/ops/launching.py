@@ -147,6 +147,24 @@ def start(
         _launcher(kernel, grid, args, keywords)
 
 
+def start_by_names(
+    kernel: Any,
+    programs: int,
+    tensor: Tensor,
+    config: launch.AttentionLaunch,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+) -> None:
+    """Launch a kernel with those of the arguments and compile-time constants that it names. No programs, no launch."""
+    if programs == 0:
+        return
+    constants = constants | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
+    given = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    args = tuple(arguments[name] for name in kernel.arg_names if name in arguments)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    start(kernel, programs, tensor, args, given, config.max_registers, **options)
+
+
 @contextmanager
 def launching_by(launcher: Launcher, architecture: str) -> Iterator[None]:
     """As long as this context lasts, hand every launch to `launcher(kernel, grid, args, keywords)` instead.

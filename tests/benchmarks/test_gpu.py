@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, ceilings, constants, every_kernel, gpu_step
+from benchmarks import attention, ceilings, constants, every_kernel, gpu_profile, gpu_step
 from ofa_kernels import workload
 from ofa_kernels.ops import launching
 
@@ -40,6 +40,14 @@ def test_a_step_of_every_variant_is_timed_beside_plain(tmp_path):
     ratios = {row["variant"]: float(row["value"]) for row in rows if row["metric"] == "time_ratio"}
     assert ratios.pop("plain") == 1
     assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_the_kernels_of_a_step_are_in_the_table_by_name(tmp_path):
+    gpu_profile.main(["--out", str(tmp_path / "profile.csv")])
+    rows = read(tmp_path / "profile.csv")
+    assert {row["variant"] for row in rows} == set(gpu_profile.PROFILED)
+    launches = {row["kernel"]: float(row["value"]) for row in rows if row["metric"] == "launches"}
+    assert launches["aten::mm"] >= 1
 
 
 def test_the_trace_of_attention_is_timed_beside_flash_attention(tmp_path):
