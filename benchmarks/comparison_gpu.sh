@@ -10,9 +10,13 @@
 # time is over, `ofa compare` is interrupted: what it has finished is kept and told. It ends with status 1 where
 # something failed, and says what.
 #
+# Within a task quick methods come first. Meanwhile another process compiles the kernels of the slow ones, by a fit of
+# one epoch each (compile_kernels.log): every worker finds them in Triton's cache then, instead of compiling its own.
+#
 # In the environment:
 #   WORKERS (8): cells that run at once on each GPU.  TASKS (all of DATA): "sst2 trec", in the order in which they run.
 #   OPTIONS: more options of `ofa compare`, such as "--seeds 42 --test-size 50".  CONFIG (benchmarks/comparison.yaml).
+#   MODEL (the embedded one): hub id or folder.
 #   OFA_CACHE, OFA_EMBEDDED_WHEEL: where the embedded model lies, or the wheel from which it is made.
 #   COMMIT: the commit that runs, where this is no git checkout.  PYTHON (python3).
 #   DEVICE (cuda): cpu runs it on a CPU, with that many workers; files are then called _cpu.
@@ -59,13 +63,19 @@ for task in "${tasks[@]:-data/*}"; do
   fi
 done
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-results=$out/comparison_$kind failed=()
+results=$out/comparison_$kind failed=() compiling=
 
 # From a folder of links, so that neither the noted command nor the names of tasks depend on this machine's folders.
 links=$(mktemp -d)
-trap 'rm -rf "$links"' EXIT
+trap '[ -z "$compiling" ] || kill "$compiling" 2>/dev/null; rm -rf "$links"' EXIT
 mkdir -p "$results"
 ln -s "$data" "$links/data" && ln -s "$results" "$links/results" && ln -s "$config" "$links/comparison.yaml"
+if [ "$device" != cpu ]; then
+  cp benchmarks/compile_kernels.yaml "$links/compile.yaml"
+  (cd "$links" && exec "$python" -m ofa compare --config compile.yaml --tasks "${tasks[0]}" --out compiled --offline \
+    --device "$device" --workers-per-gpu 3 ${MODEL:+--model "$MODEL"} </dev/null >"$out/compile_kernels.log" 2>&1) &
+  compiling=$!
+fi
 
 left=$((limit - (SECONDS - begun) - for_report)) status=0
 echo "== ${tasks[*]}: at most $left s"
@@ -73,7 +83,7 @@ echo "== ${tasks[*]}: at most $left s"
 # shellcheck disable=SC2086 # the options are words of their own
 (cd "$links" && timeout --signal=INT --kill-after=10 "$left" env --default-signal=INT "$python" -m ofa compare \
   --config comparison.yaml --tasks "$(IFS=,; echo "${tasks[*]}")" --out results --offline --device "$device" \
-  "${sharing[@]}" ${OPTIONS:-} </dev/null) 2>&1 | tee "$out/comparison_$kind.log" || status=${PIPESTATUS[0]}
+  --order quick-first "${sharing[@]}" ${MODEL:+--model "$MODEL"} ${OPTIONS:-} </dev/null) 2>&1 | tee "$out/comparison_$kind.log" || status=${PIPESTATUS[0]}
 case $status in
   0) ;;
   124 | 137) echo "== the time is over" ;;

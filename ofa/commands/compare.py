@@ -82,6 +82,13 @@ def compare(
         typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per batch when testing.")] = 16,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="slow-first: within a task no worker is left with a slow method at the end. quick-first: most methods "
+            "are done where the time runs out."
+        ),
+    ] = "slow-first",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the cells again that failed in an earlier run.")
     ] = False,

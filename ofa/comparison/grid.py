@@ -49,6 +49,8 @@ class Grid(BaseModel):
     shots: int = Field(5, ge=1)
     test_size: int = Field(500, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    order: Literal["slow-first", "quick-first"] = "slow-first"
+    """Of the methods of a task: no worker is left with a slow one at the end, or most are done if time runs out."""
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -73,7 +73,7 @@ class Plan:
     """The cells of a grid, in the order in which they are run, and the tasks they need.
 
     One task after the other, so that a comparison which is stopped early has whole tables of fewer tasks; within a
-    task the slow methods first, so that no worker is left with a slow cell at the end.
+    task in the grid's order of methods.
     """
 
     grid: Grid
@@ -95,7 +95,7 @@ class Plan:
                 settings=row.settings,
             )
             for name, plan in self.tasks.items()
-            for row in sorted(self.grid.methods, key=_quickness)
+            for row in sorted(self.grid.methods, key=_quickness, reverse=self.grid.order == "quick-first")
             for seed in self.grid.seeds
         )
 
@@ -204,7 +204,7 @@ def _size(task: TaskPlan, tokenizer: Any) -> Size:
 
 
 def _quickness(row: Row) -> int:
-    """The place of a method in the order of a task; one of unknown speed comes first."""
+    """The place of a method, slow ones first; one of unknown speed may be the slowest."""
     return SLOW_FIRST.index(row.method) if row.method in SLOW_FIRST else -1
 
 

@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import comparison_seconds
+from ofa.comparison.arguments import check_settings
+from ofa.comparison.grid import Grid, checked_part
 from ofa.comparison.store import RESULTS, read_records
 from tests.ofa.comparison.conftest import write_task
 
@@ -66,8 +69,8 @@ def test_the_script_runs_a_grid_and_leaves_results_report_and_seconds(tiny_folde
     """And none of them names a folder of this machine, but for the model's."""
     write_task(tmp_path / "data" / "mood", "mood")
     write_task(tmp_path / "data" / "kind", "kind")
-    options = f"--model {tiny_folder} --methods zero-shot,icl --seeds 1-2 --shots 1 --test-size 4 --dtype float32"
-    given = {"DEVICE": "cpu", "WORKERS": "1", "TASKS": "mood kind", "OPTIONS": options}
+    options = "--methods zero-shot,icl --seeds 1-2 --shots 1 --test-size 4 --dtype float32"
+    given = {"DEVICE": "cpu", "WORKERS": "1", "TASKS": "mood kind", "MODEL": str(tiny_folder), "OPTIONS": options}
     done = script(tmp_path / "data", tmp_path / "out", "120", **given)
     assert done.returncode == 0, done.stdout + done.stderr
     left = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
@@ -77,11 +80,25 @@ def test_the_script_runs_a_grid_and_leaves_results_report_and_seconds(tiny_folde
     }
     records = read_records(tmp_path / "out" / "comparison_cpu")
     assert [(one.cell.task, one.cell.method) for one in records[::2]] == [
-        (task, method) for task in ("mood", "kind") for method in ("icl", "zero-shot")
+        (task, method) for task in ("mood", "kind") for method in ("zero-shot", "icl")
     ]
     assert len(table(tmp_path / "out" / "comparison_seconds_cpu.csv")) == 4 * 6
     noted = (tmp_path / "out" / "comparison_cpu" / "run.json").read_text().replace(str(tiny_folder), "")
     assert str(tmp_path) not in noted
+
+
+def test_what_compiles_the_kernels_is_a_grid_of_methods_that_the_comparison_has():
+    """It runs on a GPU alone; a slip in it would be seen there for the first time."""
+    grids = [
+        checked_part(Grid, {"tasks": "mood", **yaml.safe_load((SCRIPT.parent / name).read_text())})
+        for name in ("compile_kernels.yaml", "comparison.yaml")
+    ]
+    methods = [{row.method for row in grid.methods} for grid in grids]
+    assert methods[0] < methods[1]
+    assert grids[0].dtype == grids[1].dtype
+    for row in grids[0].methods:
+        assert row.settings == {"epochs": 1}
+        check_settings(row.method, row.settings)
 
 
 @pytest.mark.parametrize(

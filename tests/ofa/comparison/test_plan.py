@@ -33,12 +33,15 @@ def test_every_task_meets_every_row_and_every_seed_once(make_plan, tasks):
     assert {cell.settings.get("sharpness") for cell in plan.cells} == {None, 0.001, 0.01}
 
 
-def test_slow_methods_begin_and_one_of_unknown_speed_is_before_them(make_plan, register):
-    """Every method of the package has its place."""
+def test_slow_methods_begin_and_one_of_unknown_speed_is_before_them_or_the_other_way_round(make_plan, register):
+    """Every method of the package has its place; its seeds stay in their order."""
     assert sorted(SLOW_FIRST) == sorted(METHODS)
     register("unknown", lambda model, tokenizer, task, shots, seed: None)
     plan = make_plan(methods="zero-shot,norm-tuning,unknown,guided")
     assert [cell.method for cell in plan.cells] == ["unknown", "guided", "norm-tuning", "zero-shot"]
+    plan = make_plan(methods="guided,unknown,zero-shot", seeds="1-2", order="quick-first")
+    cells = [(cell.method, cell.seed) for cell in plan.cells]
+    assert cells == [(method, seed) for method in ("zero-shot", "guided", "unknown") for seed in (1, 2)]
 
 
 def test_all_methods_of_a_seed_get_the_same_shots_and_all_cells_the_same_test_examples(make_plan, tasks):
