@@ -272,7 +272,7 @@ class Regularizers:
             check_branches(model, (self.steps[index] for index in sorted(traced)))
         self._places.check()
         if traced:
-            self._prepare()
+            self._prepare(traced)
         self._thread.begin()
         settings = self._settings
         self._set_pass(
@@ -304,10 +304,11 @@ class Regularizers:
         self._device = next(value.device for value in values if value is not None)
         return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None
 
-    def _prepare(self) -> None:
+    def _prepare(self, traced: frozenset[int]) -> None:
+        branches = [branch for index in sorted(traced) for branch in self.steps[index].branches]
         self._preparing = True
         try:
-            self._trace_estimator.begin()
+            self._trace_estimator.begin(branches)
         finally:
             self._preparing = False
 

@@ -76,6 +76,15 @@ def register(operation: str, implementation: Implementation) -> None:
     _IMPLEMENTATIONS[operation].insert(0, implementation)
 
 
+def offered(operation: str) -> tuple[Implementation, ...]:
+    """All implementations of an operation, in the order in which they are asked.
+
+    Raises:
+        KeyError: there is no such operation.
+    """
+    return tuple(_IMPLEMENTATIONS[operation])
+
+
 def choose(operation: str, *tensors: Tensor) -> Implementation:
     """The implementation of `operation` that runs for tensors of this device, dtype and shape: it accepts them all."""
     offered = _IMPLEMENTATIONS[operation]

@@ -6,13 +6,15 @@ hand: nothing of the size of a weight is kept for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ofa.anatomy import NormView
 from ofa_kernels import dispatch
 
 Constants = tuple[Tensor, ...]
@@ -30,37 +32,55 @@ class Products(Protocol):
         ...
 
 
+@contextmanager
+def computing(*devices: str) -> Iterator[None]:
+    """What constants are computed in: no autocast on devices of these types, and no graph."""
+    with ExitStack() as contexts:
+        # Outside inference mode: the next pass may have gradients, and these values with it.
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(torch.no_grad())
+        for device in devices:
+            contexts.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 @dataclass
 class Kept:
-    """The constants of one branch, as long as γ and the weights are what they were."""
+    """The constants of one branch and the γ that they are of, as long as that and the weights are what they were."""
 
     products: Products
     centred: bool
+    scale: Tensor | None = field(default=None, repr=False)
     values: Constants | None = field(default=None, repr=False)
 
     def forget(self) -> None:
         """Compute them anew the next time."""
-        self.values = None
+        self.scale = self.values = None
 
-    def compute(self, scale: Tensor) -> Constants:
-        """Compute them for γ = `scale`, (d,) in float32 or wider."""
-        # Outside inference mode: the next pass may have gradients, and these values with it.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
-            self.values = self.products.forward(scale.detach(), self.centred)
-        return self.values
+    def compute(self, scale: Tensor) -> None:
+        """Compute them, inside of `computing`, for γ = `scale`, (d,) in float32 or wider, which nobody may change."""
+        self.scale, self.values = scale, self.products.forward(scale, self.centred)
 
-    def at(self, scale: Tensor) -> Constants:
-        """The constants for γ = `scale`, differentiable in it; computed now if they were not."""
-        values = self.compute(scale) if self.values is None else self.values
-        result: Constants = _Constants.apply(scale, self.products, self.centred, *values)
+    def at(self, norm: NormView) -> Constants:
+        """The constants of a norm's γ, differentiable in its weight; computed now if they were not."""
+        if self.values is None:
+            with computing(norm.weight.device.type):
+                self.compute(norm.scale)
+        assert self.values is not None
+        result: Constants = _Constants.apply(norm.weight, self.scale, self.products, self.centred, *self.values)
         return result
 
 
 class _Constants(torch.autograd.Function):
+    """γ is the weight and a number, so that the gradient in one is that in the other."""
+
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, products: Products, centred: bool, *values: Tensor) -> Constants:
-        ctx.products, ctx.centred = products, centred
-        # A constant that nothing depends on has a gradient of zeros, not None: autograd makes them.
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, products: Products, centred: bool, *values: Tensor
+    ) -> Constants:
+        ctx.products, ctx.centred, ctx.dtype = products, centred, weight.dtype
+        # Not the weight: FSDP2 takes the memory of whole parameters back before they have their gradient. A constant
+        # that nothing depends on has a gradient of zeros, not None: autograd makes them.
         ctx.save_for_backward(scale)
         return tuple(value.view_as(value) for value in values)
 
@@ -70,7 +90,7 @@ class _Constants(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         with torch.autocast(scale.device.type, enabled=False):
             grad = ctx.products.backward(scale, ctx.centred, grads)
-        return grad, None, None, *(None for _ in grads)
+        return grad.to(ctx.dtype), None, None, None, *(None for _ in grads)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class _Form:
         self._image: Tensor | None = None
 
     def begin(self, norm: NormView, entering: Tensor) -> None:
-        self._constants, self._beta = self.kept.at(norm.scale), norm.bias
+        self._constants, self._beta = self.kept.at(norm), norm.bias
         self.tap.start(entering)
 
     def end(self) -> Traced:

@@ -6,7 +6,7 @@ An estimator is asked twice per branch. `enter` sees the stream and the branch's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,8 +84,8 @@ class TraceEstimator(Protocol):
         """Attach hooks of its own to the model, behind those that call `enter` and `leave`."""
         ...
 
-    def begin(self) -> None:
-        """A measured forward pass of the model begins."""
+    def begin(self, branches: Collection[Branch]) -> None:
+        """A forward pass of the model begins in which these branches are measured."""
         ...
 
     def abandon(self) -> None:

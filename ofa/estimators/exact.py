@@ -8,19 +8,22 @@ The derivation is in docs/theory.md. Works for the branches that `ofa.closed_for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ofa import sharding
-from ofa.anatomy import Anatomy, Branch, NormView, view_norm
+from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form import forms
+from ofa.closed_form.constants import computing
 from ofa.closed_form.fit import fit
 from ofa.closed_form.interface import Watching, capturing
 from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm, check_frozen, version
 from ofa.estimators import Handle, Leaving, Probe
 from ofa_kernels import dispatch
+from ofa_kernels.reference.stream import widen
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ def _joined(scales: list[Tensor]) -> Tensor:
     if any(scale.dtype != first.dtype or scale.device != first.device for scale in scales):
         scales = [scale.to(first.device, torch.float64) for scale in scales]
     return torch.cat([scale.reshape(-1) for scale in scales])
+
+
+def _apart(joined: Tensor, scales: list[Tensor]) -> list[Tensor]:
+    """What `_joined` made of the scales, in their own formats again."""
+    parts = joined.split([scale.numel() for scale in scales])
+    return [part.to(scale.device, scale.dtype) for part, scale in zip(parts, scales, strict=True)]
 
 
 class Exact:
@@ -73,8 +82,8 @@ class Exact:
         self._forms = {one.branch: forms.form(one) for one in self._fitted}
         return handles + [handle for form in self._forms.values() for handle in form.tap.handles]
 
-    def begin(self) -> None:
-        """A measured pass begins: constants of weights and scales that have changed are computed anew.
+    def begin(self, branches: Collection[Branch]) -> None:
+        """A measured pass of these branches begins: their constants are computed where weights or scales have changed.
 
         Frozen weights are not read for it. One that is exchanged or written to in place is noticed; one that is written
         to through `.data`, which no version counter sees, is not: write to it under `torch.no_grad()`, or attach anew.
@@ -91,14 +100,19 @@ class Exact:
             self._forget()
             return
         scales: list[Tensor] = [norm.weight.detach() for norm in self._norms]  # type: ignore[operator]
-        now = None if capturing(scales[0]) else _Seen(self._versions(scales), _joined(scales))
-        # By value as well: an optimizer may write through `.data`, which no version counter sees.
-        if now is not None and self._seen is not None and now.equals(self._seen):
-            return
-        # Here, not where they are used: a checkpointed layer that is run again must do what it did before.
-        for branch, form in self._forms.items():
-            form.kept.compute(view_norm(self._norm_modules[branch], branch.norm).scale)
-        self._seen = now
+        with computing(*{scale.device.type for scale in scales}):
+            values = _joined(scales)
+            now = None if capturing(values) else _Seen(self._versions(scales), values)
+            # By value as well: an optimizer may write through `.data`, which no version counter sees.
+            if now is None or self._seen is None or not now.equals(self._seen):
+                self._forget()
+            self._seen = now
+            own = dict(zip(self._norms, _apart(values, scales), strict=True))
+            # Here, not where they are used: a checkpointed layer that is run again must do what it did before.
+            for branch in branches:
+                kept, scale = self._forms[branch].kept, own[self._norm_modules[branch]]
+                if kept.values is None:
+                    kept.compute(widen(scale) + branch.norm.offset if branch.norm.offset else widen(scale))
 
     def _versions(self, scales: list[Tensor]) -> list[tuple[int, int]]:
         return [*(linear.version() for linear in self._linears), *map(version, scales)]

@@ -14,7 +14,7 @@ the default ε is one per branch, δ times its reach: the ε that moves a token 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -81,7 +81,7 @@ class Hutchinson:
         """No hooks of its own."""
         return ()
 
-    def begin(self) -> None:
+    def begin(self, branches: Collection[Branch]) -> None:
         """Find the reach of the branches, if this is the first pass that needs it."""
         if isinstance(self.reach, LazyReaches):
             self.reach.find()

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -69,7 +69,7 @@ class ForwardMode:
         """Nothing: it is told of everything by `enter` and `leave`."""
         return ()
 
-    def begin(self) -> None:
+    def begin(self, branches: Collection[Branch]) -> None:
         """Nothing to prepare: probes are functions of their keys."""
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:

@@ -11,6 +11,7 @@ that this works for the same branches.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,7 @@ class LocalForwardMode:
         self._taps = {one.branch: _tap(one, 1 + self.copies) for one in self._fitted}
         return handles + [handle for tap in self._taps.values() for handle in tap.handles]
 
-    def begin(self) -> None:
+    def begin(self, branches: Collection[Branch]) -> None:
         """Nothing to prepare: probes are functions of their keys.
 
         Raises:

@@ -173,9 +173,8 @@ def attention_constants_forward(
     output,
     scale,
     unit,
-    products,
-    traces,
-    vectors,
+    sums,
+    share,
     heads,
     groups,
     width,
@@ -188,13 +187,14 @@ def attention_constants_forward(
 ):
     """Shares of the sums that an attention's constants are made of; one program per head, block of M_q and M_k, share.
 
-        products[…, 0, h] = W_q Γ² W_o,  products[…, 1, h] = W_k Γ² W_o,  traces[…, h] = Σ_ec W_v[e,c] γ_c² W_o[c,e],
-        and if CENTRED vectors[…, h] = (W_q γ, W_k γ, W_v γ, γ W_o)
+        products[0, h] = W_q Γ² W_o,  products[1, h] = W_k Γ² W_o,  traces[…, h] = Σ_ec W_v[e,c] γ_c² W_o[c,e],
+        and if CENTRED vectors[:, h] = (W_q γ, W_k γ, W_v γ, γ W_o)
 
     query, key and value are matrices of heads, (HEAD, width), output of (width, HEAD); a head of key and value serves
     `groups` of the `heads`. scale = γ, (width,) float32; unit, one power of two in float32 (or None), multiplies γ² on
-    the way to the products, and divides them in the end. products is (shares, 2, heads, HEAD, HEAD), traces (shares,
-    blocks of M, heads) and vectors (shares, 4, heads, HEAD), float32; without PRODUCTS only vectors are written.
+    the way to the products, and divides them in the end. sums, float32, has `share` numbers for each share: products,
+    (2, heads, HEAD, HEAD), only with PRODUCTS; behind them vectors, (4, heads, HEAD), only if CENTRED; and traces,
+    (blocks of M, heads), with PRODUCTS again.
     """
     STREAM: tl.constexpr = query[0].dtype.element_ty
     BLOCKS: tl.constexpr = (HEAD + BLOCK_HEAD - 1) // BLOCK_HEAD
@@ -237,18 +237,23 @@ def attention_constants_forward(
             value_along += tl.sum(v * y[:, None], 0)
             output_along += tl.sum(o * y[:, None], 0)
     r, e = row + tl.arange(0, BLOCK_HEAD), column + tl.arange(0, BLOCK_HEAD)
+    own, wide = sums + split * share, heads.to(tl.int64)
     if PRODUCTS:
         size = 1.0
         if unit is not None:
             size = 1.0 / tl.load(unit)
         at, inside = r[:, None] * HEAD + e[None, :], (r < HEAD)[:, None] & (e < HEAD)[None, :]
-        start = products + (2 * split * heads + head) * (HEAD * HEAD)
+        start = own + head * (HEAD * HEAD)
         store(start, at, inside, to_query * size)
-        store(start + heads.to(tl.int64) * (HEAD * HEAD), at, inside, to_key * size)
+        store(start + wide * (HEAD * HEAD), at, inside, to_key * size)
+        own += 2 * wide * (HEAD * HEAD)
+        traces = own
+        if CENTRED:
+            traces += 4 * wide * HEAD
         # 0 but in the first row's programs.
-        tl.store(traces + (split * (BLOCKS * BLOCKS) + block) * heads + head, tl.sum(to_value) * size)
+        tl.store(traces + block * heads + head, tl.sum(to_value) * size)
     if CENTRED:
-        start, apart = vectors + (4 * split * heads + head) * HEAD, heads.to(tl.int64) * HEAD
+        start, apart = own + head * HEAD, wide * HEAD
         store(start, r, r < row_end, query_along)
         store(start + apart, r, r < row_end, key_along)
         store(start + 2 * apart, e, e < column_end, value_along)

@@ -7,6 +7,7 @@ weights in one floating dtype of at most 32 bits; others are copied first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from ofa_kernels.reference.constants import check_attention_weights, check_gradi
 
 Matrix = tuple[Any, ...]
 """A tensor and its strides, as the kernels take them."""
+
+ROW = 16
+"""What a row's float32 numbers are a multiple of, so that the next one's are read and written 16 bytes at a time."""
 
 _MLP = "Tensor gate, Tensor? up, Tensor down, Tensor scale"
 _ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor output, Tensor scale"
@@ -93,9 +97,7 @@ def forward_mlp(gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, ce
     if centred:
         *along, beside = found
         constants = [own - a * beside / len(scale) for own, a in zip(constants, along, strict=True)]
-    # Outputs of an operation are tensors of their own, not parts of one.
-    of_gate, *of_up = (own.clone() for own in constants)
-    return of_gate, of_up[0] if of_up else scale.new_empty(0, dtype=torch.float32)
+    return constants[0], scale.new_empty(0, dtype=torch.float32) if up is None else constants[1]
 
 
 def empty_mlp(gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
@@ -142,9 +144,9 @@ def forward_attention(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel for an attention, and add up what its programs found."""
-    products, traces, vectors = _attention_sums(query, key, value, output, scale, centred, products=True)
-    to_query, to_key, to_value = products[:, 0].sum(0), products[:, 1].sum(0), traces.sum((0, 1))
-    if vectors is not None:
+    (to_query, to_key), vectors, traces = _attention_sums(query, key, value, output, scale, centred, products=True)
+    to_value = traces[0] if len(traces) == 1 else traces.sum(0)
+    if centred:
         of_query, of_key, of_value, beside = vectors
         beside = beside / len(scale)
         to_query -= of_query.unsqueeze(2) * beside.unsqueeze(1)
@@ -181,9 +183,9 @@ def backward_attention(
     grads = [grad.float().contiguous() for grad in (grad_query, grad_key, grad_value)]
     along = beside = None
     if centred:
-        *_, vectors = _attention_sums(query, key, value, output, scale, centred, products=False)
-        assert vectors is not None
-        of_query, of_key, of_value, beside = vectors
+        _, (of_query, of_key, of_value, beside), _ = _attention_sums(
+            query, key, value, output, scale, centred, products=False
+        )
         along = (of_query.unsqueeze(1) @ grads[0] + of_key.unsqueeze(1) @ grads[1]).squeeze(1)
         along += grads[2].unsqueeze(1) * of_value
     config = _configuration(attention_constants_backward, head, query)
@@ -225,8 +227,8 @@ def _mlp_sums(gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, cent
 
 def _attention_sums(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor, centred: bool, *, products: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
-    """What the forward kernel for an attention sums: the shares of products and traces, and the vectors, added up."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward kernel for an attention sums: products, vectors and traces; see there. Empty if not wanted."""
     from ofa_kernels.kernels.constants import attention_constants_forward
 
     query, key, value, output = _alike(query, key, value, output)
@@ -234,27 +236,26 @@ def _attention_sums(
     config = _configuration(attention_constants_forward, head, query)
     blocks, tiles = (-(-head // config.block_rows)) ** 2, -(-width // config.block_width)
     shares = launch.shares(heads * blocks, tiles, config.waves * multiprocessors(query.device))
-
-    def sums(*shape: int, written: bool) -> Tensor:
-        return scale.new_empty((shares if written else 0, *shape), dtype=torch.float32)
-
-    matrices = sums(2, heads, head, head, written=products)
-    traces = sums(blocks, heads, written=products)
-    vectors = sums(4, heads, head, written=centred)
+    shapes = (2 * products, heads, head, head), (4 * centred, heads, head), (blocks * products, heads)
+    sizes = [prod(shape) for shape in shapes]
+    # Rows that begin at 16 bytes; what is between them nobody reads.
+    share = -(-sum(sizes) // ROW) * ROW
+    sums = scale.new_empty((shares, share), dtype=torch.float32)
     args = (
         *(_matrix(weight) for weight in (query, key, value, output)),
         _vector(scale),
         _unit(scale.float().square().amax()) if products and _narrow(query) else None,
-        matrices,
-        traces,
-        vectors,
+        sums,
+        share,
         heads,
         heads // len(key),
         width,
     )
     constants = {"CENTRED": centred, "PRODUCTS": products, **_constants(query, config)}
     _start(attention_constants_forward, heads * blocks * shares, query, config, args, constants)
-    return matrices, traces, vectors.sum(0).unbind() if centred else None
+    parts = sums.sum(0).split([*sizes, share - sum(sizes)])
+    found, vectors, traces = (part.view(shape) for part, shape in zip(parts, shapes, strict=False))
+    return found, vectors, traces
 
 
 def _alike(*weights: Tensor | None) -> Any:

@@ -55,7 +55,7 @@ def operation(
     modes. Going through PyTorch's dispatcher and back into Python for each of its keys takes several times as long as
     a launch, so that any other call goes to `function` at once, by way of a plain autograd function if need be.
     """
-    implement(name, function, fake)
+    implement(name, _of_their_own(function), fake)
     if derivative is None:
         differentiable_once(name)
     else:
@@ -72,6 +72,18 @@ def operation(
         return tracked(*args) if torch.is_grad_enabled() and _any_requires_grad(args) else function(*args)
 
     return call
+
+
+def _of_their_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with copies of results that are parts of one tensor: those of a registered operation may not be."""
+
+    def registered(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results
+        return tuple(one.clone() if one.untyped_storage().nbytes() > one.nbytes else one for one in results)
+
+    return registered
 
 
 def _autograd_function(function: Callable[..., Any], derivative: Derivative) -> type[torch.autograd.Function]:

@@ -110,11 +110,8 @@ def backward(
     rows = g.shape[0]
     runs, tiles = runs_and_tiles(mlp_trace_backward, rows, gate, width)
 
-    def sums(vector: Tensor | None) -> Tensor:
-        written = vector is not None and grad_trace is not None
-        return gate.new_empty((runs, width if written else 0), dtype=torch.float32)
-
-    partial_gate, partial_up = sums(gate_trace), sums(up_trace)
+    vectors = [vector for vector in (gate_trace, up_trace) if vector is not None and grad_trace is not None]
+    partial = gate.new_empty((2, runs, width if vectors else 0), dtype=torch.float32)
     run(
         mlp_trace_backward,
         runs * tiles,
@@ -127,8 +124,7 @@ def backward(
         None if grad_trace is None else grad_trace.contiguous(),
         grad_gate,
         grad_up,
-        partial_gate,
-        partial_up,
+        *partial,
         rows,
         width,
         g.stride(0),
@@ -137,8 +133,9 @@ def backward(
         0 if y is None else y.stride(1),
         ACTIVATION=activation,
     )
-    dtypes = gate_trace.dtype, (gate_trace if up_trace is None else up_trace).dtype
-    return grad_gate, grad_up, partial_gate.sum(0).to(dtypes[0]), partial_up.sum(0).to(dtypes[1])
+    sums = partial[: max(1, len(vectors))].sum(1)
+    of_gate, *of_up = (one.to(vector.dtype) for one, vector in zip(sums, vectors or [gate_trace], strict=True))
+    return grad_gate, grad_up, of_gate, of_up[0] if of_up else of_gate.new_empty(0)
 
 
 def empty_gradients(

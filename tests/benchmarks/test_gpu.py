@@ -146,3 +146,13 @@ def _launched(run):
     with launching.launching_by(lambda kernel, *_: names.add(kernel.fn.__name__), "sm_90"):
         run()
     return names
+
+
+def test_the_hosts_time_is_measured_on_kernels_without_a_gpu(tmp_path):
+    """In a process of its own, which computes nothing afterwards. A step launches more kernels the more it measures."""
+    command = [sys.executable, "-m", "benchmarks.host_time", "--rounds", "2", "--out", str(tmp_path / "host.csv")]
+    subprocess.run(command, cwd=SCRIPT.parents[1], check=True, capture_output=True)
+    rows = read(tmp_path / "host.csv")
+    launches = {row["variant"]: float(row["value"]) for row in rows if row["metric"] == "launches"}
+    assert 0 < launches["plain"] < launches["step_ratio"] < launches["exact_quarter"] < launches["exact"]
+    assert {row["value"] for row in rows if (row["variant"], row["metric"]) == ("plain", "ratio")} == {"1.0"}

@@ -299,6 +299,22 @@ def test_constants_are_computed_when_something_changed(change: str, computed: Co
     torch.testing.assert_close(kept, fresh, rtol=1e-5, atol=1e-5)
 
 
+def test_only_the_branches_of_sampled_steps_have_constants_computed(computed: Counter[str]) -> None:
+    """One of six steps a pass: its own constants, once for all passes that it is sampled in while γ stays as it is."""
+    model, given = built("llama"), families.inputs("llama")
+    with measuring(model, steps=1 / 6) as reg:
+        for _ in range(2):
+            sampled: set[int] = set()
+            for _ in range(6):
+                model(**given)
+                sampled |= set(reg.measurements.traces.isfinite().all(1).nonzero().flatten().tolist())
+                assert computed.total() == len(sampled)
+            assert len(sampled) > 1
+            with torch.no_grad():
+                model.model.layers[0].input_layernorm.weight.mul_(1.1)
+            computed.clear()
+
+
 def test_micro_batches_share_constants_and_each_has_its_gradient(computed: Counter[str]) -> None:
     """Two forwards, then two backwards, with constants computed once: the gradients are those of each pass alone."""
     model = frozen("gpt2")
