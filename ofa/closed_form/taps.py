@@ -71,8 +71,8 @@ class Tap:
 
     def stop(self) -> None:
         """Fall silent and let go of everything."""
-        self.open = False
-        self._seen = {}
+        if self.open:
+            self.open, self._seen = False, {}
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any = None) -> None:

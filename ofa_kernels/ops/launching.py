@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -171,10 +172,25 @@ def start_by_names(
     if programs == 0:
         return
     constants = constants | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
-    given = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    args = tuple(arguments[name] for name in kernel.arg_names if name in arguments)
+    names = _names(kernel)
+    given = {name: constants[name] for name in names.constants}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    start(kernel, programs, tensor, args, given, config.max_registers, **options)
+    start(kernel, programs, tensor, names.arguments(arguments), given, config.max_registers, **options)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a kernel names: its arguments, taken in order from a mapping, and its compile-time constants."""
+
+    arguments: Callable[[dict[str, Any]], tuple[Any, ...]]
+    constants: tuple[str, ...]
+
+
+@cache
+def _names(kernel: Any) -> _Names:
+    annotated = kernel.fn.__annotations__
+    constants = tuple(name for name in kernel.arg_names if "constexpr" in str(annotated.get(name)))
+    return _Names(itemgetter(*(name for name in kernel.arg_names if name not in constants)), constants)
 
 
 @contextmanager
