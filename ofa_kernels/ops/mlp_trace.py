@@ -111,7 +111,8 @@ def backward(
     runs, tiles = runs_and_tiles(mlp_trace_backward, rows, gate, width)
 
     vectors = [vector for vector in (gate_trace, up_trace) if vector is not None and grad_trace is not None]
-    partial = gate.new_empty((2, runs, width if vectors else 0), dtype=torch.float32)
+    partial = gate.new_empty((max(1, len(vectors)), runs, width if vectors else 0), dtype=torch.float32)
+    partial_gate, *partial_up = partial
     run(
         mlp_trace_backward,
         runs * tiles,
@@ -124,7 +125,8 @@ def backward(
         None if grad_trace is None else grad_trace.contiguous(),
         grad_gate,
         grad_up,
-        *partial,
+        partial_gate,
+        partial_up[0] if partial_up else partial_gate[:0],
         rows,
         width,
         g.stride(0),
@@ -133,7 +135,7 @@ def backward(
         0 if y is None else y.stride(1),
         ACTIVATION=activation,
     )
-    sums = partial[: max(1, len(vectors))].sum(1)
+    sums = partial.sum(1)
     of_gate, *of_up = (one.to(vector.dtype) for one, vector in zip(sums, vectors or [gate_trace], strict=True))
     return grad_gate, grad_up, of_gate, of_up[0] if of_up else of_gate.new_empty(0)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -57,6 +58,8 @@ class Running:
             text=True,
             env=ENVIRONMENT,
             start_new_session=True,
+            # A shell starts what it runs in the background with interrupts ignored, and pytest may be that.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         self.lines: list[str] = []
 
