@@ -100,7 +100,7 @@ _SHIFTED_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
     "attention_trace_combine": {64: (16, 16, 4, 255)},
     "attention_trace_backward_own": {64: (16, 16, 4, 255)},
 }
-"""Where heads have shifts: sm_100 spills with 32 rows, which take 252 registers without; 16 take 112 and 148."""
+"""Where heads have shifts, on NVIDIA: sm_100 spills with 32 rows, of 252 registers without; 16 have 112 and 148."""
 
 _HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
     # 1 x 2048 tokens of 32 heads of 128: 0.27 ms, where 128 x 32 takes 0.31, 64 x 32 on four warps 0.34, 32 x 32 0.63.
@@ -147,7 +147,7 @@ def configure_attention(
     if measured is not None:
         (rows, columns, warps, stages), registers = measured, 255
     elif itemsize <= 2:
-        shifted = _SHIFTED_TILES.get(kernel, {}) if crowded else {}
+        shifted = _SHIFTED_TILES.get(kernel, {}) if crowded and architecture.startswith("sm_") else {}
         rows, columns, warps, registers = {**_HALF_TILES[kernel], **shifted}[max(64, tile)]
     elif kernel == "attention_moments_backward_keys":
         # Eight warps leave a thread of this sweep 128 registers: too few by some.

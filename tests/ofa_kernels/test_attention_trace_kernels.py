@@ -427,9 +427,9 @@ def test_what_is_launched(pairs, shifted):
     assert tuple(name for name, _ in found) == BACKWARD
 
 
-@pytest.mark.parametrize(("architecture", "fewer"), [("sm_90", 1), ("sm_100", 2)])
+@pytest.mark.parametrize(("architecture", "fewer"), [("sm_90", 1), ("sm_100", 2), ("gfx942", 1)])
 def test_shifts_take_fewer_rows_at_once_where_registers_do_not_suffice(architecture, fewer):
-    """Heads of 64 on sm_100, whose kernels spill otherwise; what was measured on sm_90 stays."""
+    """Heads of 64 on sm_100, whose kernels spill otherwise; what was measured on sm_90 stays, and gfx942 has room."""
     rows = []
     for shifted in ((), SHIFTS):
         given = dispatched(Trace(head=64, value=64, pairs=32, shifted=shifted), "meta")
