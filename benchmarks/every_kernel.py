@@ -46,9 +46,15 @@ def launch(device: torch.device) -> Iterator[str]:
             case = replace(attention.TINY, width=width, tokens=37, dtype=dtype)
             given = attention.draw(case, device)
             leaves = [tensor.requires_grad_() for tensor in given.tensors]
-            results = attention_trace.attention_trace(*leaves, scale=width**-0.5, causal=True, rotary=given.rotary)
-            torch.autograd.grad(results, leaves, [torch.randn_like(result) for result in results])
-            yield f"attention_trace heads of {width} {dtype}"
+            settings = {"scale": width**-0.5, "causal": True, "rotary": given.rotary}
+            shifts = {
+                f"{name}_shift": torch.randn(heads.shape[1], width, device=device)
+                for name, heads in zip(("query", "key", "value"), leaves, strict=False)
+            }
+            for words, options in (("", settings), (" with shifts", settings | shifts)):
+                results = attention_trace.attention_trace(*leaves, **options)
+                torch.autograd.grad(results, leaves, [torch.randn_like(result) for result in results])
+                yield f"attention_trace heads of {width} {dtype}{words}"
     for branch in constants.BRANCHES:
         for dtype in DTYPES:
             for centred in (False, True):

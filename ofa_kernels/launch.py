@@ -96,6 +96,11 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
 }
 """Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
 
+_SHIFTED_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
+    "attention_trace_combine": {64: (16, 16, 4, 255)},
+    "attention_trace_backward_own": {64: (16, 16, 4, 255)},
+}
+"""Where heads have shifts, on NVIDIA: sm_100 spills with 32 rows, of 252 registers without; 16 have 112 and 148."""
 
 _HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
     # 1 x 2048 tokens of 32 heads of 128: 0.27 ms, where 128 x 32 takes 0.31, 64 x 32 on four warps 0.34, 32 x 32 0.63.
@@ -129,18 +134,21 @@ def configure_attention(
     measured to be fastest is taken, spills or none. In float32 products are made by multiply-adds of single numbers, 16
     by 16, the smallest tile there is. Two stages copy a tile into shared memory while the last one is worked on,
     without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. A mask of every pair or a tangent
-    of the queries' own (`crowded`) is one more tile of each, for which the large ones of sm_90 leave no room. Where no
-    limit of registers is given, the assembler spills less with one of its own.
+    of the queries' own (`crowded`) is one more tile of each sweep, for which the large ones of sm_90 leave no room; to
+    what goes token by token, `crowded` are heads with shifts. Where no limit of registers is given, the assembler
+    spills less with one of its own.
     """
+    sweeps = not kernel.startswith("attention_trace")
     tile, warp, stages = tile_width(width), 64 if architecture.startswith("gfx9") else 32, 2
     registers: int | None
     measured = None
-    if architecture == "sm_90" and itemsize <= 2 and not crowded:
+    if architecture == "sm_90" and itemsize <= 2 and not (crowded and sweeps):
         measured = _HOPPER_TILES.get(kernel, {}).get(max(64, tile))
     if measured is not None:
         (rows, columns, warps, stages), registers = measured, 255
     elif itemsize <= 2:
-        rows, columns, warps, registers = _HALF_TILES[kernel][max(64, tile)]
+        shifted = _SHIFTED_TILES.get(kernel, {}) if crowded and architecture.startswith("sm_") else {}
+        rows, columns, warps, registers = {**_HALF_TILES[kernel], **shifted}[max(64, tile)]
     elif kernel == "attention_moments_backward_keys":
         # Eight warps leave a thread of this sweep 128 registers: too few by some.
         rows, columns, warps, registers = 16, 16, 4, None
@@ -149,7 +157,7 @@ def configure_attention(
     if architecture.startswith("gfx"):
         # Eight warps of 64 threads would have 256 registers each, where four have 512.
         warps, registers = 4, None
-    if not kernel.startswith("attention_trace"):
+    if sweeps:
         # A thread copies 16 bytes or more of the smaller tile.
         warps = min(warps, max(1, min(rows, columns) * tile * itemsize // (16 * warp)))
     return AttentionLaunch(rows, columns, warps, num_stages=stages, max_registers=registers)

@@ -86,7 +86,7 @@ class AttentionCase:
     masked: str
     """"" for nothing, "padded" for a mask of keys, "pairwise" for one of every query and key, to be added."""
     tangent: bool = False
-    """Whether queries move in a direction of their own, as they do where their projection has a bias."""
+    """Whether queries move in a direction of their own, as where projections have biases: shifts, to a trace."""
 
     @property
     def label(self) -> str:
@@ -114,16 +114,19 @@ class AttentionCase:
         settings = self.width**-0.5, True, None
         attention_moments.forward(*given, *settings)
         attention_moments.backward(*given, number, number, number, q, *settings)
-        if q.element_size() == 2 and self.width <= attention_trace.WIDEST_HEAD and not self.tangent:
-            self._launch_trace(q, k, number, mask)
+        if q.element_size() == 2 and self.width <= attention_trace.WIDEST_HEAD:
+            shift = torch.empty(heads, self.width, device="meta") if self.tangent else None
+            self._launch_trace(q, k, number, shift, mask)
 
-    def _launch_trace(self, q: Tensor, k: Tensor, number: Tensor, mask: Tensor | None) -> None:
+    def _launch_trace(self, q: Tensor, k: Tensor, number: Tensor, shift: Tensor | None, mask: Tensor | None) -> None:
         heads, rows = q.shape[1:3]
         constant = torch.empty(heads, self.width, self.width, device="meta")
         # Views of the model's, which has every angle twice.
         angle = torch.empty(1, rows, self.width, dtype=q.dtype, device="meta")[..., : self.width // 2]
         features = torch.empty(q.shape, dtype=q.dtype, device="meta")
-        given = q, k, k, q, constant, constant, number[0, :, 0], mask, angle, angle
+        of_keys = None if shift is None else shift[: k.shape[1]]
+        shifts = shift, of_keys, of_keys
+        given = q, k, k, q, constant, constant, number[0, :, 0], *shifts, mask, angle, angle
         settings = False, self.width**-0.5, True, None
         attention_trace.forward(*given, *settings)
         saved = features, features, features[:1, 0], number

@@ -97,11 +97,12 @@ def attention_moments_backward_rows(
         a_ij = e^(s_ij − lse_i),  f_ij = angle_i·turn_j − aim_i·k_j,  t_ij = scale (tangent_i or q_i)·k_j
         g_ij = D_i·v_j − D_i·o_i,  b_ij = w_i f_ij + t_ij g_ij,  p_i = Σ a_ij b_ij − ℓ_i
         ∂tangent_i = scale Σ a_ij g_ij k_j
-        ∂query_i = scale (Σ a_ij b_ij k_j − p_i Σ a_ij k_j), and ∂tangent_i as well if there is no tangent
+        ∂query_i = scale (Σ a_ij b_ij k_j − p_i Σ a_ij k_j), and ∂tangent_i as well if grad_tangent is None
         ∂aim_i = −w_i Σ a_ij k_j,  ∂output_i = −D_i Σ a_ij t_ij
 
     for ℓ, w, D = grad_lse, grad_mean, grad_covariance, each of which may be None. Arguments as those of the forward
-    kernel, the gradients as what they belong to. own_query (or None) is added to ∂query, whose memory it may be.
+    kernel, the gradients as what they belong to. grad_tangent is None where the tangent is the query, or moves as it
+    does. own_query (or None) is added to ∂query, whose memory it may be.
     pull = p and offset = D·o (None without D), numbers of each query in float32, are written for the sweeps over the
     queries of a key.
     """
@@ -125,6 +126,7 @@ def attention_moments_backward_rows(
         store(offset + numbers, row, row < rows, d_dot_o)
         if tangent is not None:
             t = load_rows(tangent, sequence, head, first, rows, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
+        if grad_tangent is not None:
             turned = tl.zeros((BLOCK_ROWS, HEAD_TILE), tl.float32)
     p = tl.zeros((BLOCK_ROWS,), tl.float32)
     moved_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -165,12 +167,13 @@ def attention_moments_backward_rows(
             moved = raw
             if tangent is not None:
                 moved = products(t, k, STREAM, EMULATED)
+            if grad_tangent is not None:
                 turned = product(weight * gap, k, turned, STREAM, EMULATED)
             b += moved * gap
             moved_sum += tl.sum(weight * moved, 1)
         p += tl.sum(weight * b, 1)
         b *= scale
-        if grad_covariance is not None and tangent is None:
+        if grad_covariance is not None and grad_tangent is None:
             b += gap
         pushed = product(weight * b, k, pushed, STREAM, EMULATED)
         average = product(weight, k, average, STREAM, EMULATED)
@@ -188,10 +191,10 @@ def attention_moments_backward_rows(
         # Read once more, rather than kept in registers during the sweep.
         d = load_rows(grad_covariance, sequence, head, first, rows, STREAM, BLOCK_ROWS, VALUE, VALUE_TILE)
         d_output = (-scale * moved_sum)[:, None] * d.to(tl.float32)
-        if tangent is not None:
+        if grad_tangent is not None:
             d_tangent = turned
     store_rows(grad_output, sequence, head, first, rows, d_output, BLOCK_ROWS, VALUE, VALUE_TILE)
-    if tangent is not None:
+    if grad_tangent is not None:
         store_rows(grad_tangent, sequence, head, first, rows, d_tangent, BLOCK_ROWS, HEAD, HEAD_TILE)
 
 

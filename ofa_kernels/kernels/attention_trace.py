@@ -111,6 +111,30 @@ def load_angles(cos, sin, sequence, first, rows, PAIRS: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def load_shift(shift, head, PART: tl.constexpr, PAIRS: tl.constexpr, HEAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Channels x, y or rest of a head's shift b, the same for every row: (1, channels) in float32."""
+    channel, any_of = channels_of(PART, PAIRS, HEAD, INTERLEAVED)
+    return load(shift + head * HEAD, channel[None, :], any_of[None, :])
+
+
+@triton.jit
+def turn_shift(shift, head, cosine, sine, PAIRS: tl.constexpr, HEAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """R b for some rows, whose angles are given: channels x and y."""
+    x = load_shift(shift, head, 0, PAIRS, HEAD, INTERLEAVED)
+    y = load_shift(shift, head, 1, PAIRS, HEAD, INTERLEAVED)
+    return x * cosine - y * sine, y * cosine + x * sine
+
+
+@triton.jit
+def without_shift(rows, shift, head, VALUE: tl.constexpr, VALUE_TILE: tl.constexpr):
+    """Rows of values less their head's shift, or as they are where there is none."""
+    if shift is not None:
+        column = tl.arange(0, VALUE_TILE)[None, :]
+        rows -= load(shift + head * VALUE, column, column < VALUE)
+    return rows
+
+
+@triton.jit
 def own_weight(
     score,
     mask,
@@ -142,15 +166,18 @@ def own_weight(
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def attention_trace_features(
+    query,
     key,
     value,
     output,
     query_trace,
+    query_shift,
     cos,
     sin,
     turn,
     aim,
     reverse,
+    query_moved,
     rows,
     heads,
     groups,
@@ -162,13 +189,14 @@ def attention_trace_features(
     VALUE_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """(turn, aim, reverse) of the sweep over the keys, as `reference.features`; one program per block of rows and head.
+    """What the sweep over the keys takes besides, as `reference.features`; one program per block of rows and head.
 
         w = M_q v,  turn = (k_x w_x + k_y w_y, k_y w_x − k_x w_y, k_rest·w_rest),  aim = R M_q o
-        reverse = −(cos θ, sin θ, 1)
+        reverse = −(cos θ, sin θ, 1),  query_moved = q − R b
 
     The last feature only where channels are not rotated. turn (B, H, T, features), aim (B, H, T, HEAD) and reverse
     (B or 1, T, features), written by the programs of the first head; reverse[1] is 0 where all sequences share it.
+    query_shift = b, (H, HEAD), and query_moved, (B, H, T, HEAD), or None.
     """
     sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
     STREAM: tl.constexpr = key[0].dtype.element_ty
@@ -194,6 +222,12 @@ def attention_trace_features(
         if writes_angles:
             store_part(reverse, sequence, head, first, rows, -cosine, 0, PAIRS, HEAD, False, BLOCK_ROWS)
             store_part(reverse, sequence, head, first, rows, -sine, 1, PAIRS, HEAD, False, BLOCK_ROWS)
+        if query_shift is not None:
+            q_x = load_part(query, sequence, head, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+            q_y = load_part(query, sequence, head, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+            b_x, b_y = turn_shift(query_shift, head, cosine, sine, PAIRS, HEAD, INTERLEAVED)
+            store_part(query_moved, sequence, head, first, rows, q_x - b_x, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+            store_part(query_moved, sequence, head, first, rows, q_y - b_y, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
     if HEAD > 2 * PAIRS:
         m = load_constant(query_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
         k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
@@ -205,6 +239,10 @@ def attention_trace_features(
         if writes_angles:
             at = row.to(tl.int64) * reverse[3] + 2 * PAIRS
             store(head_of(reverse, sequence, head), at, row < rows, tl.full((BLOCK_ROWS,), -1.0, tl.float32))
+        if query_shift is not None:
+            q = load_part(query, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+            q -= load_shift(query_shift, head, 2, PAIRS, HEAD, INTERLEAVED)
+            store_part(query_moved, sequence, head, first, rows, q, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -215,6 +253,8 @@ def attention_trace_combine(
     output,
     key_trace,
     value_trace,
+    key_shift,
+    value_shift,
     cos,
     sin,
     mask,
@@ -241,9 +281,10 @@ def attention_trace_combine(
     """Tangent and trace of every head from the moments, as `reference.combine`; one program per block of rows and head.
 
         m = M_k (v_i − o_i),  a_ii = exp(scale q·k + mask − lse)
-        trace = a_ii (c_v + scale q·R m) + scale mean,  tangent += a_ii (scale q·k (v − o) + v)
+        trace = a_ii (c_v + scale q·R m) + scale mean,  tangent += a_ii (scale q·(k − R b) (v − o) + v − b')
 
-    tangent, (B, H, T, VALUE), holds the covariance and is written to; trace is (B, H, T) in float32.
+    tangent, (B, H, T, VALUE), holds the covariance and is written to; trace is (B, H, T) in float32. key_shift = b,
+    (heads of keys, HEAD), and value_shift = b', (heads of keys, VALUE), or None for 0.
     """
     sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
     STREAM: tl.constexpr = query[0].dtype.element_ty
@@ -255,6 +296,7 @@ def attention_trace_combine(
     gap = v - load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
     shared = head // groups
     score = tl.zeros((BLOCK_ROWS,), tl.float32)
+    still = tl.zeros((BLOCK_ROWS,), tl.float32)
     match = tl.zeros((BLOCK_ROWS,), tl.float32)
     if PAIRS > 0:
         cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, BLOCK_ROWS)
@@ -263,15 +305,23 @@ def attention_trace_combine(
         k_x = load_part(key, sequence, shared, first, rows, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         score += tl.sum(q_x * k_x + q_y * k_y, 1)
-        # q·R m is R⁻¹q·m.
+        # q·R m is R⁻¹q·m, and q·R b is R⁻¹q·b.
         m = load_constant(key_trace, head, STREAM, 0, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
-        match += tl.sum((q_x * cosine + q_y * sine) * products(gap, m, STREAM, EMULATED), 1)
+        u = q_x * cosine + q_y * sine
+        match += tl.sum(u * products(gap, m, STREAM, EMULATED), 1)
+        if key_shift is not None:
+            still += tl.sum(u * load_shift(key_shift, shared, 0, PAIRS, HEAD, INTERLEAVED), 1)
         m = load_constant(key_trace, head, STREAM, 1, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
-        match += tl.sum((q_y * cosine - q_x * sine) * products(gap, m, STREAM, EMULATED), 1)
+        u = q_y * cosine - q_x * sine
+        match += tl.sum(u * products(gap, m, STREAM, EMULATED), 1)
+        if key_shift is not None:
+            still += tl.sum(u * load_shift(key_shift, shared, 1, PAIRS, HEAD, INTERLEAVED), 1)
     if HEAD > 2 * PAIRS:
         q = load_part(query, sequence, head, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         score += tl.sum(q * k, 1)
+        if key_shift is not None:
+            still += tl.sum(q * load_shift(key_shift, shared, 2, PAIRS, HEAD, INTERLEAVED), 1)
         m = load_constant(key_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
         match += tl.sum(q * products(gap, m, STREAM, EMULATED), 1)
     score *= scale
@@ -295,5 +345,9 @@ def attention_trace_combine(
     column = tl.arange(0, VALUE_TILE)[None, :]
     at, inside = (row.to(tl.int64) * tangent[3])[:, None] + column, (row < rows)[:, None] & (column < VALUE)
     start = head_of(tangent, sequence, head)
-    moved = load(start, at, inside) + weight[:, None] * (score[:, None] * gap + v)
+    along = score
+    if key_shift is not None:
+        along -= scale * still
+    value_moved = without_shift(v, value_shift, shared, VALUE, VALUE_TILE)
+    moved = load(start, at, inside) + weight[:, None] * (along[:, None] * gap + value_moved)
     store(start, at, inside, moved)

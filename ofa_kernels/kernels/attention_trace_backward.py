@@ -15,9 +15,12 @@ from ofa_kernels.kernels.attention_trace import (
     load_angles,
     load_constant,
     load_part,
+    load_shift,
     own_weight,
     store_part,
     tile_of,
+    turn_shift,
+    without_shift,
 )
 from ofa_kernels.kernels.tile import load, store
 
@@ -30,6 +33,9 @@ def attention_trace_backward_own(
     output,
     key_trace,
     value_trace,
+    query_shift,
+    key_shift,
+    value_shift,
     cos,
     sin,
     mask,
@@ -42,6 +48,7 @@ def attention_trace_backward_own(
     grad_lse,
     grad_mean,
     grad_query,
+    query_moved,
     own,
     sequences,
     rows,
@@ -59,12 +66,14 @@ def attention_trace_backward_own(
 ):
     """What the sweeps and the two kernels below start from; one program per block of rows and head.
 
-        ∂lse = −a_ii (s (c_v + scale q·R m) + scale q·k D·(v − o) + D·v),  ∂mean = scale s
-        h = scale a_ii s,  l = scale (a_ii D·(v − o) − ∂lse),  ∂query = h R m + l k
-        own = (a_ii, a_ii scale q·k, h, l)
+        k' = k − R b_k,  v' = v − b_v,  g = scale a_ii D·(v − o)
+        ∂lse = −a_ii (s (c_v + scale q·R m) + scale q·k' D·(v − o) + D·v'),  ∂mean = scale s
+        h = scale a_ii s,  l = g − scale ∂lse,  ∂query = h R m + l k − g R b_k
+        own = (a_ii, a_ii scale q·k', h, l),  query_moved = q − R b_q
 
     for D = grad_tangent, (B, H, T, VALUE), and s = grad_trace, (B, T). grad_lse and grad_mean are (B, H, T) and own is
-    (4, B, H, T) in float32; grad_query, (B, H, T, HEAD), is for the sweep over the keys to add to.
+    (4, B, H, T) in float32; grad_query, (B, H, T, HEAD), is for the sweep over the keys to add to. The shifts b, and
+    query_moved with b_q, are as in the kernels of the forward pass, which leave it to be made again.
     """
     sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
     STREAM: tl.constexpr = query[0].dtype.element_ty
@@ -77,8 +86,10 @@ def attention_trace_backward_own(
     v = load_rows(value, sequence, shared, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
     gap = v - load_rows(output, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
     d = load_rows(grad_tangent, sequence, head, first, rows, tl.float32, BLOCK_ROWS, VALUE, VALUE_TILE)
-    with_gap, with_value = tl.sum(d * gap, 1), tl.sum(d * v, 1)
+    with_gap = tl.sum(d * gap, 1)
+    with_value = tl.sum(d * without_shift(v, value_shift, shared, VALUE, VALUE_TILE), 1)
     score = tl.zeros((BLOCK_ROWS,), tl.float32)
+    still = tl.zeros((BLOCK_ROWS,), tl.float32)
     match = tl.zeros((BLOCK_ROWS,), tl.float32)
     if PAIRS > 0:
         cosine, sine = load_angles(cos, sin, sequence, first, rows, PAIRS, BLOCK_ROWS)
@@ -92,6 +103,13 @@ def attention_trace_backward_own(
         k_y = load_part(key, sequence, shared, first, rows, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         score += tl.sum(q_x * k_x + q_y * k_y, 1)
         match += tl.sum(q_x * x + q_y * y, 1)
+        if query_shift is not None:
+            b_x, b_y = turn_shift(query_shift, head, cosine, sine, PAIRS, HEAD, INTERLEAVED)
+            store_part(query_moved, sequence, head, first, rows, q_x - b_x, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+            store_part(query_moved, sequence, head, first, rows, q_y - b_y, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        if key_shift is not None:
+            b_x, b_y = turn_shift(key_shift, shared, cosine, sine, PAIRS, HEAD, INTERLEAVED)
+            still += tl.sum(q_x * b_x + q_y * b_y, 1)
     if HEAD > 2 * PAIRS:
         m = load_constant(key_trace, head, STREAM, 2, PAIRS, HEAD, INTERLEAVED, VALUE, VALUE_TILE)
         z = products(gap, m, STREAM, EMULATED)
@@ -99,6 +117,12 @@ def attention_trace_backward_own(
         k = load_part(key, sequence, shared, first, rows, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         score += tl.sum(q * k, 1)
         match += tl.sum(q * z, 1)
+        if query_shift is not None:
+            moved = q - load_shift(query_shift, head, 2, PAIRS, HEAD, INTERLEAVED)
+            store_part(query_moved, sequence, head, first, rows, moved, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
+        if key_shift is not None:
+            b = load_shift(key_shift, shared, 2, PAIRS, HEAD, INTERLEAVED)
+            still += tl.sum(q * b, 1)
     score *= scale
     weight = own_weight(
         score,
@@ -115,25 +139,32 @@ def attention_trace_backward_own(
         ADDITIVE,
         BLOCK_ROWS,
     )
+    along = score
+    if key_shift is not None:
+        along -= scale * still
     s = load(grad_trace + sequence * rows, row, inside)
     d_score = weight * (
-        s * (tl.load(value_trace + head).to(tl.float32) + scale * match) + score * with_gap + with_value
+        s * (tl.load(value_trace + head).to(tl.float32) + scale * match) + along * with_gap + with_value
     )
     to_match, to_score = scale * weight * s, scale * (weight * with_gap + d_score)
     store(grad_lse + numbers, row, inside, -d_score)
     store(grad_mean + numbers, row, inside, scale * s)
     stride = sequences.to(tl.int64) * heads * rows
     store(own + numbers, row, inside, weight)
-    store(own + stride + numbers, row, inside, weight * score)
+    store(own + stride + numbers, row, inside, weight * along)
     store(own + 2 * stride + numbers, row, inside, to_match)
     store(own + 3 * stride + numbers, row, inside, to_score)
-    to_match, to_score = to_match[:, None], to_score[:, None]
+    to_match, to_score, to_along = to_match[:, None], to_score[:, None], (scale * weight * with_gap)[:, None]
     if PAIRS > 0:
         x, y = to_match * x + to_score * k_x, to_match * y + to_score * k_y
+        if key_shift is not None:
+            x, y = x - to_along * b_x, y - to_along * b_y
         store_part(grad_query, sequence, head, first, rows, x, 0, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
         store_part(grad_query, sequence, head, first, rows, y, 1, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
     if HEAD > 2 * PAIRS:
         z = to_match * z + to_score * k
+        if key_shift is not None:
+            z -= to_along * b
         store_part(grad_query, sequence, head, first, rows, z, 2, PAIRS, HEAD, INTERLEAVED, BLOCK_ROWS)
 
 
@@ -169,10 +200,10 @@ def attention_trace_backward_tokens(
 
         u = R⁻¹ q,  w = M_q v,  z = R⁻¹ ∂aim,  (f, g, r) = ∂turn
         ∂m = h u,  ∂w = (f k_x + g k_y, f k_y − g k_x, r k_rest)
-        ∂output += −a_ii scale q·k D + M_qᵀ z − M_kᵀ ∂m,  ∂value += a_ii (scale q·k + 1) D + M_qᵀ ∂w + M_kᵀ ∂m
+        ∂output += −a_ii t D + M_qᵀ z − M_kᵀ ∂m,  ∂value += a_ii (t + 1) D + M_qᵀ ∂w + M_kᵀ ∂m
         ∂key += l q + (f w_x − g w_y, f w_y + g w_x, r w_rest)
 
-    with own = (a_ii, a_ii scale q·k, h, l). grad_key and grad_value have a head for each query head.
+    with own = (a_ii, a_ii t, h, l), t = scale q·(k − R b). grad_key and grad_value have a head for each query head.
     """
     sequence, head, block = sequence_head_block(rows, heads, BLOCK_ROWS)
     STREAM: tl.constexpr = query[0].dtype.element_ty

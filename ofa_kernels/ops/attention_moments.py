@@ -232,12 +232,15 @@ class Attention:
         grad_mean: Tensor | None,
         grad_covariance: Tensor | None,
         own_query: Tensor | None = None,
+        *,
+        tangent_follows: bool = False,
     ) -> dict[str, Tensor]:
         """Launch the sweeps backward: gradients by name, those of key and value with a head for each query head.
 
         One program for all the query heads of a key would be too few programs, and each too long, where eight share
         one; their gradients are float32 where they are to be summed. Gradients lie in memory as their tensors do.
-        `own_query`, shaped like query, is added to its gradient, and written to.
+        `own_query`, shaped like query, is added to its gradient, and written to. If `tangent_follows`, a tangent moves
+        as the queries do: its gradient is part of theirs.
         """
         from ofa_kernels.kernels.attention_moments_backward import (
             attention_moments_backward_keys,
@@ -245,7 +248,8 @@ class Attention:
             attention_moments_backward_values,
         )
 
-        grads = {name: like(tensor) for name, tensor in self._differentiated.items() if tensor is not None}
+        apart = {name: x for name, x in self._differentiated.items() if not (tangent_follows and name == "tangent")}
+        grads = {name: like(tensor) for name, tensor in apart.items() if tensor is not None}
         grads["query"] = grads["query"] if own_query is None else own_query
         for name in ("key", "value"):
             shared = grads[name]

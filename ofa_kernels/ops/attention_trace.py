@@ -1,6 +1,6 @@
 """`attention_trace` on a GPU: schema, shapes, autograd and launches; see `reference.attention_trace`.
 
-In 16 bits, and where heads have neither norms nor shifts of their own, everything is a kernel; elsewhere the kernels of
+In 16 bits, and where heads have no norms of their own, everything is a kernel; elsewhere the kernels of
 `attention_moments` are at work inside of `fused.attention_trace`.
 """
 
@@ -20,7 +20,7 @@ from ofa_kernels.reference.attention_trace import HeadNorm, Rotary, check_attent
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor output, Tensor query_trace, Tensor key_trace, Tensor value_trace, "
-    "Tensor? mask, Tensor? cos, Tensor? sin"
+    "Tensor? query_shift, Tensor? key_shift, Tensor? value_shift, Tensor? mask, Tensor? cos, Tensor? sin"
 )
 _SETTINGS = "bool interleaved, float scale, bool causal, SymInt? window"
 
@@ -69,8 +69,8 @@ def attention_trace(
         RuntimeError: a shift or the mask requires a gradient, which only the reference has.
     """
     given = query, key, value, output, query_trace, key_trace, value_trace
-    special = query_shift, key_shift, value_shift, query_norm, key_norm
-    if any(one is not None for one in special) or not _fits(query, value):
+    shifts = query_shift, key_shift, value_shift
+    if query_norm is not None or key_norm is not None or not _fits(query, value):
         return fused.attention_trace(
             *given,
             scale=scale,
@@ -85,10 +85,10 @@ def attention_trace(
             key_norm=key_norm,
             moments=_KERNELS,
         )
-    fused.refuse_gradients(mask=mask)
-    check_attention_trace(*given, None, None, None)
+    fused.refuse_gradients(query_shift=query_shift, key_shift=key_shift, value_shift=value_shift, mask=mask)
+    check_attention_trace(*given, *shifts)
     turns = (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
-    tangent, trace, *_ = call(*given, mask, *turns, scale, causal, window)
+    tangent, trace, *_ = call(*given, *shifts, mask, *turns, scale, causal, window)
     return tangent, trace
 
 
@@ -104,6 +104,9 @@ def forward(
     query_trace: Tensor,
     key_trace: Tensor,
     value_trace: Tensor,
+    query_shift: Tensor | None,
+    key_shift: Tensor | None,
+    value_shift: Tensor | None,
     mask: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -115,12 +118,13 @@ def forward(
     """Launch the kernels of the forward pass: (tangent, trace, and what the backward pass needs of it)."""
     from ofa_kernels.kernels.attention_trace import attention_trace_combine, attention_trace_features
 
-    constants = query_trace, key_trace, value_trace
-    tangent, _, turn, aim, reverse, lse = empty(query, key, value, output, *constants, mask, cos, sin)
-    tokens = _Tokens(query, key, value, output, *constants, mask, cos, sin, interleaved, scale)
+    constants, shifts = (query_trace, key_trace, value_trace), (query_shift, key_shift, value_shift)
+    tangent, _, turn, aim, reverse, lse = empty(query, key, value, output, *constants, *shifts, mask, cos, sin)
+    tokens = _Tokens(query, key, value, output, *constants, *shifts, mask, cos, sin, interleaved, scale)
+    moved = tokens.query_moved()
     tokens.add(turn=moments.rows_of(turn), aim=moments.rows_of(aim), reverse=moments.angles_of(reverse))
     tokens.over_rows(attention_trace_features)
-    sweep = moments.Attention(query, key, value, output, reverse, turn, aim, None, mask, scale, causal, window)
+    sweep = moments.Attention(query, key, value, output, reverse, turn, aim, moved, mask, scale, causal, window)
     mean, trace = torch.empty_like(lse), torch.empty_like(lse)
     sweep.forward(lse, mean, tangent)
     tokens.add(lse=lse, mean=mean, tangent=moments.rows_of(tangent), trace=trace)
@@ -136,6 +140,9 @@ def empty(
     query_trace: Tensor,
     key_trace: Tensor,
     value_trace: Tensor,
+    query_shift: Tensor | None,
+    key_shift: Tensor | None,
+    value_shift: Tensor | None,
     mask: Tensor | None,
     cos: Tensor | None,
     *more: Any,
@@ -169,6 +176,9 @@ def backward(
     query_trace: Tensor,
     key_trace: Tensor,
     value_trace: Tensor,
+    query_shift: Tensor | None,
+    key_shift: Tensor | None,
+    value_shift: Tensor | None,
     mask: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -190,17 +200,18 @@ def backward(
         attention_trace_backward_tokens,
     )
 
-    constants = query_trace, key_trace, value_trace
+    constants, shifts = (query_trace, key_trace, value_trace), (query_shift, key_shift, value_shift)
     d_tangent = query.new_zeros(output.shape) if grad_tangent is None else grad_tangent.to(query.dtype)
     d_trace = lse.new_zeros(query.shape[0], query.shape[2]) if grad_trace is None else grad_trace.contiguous()
-    tokens = _Tokens(query, key, value, output, *constants, mask, cos, sin, interleaved, scale)
+    tokens = _Tokens(query, key, value, output, *constants, *shifts, mask, cos, sin, interleaved, scale)
+    moved = tokens.query_moved()
     own, to_lse, to_mean = lse.new_empty((4, *lse.shape)), torch.empty_like(lse), torch.empty_like(lse)
     d_query = moments.like(query)
     tokens.add(lse=lse, grad_tangent=moments.rows_of(d_tangent), grad_trace=d_trace, own=own)
     tokens.add(grad_lse=to_lse, grad_mean=to_mean, grad_query=moments.rows_of(d_query))
     tokens.over_rows(attention_trace_backward_own)
-    sweep = moments.Attention(query, key, value, output, reverse, turn, aim, None, mask, scale, causal, window)
-    swept = sweep.backward(lse, to_lse, to_mean, d_tangent, own_query=d_query)
+    sweep = moments.Attention(query, key, value, output, reverse, turn, aim, moved, mask, scale, causal, window)
+    swept = sweep.backward(lse, to_lse, to_mean, d_tangent, own_query=d_query, tangent_follows=True)
     tokens.add(**{f"grad_{name}": moments.rows_of(grad) for name, grad in swept.items()})
     tokens.over_rows(attention_trace_backward_tokens)
     to_query, to_key, to_value = tokens.over_runs(attention_trace_backward_constants)
@@ -233,6 +244,9 @@ class _Tokens:
         query_trace: Tensor,
         key_trace: Tensor,
         value_trace: Tensor,
+        query_shift: Tensor | None,
+        key_shift: Tensor | None,
+        value_shift: Tensor | None,
         mask: Tensor | None,
         cos: Tensor | None,
         sin: Tensor | None,
@@ -240,6 +254,7 @@ class _Tokens:
         scale: float,
     ) -> None:
         self._like, self._shape = query, (*query.shape[:3], query.shape[3], value.shape[3])
+        self._shifted = any(shift is not None for shift in (query_shift, key_shift, value_shift))
         sequences, heads, rows, width, depth = self._shape
         spread = moments.spread(mask, (sequences, heads, rows, rows))
         strides = (0, 0, 0, 0) if spread is None else spread.stride()
@@ -251,6 +266,10 @@ class _Tokens:
             "query_trace": query_trace.contiguous(),
             "key_trace": key_trace.contiguous(),
             "value_trace": value_trace.contiguous(),
+            "query_shift": None if query_shift is None else query_shift.contiguous(),
+            "key_shift": None if key_shift is None else key_shift.contiguous(),
+            "value_shift": None if value_shift is None else value_shift.contiguous(),
+            "query_moved": None,
             "cos": None if cos is None else _turns(cos),
             "sin": None if sin is None else _turns(sin),
             "mask": spread,
@@ -277,6 +296,14 @@ class _Tokens:
     def add(self, **arguments: Any) -> None:
         """More arguments."""
         self._arguments |= arguments
+
+    def query_moved(self) -> Tensor | None:
+        """Room for the queries less their shift, None where they have none; the kernels write there from now on."""
+        if self._arguments["query_shift"] is None:
+            return None
+        moved = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        self.add(query_moved=moments.rows_of(moved))
+        return moved
 
     def over_rows(self, kernel: Any) -> None:
         """Launch one program per block of rows and head."""
@@ -305,8 +332,8 @@ class _Tokens:
         start_by_names(kernel, programs, self._like, config, self._arguments, self._constants)
 
     def _configuration(self, kernel: Any) -> launch.AttentionLaunch:
-        widest = max(self._shape[3:])
-        return launch.configure_attention(kernel.fn.__name__, widest, self._like.element_size(), target(self._like))
+        name, size = kernel.fn.__name__, self._like.element_size()
+        return launch.configure_attention(name, max(self._shape[3:]), size, target(self._like), self._shifted)
 
 
 def _turns(angle: Tensor) -> tuple[Tensor, int, int]:
@@ -326,7 +353,7 @@ def _differentiate(ctx: Any, grad_tangent: Tensor | None, grad_trace: Tensor | N
     grads = call_backward(
         *ctx.saved_tensors, grad_tangent, grad_trace, ctx.interleaved, ctx.scale, ctx.causal, ctx.window
     )
-    return *grads, *(None,) * 7
+    return *grads, *(None,) * 10
 
 
 call_backward = operation("attention_trace_backward", backward, empty_gradients)

@@ -49,9 +49,9 @@ def _float32(tensor):
     return tensor.dtype == torch.float32 and tensor.dim() > 0
 
 
-def measure(name, granularity="sublayer", **options):
+def measure(name, granularity="sublayer", dtype=torch.float32, **options):
     """Traces, squared lengths of the steps, and the penalty's gradient in the norm scales."""
-    model = families.build(name)
+    model = families.build(name).to(dtype)
     parameters = ofa.tune_norms(model)
     given = families.inputs(name, sequences=1, tokens=3)
     options = {"estimator": "hutchinson", "epsilon": EPSILON, "sharpness": 1.0, "step_ratio": 1.0, **options}
@@ -85,6 +85,40 @@ def test_a_measured_branch_takes_two_launches_in_each_direction(launches, sample
         assert launches[f"perturb_{direction}"] == traced
         assert launches[f"contract_{direction}"] == branches
     assert sum(launches.values()) == 2 * (traced + branches)
+
+
+BIASED = ("qwen2", "gpt2")
+"""Biases of the projections behind an RMSNorm with rotated heads, and behind a LayerNorm with a shift of its own."""
+TOKENS = {f"attention_trace_{name}" for name in ("features", "combine")}
+TOKENS |= {f"attention_trace_backward_{name}" for name in ("own", "tokens", "constants")}
+SWEEPS = {f"attention_moments_{name}" for name in ("forward", "backward_rows", "backward_keys", "backward_values")}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_attention_with_biases_is_kernels_alone_and_as_close_as_the_reference(name, monkeypatch):
+    """Each of the nine once for an attention in 16 bits, so that nothing goes through PyTorch around the sweeps.
+
+    At most twice the error of PyTorch in the same dtype, or a unit of it, where that is next to nothing.
+    """
+    options = {"estimator": "exact", "epsilon": None}
+    monkeypatch.setenv("OFA_KERNELS", "reference")
+    wide, eager = (measure(name, dtype=dtype, **options) for dtype in (torch.float32, torch.float16))
+    monkeypatch.delenv("OFA_KERNELS")
+    offered, counted = dispatch._IMPLEMENTATIONS["attention_trace"], Counter()
+    kernels = [replace(one, accepts=lambda query: True) if one.name == "triton" else one for one in offered]
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "attention_trace", kernels)
+
+    def count(kernel, *args):
+        counted[kernel.fn.__name__] += 1
+        launching._launch(kernel, *args)
+
+    with launching.launching_by(count, launching.architecture(torch.device(DEVICE))):
+        found = measure(name, dtype=torch.float16, **options)
+    attention = {kernel: times for kernel, times in counted.items() if kernel in TOKENS | SWEEPS}
+    assert attention == dict.fromkeys(TOKENS | SWEEPS, len(found[0]) // 2)
+    for actual, plain, wanted in zip(found, eager, wide, strict=True):
+        gaps = [float(torch.linalg.vector_norm(x - wanted) / torch.linalg.vector_norm(wanted)) for x in (actual, plain)]
+        assert gaps[0] <= max(2 * gaps[1], torch.finfo(torch.float16).eps)
 
 
 @pytest.mark.usefixtures("on_kernels", "launches")

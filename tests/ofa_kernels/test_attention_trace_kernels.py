@@ -29,6 +29,7 @@ from tests.ofa_kernels.test_attention_kernels import (  # noqa: F401
 
 NAMES = ("query", "key", "value", "output", "query_trace", "key_trace", "value_trace")
 HEADS, CONSTANTS = NAMES[:4], NAMES[4:]
+SHIFTS = ("query_shift", "key_shift", "value_shift")
 OUTPUTS = ("tangent", "trace")
 FORWARD = ("attention_trace_features", "attention_moments_forward", "attention_trace_combine")
 BACKWARD = (
@@ -54,6 +55,7 @@ class Trace:
     pairs: int = 16
     interleaved: bool = False
     one_angle: bool = True
+    shifted: tuple[str, ...] = ()
     mask: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +76,14 @@ class Trace:
         for name in CONSTANTS[:2]:
             drawn[name] = drawn[name] / self.value**0.5
         return {name: x.to(dtype if name in HEADS else torch.float32) for name, x in drawn.items()}
+
+    def shifts(self) -> dict[str, Tensor | None]:
+        """Those of `SHIFTS` that there are, as large as what they are taken off, in float32 as models' are."""
+        shapes = (self.heads, self.head), (self.shared, self.head), (self.shared, self.value)
+        return {
+            name: draw(*shape, seed=31 + i).float() if name in self.shifted else None
+            for i, (name, shape) in enumerate(zip(SHIFTS, shapes, strict=True))
+        }
 
     def rotary(self, dtype: torch.dtype) -> Rotary | None:
         """A turn by any angle for each pair and token, in `dtype` as models have it."""
@@ -101,7 +111,7 @@ class Trace:
         """As `run`, for these inputs."""
         inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
         mask = None if self.mask is None else self.given_mask()
-        given = {"scale": self.head**-0.5, "mask": mask, "rotary": rotary, **self.settings, **options}
+        given = {"scale": self.head**-0.5, "mask": mask, "rotary": rotary, **self.shifts(), **self.settings, **options}
         found = dict(zip(OUTPUTS, function(*inputs.values(), **given), strict=True))
         weights = {name: weights_like(found[name], seed=90 + i) for i, name in enumerate(OUTPUTS)}
         grads = torch.autograd.grad(
@@ -143,6 +153,12 @@ CASES = {
     "heads of 80, partial": Trace(head=80, value=80, pairs=20, rows=9),
     "heads of 128": Trace(sequences=1, head=128, value=128, pairs=64, rows=17, settings=CAUSAL),
     "heads of two": Trace(head=2, value=1, pairs=1, rows=9),
+    "shifts": Trace(heads=4, shared=2, mask=padding, settings=CAUSAL, shifted=SHIFTS),
+    "shifts, interleaved and partial": Trace(head=40, pairs=12, interleaved=True, one_angle=False, shifted=SHIFTS),
+    "shifts without rotation": Trace(head=24, pairs=0, rows=17, mask=added, shifted=SHIFTS),
+    "a shift of the queries": Trace(rows=9, settings={"window": 4}, shifted=("query_shift",)),
+    "a shift of the keys": Trace(head=33, rows=9, mask=each, shifted=("key_shift",)),
+    "a shift of the values": Trace(value=24, rows=9, settings=CAUSAL, shifted=("value_shift",)),
     "one token": Trace(rows=1),
     "no tokens": Trace(rows=0),
     "no sequences": Trace(sequences=0),
@@ -158,7 +174,8 @@ def floor(case: Trace, name: str, dtype: torch.dtype) -> float:
     - the tangent: what multiplies the values, twice likewise, the covariance between two kernels, and the result;
     - gradients of M: ∂turn and ∂aim, each of a difference of two sums, and what they make of keys and queries;
     - gradients of heads: M, turn or aim, and their gradients, twice; what multiplies the other side in a sweep, twice;
-      what a kernel adds to, and the result.
+      what a kernel adds to, and the result;
+    - with a shift of the queries, what is left of them: in the tangent and in the gradients of heads, twice likewise.
 
     Each is half a unit at most, 1/√3 of that in the mean square, and errors that do not know of each other add up like
     the root of their number. The gradient of c_v is made of what is exact. In float32 the sums over channels and tokens
@@ -169,8 +186,9 @@ def floor(case: Trace, name: str, dtype: torch.dtype) -> float:
     narrow = (depth + 24) * torch.finfo(torch.float32).eps
     roundings = {"trace": 8, "tangent": 4, "gradient of value_trace": 0}
     roundings |= {f"gradient of {name}": 6 for name in CONSTANTS[:2]}
+    shifted = 2 if "query_shift" in case.shifted and (name == "tangent" or name.split()[-1] in HEADS) else 0
     unit = torch.finfo(dtype).eps * (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1)
-    return narrow + math.sqrt(roundings.get(name, 12) / 3) * 0.5 * unit
+    return narrow + math.sqrt((roundings.get(name, 12) + shifted) / 3) * 0.5 * unit
 
 
 def assert_close(case: Trace, dtype: torch.dtype) -> None:
@@ -194,7 +212,7 @@ def test_outputs_and_gradients(case):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("name", ["causal", "a mask of every pair", "partial rotation"])
+@pytest.mark.parametrize("name", ["causal", "a mask of every pair", "partial rotation", "shifts"])
 def test_bfloat16(name):
     """Few, and coarsely: in the interpreter both the rounding and the products of bfloat16 are emulated."""
     assert_close(replace(CASES[name], rows=9), torch.bfloat16)
@@ -213,6 +231,7 @@ def test_long_sequences_on_a_gpu(head, dtype):
     pairs = head // 4 if head == 80 else head // 2
     case = Trace(heads=4, shared=2, rows=517, head=head, value=head, pairs=pairs, mask=padding)
     assert_close(replace(case, settings=CAUSAL), dtype)
+    assert_close(replace(case, settings=CAUSAL, shifted=SHIFTS), dtype)
     assert_close(replace(case, mask=each, interleaved=True, one_angle=False), dtype)
 
 
@@ -232,9 +251,10 @@ def test_gradients_that_arrive_for_one_output_alone(output):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_query_that_attends_to_nothing_has_nothing_and_moves_nothing():
+@pytest.mark.parametrize("shifted", [(), SHIFTS], ids=["plain", "shifted"])
+def test_a_query_that_attends_to_nothing_has_nothing_and_moves_nothing(shifted):
     """Exactly: no NaN from −inf − (−inf), and no trace of what its rows hold."""
-    case = Trace(heads=1, mask=each)
+    case = Trace(heads=1, mask=each, shifted=shifted)
     found = case.run(operation.attention_trace, torch.float16)
     for name in ("tangent", "gradient of query", "gradient of output"):
         assert (found[name][:, :, ::5] == 0).all(), name
@@ -271,23 +291,28 @@ def test_constants_are_summed_over_runs(multiprocessors, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_the_gradient_of_the_queries_is_added_to_what_a_token_does_to_itself():
-    """In place: the sweep reads and writes the tensor that it is given."""
+@pytest.mark.parametrize("moved", [False, True], ids=["queries", "what a shift leaves of them"])
+def test_the_gradient_of_the_queries_is_added_to_what_a_token_does_to_itself(moved):
+    """In place: the sweep reads and writes the tensor that it is given. A tangent's gradient joins them."""
     case = Trace(rows=9)
     query, key, value, output, *_ = case.inputs(torch.float16).values()
     b, h, t, features = *query.shape[:3], 5
     reverse, turn, aim = draw(1, t, features).half(), draw(b, h, t, features, seed=1).half(), draw(*query.shape).half()
-    sweep = attention_moments.Attention(query, key, value, output, reverse, turn, aim, None, None, 0.2, False, None)
+    tangent = draw(*query.shape, seed=5).half() if moved else None
+    sweep = attention_moments.Attention(query, key, value, output, reverse, turn, aim, tangent, None, 0.2, False, None)
     lse, mean, covariance = draw(b, h, t).float(), draw(b, h, t).float(), torch.empty_like(output)
     sweep.forward(lse, mean, covariance)
     grads = lse, draw(b, h, t, seed=2).float(), draw(*output.shape, seed=3).half()
-    alone = sweep.backward(lse, *grads)["query"]
-    own = draw(*query.shape, seed=4).half()
-    both = sweep.backward(lse, *grads, own_query=(into := own.clone()))["query"]
-    assert both.data_ptr() == into.data_ptr()
-    # One rounding of the sweep alone, and one of the sum.
-    unit = torch.finfo(torch.float16).eps
-    torch.testing.assert_close(both, alone + own, rtol=unit, atol=unit * float(alone.abs().max()))
+    alone = sweep.backward(lse, *grads)
+    own, apart = draw(*query.shape, seed=4).half(), alone["query"]
+    swept = sweep.backward(lse, *grads, own_query=(into := own.clone()), tangent_follows=True)
+    assert swept["query"].data_ptr() == into.data_ptr()
+    assert "tangent" not in swept
+    # One rounding of each sum of the sweep alone, and one of the whole; a tangent's sum has operands of its own.
+    unit = torch.finfo(torch.float16).eps * (2 if moved else 1)
+    if moved:
+        apart = apart + alone["tangent"]
+    torch.testing.assert_close(swept["query"], apart + own, rtol=unit, atol=unit * float(apart.abs().max()))
 
 
 def test_each_gradient_has_the_dtype_of_its_tensor():
@@ -305,7 +330,7 @@ def test_each_gradient_has_the_dtype_of_its_tensor():
 @pytest.mark.parametrize("how", ["rows apart", "heads between rows", "channels apart"])
 def test_strides_of_inputs(how):
     """Only the values count; the NaN between rows that are apart are never read."""
-    case = Trace(shared=2, rows=9, one_angle=False)
+    case = Trace(shared=2, rows=9, one_angle=False, shifted=SHIFTS)
     dense, rotary = case.inputs(torch.float16), case.rotary(torch.float16)
     inputs = {name: strided(x, how) if name in HEADS else x for name, x in dense.items()}
     found, expected = (case.call(operation.attention_trace, given, rotary) for given in (inputs, dense))
@@ -362,7 +387,7 @@ def test_inputs_are_left_as_they_were():
     assert torch.equal(mask, case.given_mask())
 
 
-def launches(call: Any) -> list[tuple[str, dict[str, Any]]]:
+def launches(call: Any, architecture: str = "sm_90") -> list[tuple[str, dict[str, Any]]]:
     """What `call` would launch, in its order: kernels and their arguments by name."""
     found = []
 
@@ -370,7 +395,7 @@ def launches(call: Any) -> list[tuple[str, dict[str, Any]]]:
         names = [name for name in kernel.arg_names if name not in keywords]
         found.append((kernel.fn.__name__, {"grid": grid, **dict(zip(names, args, strict=True)), **keywords}))
 
-    with launching.launching_by(record, "sm_90"):
+    with launching.launching_by(record, architecture):
         call()
     return found
 
@@ -379,25 +404,38 @@ def dispatched(case: Trace, device: torch.device | str = DEVICE) -> list[Any]:
     """The arguments of the operation as PyTorch's dispatcher knows it."""
     rotary = case.rotary(torch.float16)
     turns = (None, None) if rotary is None else (rotary.cos, rotary.sin)
-    tensors = [*case.inputs(torch.float16).values(), None if case.mask is None else case.given_mask(), *turns]
+    mask = None if case.mask is None else case.given_mask()
+    tensors = [*case.inputs(torch.float16).values(), *case.shifts().values(), mask, *turns]
     tensors = [x if x is None else x.to(device) for x in tensors]
     return [*tensors, case.interleaved, 0.2, case.settings.get("causal", False), case.settings.get("window")]
 
 
 def backwards(given: list[Any], saved: Any, grads: Any) -> list[Any]:
     """The arguments of the backward operation from those of the forward one, what it saved, and gradients."""
-    return [*given[:10], *saved, *grads, *given[10:]]
+    return [*given[:13], *saved, *grads, *given[13:]]
 
 
+@pytest.mark.parametrize("shifted", [(), SHIFTS, SHIFTS[:1], SHIFTS[2:]], ids="-".join)
 @pytest.mark.parametrize("pairs", [0, 9, 16])
-def test_what_is_launched(pairs):
+def test_what_is_launched(pairs, shifted):
     """A sweep over the keys forward and three backward, what goes token by token around them, and nothing twice."""
-    given = dispatched(Trace(pairs=pairs, mask=padding), "meta")
+    given = dispatched(Trace(pairs=pairs, mask=padding, shifted=shifted), "meta")
     found = launches(lambda: operation.forward(*given))
     assert tuple(name for name, _ in found) == FORWARD
     tangent, trace, *saved = operation.empty(*given)
     found = launches(lambda: operation.backward(*backwards(given, saved, (tangent, trace))))
     assert tuple(name for name, _ in found) == BACKWARD
+
+
+@pytest.mark.parametrize(("architecture", "fewer"), [("sm_90", 1), ("sm_100", 2), ("gfx942", 1)])
+def test_shifts_take_fewer_rows_at_once_where_registers_do_not_suffice(architecture, fewer):
+    """Heads of 64 on sm_100, whose kernels spill otherwise; what was measured on sm_90 stays, and gfx942 has room."""
+    rows = []
+    for shifted in ((), SHIFTS):
+        given = dispatched(Trace(head=64, value=64, pairs=32, shifted=shifted), "meta")
+        found = dict(launches(lambda given=given: operation.forward(*given), architecture))
+        rows.append(found["attention_trace_combine"]["BLOCK_ROWS"])
+    assert rows[0] == fewer * rows[1]
 
 
 @pytest.mark.parametrize("case", [Trace(rows=0), Trace(sequences=0)], ids=["no tokens", "no sequences"])
@@ -412,10 +450,8 @@ OTHERS = {
     "float32": (Trace(rows=9), torch.float32, ()),
     "wide heads": (Trace(rows=3, head=144, value=144, pairs=72), torch.float16, ()),
     "wide values": (Trace(rows=3, value=144), torch.float16, ()),
-    "a shift of the queries": (Trace(rows=9), torch.float16, ("query_shift",)),
-    "a shift of the keys": (Trace(rows=9), torch.float16, ("key_shift",)),
-    "a shift of the values": (Trace(rows=9), torch.float16, ("value_shift",)),
-    "a norm of the queries": (Trace(rows=9), torch.float16, ("query_norm",)),
+    "float32 with shifts": (Trace(rows=9, shifted=SHIFTS), torch.float32, ()),
+    "a norm of the queries": (Trace(rows=9, shifted=SHIFTS[:1]), torch.float16, ("query_norm",)),
     "a norm of the keys": (Trace(rows=9), torch.float16, ("key_norm",)),
 }
 
@@ -428,9 +464,6 @@ def test_elsewhere_the_sweeps_alone_are_kernels(case, dtype, special, monkeypatc
     inputs, rotary = case.inputs(dtype), case.rotary(dtype)
     weight = 1 + 0.3 * draw(case.head, seed=30).float()
     options = {
-        "query_shift": draw(case.heads, case.head, seed=31).float(),
-        "key_shift": draw(case.shared, case.head, seed=32).float(),
-        "value_shift": draw(case.shared, case.value, seed=33).float(),
         "query_norm": HeadNorm(draw(*inputs["query"].shape, dtype=dtype, seed=34), weight, 1e-5),
         "key_norm": HeadNorm(draw(*inputs["key"].shape, dtype=dtype, seed=35), weight, 1e-5),
     }
@@ -446,7 +479,7 @@ def test_elsewhere_the_sweeps_alone_are_kernels(case, dtype, special, monkeypatc
         assert relative_error(value, eager[name]) <= 2 * floor(case, name, dtype), name
 
 
-OPCHECKED = Trace(rows=5, mask=padding, settings=CAUSAL)
+OPCHECKED = Trace(rows=5, mask=padding, settings=CAUSAL, shifted=("query_shift", "value_shift"))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -489,14 +522,24 @@ def test_a_mask_that_requires_a_gradient_is_refused():
         case.run(operation.attention_trace, torch.float16)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "query"])
+@pytest.mark.parametrize("name", SHIFTS)
+def test_a_shift_that_requires_a_gradient_is_refused(name):
+    """Shifts are made of frozen weights; a gradient that is left out would be a wrong one."""
+    case = Trace(rows=3, shifted=SHIFTS)
+    inputs, shift = case.inputs(torch.float16), case.shifts()[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=name):
+        case.call(operation.attention_trace, inputs, case.rotary(torch.float16), **{name: shift})
+
+
+@pytest.mark.parametrize("name", [name for name in (*NAMES, *SHIFTS) if name != "query"])
 def test_what_does_not_fit_is_refused_with_the_sentence_of_the_reference(name):
-    inputs = Trace(rows=5).inputs(torch.float16)
+    case = Trace(rows=5, shifted=SHIFTS)
+    inputs = case.inputs(torch.float16) | case.shifts()
     shorter = inputs[name][:-1] if name == "value_trace" else inputs[name][..., :-1, :]
     messages = []
     for function in (operation.attention_trace, reference.attention_trace):
         with pytest.raises(ValueError, match="should be") as caught:
-            function(*(inputs | {name: shorter}).values(), scale=1.0)
+            function(**(inputs | {name: shorter}), scale=1.0)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
