@@ -15,6 +15,8 @@
 #   kernels    those of norms and MLPs beside eager, torch.compile, Liger-Kernel and QuACK
 #   probes     those of the probes beside eager
 #   memcheck   a memory checker over every kernel, where compute-sanitizer is installed
+# And if it is named:
+#   tune       the kernels of rows under other launches than their own
 # It ends with status 1 where a part failed, and names it.
 set -uo pipefail
 if [ "${1:-}" = --help ]; then
@@ -23,7 +25,7 @@ if [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
-parts="ceilings tests step replays launches attention constants kernels probes memcheck"
+parts="ceilings tests step replays launches attention constants kernels probes memcheck tune"
 for name in "${@:2}"; do
   if [[ " $parts " != *" $name "* ]]; then
     echo "benchmarks/gpu.sh: there is no part $name; the parts are $parts" >&2
@@ -84,6 +86,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "== memcheck: compute-sanitizer is not installed"
 fi
+[[ $wanted != *" tune "* ]] || part 400 tune "$python" -m benchmarks.tune_rows --out "$out/tune_rows_gpu.csv"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -8,27 +8,19 @@ itself chooses is among them and marked.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import timing, tuning
 from benchmarks.attention import LLAMA2_7B, LLAMA3_8B, Case, Inputs, draw
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 from ofa_kernels import launch
 from ofa_kernels.launch import AttentionLaunch
 from ofa_kernels.ops import attention_moments
-from ofa_kernels.ops.launching import launching_by
 
 PREFIX = "attention_moments_"
 KERNELS = ("forward", "backward_rows", "backward_keys", "backward_values")
@@ -50,8 +42,6 @@ LAUNCHES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 }
 """Queries, keys, warps and stages that are tried; a product of wgmma has 64 rows for each four warps."""
 REPEATS = 20
-
-Launch = tuple[Any, int, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -86,19 +76,14 @@ def candidates(kernel: str) -> list[AttentionLaunch]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile and time all launches of all kernels, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="which kernels")
-    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
-    options = parser.parse_args(arguments)
+    options = tuning.parser(__doc__, KERNELS).parse_args(arguments)
     device = torch.device("cuda")
     jobs = [
         (kernel, case, config)
         for kernel, case in product(options.kernels, CASES)
         for config in dict.fromkeys((_own(kernel, case), *candidates(kernel)))
     ]
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        compiled = list(pool.map(_compile, jobs, chunksize=1))
+    compiled = tuning.in_processes(_compile, jobs, options.processes)
     with writing(options.out, Row) as write:
         for job, problem in zip(jobs, compiled, strict=True):
             if problem is None:
@@ -115,24 +100,19 @@ def _compile(job: tuple[str, Case, AttentionLaunch]) -> str | None:
     """Leave the binary in Triton's cache; what is wrong with it where there is none."""
     kernel, case, config = job
     try:
-        captured = _captured(kernel, replace(case, sequences=1, tokens=256), config, torch.device("cuda"))
-        if captured is None:
-            return "is not launched"
-        function, grid, args, keywords = captured
-        function.warmup(*args, grid=(grid,), **keywords)
+        small = replace(case, sequences=1, tokens=256)
+        tuning.compile_launch(_captured(kernel, small, config, torch.device("cuda")))
     except Exception as failure:
-        return f"{type(failure).__name__}: {str(failure).splitlines()[0][:150]}"
+        return tuning.reason(failure)
     return None
 
 
 def _timed(kernel: str, case: Case, config: AttentionLaunch, device: torch.device) -> Iterator[Row]:
-    captured = _captured(kernel, case, config, device)
-    assert captured is not None
-    function, grid, args, keywords = captured
+    function, grid, args, keywords = _captured(kernel, case, config, device)
     try:
         times = timing.measure([lambda: function[(grid,)](*args, **keywords)], device, REPEATS)
     except Exception as failure:
-        print(f"{kernel} {case.name} {config}: {str(failure).splitlines()[0][:150]}", file=sys.stderr)
+        print(f"{kernel} {case.name} {config}: {tuning.reason(failure)}", file=sys.stderr)
         return
     chosen = config == _own(kernel, case)
     sizes = f"{config.block_rows:4}x{config.block_columns:<4} {config.num_warps} warps {config.num_stages} stages"
@@ -163,27 +143,11 @@ def _timed(kernel: str, case: Case, config: AttentionLaunch, device: torch.devic
     )
 
 
-def _captured(kernel: str, case: Case, config: AttentionLaunch, device: torch.device) -> Launch | None:
+def _captured(kernel: str, case: Case, config: AttentionLaunch, device: torch.device) -> tuning.Launched:
     """The launch of one kernel that the operation would make, its inputs random."""
-    found: list[Launch] = []
-
-    def keep(function: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if function.fn.__name__ == PREFIX + kernel:
-            found.append((function, grid, args, keywords))
-
-    with launching_by(keep, "sm_90"), _configured(PREFIX + kernel, config):
-        _call(draw(case, device), case)
-    return found[0] if found else None
-
-
-@contextmanager
-def _configured(kernel: str, config: AttentionLaunch) -> Iterator[None]:
-    own = launch.configure_attention
-    launch.configure_attention = lambda name, *args: config if name == kernel else own(name, *args)
-    try:
-        yield
-    finally:
-        launch.configure_attention = own
+    name, own = PREFIX + kernel, launch.configure_attention
+    with tuning.deciding(configure_attention=lambda other, *args: config if other == name else own(other, *args)):
+        return tuning.captured(name, lambda: _call(draw(case, device), case), "sm_90")
 
 
 def _call(given: Inputs, case: Case) -> None:

@@ -1,6 +1,9 @@
 """How a kernel is launched: a pure function of the kernel, the row's width, the dtype and the architecture.
 
-The thresholds follow from register counts, which `python -m ofa_kernels.aot` prints; none has been timed yet.
+The tiles of attention and of the constants on sm_90 are the fastest of those that were timed, by
+`benchmarks.tune_attention` for the sweeps. All other thresholds follow from register counts, which `python -m
+ofa_kernels.aot` prints: the kernels of rows have been timed as they are launched here, but not tuned, for which there
+is `benchmarks.tune_rows`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class Launch:
     num_warps: int
     max_registers: int | None
     """Per thread, on NVIDIA; without a limit the assembler sets one of its own, and spills to keep it."""
+    stages: int = 1
+    """See `AttentionLaunch`; 1 where the loop over rows or samples loads a tile when it needs it."""
 
 
 @cache
@@ -38,15 +43,20 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
     fewer than a row needs, so that wider rows take 32 columns per thread, and then several tiles. 128 registers let
     two programs of 256 threads share a multiprocessor. The heavy kernels need more; behind 4096 columns, where they
     would spill all the same, they go on in tiles of 8 columns for each of 256 threads. So do those that walk through a
-    row, whatever its width: a tile is all that they hold. No threshold depends on the dtype so far: float32 rows take
-    as many registers once they are loaded.
+    row, whatever its width: a tile is all that they hold. Where the heavy kernels' row is one tile, 140 registers and
+    more leave one program to a multiprocessor, with nobody to work while it waits for memory: the gradients of a sample
+    are under way while those of the one before are summed, for 3 % more instructions and no more registers. That this
+    is faster is a prediction. No threshold depends on the dtype so far: float32 rows take as many registers once they
+    are loaded.
     """
     block = max(128, 1 << (width - 1).bit_length())
-    tile, threads, registers = min(block, 16384), min(512, max(64, block // 16)), 128
+    tile, threads, registers, stages = min(block, 16384), min(512, max(64, block // 16)), 128, 1
     if kernel in HEAVY:
         registers = 255
         if block > 4096:
             tile, threads = 2048, 256
+        else:
+            stages = 2
     if kernel in WALKING:
         tile = min(block, 2048)
         threads = max(64, tile // 8)
@@ -57,6 +67,7 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
         tiles=-(-width // tile),
         num_warps=threads // warp,
         max_registers=None if architecture.startswith("gfx") else registers,
+        stages=stages,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.philox import probe_tile
+from ofa_kernels.kernels.philox import times_probe
 from ofa_kernels.kernels.tile import channels, load, row_and_tile, store
 
 
@@ -45,7 +45,8 @@ def contract_forward(
             if TILES > 1:
                 b = load(base + row * stride_base, channel, inside)
             change = load(copies + sample * stride_sample + row * stride_row, channel, inside) - b
-            product += tl.sum(change * probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN))
+            key = (step, seed_low, seed_high)
+            product += tl.sum(times_probe(change, tile, row, sample, key, GROUPS, GAUSSIAN))
         tl.store(products + sample * rows + row, product)
 
 
@@ -84,8 +85,8 @@ def contract_backward(
         grad += load(passed + row * stride_passed, channel, inside)
     if grad_products is not None:
         for sample in range(SAMPLES):
-            nu = probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
-            own = nu * tl.load(grad_products + sample * rows + row)
+            own = tl.load(grad_products + sample * rows + row)
+            own = times_probe(own, tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
             grad -= own
             store(grad_copies + (sample * rows + row) * width, channel, inside, own)
     store(grad_base + row * width, channel, inside, grad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.philox import probe_tile
+from ofa_kernels.kernels.philox import times_probe
 from ofa_kernels.kernels.tile import channels, load, row_and_tile, store
 
 
@@ -34,8 +34,8 @@ def displace_forward(
     z = load(stream + row * stride_stream, channel, inside)
     p = load(preconditioner + row * stride_preconditioner, channel, inside) * tl.cast(epsilon, tl.float32)
     for sample in range(SAMPLES):
-        nu = probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
-        store(copies + (sample * rows + row) * width, channel, inside, z + p * nu)
+        move = times_probe(p, tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
+        store(copies + (sample * rows + row) * width, channel, inside, z + move)
 
 
 @triton.jit(do_not_specialize=["step", "seed_low", "seed_high"])
@@ -66,7 +66,7 @@ def displace_backward(
         g = load(grad_copies + sample * stride_sample + row * stride_row, channel, inside)
         plain += g
         if grad_preconditioner is not None:
-            signed += g * probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
+            signed += times_probe(g, tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
     store(grad_stream + row * width, channel, inside, plain)
     if grad_preconditioner is not None:
         store(grad_preconditioner + row * width, channel, inside, signed * tl.cast(epsilon, tl.float32))

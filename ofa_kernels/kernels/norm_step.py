@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.tile import add_in_memory, channels, load, load_scale, merge_moments, store
+from ofa_kernels.kernels.tile import (
+    add_in_memory,
+    channels,
+    load,
+    load_scale,
+    merge_moments,
+    merge_moments_and_sum,
+    store,
+    sum_two,
+)
 
 
 @triton.jit
@@ -43,11 +52,13 @@ def norm_step_forward(
         z = load(residual + row * stride_residual, channel, inside)
         if update is not None:
             u = load(update + row * stride_update, channel, inside)
-            length += tl.sum(u * u)
             z = (z + u).to(stream.dtype.element_ty)
             tl.store(stream + row * width + channel, z, mask=inside)
             z = z.to(tl.float32)
-        mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
+            mu, squares, more = merge_moments_and_sum(z, u * u, inside, tile, mu, squares, width, GROUPS, CENTRED)
+            length += more
+        else:
+            mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
     r = tl.rsqrt(squares / width + eps)
     tl.store(rstd + row, r)
     if CENTRED:
@@ -93,6 +104,7 @@ def norm_step_backward(
     stride_grad_normalized,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
@@ -108,12 +120,23 @@ def norm_step_backward(
     share = tl.cdiv(rows, tl.num_programs(0))
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
-    for row in range(program * share, tl.minimum((program + 1) * share, rows)):
+    for row in tl.range(program * share, tl.minimum((program + 1) * share, rows), num_stages=STAGES):
         r = tl.load(rstd + row)
         mu = 0.0
         if CENTRED:
             mu = tl.load(mean + row)
-        along, average = 0.0, 0.0
+        along, average, to_update = 0.0, 0.0, 0.0
+        if grad_sqnorm is not None:
+            to_update = 2.0 * tl.load(grad_sqnorm + row)
+        if TILES == 1 and partial_bias is None:
+            # Asked for before threads wait for each other and for what is stored, so that one wait is for all. Besides
+            # the sums of a shift there are no registers for that.
+            channel = channels(0, GROUPS)
+            inside = channel < width
+            if grad_stream is not None:
+                passed = load(grad_stream + row * stride_grad_stream, channel, inside)
+            if grad_sqnorm is not None:
+                u = load(update + row * width, channel, inside)
         if grad_normalized is not None:
             for tile in tl.static_range(TILES):
                 channel = channels(tile, GROUPS)
@@ -121,9 +144,12 @@ def norm_step_backward(
                 hat = tl.where(inside, (load(stream + row * stride_stream, channel, inside) - mu) * r, 0.0)
                 g = load(grad_normalized + row * stride_grad_normalized, channel, inside)
                 h = g * load_scale(weight, channel, inside, OFFSET)
-                along += tl.sum(h * hat) / width
                 if CENTRED:
-                    average += tl.sum(h) / width
+                    more, total = sum_two(h * hat, h)
+                    average += total / width
+                else:
+                    more = tl.sum(h * hat)
+                along += more / width
         if grad_rstd is not None:
             along += tl.load(grad_rstd + row) * r / width
         for tile in tl.static_range(TILES):
@@ -145,11 +171,14 @@ def norm_step_backward(
                         bias_sum += g
                 grad += (h - average) * r
             if grad_stream is not None:
-                grad += load(grad_stream + row * stride_grad_stream, channel, inside)
+                if TILES > 1 or partial_bias is not None:
+                    passed = load(grad_stream + row * stride_grad_stream, channel, inside)
+                grad += passed
             store(grad_residual + row * width, channel, inside, grad)
             if grad_sqnorm is not None:
-                u = load(update + row * width, channel, inside)
-                store(grad_update + row * width, channel, inside, grad + 2.0 * tl.load(grad_sqnorm + row) * u)
+                if TILES > 1 or partial_bias is not None:
+                    u = load(update + row * width, channel, inside)
+                store(grad_update + row * width, channel, inside, grad + to_update * u)
     if TILES == 1 and grad_normalized is not None:
         channel = channels(0, GROUPS)
         store(partial_weight + program * width, channel, channel < width, weight_sum)

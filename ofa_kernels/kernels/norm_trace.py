@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.tile import channels, load, load_if_any, load_scale, merge_moments, store
+from ofa_kernels.kernels.tile import channels, load, load_if_any, load_scale, merge_moments_and_sum, store
 
 
 @triton.jit
@@ -45,14 +45,14 @@ def norm_trace_forward(
         z = load(stream + row * stride_stream, channel, inside)
         x = load(image + row * stride_image, channel, inside) - load_if_any(shift, channel, inside)
         h = x * load_scale(weight, channel, inside, OFFSET)
-        before = mu
-        mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
+        before, beside = mu, h if CENTRED else z * h
+        mu, squares, more = merge_moments_and_sum(z, beside, inside, tile, mu, squares, width, GROUPS, CENTRED)
         if CENTRED:
             # The tiles before this one are centred at their own mean; Σ z h − μ Σ h would cancel.
             along += tl.sum((z - mu) * h) - (mu - before) * total
-            total += tl.sum(h)
+            total += more
         else:
-            along += tl.sum(z * h)
+            along += more
     r = tl.rsqrt(squares / width + eps)
     along /= width
     tl.store(result + row, (tl.load(trace + row).to(tl.float32) - r * along) * (r * r))

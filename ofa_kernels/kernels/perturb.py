@@ -5,16 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.philox import probe_tile
+from ofa_kernels.kernels.philox import times_probe
 from ofa_kernels.kernels.tile import (
     add_in_memory,
     channels,
     load,
     load_again,
     load_scale,
-    merge_moments,
     row_moments,
     store,
+    sum_four,
+    sum_three,
+    sum_two,
 )
 
 
@@ -56,31 +58,40 @@ def perturb_forward(
             store(out, channel, inside, load(undisturbed + row * stride_undisturbed, channel, inside))
         out += rows * width
     z_row = stream + row * stride_stream
-    _, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)
+    mu, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)
     shift = epsilon * r
     for sample in range(SAMPLES):
         into = out + sample * rows * width
         store_perturbed(
-            into, z_row, weight, bias, row, sample, key, shift, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
+            into, z_row, weight, bias, row, sample, key, shift, mu, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
         )
 
 
 @triton.jit
 def store_perturbed(
-    out, z_row, weight, bias, row, sample, key, shift, norm, GROUPS: tl.constexpr, TILES: tl.constexpr,
+    out, z_row, weight, bias, row, sample, key, shift, mu, norm, GROUPS: tl.constexpr, TILES: tl.constexpr,
     CENTRED: tl.constexpr, OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """Write γ ⊙ ẑ' + β for z' = z + shift·γ ⊙ ν."""
+    """Write γ ⊙ ẑ' + β for z' = z + shift·γ ⊙ ν.
+
+    Sums are of deviations from μ, the mean of z, from which that of z' differs so little that no digits cancel.
+    """
     width, eps = norm
-    mean, squares = 0.0, 0.0
+    moved, squares = 0.0, 0.0
     for tile in range(TILES):
-        z, _, _, _, inside = perturbed(tile, z_row, weight, row, sample, key, shift, width, GROUPS, OFFSET, GAUSSIAN)
-        mean, squares = merge_moments(z, inside, tile, mean, squares, width, GROUPS, CENTRED)
-    r = tl.rsqrt(squares / width + eps)
+        z, _, inside = perturbed(tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS, OFFSET, GAUSSIAN)
+        if CENTRED:
+            z = tl.where(inside, z, 0.0)
+            more, more_squares = sum_two(z, z * z)
+            moved += more
+        else:
+            more_squares = tl.sum(z * z)
+        squares += more_squares
+    mean = moved / width
+    r = tl.rsqrt(squares / width - mean * mean + eps)
     for tile in range(TILES):
-        z, _, scale, channel, inside = perturbed(
-            tile, z_row, weight, row, sample, key, shift, width, GROUPS, OFFSET, GAUSSIAN
-        )
+        z, scale, inside = perturbed(tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS, OFFSET, GAUSSIAN)
+        channel = channels(tile, GROUPS)
         y = (z - mean) * r * scale
         if bias is not None:
             y += load(bias, channel, inside)
@@ -89,16 +100,16 @@ def store_perturbed(
 
 @triton.jit
 def perturbed(
-    tile, z_row, weight, row, sample, key, shift, width, GROUPS: tl.constexpr, OFFSET: tl.constexpr,
+    tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS: tl.constexpr, OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """(z', ν, γ) of one tile, z' = z + shift·γ ⊙ ν; its channels, and which of them exist."""
+    """One tile of z' − μ, z' = z + shift·γ ⊙ ν, and of γ; which of its channels exist."""
     channel = channels(tile, GROUPS)
     inside = channel < width
     scale = load_scale(weight, channel, inside, OFFSET)
-    nu = probe_tile(tile, row, sample, key, GROUPS, GAUSSIAN)
-    # Not (shift·γ)·ν: the compiler would keep shift·γ in registers from sample to sample.
-    return load(z_row, channel, inside) + scale * (shift * nu), nu, scale, channel, inside
+    # Not (shift·γ) ⊙ ν: the compiler would keep shift·γ in registers from sample to sample.
+    move = scale * times_probe(shift, tile, row, sample, key, GROUPS, GAUSSIAN)
+    return load(z_row, channel, inside) - mu + move, scale, inside
 
 
 @triton.jit(do_not_specialize=["rows", "step", "seed_low", "seed_high"])
@@ -123,6 +134,7 @@ def perturb_backward(
     SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -139,13 +151,14 @@ def perturb_backward(
     share = tl.cdiv(rows, tl.num_programs(0))
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
+    scale_squares = squared_scale(weight, width, GROUPS, TILES, OFFSET)
     for row in range(program * share, tl.minimum((program + 1) * share, rows)):
         z_row, g_row = stream + row * stride_stream, grad_copies + row * stride_row
         mu, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)
         shift = epsilon * r
         statistics, pull = perturbed_statistics(
-            z_row, g_row, stride_sample, weight, row, key, shift, mu, norm, SAMPLES, SLOTS, GROUPS, TILES, CENTRED,
-            OFFSET, GAUSSIAN
+            z_row, g_row, stride_sample, weight, scale_squares, row, key, shift, mu, r, norm, SAMPLES, SLOTS, GROUPS,
+            TILES, STAGES, CENTRED, OFFSET, GAUSSIAN
         )  # fmt: skip
         for tile in range(TILES):
             channel = channels(tile, GROUPS)
@@ -154,8 +167,8 @@ def perturb_backward(
                 weight_sum = tl.zeros((GROUPS, 32), tl.float32)
                 bias_sum = tl.zeros((GROUPS, 32), tl.float32)
             grad, of_scale, g = perturbed_gradient(
-                tile, z_row, g_row, stride_sample, weight, row, key, shift, width, statistics, SAMPLES, SLOTS, GROUPS,
-                OFFSET, GAUSSIAN
+                tile, z_row, g_row, stride_sample, weight, row, key, shift, mu, width, statistics, SAMPLES, SLOTS,
+                GROUPS, CENTRED, OFFSET, GAUSSIAN
             )  # fmt: skip
             weight_sum += of_scale
             bias_sum += g
@@ -164,7 +177,7 @@ def perturb_backward(
                 if partial_bias is not None:
                     add_in_memory(partial_bias + program * width, channel, inside, bias_sum)
             # shift = ε/σ and ∂(1/σ)/∂z = −ẑ/(σ² d).
-            hat = tl.where(inside, (load(z_row, channel, inside) - mu) * r, 0.0)
+            hat = (load(z_row, channel, inside) - mu) * r
             store(grad_stream + row * width, channel, inside, grad - hat * (epsilon * pull * r * r / width))
     if TILES == 1:
         channel = channels(0, GROUPS)
@@ -174,72 +187,131 @@ def perturb_backward(
 
 
 @triton.jit
-def perturbed_gradient(
-    tile, z_row, g_row, stride_sample, weight, row, key, shift, width, statistics, SAMPLES: tl.constexpr,
-    SLOTS: tl.constexpr, GROUPS: tl.constexpr, OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
-):  # fmt: skip
-    """Σ over the samples, for one tile, of the gradients of ⟨g, γ ⊙ ẑ'⟩: in z', in γ (through scale and move), in β."""
-    rstds, means, alongs, throughs = statistics
-    of_stream = tl.zeros((GROUPS, 32), tl.float32)
-    of_scale = tl.zeros((GROUPS, 32), tl.float32)
-    of_shift = tl.zeros((GROUPS, 32), tl.float32)
-    for sample in range(SAMPLES):
-        here = tl.arange(0, SLOTS) == sample
-        rstd, mean = tl.sum(tl.where(here, rstds, 0.0)), tl.sum(tl.where(here, means, 0.0))
-        along, through = tl.sum(tl.where(here, alongs, 0.0)), tl.sum(tl.where(here, throughs, 0.0))
-        z, nu, scale, channel, inside = perturbed(
-            tile, z_row, weight, row, sample, key, shift, width, GROUPS, OFFSET, GAUSSIAN
-        )
-        g = load_again(g_row + sample * stride_sample, channel, inside)
-        hat = (z - mean) * rstd
-        own = tl.where(inside, (scale * g - hat * along - through) * rstd, 0.0)
-        of_stream += own
-        of_scale += g * hat + own * (shift * nu)
-        of_shift += g
-    return of_stream, of_scale, of_shift
+def squared_scale(weight, width, GROUPS: tl.constexpr, TILES: tl.constexpr, OFFSET: tl.constexpr):
+    """‖γ‖², which is ‖γ ⊙ ν‖² of every Rademacher probe ν."""
+    squares = 0.0
+    for tile in range(TILES):
+        channel = channels(tile, GROUPS)
+        scale = load_scale(weight, channel, channel < width, OFFSET)
+        squares += tl.sum(scale * scale)
+    return squares
 
 
 @triton.jit
 def perturbed_statistics(
-    z_row, g_row, stride_sample, weight, row, key, shift, mu, norm, SAMPLES: tl.constexpr, SLOTS: tl.constexpr,
-    GROUPS: tl.constexpr, TILES: tl.constexpr, CENTRED: tl.constexpr, OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
+    z_row, g_row, stride_sample, weight, scale_squares, row, key, shift, mu, r, norm, SAMPLES: tl.constexpr,
+    SLOTS: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """What the gradients need of the whole row, of every sample: (1/σ', μ', mean(h ẑ'), mean(h)), and Σ pull.
+    """What the gradients need of the whole row, of every sample and summed over the samples; and Σ pull.
 
-    Each of the four is (SLOTS,). h = γ ⊙ g; pull = ⟨γ ⊙ ν, ∂z'⟩ is the gradient in shift. All sums of a sample are of
-    one pass, and of deviations from μ, the mean of z, from which that of z' differs so little that no digits cancel.
+    With p = γ ⊙ ν, c = z − μ and h = γ ⊙ g, z' − μ = c + shift·p, so that everything follows from ⟨p, c⟩, ⟨p, h⟩,
+    ⟨h, c⟩, ‖p‖², Σ p and Σ h: δ = mean(z') − μ, 1/σ', a = mean(h ẑ'), t = mean(h), and pull = ⟨p, ∂z'⟩, the gradient
+    in shift. Of every sample, (SLOTS,) each: 1/σ', a, δ and t; and the sum of all a/σ'².
+    Sums are of deviations from μ, from which the mean of z' differs so little that no digits cancel.
     """
     width, eps = norm
     slot = tl.arange(0, SLOTS)
     rstds = tl.zeros((SLOTS,), tl.float32)
-    means = tl.zeros((SLOTS,), tl.float32)
     alongs = tl.zeros((SLOTS,), tl.float32)
+    gaps = tl.zeros((SLOTS,), tl.float32)
     throughs = tl.zeros((SLOTS,), tl.float32)
-    pull = 0.0
-    for sample in range(SAMPLES):
-        moved, squares, through, along, push, push_moved, push_through = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for tile in range(TILES):
-            z, nu, scale, channel, inside = perturbed(
-                tile, z_row, weight, row, sample, key, shift, width, GROUPS, OFFSET, GAUSSIAN
-            )
-            direction = scale * nu
-            h = scale * load(g_row + sample * stride_sample, channel, inside)
-            if CENTRED:
-                z = tl.where(inside, z - mu, 0.0)
-                moved += tl.sum(z)
-                through += tl.sum(h)
-                push += tl.sum(direction)
-            squares += tl.sum(z * z)
-            along += tl.sum(h * z)
-            push_moved += tl.sum(direction * z)
-            push_through += tl.sum(direction * h)
-        mean = moved / width
-        rstd = tl.rsqrt(squares / width - mean * mean + eps)
-        along = (along - mean * through) * rstd / width
+    all_along, pull = 0.0, 0.0
+    for sample in tl.range(SAMPLES, num_stages=STAGES):
+        push_push, push_z, push_h, along, push, through = probe_products(
+            z_row, g_row + sample * stride_sample, weight, scale_squares, row, sample, key, mu, width, GROUPS, TILES,
+            CENTRED, OFFSET, GAUSSIAN
+        )  # fmt: skip
+        gap = shift * push / width
+        variance = 1.0 / (r * r) + shift * (2.0 * push_z + shift * push_push) / width - gap * gap
+        # Rounded, that of a row of one column might be below 0.
+        rstd = tl.rsqrt(tl.maximum(variance, eps))
+        along = (along + shift * push_h - gap * through) * rstd / width
         through = through / width
-        pull += rstd * (push_through - along * rstd * (push_moved - mean * push) - through * push)
-        rstds = tl.where(slot == sample, rstd, rstds)
-        means = tl.where(slot == sample, mu + mean, means)
-        alongs = tl.where(slot == sample, along, alongs)
-        throughs = tl.where(slot == sample, through, throughs)
-    return (rstds, means, alongs, throughs), pull
+        push_moved = push_z + shift * push_push - gap * push
+        pull += rstd * (push_h - along * rstd * push_moved - through * push)
+        all_along += along * rstd * rstd
+        here = slot == sample
+        rstds = tl.where(here, rstd, rstds)
+        alongs = tl.where(here, along, alongs)
+        gaps = tl.where(here, gap, gaps)
+        throughs = tl.where(here, through, throughs)
+    return (rstds, alongs, gaps, throughs, all_along), pull
+
+
+@triton.jit
+def probe_products(
+    z_row, g_row, weight, scale_squares, row, sample, key, mu, width, GROUPS: tl.constexpr, TILES: tl.constexpr,
+    CENTRED: tl.constexpr, OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
+):  # fmt: skip
+    """‖p‖², ⟨p, c⟩, ⟨p, h⟩, ⟨h, c⟩, Σ p and Σ h of one sample's row; the last two are 0 unless CENTRED."""
+    push_push, push_z, push_h, along, push, through = scale_squares, 0.0, 0.0, 0.0, 0.0, 0.0
+    if GAUSSIAN:
+        push_push = 0.0
+    for tile in range(TILES):
+        channel = channels(tile, GROUPS)
+        inside = channel < width
+        scale = load_scale(weight, channel, inside, OFFSET)
+        z = load(z_row, channel, inside)
+        if CENTRED:
+            z = tl.where(inside, z - mu, 0.0)
+        direction = times_probe(scale, tile, row, sample, key, GROUPS, GAUSSIAN)
+        h = scale * load(g_row, channel, inside)
+        if CENTRED:
+            of_z, of_h, of_along, of_through = sum_four(direction * z, direction * h, h * z, h)
+            through += of_through
+        else:
+            of_z, of_h, of_along = sum_three(direction * z, direction * h, h * z)
+        push_z += of_z
+        push_h += of_h
+        along += of_along
+        if CENTRED:
+            push += tl.sum(direction)
+        if GAUSSIAN:
+            push_push += tl.sum(direction * direction)
+    return push_push, push_z, push_h, along, push, through
+
+
+@triton.jit
+def perturbed_gradient(
+    tile, z_row, g_row, stride_sample, weight, row, key, shift, mu, width, statistics, SAMPLES: tl.constexpr,
+    SLOTS: tl.constexpr, GROUPS: tl.constexpr, CENTRED: tl.constexpr, OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
+):  # fmt: skip
+    """Σ over the samples, for one tile, of the gradients of ⟨g, γ ⊙ ẑ'⟩: in z', in γ (through scale and move), in β.
+
+    With c = z − μ, ẑ' = (c + shift·γ ⊙ ν − δ)/σ'. Unless CENTRED this is multiplied out, so that of every sample only
+    its multiples of g, ν ⊙ g and ν are added up, and γ and c are multiplied by the sums: two thirds of the arithmetic.
+    With a mean the terms might cancel, as they do in a row of one column.
+    """
+    rstds, alongs, gaps, throughs, all_along = statistics
+    channel = channels(tile, GROUPS)
+    inside = channel < width
+    scale = load_scale(weight, channel, inside, OFFSET)
+    z = load(z_row, channel, inside) - mu
+    of_stream = tl.zeros((GROUPS, 32), tl.float32)
+    of_scale = tl.zeros((GROUPS, 32), tl.float32)
+    of_shift = tl.zeros((GROUPS, 32), tl.float32)
+    squared = tl.zeros((GROUPS, 32), tl.float32)
+    for sample in range(SAMPLES):
+        here = tl.arange(0, SLOTS) == sample
+        rstd, along = tl.sum(tl.where(here, rstds, 0.0)), tl.sum(tl.where(here, alongs, 0.0))
+        turn = times_probe(shift if CENTRED else rstd, tile, row, sample, key, GROUPS, GAUSSIAN)
+        g = load_again(g_row + sample * stride_sample, channel, inside)
+        of_shift += g
+        if CENTRED:
+            gap, through = tl.sum(tl.where(here, gaps, 0.0)), tl.sum(tl.where(here, throughs, 0.0))
+            hat = (z + scale * turn - gap) * rstd
+            own = (scale * g - hat * along - through) * rstd
+            of_stream += own
+            of_scale += g * hat + own * turn
+        else:
+            of_stream += g * rstd
+            of_stream -= turn * (shift * rstd * along)
+            of_scale += g * turn
+            if GAUSSIAN:
+                squared += turn * turn * along
+    if not CENTRED:
+        of_move = shift * (2.0 * of_scale - shift * (squared if GAUSSIAN else all_along))
+        of_scale = z * of_stream + scale * of_move
+        of_stream = scale * of_stream - z * all_along
+    return of_stream, of_scale, of_shift

@@ -10,29 +10,39 @@ UNIT = tl.constexpr(2.0**-32)
 
 
 @triton.jit
-def probe_tile(tile, row, sample, key, GROUPS: tl.constexpr, GAUSSIAN: tl.constexpr):
-    """ν of one tile, (GROUPS, 32) float32: Rademacher signs, or standard normal values.
+def times_probe(values, tile, row, sample, key, GROUPS: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """One tile of values ⊙ ν, (GROUPS, 32) float32: ν are Rademacher signs, or standard normal values.
 
-    `key` is (step, low word of the seed, high word of the seed), as `ofa_kernels.ops.launching.key` makes it.
+    `values` is a tile, or one float32 number. `key` is (step, low word of the seed, high word of the seed), as
+    `ofa_kernels.ops.launching.key` makes it.
     """
     if GAUSSIAN:
-        return _normals(tile, row, sample, key, GROUPS)
-    return _signs(tile, row, sample, key, GROUPS)
+        found = values * _normals(tile, row, sample, key, GROUPS)
+    else:
+        flipped = values.to(tl.uint32, bitcast=True) ^ _sign_bits(tile, row, sample, key, GROUPS)
+        found = flipped.to(tl.float32, bitcast=True)
+    return found
 
 
 @triton.jit
-def _signs(tile, row, sample, key, GROUPS: tl.constexpr):
-    # One counter has a bit for each of 128 channels: four groups, a word each. The bit becomes the sign of 1.0.
-    w0, w1, w2, w3 = _words(tile, row, sample, key, GROUPS // 4)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (GROUPS, 1))
+def _sign_bits(tile, row, sample, key, GROUPS: tl.constexpr):
+    # One counter has a bit for each of 128 channels: four groups, a word each. Every thread computes the words of its
+    # own groups, four threads the same: putting them where they belong would take shared memory and six barriers.
+    group = tl.arange(0, GROUPS)
+    # 0 for every row, which no compiler knows: it would compute the first rounds of all rows in advance, and keep them
+    # in registers that the kernels do not have.
+    nothing = (tl.cast(row, tl.int64) >> 62).to(tl.int32)
+    w0, w1, w2, w3 = _words(tile * (GROUPS // 4) + group // 4 + nothing, row, sample, key)
+    even, second_half = group % 2 == 0, group % 4 >= 2
+    words = tl.where(second_half, tl.where(even, w2, w3), tl.where(even, w0, w1))[:, None]
     to_the_top = (31 - tl.arange(0, 32))[None, :].to(tl.uint32)
-    return (((words << to_the_top) & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+    return (words << to_the_top) & 0x80000000
 
 
 @triton.jit
 def _normals(tile, row, sample, key, GROUPS: tl.constexpr):
     # One counter has two Box-Muller pairs: four channels.
-    w0, w1, w2, w3 = _words(tile, row, sample, key, GROUPS * 8)
+    w0, w1, w2, w3 = _words(tile * (GROUPS * 8) + tl.arange(0, GROUPS * 8), row, sample, key)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (GROUPS, 32))
@@ -46,10 +56,10 @@ def _box_muller(first, second):
 
 
 @triton.jit
-def _words(tile, row, sample, key, COUNTERS: tl.constexpr):
-    """The four words of each of a tile's counters (channel block, row, sample, step) under the seed (low, high)."""
+def _words(block, row, sample, key):
+    """The four words of each counter (channel block, row, sample, step) under the seed (low, high)."""
     step, seed_low, seed_high = key
-    block = (tile * COUNTERS + tl.arange(0, COUNTERS)).to(tl.uint32)
+    block = block.to(tl.uint32)
     same = tl.zeros_like(block)
     return tl.philox_impl(
         block,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.perturb import perturbed_gradient, perturbed_statistics, store_perturbed
-from ofa_kernels.kernels.philox import probe_tile
+from ofa_kernels.kernels.perturb import perturbed_gradient, perturbed_statistics, squared_scale, store_perturbed
+from ofa_kernels.kernels.philox import times_probe
 from ofa_kernels.kernels.tile import (
     add_in_memory,
     channels,
     load,
     load_again,
     load_scale,
-    merge_moments,
+    merge_moments_and_sum,
     row_moments,
     store,
+    sum_two,
 )
 
 
@@ -69,9 +70,9 @@ def step_boundary_forward(
         u = load(update + row * stride_update, channel, inside)
         z = (load(residual + row * stride_residual, channel, inside) + u).to(stream.dtype.element_ty)
         tl.store(z_row + channel, z, mask=inside)
-        length += tl.sum(u * u)
         z = z.to(tl.float32)
-        mu, squares = merge_moments(z, inside, tile, mu, squares, width, GROUPS, CENTRED)
+        mu, squares, more = merge_moments_and_sum(z, u * u, inside, tile, mu, squares, width, GROUPS, CENTRED)
+        length += more
     tl.store(update_sqnorm + row, length)
     # Other threads than those that wrote it may read the stream again.
     tl.debug_barrier()
@@ -83,7 +84,7 @@ def step_boundary_forward(
             inside = channel < width
             u = load_again(update + row * stride_update, channel, inside)
             change = load(copies + copy * stride_sample + row * stride_copy, channel, inside) - u
-            product += tl.sum(change * probe_tile(tile, row, copy, key, GROUPS, GAUSSIAN))
+            product += tl.sum(times_probe(change, tile, row, copy, key, GROUPS, GAUSSIAN))
         tl.store(products + copy * rows + row, product)
     for tile in tl.static_range(TILES):
         channel = channels(tile, GROUPS)
@@ -98,7 +99,7 @@ def step_boundary_forward(
     for sample in range(SAMPLES):
         into = stack + ((1 + sample) * rows + row) * width
         store_perturbed(
-            into, z_row, weight, bias, row, sample, next_key, shift, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
+            into, z_row, weight, bias, row, sample, next_key, shift, mu, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
         )
 
 
@@ -128,6 +129,7 @@ def step_boundary_backward(
     SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -147,6 +149,8 @@ def step_boundary_backward(
     size = rows.to(tl.int64) * width
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
+    if grad_stack is not None:
+        scale_squares = squared_scale(weight, width, GROUPS, TILES, OFFSET)
     for row in range(program * share, tl.minimum((program + 1) * share, rows)):
         at = row * width
         z_row, g_row = stream + at, grad_stack
@@ -156,8 +160,8 @@ def step_boundary_backward(
             shift = epsilon * r
             along, through = undisturbed_statistics(z_row, g_row, weight, mu, r, width, GROUPS, TILES, CENTRED, OFFSET)
             statistics, pull = perturbed_statistics(
-                z_row, g_row + size, size, weight, row, next_key, shift, mu, norm, SAMPLES, SLOTS, GROUPS, TILES,
-                CENTRED, OFFSET, GAUSSIAN
+                z_row, g_row + size, size, weight, scale_squares, row, next_key, shift, mu, r, norm, SAMPLES, SLOTS,
+                GROUPS, TILES, STAGES, CENTRED, OFFSET, GAUSSIAN
             )  # fmt: skip
             # shift = ε/σ and ∂(1/σ)/∂z = −ẑ/(σ² d), which is along ẑ as well.
             along += epsilon * pull * r / width
@@ -170,11 +174,11 @@ def step_boundary_backward(
                     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
                     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
                 grad, of_scale, of_shift = perturbed_gradient(
-                    tile, z_row, g_row + size, size, weight, row, next_key, shift, width, statistics, SAMPLES, SLOTS,
-                    GROUPS, OFFSET, GAUSSIAN
+                    tile, z_row, g_row + size, size, weight, row, next_key, shift, mu, width, statistics, SAMPLES,
+                    SLOTS, GROUPS, CENTRED, OFFSET, GAUSSIAN
                 )  # fmt: skip
                 g = load_again(g_row, channel, inside)
-                hat = tl.where(inside, (load(z_row, channel, inside) - mu) * r, 0.0)
+                hat = (load(z_row, channel, inside) - mu) * r
                 weight_sum += of_scale + g * hat
                 bias_sum += of_shift + g
                 if TILES > 1:
@@ -189,8 +193,8 @@ def step_boundary_backward(
                 grad += 2.0 * tl.load(grad_sqnorm + row) * load(update + at, channel, inside)
             if grad_products is not None:
                 for copy in range(COPIES):
-                    nu = probe_tile(tile, row, copy, key, GROUPS, GAUSSIAN)
-                    own = nu * tl.load(grad_products + copy * rows + row)
+                    own = tl.load(grad_products + copy * rows + row)
+                    own = times_probe(own, tile, row, copy, key, GROUPS, GAUSSIAN)
                     grad -= own
                     store(grad_copies + copy * size + at, channel, inside, own)
             if grad_update is not None:
@@ -213,7 +217,11 @@ def undisturbed_statistics(
         channel = channels(tile, GROUPS)
         inside = channel < width
         h = load(g_row, channel, inside) * load_scale(weight, channel, inside, OFFSET)
-        along += tl.sum(h * (load(z_row, channel, inside) - mu)) * r / width
+        product = h * (load(z_row, channel, inside) - mu)
         if CENTRED:
-            through += tl.sum(h) / width
+            more, total = sum_two(product, h)
+            through += total / width
+        else:
+            more = tl.sum(product)
+        along += more * r / width
     return along, through

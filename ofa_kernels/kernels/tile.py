@@ -38,7 +38,10 @@ def load_if_any(vector, channel, inside):
 @triton.jit
 def load_scale(weight, channel, inside, OFFSET: tl.constexpr):
     """γ = OFFSET + weight."""
-    return tl.where(inside, load(weight, channel, inside) + OFFSET, 0.0)
+    scale = load(weight, channel, inside)
+    if OFFSET != 0.0:
+        scale = tl.where(inside, scale + OFFSET, 0.0)
+    return scale
 
 
 @triton.jit
@@ -80,11 +83,59 @@ def merge_moments(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr, C
     Chan, Golub and LeVeque's update, which loses nothing where the mean is large against the deviations.
     """
     if CENTRED:
-        seen = tile * GROUPS * 32
-        count = tl.minimum(width - seen, GROUPS * 32)
-        tile_mean = tl.sum(z) / count
-        z = tl.where(inside, z - tile_mean, 0.0)
-        gap = tile_mean - mean
-        mean += gap * count / (seen + count)
-        squares += gap * gap * seen * count / (seen + count)
+        mean, squares, z = merge_mean(z, inside, tile, mean, squares, width, GROUPS)
     return mean, squares + tl.sum(z * z)
+
+
+@triton.jit
+def merge_moments_and_sum(
+    z, beside, inside, tile, mean, squares, width, GROUPS: tl.constexpr, CENTRED: tl.constexpr
+):  # fmt: skip
+    """As `merge_moments`, and the sum of a tile `beside` z in the same exchange."""
+    if CENTRED:
+        mean, squares, z = merge_mean(z, inside, tile, mean, squares, width, GROUPS)
+    more, of_beside = sum_two(z * z, beside)
+    return mean, squares + more, of_beside
+
+
+@triton.jit
+def merge_mean(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr):
+    """The mean of all tiles so far; what the gap between those before and this adds to the squares; z less its mean."""
+    seen = tile * GROUPS * 32
+    count = tl.minimum(width - seen, GROUPS * 32)
+    tile_mean = tl.sum(z) / count
+    gap = tile_mean - mean
+    mean += gap * count / (seen + count)
+    squares += gap * gap * seen * count / (seen + count)
+    return mean, squares, tl.where(inside, z - tile_mean, 0.0)
+
+
+@triton.jit
+def sum_two(a, b):
+    """Sums of two tiles. The threads of a program wait for each other once, where `tl.sum` of each would twice.
+
+    Not `tl.reduce` of a tuple, which the interpreter walks through element by element.
+    """
+    return tl.split(tl.sum(tl.join(tl.sum(a, axis=1), tl.sum(b, axis=1)), axis=0))
+
+
+@triton.jit
+def sum_three(a, b, c):
+    """As `sum_two`, of three tiles."""
+    of_c = tl.sum(c, axis=1)
+    sum_a, sum_b, sum_c, _ = _sum_of_groups(tl.sum(a, axis=1), tl.sum(b, axis=1), of_c, tl.zeros_like(of_c))
+    return sum_a, sum_b, sum_c
+
+
+@triton.jit
+def sum_four(a, b, c, d):
+    """As `sum_two`, of four tiles."""
+    return _sum_of_groups(tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1))
+
+
+@triton.jit
+def _sum_of_groups(a, b, c, d):
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
+    sum_a, sum_b = tl.split(first)
+    sum_c, sum_d = tl.split(second)
+    return sum_a, sum_b, sum_c, sum_d

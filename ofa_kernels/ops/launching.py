@@ -129,6 +129,8 @@ def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **consta
         constants["GROUPS"] = config.groups
     if "TILES" in names:
         constants["TILES"] = config.tiles
+    if "STAGES" in names:
+        constants["STAGES"] = config.stages
     start(kernel, grid, tensor, args, constants, config.max_registers, num_warps=config.num_warps)
 
 

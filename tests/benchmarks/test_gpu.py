@@ -6,14 +6,25 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import attention, ceilings, constants, every_kernel, gpu_profile, gpu_step
-from ofa_kernels import workload
+from benchmarks import (
+    attention,
+    ceilings,
+    constants,
+    every_kernel,
+    gpu_profile,
+    gpu_step,
+    tune_attention,
+    tune_rows,
+    tuning,
+)
+from ofa_kernels import launch, workload
 from ofa_kernels.ops import launching
 
 CPU = torch.device("cpu")
@@ -95,6 +106,55 @@ def test_wrong_constants_are_refused_and_not_timed(tmp_path, monkeypatch, capsys
     assert "attention forward other refused: error 0.2" in capsys.readouterr().err
 
 
+TUNED = ["--rows", "2", "--width", "128", "--repeats", "2"]
+
+
+def test_every_launch_of_a_kernel_of_rows_is_timed_beside_its_own(tmp_path):
+    """Each tile, pipelined or not, with as many programs as are tried; the results of each are right."""
+    tune_rows.main(["--out", str(tmp_path / "rows.csv"), "--kernels", "norm_step_backward", *TUNED])
+    rows = read(tmp_path / "rows.csv")
+    assert {row["metric"] for row in rows} - {"spills"} == {"time_median"}
+    assert [row["programs"] for row in rows if row["chosen"] == "1"] == ["0"], "the library's own, once"
+    assert len(rows) == 1 + len(tune_rows.candidates("norm_step_backward", 128))
+    assert {row["stages"] for row in rows} == {"1", "2"}
+
+
+def test_a_launch_whose_results_are_wrong_is_refused_and_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_rows, "relative_error", lambda *given: 0.2)
+    monkeypatch.setattr(tune_rows, "candidates", lambda *given: [])
+    tune_rows.main(["--out", str(tmp_path / "rows.csv"), "--kernels", "contract_forward", *TUNED])
+    assert [(row["metric"], row["value"]) for row in read(tmp_path / "rows.csv")] == [("error", "0.2")]
+    assert "refused: error 0.2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernel", tune_rows.KERNELS)
+def test_a_candidate_is_what_its_kernel_is_launched_as(kernel):
+    """As a process that compiles it captures it, and the library's decisions stand again behind it."""
+    before = launch.configure, launch.programs
+    own = launch.configure(kernel, 256, 2, "sm_90")
+    other = tune_rows.Candidate(next(one.launch for one in tune_rows.candidates(kernel, 256) if one.launch != own))
+    one, case = tune_rows._pass(kernel), tune_rows.Case(4, 256, torch.bfloat16, CPU)
+    with other.decides(kernel):
+        call = lambda: one.operation.triton.prepare(*one.draw(case))()  # noqa: E731
+        *_, keywords = tuning.captured(kernel, call, "sm_90")
+    assert (keywords["num_warps"], keywords["GROUPS"]) == (other.launch.num_warps, other.launch.groups)
+    assert (launch.configure, launch.programs) == before
+
+
+def test_what_a_call_does_not_launch_is_said():
+    with pytest.raises(LookupError, match="norm_step_forward is not launched"):
+        tuning.captured("norm_step_forward", lambda: None, "sm_90")
+
+
+@pytest.mark.parametrize("kernel", tune_attention.KERNELS)
+def test_a_candidate_of_a_sweep_is_what_it_is_launched_as(kernel):
+    config = tune_attention.candidates(kernel)[0]
+    case = replace(tune_attention.CASES[0], heads=2, shared=2, tokens=16)
+    *_, keywords = tune_attention._captured(kernel, case, config, CPU)
+    found = keywords["BLOCK_ROWS"], keywords["BLOCK_COLUMNS"], keywords["num_warps"], keywords["num_stages"]
+    assert found == (config.block_rows, config.block_columns, config.num_warps, config.num_stages)
+
+
 def test_the_memory_checker_sees_every_kernel():
     """Every kernel that is compiled ahead of time, which `ofa_kernels.workload` launches, is launched here too."""
     ahead = workload.cases([64], ["fp32"], ["rms"], [1]) + workload.attention_cases([64], ["bf16", "fp32"])
@@ -113,7 +173,7 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     assert done.returncode == 2
     assert done.stderr == (
         "benchmarks/gpu.sh: there is no part steps; the parts are ceilings tests step replays launches attention "
-        "constants kernels probes memcheck\n"
+        "constants kernels probes memcheck tune\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -178,7 +178,7 @@ OPERATIONS = {
     "perturb_backward": (
         perturb_backward,
         traffic.perturb_backward,
-        lambda n: {"stream": 2 + 2 * n, "grad_copies": 2},
+        lambda n: {"stream": 3 + n, "grad_copies": 2},
     ),
     "contract_forward": (contract_forward, traffic.contract_forward, lambda n: {"base": 1, "copies": 1}),
     "contract_backward": (
@@ -197,7 +197,7 @@ OPERATIONS = {
         step_boundary_backward,
         traffic.step_boundary_backward,
         lambda n: {
-            "stream": 3 + 2 * n,
+            "stream": 4 + n,
             "update": 1,
             "grad_stream": 1,
             "grad_stack": 2,

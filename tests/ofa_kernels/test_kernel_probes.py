@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ofa_kernels.kernels.philox import _words, probe_tile
+from ofa_kernels.kernels.philox import _words, times_probe
 from ofa_kernels.ops.launching import key
 from ofa_kernels.philox import PROBES, probes
 from tests.ofa_kernels.calls import DEVICE
@@ -19,8 +19,8 @@ ROWS, STEP, SEED = 3, 0xFFFFFFFE, (0x80000001 << 32) | 0xFFFFFFFF
 
 @triton.jit(do_not_specialize=["block", "row", "sample", "step", "seed_low", "seed_high"])
 def write_words(out, block, row, sample, step, seed_low, seed_high):
-    w0, w1, w2, w3 = _words(block, row, sample, (step, seed_low, seed_high), 1)
     at = tl.arange(0, 1)
+    w0, w1, w2, w3 = _words(block + at, row, sample, (step, seed_low, seed_high))
     tl.store(out + at, w0)
     tl.store(out + 1 + at, w1)
     tl.store(out + 2 + at, w2)
@@ -33,7 +33,8 @@ def write_probes(
 ):
     row = tl.program_id(0).to(tl.int64)
     for tile in range(TILES):
-        nu = probe_tile(tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
+        one = tl.cast(1.0, tl.float32)
+        nu = times_probe(one, tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
         at = (tile * GROUPS + tl.arange(0, GROUPS)[:, None]) * 32 + tl.arange(0, 32)[None, :]
         tl.store(out + row * TILES * GROUPS * 32 + at, nu)
 
