@@ -325,8 +325,8 @@ class _Tokens:
             values.zero_()
         else:
             self._start(kernel, config, 2 * heads * runs)
-        # Outputs of an operation are tensors of their own, not parts of one.
-        return partial[:, 0].sum(0), partial[:, 1].sum(0), values.sum(0)
+        to_query, to_key = partial.sum(0)
+        return to_query, to_key, values.sum(0)
 
     def _start(self, kernel: Any, config: launch.AttentionLaunch, programs: int) -> None:
         start_by_names(kernel, programs, self._like, config, self._arguments, self._constants)

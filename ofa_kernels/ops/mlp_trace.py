@@ -109,7 +109,6 @@ def backward(
     grad_gate, grad_up = gate.new_empty(gate.shape), _empty_like(up, gate)
     rows = g.shape[0]
     runs, tiles = runs_and_tiles(mlp_trace_backward, rows, gate, width)
-
     vectors = [vector for vector in (gate_trace, up_trace) if vector is not None and grad_trace is not None]
     partial = gate.new_empty((max(1, len(vectors)), runs, width if vectors else 0), dtype=torch.float32)
     partial_gate, *partial_up = partial
