@@ -256,6 +256,8 @@ def probe_products(
         if CENTRED:
             z = tl.where(inside, z - mu, 0.0)
         direction = times_probe(scale, tile, row, sample, key, GROUPS, GAUSSIAN)
+        if CENTRED:
+            push += tl.sum(direction)
         h = scale * load(g_row, channel, inside)
         if CENTRED:
             of_z, of_h, of_along, of_through = sum_four(direction * z, direction * h, h * z, h)
@@ -265,8 +267,6 @@ def probe_products(
         push_z += of_z
         push_h += of_h
         along += of_along
-        if CENTRED:
-            push += tl.sum(direction)
         if GAUSSIAN:
             push_push += tl.sum(direction * direction)
     return push_push, push_z, push_h, along, push, through
