@@ -168,9 +168,9 @@ def configure_attention(
     if architecture.startswith("gfx"):
         # Eight warps of 64 threads would have 256 registers each, where four have 512.
         warps, registers = 4, None
-    if sweeps:
-        # A thread copies 16 bytes or more of the smaller tile.
-        warps = min(warps, max(1, min(rows, columns) * tile * itemsize // (16 * warp)))
+    # A thread copies 16 bytes or more of the smaller tile; what goes token by token has rows alone.
+    smaller = min(rows, columns) if sweeps else rows
+    warps = min(warps, max(1, smaller * tile * itemsize // (16 * warp)))
     return AttentionLaunch(rows, columns, warps, num_stages=stages, max_registers=registers)
 
 

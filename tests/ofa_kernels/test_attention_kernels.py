@@ -571,6 +571,8 @@ def test_tiles_and_threads_are_within_bounds(kernel, architecture, itemsize, wid
     assert 32 <= threads <= 256
     assert config.max_registers is None or config.max_registers * threads <= 65536, "registers of a multiprocessor"
     assert 1 <= config.num_stages <= 3
+    smallest = (config.block_rows,) if "trace" in kernel else (config.block_rows, config.block_columns)
+    assert min(smallest) * tile * itemsize >= 16 * threads or config.num_warps == 1, "16 bytes of a tile for a thread"
 
 
 def stages_and_rows(case: Attention) -> dict[str, tuple[int, int]]:
