@@ -6,8 +6,7 @@ hand: nothing of the size of a weight is kept for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,18 +31,6 @@ class Products(Protocol):
         ...
 
 
-@contextmanager
-def computing(*devices: str) -> Iterator[None]:
-    """What constants are computed in: no autocast on devices of these types, and no graph."""
-    with ExitStack() as contexts:
-        # Outside inference mode: the next pass may have gradients, and these values with it.
-        contexts.enter_context(torch.inference_mode(False))
-        contexts.enter_context(torch.no_grad())
-        for device in devices:
-            contexts.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 @dataclass
 class Kept:
     """The constants of one branch and the γ that they are of, as long as that and the weights are what they were."""
@@ -58,14 +45,16 @@ class Kept:
         self.scale = self.values = None
 
     def compute(self, scale: Tensor) -> None:
-        """Compute them, inside of `computing`, for γ = `scale`, (d,) in float32 or wider, which nobody may change."""
-        self.scale, self.values = scale, self.products.forward(scale, self.centred)
+        """Compute them for γ = `scale`, (d,) in float32 or wider, which nobody may change."""
+        # Outside inference mode: the next pass may have gradients, and these values with it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+            self.scale = scale.detach()
+            self.values = self.products.forward(self.scale, self.centred)
 
     def at(self, norm: NormView) -> Constants:
         """The constants of a norm's γ, differentiable in its weight; computed now if they were not."""
         if self.values is None:
-            with computing(norm.weight.device.type):
-                self.compute(norm.scale)
+            self.compute(norm.scale)
         assert self.values is not None
         result: Constants = _Constants.apply(norm.weight, self.scale, self.products, self.centred, *self.values)
         return result

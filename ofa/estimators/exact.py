@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ofa import sharding
 from ofa.anatomy import Anatomy, Branch, NormView
 from ofa.closed_form import forms
-from ofa.closed_form.constants import computing
 from ofa.closed_form.fit import fit
 from ofa.closed_form.interface import Watching, capturing
 from ofa.closed_form.parts import AttentionParts, Linear, NoClosedForm, check_frozen, version
@@ -100,7 +99,8 @@ class Exact:
             self._forget()
             return
         scales: list[Tensor] = [norm.weight.detach() for norm in self._norms]  # type: ignore[operator]
-        with computing(*{scale.device.type for scale in scales}):
+        # Outside inference mode, as the constants are.
+        with torch.inference_mode(False), torch.no_grad():
             values = _joined(scales)
             now = None if capturing(values) else _Seen(self._versions(scales), values)
             # By value as well: an optimizer may write through `.data`, which no version counter sees.
@@ -110,9 +110,9 @@ class Exact:
             own = dict(zip(self._norms, _apart(values, scales), strict=True))
             # Here, not where they are used: a checkpointed layer that is run again must do what it did before.
             for branch in branches:
-                kept, scale = self._forms[branch].kept, own[self._norm_modules[branch]]
+                kept, scale = self._forms[branch].kept, widen(own[self._norm_modules[branch]])
                 if kept.values is None:
-                    kept.compute(widen(scale) + branch.norm.offset if branch.norm.offset else widen(scale))
+                    kept.compute(scale + branch.norm.offset if branch.norm.offset else scale)
 
     def _versions(self, scales: list[Tensor]) -> list[tuple[int, int]]:
         return [*(linear.version() for linear in self._linears), *map(version, scales)]
