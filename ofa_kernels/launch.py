@@ -161,8 +161,9 @@ def configure_attention(
         shifted = _SHIFTED_TILES.get(kernel, {}) if crowded and architecture.startswith("sm_") else {}
         rows, columns, warps, registers = {**_HALF_TILES[kernel], **shifted}[max(64, tile)]
     elif kernel == "attention_moments_backward_keys":
-        # Eight warps leave a thread of this sweep 128 registers: too few by some.
-        rows, columns, warps, registers = 16, 16, 4, None
+        # For heads of up to 64 eight warps have too few registers by some, and of 128 four: 1.5 kB for each thread go
+        # to memory on sm_90, and on eight none, but 80 bytes with a mask of every pair.
+        rows, columns, warps, registers = 16, 16, 4 if tile < 128 else 8, None
     else:
         rows, columns, warps, registers = 16, 16, 8, 255
     if architecture.startswith("gfx"):

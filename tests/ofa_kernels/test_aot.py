@@ -168,7 +168,7 @@ def test_an_interpreter_is_refused():
     ("width", "usage", "complaint"),
     [
         (8192, Usage(64, 0, 0, 8, 2, 0), None),
-        (8192, Usage(64, 16, 0, 8, 2, 0), "spills"),
+        (8192, Usage(64, 84, 0, 8, 2, 0), "spills (84)"),
         (8193, Usage(64, 16, 0, 8, 2, 0), None),
         (8192, Usage(64, 0, 0, 0, 8, 0), "no 16-byte access"),
         (8192, Usage(64, 0, 0, 8, 2, 1), "float64"),
