@@ -41,7 +41,7 @@ def usage(compiled: Any) -> Usage:
 
 
 def _of_cubin(compiled: Any) -> Usage:
-    text = _cuobjdump(compiled.asm["cubin"])
+    text = disassemble(compiled.asm["cubin"])
     resources = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
     code = re.sub(r"/\*.*?\*/", "", text)
     accesses = re.findall(r"\b(?:LDG|STG)\.[\w.]+", code)
@@ -58,7 +58,12 @@ def _of_cubin(compiled: Any) -> Usage:
     )
 
 
-def _cuobjdump(cubin: bytes) -> str:
+def disassemble(cubin: bytes) -> str:
+    """NVIDIA's listing of a binary: what it uses, and every instruction behind its address.
+
+    Raises:
+        RuntimeError: the disassembler that comes with Triton failed.
+    """
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from benchmarks import (
     every_kernel,
     gpu_profile,
     gpu_step,
+    machine_code,
     tune_attention,
     tune_rows,
     tuning,
@@ -216,3 +217,27 @@ def test_the_hosts_time_is_measured_on_kernels_without_a_gpu(tmp_path):
     launches = {row["variant"]: float(row["value"]) for row in rows if row["metric"] == "launches"}
     assert 0 < launches["plain"] < launches["step_ratio"] < launches["exact_quarter"] < launches["exact"]
     assert {row["value"] for row in rows if (row["variant"], row["metric"]) == ("plain", "ratio")} == {"1.0"}
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;      /* 0x00000a0000017a02 */
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/              @!P0 BRA 0x20 ;
+        /*0050*/               @P1 BRA 0x10 ;
+        /*0060*/                   BRA 0x60;
+"""
+"""A loop at 0x20 in one at 0x10, and the one without end that stands behind every kernel."""
+
+
+@pytest.mark.parametrize(
+    ("over_rows", "instructions", "barriers"),
+    [(True, 5 + 3 * 3, 2 + 3 * 1), (False, 7 + 3 * 3 + 3 * 5, 2 + 3 * 1 + 3 * 2)],
+)
+def test_what_is_in_a_loop_counts_as_often_as_it_is_met(over_rows, instructions, barriers):
+    """Four samples: three more rounds of every loop but that over rows, around which nothing counts."""
+    code = machine_code.read(LISTING)
+    assert code.loops == [(0x20, 0x40), (0x10, 0x50)]
+    assert code.per_row(machine_code.is_any, 4, over_rows=over_rows) == instructions
+    assert code.per_row(machine_code.is_barrier, 4, over_rows=over_rows) == barriers
