@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
-from ofa.closed_form.interface import PREFIX, own_name
+from ofa.closed_form.attention_interface import PREFIX, own_name
 from ofa.errors import InputError
 
 

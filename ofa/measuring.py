@@ -17,22 +17,24 @@ from ofa.anatomy import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
 from ofa.estimators import Probe, TraceEstimator
 from ofa.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
+from ofa.objectives import BranchTrace
 from ofa.step_length import with_length
 from ofa_kernels import dispatch
 
 
 @dataclass(frozen=True)
 class BranchEnd:
-    """What a branch adds to the stream, ‖update‖² per row if it is known, and what its trace is made of if measured."""
+    """What a branch adds to the stream, ‖update‖² per row if it is known, and its trace and scale γ if measured."""
 
     update: Tensor
     sqnorm: Tensor | None
-    trace: Rows | None
+    trace: BranchTrace | None
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Values per row of the stream, (rows) or (probes, rows), and the factor that they are all multiplied by."""
+    """Values per row of the stream, and the factor that they are all multiplied by."""
 
     values: Tensor
     factor: float
@@ -43,27 +45,31 @@ class Pass:
     """One measured forward pass: what it may measure, and what it has measured so far.
 
     `mask` is 1 at real tokens and 0 at padding, (B, T), or None when every token is real; `last_token_only` restricts
-    the lengths of the steps to the last real token. `traced` holds the steps whose trace is measured. A pass that does
-    not `keep` computes the same and forgets it: the second run of a layer under activation checkpointing. Rows are kept
-    as the branches return them and reduced once, for all steps together.
+    the lengths of the steps to the last real token. `traced` says whether the traces of the steps are measured, `sign`
+    is that of h. A pass that does not `keep` computes the same and forgets it: the second run of a layer under activation
+    checkpointing. Lengths are kept as the branches return them and reduced once, for all steps together.
     """
 
     seed: int
     with_grad: bool
     lengths: bool
     last_token_only: bool
-    traced: frozenset[int]
+    traced: bool
+    held: bool
     sign: float
     mask: Tensor | None
     keep: bool = True
     shape: tuple[int, int] | None = None
     squared_norms: dict[int, Rows] = field(default_factory=dict)
-    traces: dict[int, Rows] = field(default_factory=dict)
+    traces: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """∂H/∂γ of the branches of a step, with the curvature held fixed."""
     unfinished: dict[int, dict[str, BranchEnd]] = field(default_factory=dict)
 
-    def measures(self, index: int) -> bool:
-        """Whether anything of a step is wanted."""
-        return self.lengths or index in self.traced
+    @property
+    def measures(self) -> bool:
+        """Whether anything of the steps is wanted."""
+        return self.lengths or self.traced
 
     def see_stream(self, stream: Tensor) -> None:
         """Learn (B, T) from the first stream that goes by, and hold the mask to it.
@@ -81,8 +87,11 @@ class Pass:
             )
 
     def again(self) -> Pass:
-        """The same measurement for a layer that is run a second time; keeps nothing."""
-        return replace(self, keep=False, shape=None, squared_norms={}, traces={}, unfinished={})
+        """The measurement for a layer that is run a second time; keeps nothing. A gradient in P is there already."""
+        traced = self.traced and not self.held
+        return replace(
+            self, keep=False, traced=traced, shape=None, squared_norms={}, traces={}, gradients={}, unfinished={}
+        )
 
     def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd]) -> None:
         """Take what the branches of a step measured, once all parallel ones are in."""
@@ -91,38 +100,43 @@ class Pass:
             return
         parts = tuple(ends.values())
         squared = _squared_length(parts) if self.lengths else None
-        traces = [part.trace for part in parts if part.trace is not None]
         if not self.keep:
             return
         if squared is not None:
             self.squared_norms[index] = Rows(squared, step.scale**2)
-        if traces:
-            values = sum((trace.values for trace in traces[1:]), traces[0].values)
-            self.traces[index] = Rows(values, self.sign * step.scale * traces[0].factor)
+        if self.traced:
+            self._finish_traces(index, self.sign * step.scale, parts)
 
-    def _stack(self, measured: dict[int, Rows]) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """Values of all steps, (steps, probes or 1, B, T), the factor of them all, and the mask, on one device.
+    def _finish_traces(self, index: int, factor: float, parts: tuple[BranchEnd, ...]) -> None:
+        traces = [(part.weight, part.trace) for part in parts if part.trace is not None]
+        values = [trace.values for _, trace in traces]
+        self.traces[index] = (sum(values[1:], values[0])) * factor
+        if not self.held or not self.with_grad:
+            return
+        device = values[0].device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            slopes = objectives.sharpness_slopes(self.traces[index]) * factor
+            self.gradients[index] = [
+                (weight, trace.gradient(slopes).to(weight.dtype)) for weight, trace in traces if trace.gradient
+            ]
 
-        Nothing is made from numbers of the host: a copy would make it wait for the device, and end a CUDA graph.
+    def _squared_norms(self) -> Tensor:
+        """‖update‖² over the tokens whose steps are measured, (steps, B), on one device.
+
+        Nothing is built from Python scalars: the copy would sync, and break graph capture.
         """
         assert self.shape is not None
-        rows = [measured[index] for index in sorted(measured)]
+        rows = [self.squared_norms[index] for index in sorted(self.squared_norms)]
         device = rows[0].values.device
-        values = torch.stack([row.values.to(device).reshape(-1, *self.shape) for row in rows])
+        values = torch.stack([row.values.to(device).reshape(self.shape) for row in rows])
         if values.requires_grad:
-            # Behind a sum it is one number expanded, and every step's kernel would make a dense copy of its own.
+            # The gradient of a sum is one number expanded, and every step's kernel would make a dense copy of its own.
             values.register_hook(Tensor.contiguous)
         factors = tuple(row.factor for row in rows)
         factor: Tensor | float = factors[0]
         if len(set(factors)) > 1:
             factor = _column(factors, values)
         mask = None if self.mask is None else self.mask.to(device)
-        return values, factor, mask
-
-    def _squared_norms(self) -> Tensor:
-        """‖update‖² over the tokens whose steps are measured, (steps, B)."""
-        values, factor, mask = self._stack(self.squared_norms)
-        values = values.squeeze(1)
         if not self.last_token_only:
             return (values if mask is None else values * mask).sum(2) * factor
         if mask is None:
@@ -130,28 +144,14 @@ class Pass:
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
         return values.gather(2, last.view(1, -1, 1).expand(len(values), -1, 1)).squeeze(2) * factor
 
-    def _traces(self) -> Tensor:
-        """Mean of tr(J_i P_i) over the real tokens of each sequence, (measured steps, B)."""
-        values, factor, mask = self._stack(self.traces)
-        values = values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
-        if mask is None:
-            return values.mean(2) * factor
-        return (values * mask).sum(2) / mask.sum(1).clamp_min(1) * factor
-
-    def _among(self, measured: Tensor, steps: int) -> Tensor:
-        """Rows of the traced steps where they belong, NaN in those of the others."""
-        rows = dict(zip(sorted(self.traced), measured.unbind(), strict=True))
-        missing = torch.full_like(measured[0], float("nan"))
-        return torch.stack([rows.get(step, missing) for step in range(steps)])
-
     def measurements(self, steps: int) -> objectives.Measurements:
         """Everything measured, as one record.
 
         Raises:
             RuntimeError: the forward pass did not go through every step.
         """
-        expected = (range(steps) if self.lengths else (), sorted(self.traced))
-        if sorted(self.squared_norms) != list(expected[0]) or sorted(self.traces) != expected[1]:
+        expected = (range(steps) if self.lengths else (), range(steps) if self.traced else ())
+        if sorted(self.squared_norms) != list(expected[0]) or sorted(self.traces) != list(expected[1]):
             raise RuntimeError(
                 f"the forward pass went through {max(len(self.squared_norms), len(self.traces))} of {steps} steps; "
                 "layers were skipped, or the model was changed after the regularizers were attached"
@@ -162,15 +162,15 @@ class Pass:
             ratios = objectives.ratios(norms)
             step_ratio = objectives.step_ratio(ratios)
         if self.traced:
-            measured = self._traces()
-            sharpness = objectives.sharpness(measured, steps)
-            traces = measured if len(measured) == steps else self._among(measured, steps)
+            device = self.traces[0].device
+            traces = torch.stack([self.traces[index].to(device) for index in range(steps)])
+            sharpness = objectives.sharpness(traces)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 
 
 def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
     """Numbers as a column on the device of a tensor: brought there once, since bringing them waits for the device."""
-    # A tensor without data is not to be kept for those that have some.
+    # Do not cache columns for fake tensors: real tensors would receive them.
     build = _kept_column if type(like) is Tensor else _kept_column.__wrapped__
     return build(numbers, like.dtype, like.device)
 
@@ -303,17 +303,29 @@ class BranchMeter:
         """The pass being measured; None where nothing is."""
         return self._layer.current
 
+    @property
+    def _traced(self) -> bool:
+        return self.current is not None and self.current.traced
+
+    @property
+    def _busy(self) -> bool:
+        return self.estimator is not None and self.estimator.busy
+
     def _at_norm(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._busy:
+            return
         if self.branch.reads == "normalized":
             self._see(hidden_input(args, kwargs))
-        elif self.current is not None and self.index in self.current.traced and not self.branch.norm_reads_stream:
+        elif self._traced and not self.branch.norm_reads_stream:
             self._norm_input = hidden_input(args, kwargs)
 
     def _at_entry(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._busy:
+            return None
         entering = hidden_input(args, kwargs)
         if self.branch.reads == "stream":
             self._see(entering)
-        if self.current is None or self.index not in self.current.traced:
+        if not self._traced:
             return None
         assert self.estimator is not None
         assert self._stream is not None
@@ -335,12 +347,12 @@ class BranchMeter:
         return replace_tensors(args, kwargs, widen)
 
     def _at_residual(self, module: nn.Module, args: Any) -> Any:
-        if self.current is None or self.index not in self.current.traced:
+        if self._busy or not self._traced or self._fed is None or not self.estimator.copies:  # type: ignore[union-attr]
             return None
         return (args[0], self._fed, *args[2:])
 
     def _at_exit(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.current is None or not self.current.measures(self.index):
+        if self._busy or self.current is None or not self.current.measures:
             return None
         if self.current.with_grad and not torch.is_grad_enabled():
             raise InputError(
@@ -353,15 +365,14 @@ class BranchMeter:
         # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.
         self._stream = self._fed = self._norm_input = None
         ends = self.current.unfinished.pop(self.index, {})
-        if self.index in self.current.traced:
+        if self.current.traced:
             assert self.estimator is not None
-            left = self.estimator.leave(self.branch, self._norm(), stream, leaving, self._probe())
-            leaving, sqnorm, products = left.output, left.sqnorm, left.products
-            if not self.branch.norm_reads_stream:
-                assert norm_input is not None
-                norm = self.branch.norm
-                products = products * dispatch.rstd(norm_input[: leaving.shape[0]], eps=norm.eps, kind=norm.kind)
-            trace = Rows(products, left.factor)
+            if norm_input is not None and self.estimator.copies:
+                norm_input = norm_input[: stream.shape[0]]
+            assert self.current.shape is not None
+            rows = stream.view(*self.current.shape, -1)  # OPT flattens sequences and tokens
+            left = self.estimator.leave(self.branch, self._norm(), rows, leaving, self._probe(), norm_input)
+            leaving, sqnorm, trace = left.output, left.sqnorm, left.trace
         on_the_way = self.current.lengths and sqnorm is None and self._ends_its_step
         if on_the_way:
             leaving, sqnorm = with_length(leaving)
@@ -370,10 +381,11 @@ class BranchMeter:
         elif trace is not None or on_the_way:
             batch = leaving.shape[0]
             output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
+        weight: Any = self.norm_module.weight
         if self.branch.writes == "stream":
-            ends[self.branch.exit] = BranchEnd(leaving - stream, None, trace)
+            ends[self.branch.exit] = BranchEnd(leaving - stream, None, trace, weight)
         else:
-            ends[self.branch.exit] = BranchEnd(leaving, sqnorm, trace)
+            ends[self.branch.exit] = BranchEnd(leaving, sqnorm, trace, weight)
         self.current.finish_branches(self.index, self.step, ends)
         return output
 
@@ -383,7 +395,7 @@ class BranchMeter:
         if self.current is None:
             return
         self.current.see_stream(stream)
-        if self.current.measures(self.index):
+        if self.current.measures:
             self._stream = stream
 
     def _norm(self) -> NormView:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,25 @@ e⁻⁹⁰ would be denormal numbers, with which a processor multiplies matrices
 
 
 @dataclass(frozen=True)
+class BranchTrace:
+    """tr(J P) per token of every sequence, (B,), of one branch.
+
+    `gradient` maps slopes s, (B,), to Σ_b s_b ∂tr_b/∂γ, (d,), with the curvature held fixed; without it `values` carry a
+    graph.
+    """
+
+    values: Tensor
+    gradient: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Measurements:
     """What one forward pass of B sequences through T steps measured; None for a term that was not asked for.
 
     Attributes:
         step_norms: ‖Z_{t+1} − Z_t‖ over the real tokens, (T, B), float32.
         ratios: ‖Z_{t+1} − Z_t‖ / ‖Z_t − Z_{t−1}‖, (T − 1, B).
-        traces: h_t per token, (T, B), in the chosen sign convention; NaN at steps left out by step sampling.
+        traces: h_t per token, (T, B), in the chosen sign convention.
         step_ratio: J = Σ_t ratios, mean over the sequences, a scalar.
         sharpness: H = Σ_t softplus(h_t), mean over the sequences, a scalar.
     """
@@ -47,14 +61,51 @@ def step_ratio(step_ratios: Tensor) -> Tensor:
     return step_ratios.sum(0).mean()
 
 
-def sharpness(traces: Tensor, steps: int) -> Tensor:
-    """H = Σ_t softplus(h_t), mean over the sequences, from the traces (measured steps, B) of all or of sampled steps.
+def token_shares(mask: Tensor | None, like: Tensor) -> Tensor:
+    """Weights of the tokens of a stream, (B, T, d) → (B, T): 1/n at a sequence's n real tokens, 0 at padding."""
+    if mask is None:
+        return torch.full(like.shape[:2], 1.0 / like.shape[1], dtype=_opmath(like), device=like.device)
+    mask = mask.to(like.device, _opmath(like))
+    return mask / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def sharpness(traces: Tensor) -> Tensor:
+    """H = Σ_t softplus(h_t), mean over the sequences, from the traces (T, B).
 
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
-    that splitting a batch does not change the objective. Sampled steps are scaled by `steps`/measured: unbiased.
+    that splitting a batch does not change the objective.
     """
-    value = F.softplus(traces.clamp_min(LOWEST)).sum(0).mean()
-    return value if len(traces) == steps else value * (steps / len(traces))
+    return F.softplus(traces.clamp_min(LOWEST)).sum(0).mean()
+
+
+def sharpness_slopes(traces: Tensor) -> Tensor:
+    """∂H/∂h_t of every sequence, for the traces of one step or of all: (..., B) → (..., B)."""
+    return torch.sigmoid(traces) * (traces > LOWEST) / traces.shape[-1]
+
+
+def with_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The value, whose gradient in each tensor is the one beside it; nothing is saved for the backward pass."""
+    if not gradients or not torch.is_grad_enabled():
+        return value
+    tensors, known = zip(*gradients, strict=True)
+    result: Tensor = _WithGradients.apply(value, known, *tensors)
+    return result
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *((grad.to(g.device) * g) for g in ctx.gradients)
+
+
+def _opmath(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:

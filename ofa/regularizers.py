@@ -8,7 +8,6 @@ backward pass of a wider batch, not N more passes per layer.
 from __future__ import annotations
 
 import inspect
-import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +23,14 @@ from ofa import anatomy as anatomies
 from ofa import objectives
 from ofa.errors import InputError
 from ofa.estimators import Handle, TraceEstimator
-from ofa.estimators.choice import CLOSED_FORM as CLOSED_FORM
-from ofa.estimators.choice import ESTIMATORS, choose
-from ofa.estimators.hutchinson import Hutchinson
+from ofa.closed_form.branch_trace import RADIAL
+from ofa.estimators.choice import ESTIMATORS, GRADIENTS, EstimatorOptions, choose
+from ofa.estimators.hutchinson import FullHutchinson
 from ofa.estimators.jvp import ForwardMode, check_branches
 from ofa.hosting import Copies, OneThread, Places, host
 from ofa.into_loss import add_penalty
 from ofa.measuring import BranchMeter, LayerPass, Pass
-from ofa_kernels.compiling import allow_in_graphs
+from ofa.schedule import Schedule
 from ofa_kernels.philox import PROBES
 
 CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
@@ -53,7 +52,9 @@ def fused_regularizers(
     epsilon: float | None = None,
     probe: str = "rademacher",
     convention: str = "theory",
-    steps: float = 1.0,
+    gradient: str = "preconditioner",
+    every: int = 1,
+    radial: str = "channels",
     into_loss: bool = False,
     seed: int = 0,
     tokens: str = "all",
@@ -68,18 +69,23 @@ def fused_regularizers(
         model: the model whose `forward` is called in training.
         step_ratio, sharpness: the weights λ₁ and λ₂, ≥ 0.
         estimator: "exact" (closed form: no probes, no noise), "hutchinson" (probes and finite differences: any model),
-            "jvp" (probes and forward-mode differentiation: no ε, unfused attention), "local_jvp" (the same without the
-            noise between tokens), or "auto": exact where the model's branches are known, else hutchinson, which is
-            logged.
+            "jvp" (probes and forward-mode differentiation: no ε, unfused attention; a diagnostic, for gradient="full"),
+            or "auto": exact where the model's branches are known, else hutchinson, which is logged.
         granularity: "sublayer" (a step is one branch) or "layer" (a step is one decoder layer, as in the paper).
         samples: probes N per step.
         epsilon: finite-difference step of "hutchinson", the same for all branches; None chooses one per branch, by the
             dtype and by how long its tokens are.
         probe: "rademacher" or "gaussian".
         convention: sign of the trace, "theory" or "algorithm1" (the paper's Algorithm 1 as printed).
-        steps: share of the steps whose trace is measured in each pass, drawn anew each time, scaled to stay unbiased.
+        gradient: how H is differentiated. "preconditioner": in γ alone, curvature and tokens held fixed; computed in
+            the forward pass. "full": through everything, as the paper's Algorithm 1 under autograd; "exact" then needs
+            frozen weights and memory for its graph.
+        every: the sharpness is measured in one optimizer step of `every`, and its last gradient is used in between. A
+            step is noticed by the version counters of the scales, which every optimizer in `torch.optim` moves.
+        radial: how "exact" computes the terms that need every token's own Jacobian when it trains: "channels" (through
+            the 8 channels that hold most of them), "exact" or "none". Passes without gradients always have them exact.
         into_loss: add the penalty to the model's own `loss` (for `transformers.Trainer` and TRL).
-        seed: of the probes and of the sampled steps.
+        seed: of the probes.
         tokens: "all" real tokens or only the "last" one count for the step ratio.
 
     Raises:
@@ -94,7 +100,9 @@ def fused_regularizers(
         epsilon=epsilon,
         probe=probe,
         convention=convention,
-        steps=steps,
+        gradient=gradient,
+        every=every,
+        radial=radial,
         tokens=tokens,
     )
     model = host(model)
@@ -104,10 +112,11 @@ def fused_regularizers(
             "attaching others (ofa.regularizers.attached(model) finds them)"
         )
     found = anatomies.find(model)
-    chosen: TraceEstimator = Hutchinson()  # which attaches nothing, where nothing is traced
+    chosen: TraceEstimator = FullHutchinson()  # which attaches nothing, where nothing is traced
     if sharpness > 0:
-        chosen = choose(estimator, model, found, granularity, samples, epsilon, probe)
-    settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], steps, into_loss, seed, tokens == "last")
+        wanted = EstimatorOptions(estimator, gradient, granularity, radial, samples, epsilon, probe)
+        chosen = choose(wanted, model, found)
+    settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], every, into_loss, seed, tokens == "last")
     return Regularizers(model, found, found.steps(granularity), chosen, settings)
 
 
@@ -126,7 +135,7 @@ class _Settings:
     step_ratio: float
     sharpness: float
     sign: float
-    share_of_steps: float
+    every: int
     into_loss: bool
     seed: int
     last_token_only: bool
@@ -158,9 +167,9 @@ class Regularizers:
         self._without_grad = False
         self._dropouts = _dropouts(model)
         self._thread = OneThread()
+        self._schedule = Schedule(settings.every)
         self._preparing = False
         """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
-        allow_in_graphs()
         active = settings.step_ratio > 0 or settings.sharpness > 0
         self._layers = {step.layer: LayerPass() for step in steps}
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
@@ -266,13 +275,13 @@ class Regularizers:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._refuse_cache(given)
-        traced = self._draw_steps()
-        self._refuse_dropout(bool(traced))
+        traced = self._settings.sharpness > 0 and self._schedule.measures(self._weights())
+        self._refuse_dropout(traced)
         if traced and isinstance(self._trace_estimator, ForwardMode):
-            check_branches(model, (self.steps[index] for index in sorted(traced)))
+            check_branches(model, self.steps)
         self._places.check()
         if traced:
-            self._prepare(traced)
+            self._prepare()
         self._thread.begin()
         settings = self._settings
         self._set_pass(
@@ -282,6 +291,7 @@ class Regularizers:
                 lengths=settings.step_ratio > 0,
                 last_token_only=settings.last_token_only,
                 traced=traced,
+                held=self._trace_estimator.held,
                 sign=settings.sign,
                 mask=_padding_mask(given.get("attention_mask")),
             )
@@ -299,13 +309,16 @@ class Regularizers:
         self._set_pass(None)
         if current is None or output is None:  # None: the forward pass raised an exception, which goes its way
             return None
-        self._measured = current.measurements(len(self.steps))
-        values = self._measured.step_norms, self._measured.traces
+        self._measured = self._schedule.complete(current.measurements(len(self.steps)), current.gradients)
+        values = self._measured.step_norms, self._measured.sharpness
         self._device = next(value.device for value in values if value is not None)
         return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None
 
-    def _prepare(self, traced: frozenset[int]) -> None:
-        branches = [branch for index in sorted(traced) for branch in self.steps[index].branches]
+    def _weights(self) -> list[Tensor]:
+        return [meter.norm_module.weight for meter in self._meters]  # type: ignore[misc]
+
+    def _prepare(self) -> None:
+        branches = [branch for step in self.steps for branch in step.branches]
         self._preparing = True
         try:
             self._trace_estimator.begin(branches)
@@ -333,16 +346,6 @@ class Regularizers:
                 layer.end()
             else:
                 layer.begin(current, again)
-
-    def _draw_steps(self) -> frozenset[int]:
-        if self._settings.sharpness <= 0:
-            return frozenset()
-        total = len(self.steps)
-        count = max(1, round(self._settings.share_of_steps * total))
-        if count == total:
-            return frozenset(range(total))
-        # Not torch.Generator: on the CPU it takes only the low 32 bits of a seed, which are the number of the pass.
-        return frozenset(random.Random(self._pass_seed()).sample(range(total), count))
 
     def _pass_seed(self) -> int:
         """A 63-bit seed of its own for every (seed, pass)."""
@@ -389,6 +392,8 @@ def check_options(**options: Any) -> None:
         ("probe", PROBES),
         ("convention", tuple(CONVENTIONS)),
         ("tokens", TOKENS),
+        ("gradient", GRADIENTS),
+        ("radial", RADIAL),
     ):
         if options[name] not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, not {options[name]!r}")
@@ -397,8 +402,8 @@ def check_options(**options: Any) -> None:
             raise InputError(f"{name} is a weight and must be a finite number of at least 0, not {options[name]!r}")
     if options["samples"] < 1:
         raise InputError(f"samples must be at least 1, not {options['samples']!r}")
-    if not 0 < options["steps"] <= 1:
-        raise InputError(f"steps is the share of measured steps, above 0 and at most 1, not {options['steps']!r}")
+    if options["every"] < 1:
+        raise InputError(f"every counts optimizer steps and must be at least 1, not {options['every']!r}")
     if options["epsilon"] is not None and not options["epsilon"] > 0:
         raise InputError(f"epsilon must be above 0, not {options['epsilon']!r}")
 

@@ -4,6 +4,16 @@
 """
 
 from ofa_kernels import reference
-from ofa_kernels.dispatch import contract, mlp_trace, norm_step, perturb, step_boundary
+from ofa_kernels.dispatch import (
+    attention_curvature,
+    attention_diagonal,
+    attention_trace,
+    contract,
+    mlp_curvature,
+    mlp_diagonal,
+    norm_step,
+    perturb,
+    step_boundary,
+)
 
 __all__ = ["contract", "mlp_trace", "norm_step", "perturb", "reference", "step_boundary"]

@@ -8,7 +8,7 @@ GPU where Triton is installed. `OFA_KERNELS=reference` in the environment leaves
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -17,21 +17,10 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.blocked import attention_trace as blocked_attention_trace
-from ofa_kernels.fused import attention_moments as fused_attention_moments
-from ofa_kernels.fused import attention_trace as fused_attention_trace
-from ofa_kernels.fused import mlp_trace as fused_mlp_trace
-from ofa_kernels.fused import norm_trace as fused_norm_trace
-from ofa_kernels.fused import squared_norm as fused_squared_norm
-from ofa_kernels.launch import MAX_WIDTH, WIDEST_WEIGHTS, widest_head
-from ofa_kernels.ops import attention_moments as attention_moments_op
-from ofa_kernels.ops import attention_trace as attention_trace_op
-from ofa_kernels.ops import constants as constants_op
+from ofa_kernels.launch import MAX_WIDTH
 from ofa_kernels.ops import contract as contract_op
 from ofa_kernels.ops import displace as displace_op
-from ofa_kernels.ops import mlp_trace as mlp_trace_op
 from ofa_kernels.ops import norm_step as norm_step_op
-from ofa_kernels.ops import norm_trace as norm_trace_op
 from ofa_kernels.ops import perturb as perturb_op
 from ofa_kernels.ops import step_boundary as step_boundary_op
 
@@ -44,14 +33,13 @@ OPERATIONS = (
     "contract",
     "step_boundary",
     "rstd",
-    "mlp_trace",
+    "mlp_curvature",
+    "mlp_slopes",
+    "mlp_diagonal",
+    "attention_curvature",
+    "attention_adjoint",
     "attention_trace",
-    "attention_moments",
-    "norm_trace",
-    "mlp_constants",
-    "mlp_constants_gradient",
-    "attention_constants",
-    "attention_constants_gradient",
+    "attention_diagonal",
 )
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,58 +121,39 @@ def rstd(stream: Tensor, **kwargs: Any) -> Tensor:
     return choose("rstd", stream).function(stream, **kwargs)
 
 
-def mlp_trace(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Activation of an MLP, its change along its input, and its share of a trace; see `reference.mlp_trace`."""
-    return choose("mlp_trace", gate).function(gate, *args, **kwargs)
+def mlp_curvature(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Token sums of an MLP's slopes; see `reference.mlp_curvature`."""
+    return choose("mlp_curvature", gate).function(gate, *args, **kwargs)
 
 
-def attention_trace(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """How attention changes along its own token, and its share of a trace; see `reference.attention_trace`."""
+def mlp_slopes(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """An MLP's slopes token by token; see `reference.mlp_slopes`."""
+    return choose("mlp_slopes", gate).function(gate, *args, **kwargs)
+
+
+def mlp_diagonal(weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Diagonal of an MLP's summed Jacobian, from one read of its weights; see `reference.mlp_diagonal`."""
+    return choose("mlp_diagonal", *weights).function(weights, *args, **kwargs)
+
+
+def attention_curvature(query: Tensor, *args: Any, **kwargs: Any) -> reference.AttentionSums:
+    """Token sums of an attention's Jacobian between its projections; see `reference.attention_curvature`."""
+    return choose("attention_curvature", query).function(query, *args, **kwargs)
+
+
+def attention_adjoint(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """An attention's own-token backward pass; see `reference.attention_adjoint`."""
+    return choose("attention_adjoint", query).function(query, *args, **kwargs)
+
+
+def attention_trace(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Trace of an attention's summed Jacobian, from its weights; see `reference.attention_trace`."""
     return choose("attention_trace", query).function(query, *args, **kwargs)
 
 
-def attention_moments(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, mean and covariance that the trace of attention is made of; see `reference.attention_moments`."""
-    return choose("attention_moments", query).function(query, *args, **kwargs)
-
-
-def norm_trace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The trace of a branch behind its norm; see `reference.norm_trace`."""
-    return choose("norm_trace", stream).function(stream, *args, **kwargs)
-
-
-def mlp_constants(gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, centred: bool) -> tuple[Tensor, ...]:
-    """(W G W_d)_kk of an MLP's weights; see `reference.mlp_constants`."""
-    chosen = choose("mlp_constants", *_given(gate, up, down, scale))
-    return chosen.function(gate, up, down, scale, centred)
-
-
-def mlp_constants_gradient(
-    gate: Tensor, up: Tensor | None, down: Tensor, scale: Tensor, grads: Sequence[Tensor], centred: bool
-) -> Tensor:
-    """Its gradient in γ; see `reference.mlp_constants_gradient`."""
-    chosen = choose("mlp_constants_gradient", *_given(gate, up, down, scale))
-    return chosen.function(gate, up, down, scale, grads, centred)
-
-
-def attention_constants(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor, centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W_q G W_o, W_k G W_o and tr(W_v G W_o) of every head; see `reference.attention_constants`."""
-    chosen = choose("attention_constants", output, query, key, value, scale)
-    return chosen.function(query, key, value, output, scale, centred)
-
-
-def attention_constants_gradient(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor, grads: Sequence[Tensor], centred: bool
-) -> Tensor:
-    """Its gradient in γ; see `reference.attention_constants_gradient`."""
-    chosen = choose("attention_constants_gradient", output, query, key, value, scale)
-    return chosen.function(query, key, value, output, scale, grads, centred)
-
-
-def _given(*tensors: Tensor | None) -> Iterator[Tensor]:
-    return (tensor for tensor in tensors if tensor is not None)
+def attention_diagonal(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Diagonal of an attention's summed Jacobian, from its weights; see `reference.attention_diagonal`."""
+    return choose("attention_diagonal", query).function(query, *args, **kwargs)
 
 
 _IMPLEMENTATIONS = {
@@ -204,28 +173,6 @@ def _kernels_take(tensor: Tensor) -> bool:
     )
 
 
-_FUSED: dict[str, Callable[..., Any]] = {
-    "mlp_trace": fused_mlp_trace.mlp_trace,
-    "attention_trace": fused_attention_trace.attention_trace,
-    "attention_moments": fused_attention_moments.attention_moments,
-    "norm_trace": fused_norm_trace.norm_trace,
-    "squared_norm": fused_squared_norm.squared_norm,
-}
-for _operation, _function in _FUSED.items():
-    register(_operation, Implementation("fused", _function, lambda tensor: True))
-
-
-def _blocks_take(query: Tensor) -> bool:
-    """Whether to work on a few queries at a time, for the caches of a CPU.
-
-    Not inside of `torch.compile`: Inductor 2.13 gives a buffer of these gradients away before it was read for the last
-    time (it is right with `inplace_buffers=False`), and blocks its loops for the caches itself.
-    """
-    return query.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-register("attention_trace", Implementation("blocked", blocked_attention_trace.attention_trace, _blocks_take))
-
 _KERNELS: dict[str, Callable[..., Any]] = {
     "norm_step": norm_step_op.norm_step,
     "normalize": norm_step_op.normalize,
@@ -234,42 +181,6 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "displace": displace_op.displace,
     "contract": contract_op.contract,
     "step_boundary": step_boundary_op.step_boundary,
-    "mlp_trace": mlp_trace_op.mlp_trace,
-    "norm_trace": norm_trace_op.norm_trace,
-    "mlp_constants": constants_op.mlp_constants,
-    "mlp_constants_gradient": constants_op.mlp_constants_gradient,
 }
 for _operation, _function in _KERNELS.items():
     register(_operation, Implementation("triton", _function, _kernels_take))
-
-
-def _attention_kernels_take(query: Tensor) -> bool:
-    """Whether the attention kernels can work on these heads; values and features are hardly ever wider."""
-    return _kernels_take(query) and query.dim() == 4 and query.shape[-1] <= widest_head(query.element_size())
-
-
-register(
-    "attention_moments",
-    Implementation("triton", attention_moments_op.attention_moments, _attention_kernels_take),
-)
-register(
-    "attention_trace",
-    Implementation("triton", attention_trace_op.attention_trace, _attention_kernels_take),
-)
-
-
-def _constants_kernels_take(tensor: Tensor) -> bool:
-    """Whether the kernels can work on weights of these heads, or on a norm's scale.
-
-    Weights are (heads, channels of a head, channels of the stream) or the other way round; a head is the narrower one.
-    """
-    heads = tensor.dim() >= 3 and min(tensor.shape[-2:]) <= WIDEST_WEIGHTS
-    return _kernels_take(tensor) and (heads or tensor.dim() == 1)
-
-
-_KERNELS_OF_HEADS: dict[str, Callable[..., Any]] = {
-    "attention_constants": constants_op.attention_constants,
-    "attention_constants_gradient": constants_op.attention_constants_gradient,
-}
-for _operation, _function in _KERNELS_OF_HEADS.items():
-    register(_operation, Implementation("triton", _function, _constants_kernels_take))

@@ -1,7 +1,6 @@
 """Hooks that collect what goes on inside a branch, between its entry and its last projection.
 
-A tap is silent unless it is open. At the last projection it hands everything to its owner, who may put further rows
-behind the real ones, and takes them out again behind the projection.
+A tap is silent unless it is started. What it collected is taken once, at the branch's end.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ofa.closed_form import interface
-from ofa.closed_form.interface import Attending, Watcher
-from ofa.closed_form.parts import AttentionParts, MlpParts
-from ofa.module_io import hidden_input
+from ofa.closed_form import attention_interface
+from ofa.closed_form.attention_interface import AttentionCall, AttentionObserver
+from ofa.closed_form.modules import AttentionModules, ExpertsModules, MlpModules
+from ofa.module_io import hidden_input, hidden_output
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,30 @@ class MlpSeen:
 
 
 @dataclass(frozen=True)
+class ExpertsSeen:
+    """Of one mixture of experts: its input, (tokens, d), and what its router returned of every token.
+
+    `logits` are those of all experts, (tokens, E); `gates` and `chosen` are of the chosen ones, (tokens, k).
+    """
+
+    entering: Tensor
+    logits: Tensor
+    gates: Tensor
+    chosen: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionSeen:
     """Of one attention: its input, what its attention function saw, and what goes into the last projection.
 
-    `attending` is None where the attention function cannot be watched; `projected` are the outputs of the query, key
-    and value projections then. `positions` is (cos, sin) as the module was given them, `rest` its other arguments.
+    `call` is None where the attention function cannot be observed; `projected` are the outputs of the query, key and
+    value projections then. `positions` is (cos, sin) as the module was given them, `rest` its other arguments.
     `query_entering` and `key_entering` are what the norms of the heads read.
     """
 
     entering: Tensor
-    attending: Attending | None
+    call: AttentionCall | None
     projected: tuple[Tensor, Tensor, Tensor] | None
     positions: tuple[Tensor, Tensor] | None
     rest: dict[str, Any]
@@ -48,110 +61,132 @@ class AttentionSeen:
     output: Tensor
 
 
-Change = Callable[[Any], Tensor | None]
+Seen = MlpSeen | ExpertsSeen | AttentionSeen
 
 
 class Tap:
-    """The hooks of one branch; `at_end(seen)` may return what to feed the last projection instead of its input."""
+    """The hooks of one branch."""
 
-    def __init__(self, last: nn.Module, at_end: Change, behind: Callable[[Tensor], Tensor | None]) -> None:
-        self.open = False
-        self._at_end, self._behind = at_end, behind
-        self._seen: dict[str, Any] = {}
-        self.handles: list[RemovableHandle] = [
-            last.register_forward_pre_hook(self._before_last),
-            # First in line: where the branch ends here, its own hook must not see the rows behind the real ones.
-            last.register_forward_hook(self._after_last, prepend=True),
-        ]
+    def __init__(self, last: nn.Module) -> None:
+        self._last = last
+        self._open = False
+        self._kept: dict[str, Any] = {}
+        self._seen: Any = None
+        self.handles: list[RemovableHandle] = [last.register_forward_pre_hook(self._at_last)]
+
+    @property
+    def started(self) -> bool:
+        """Whether it is collecting, or has collected and was not asked for it yet."""
+        return self._open or self._seen is not None
 
     def start(self, entering: Tensor) -> None:
         """Collect, from here to the last projection."""
-        self.open = True
-        self._seen = {"entering": entering}
+        self._open, self._seen = True, None
+        self._kept = {"entering": entering}
 
     def stop(self) -> None:
         """Fall silent and let go of everything."""
-        if self.open:
-            self.open, self._seen = False, {}
+        self._open, self._kept, self._seen = False, {}, None
+
+    def take(self) -> Any:
+        """What was collected since `start`; None if the last projection was not reached."""
+        seen = self._seen
+        self.stop()
+        return seen
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any = None) -> None:
-            if self.open:
-                self._seen[name] = args[0] if output is None else output
+            if self._open:
+                self._kept[name] = args[0] if output is None else output
 
         return hook
 
-    def _before_last(self, module: nn.Module, args: Any) -> Any:
-        if not self.open:
-            return None
-        changed = self._at_end(self._finish(args[0]))
-        return None if changed is None else (changed, *args[1:])
+    def _at_last(self, module: nn.Module, args: Any) -> None:
+        if self._open:
+            self._seen = self._finish(args[0])
+            self._open, self._kept = False, {}
 
-    def _after_last(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.open:
-            return None
-        self.stop()
-        return self._behind(output)
-
-    def _finish(self, entering_last: Tensor) -> Any:
+    def _finish(self, entering_last: Tensor) -> Seen:
         raise NotImplementedError
 
 
 class MlpTap(Tap):
     """Collects an `MlpSeen`."""
 
-    def __init__(self, parts: MlpParts, at_end: Change, behind: Callable[[Tensor], Tensor | None]) -> None:
-        super().__init__(parts.down.module, at_end, behind)
-        self._parts = parts
-        self.handles.append(parts.gate.module.register_forward_hook(self._keep("gate")))
-        if parts.up is not None and not parts.fused:
-            self.handles.append(parts.up.module.register_forward_hook(self._keep("up")))
+    def __init__(self, modules: MlpModules) -> None:
+        super().__init__(modules.down.module)
+        self._modules = modules
+        self.handles.append(modules.gate.module.register_forward_hook(self._keep("gate")))
+        if modules.up is not None and not modules.fused:
+            self.handles.append(modules.up.module.register_forward_hook(self._keep("up")))
 
     def _finish(self, entering_last: Tensor) -> MlpSeen:
-        gate, up = self._seen["gate"], self._seen.get("up")
-        if self._parts.fused:
+        gate, up = self._kept["gate"], self._kept.get("up")
+        if self._modules.fused:
             gate, up = gate.chunk(2, -1)
-        return MlpSeen(self._seen["entering"], gate, up, entering_last)
+        return MlpSeen(self._kept["entering"], gate, up, entering_last)
 
 
-class AttentionTap(Tap, Watcher):
+class ExpertsTap(Tap):
+    """Collects an `ExpertsSeen`."""
+
+    def __init__(self, modules: ExpertsModules) -> None:
+        self._open, self._kept, self._seen = False, {}, None
+        self.handles = [
+            modules.router.register_forward_hook(self._keep("router")),
+            # Before the branch's own hook on the same module.
+            modules.block.register_forward_hook(self._at_end, prepend=True),
+        ]
+
+    def _at_end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open and "router" in self._kept:
+            entering = self._kept["entering"]
+            width = entering.shape[-1]
+            logits, gates, chosen = self._kept["router"]
+            self._seen = ExpertsSeen(
+                entering.reshape(-1, width), logits, gates, chosen, hidden_output(output).reshape(-1, width)
+            )
+            self._open, self._kept = False, {}
+
+
+class AttentionTap(Tap, AttentionObserver):
     """Collects an `AttentionSeen`."""
 
-    def __init__(self, parts: AttentionParts, at_end: Change, behind: Callable[[Tensor], Tensor | None]) -> None:
-        super().__init__(parts.output.module, at_end, behind)
-        self._parts = parts
-        module = parts.module
-        # Also what makes the module's attention function show itself: see `Watcher`.
+    def __init__(self, modules: AttentionModules) -> None:
+        super().__init__(modules.output.module)
+        self._modules = modules
+        module = modules.module
+        # This hook also makes the module's attention function show itself: see `AttentionObserver`.
         self.handles.append(module.register_forward_pre_hook(self._at_module, with_kwargs=True))
-        if not interface.supports(module):
-            for name, linear in (("query", parts.query), ("key", parts.key), ("value", parts.value)):
+        if not attention_interface.supports(module):
+            for name, linear in (("query", modules.query), ("key", modules.key), ("value", modules.value)):
                 self.handles.append(linear.module.register_forward_hook(self._keep(name)))
-        for name, norm in (("query_norm", parts.query_norm), ("key_norm", parts.key_norm)):
+        for name, norm in (("query_norm", modules.query_norm), ("key_norm", modules.key_norm)):
             if norm is not None:
-                # First in line, as for the norms of branches: tuned norms of a bfloat16 model widen their input.
+                # First in line, as for the norms of branches: tuned norms of a bfloat16 model upcast their input.
                 self.handles.append(norm.register_forward_pre_hook(self._keep(name), prepend=True))
 
     def _at_module(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.open:
-            self._seen["arguments"] = args, kwargs
+        if self._open:
+            self._kept["arguments"] = args, kwargs
 
-    def attends(self, attending: Attending) -> None:
+    def on_attention(self, call: AttentionCall) -> None:
         """Kept until the branch's last projection."""
-        if self.open:
-            self._seen["attending"] = attending
+        if self._open:
+            self._kept["call"] = call
 
     def _finish(self, entering_last: Tensor) -> AttentionSeen:
-        seen = self._seen
-        args, kwargs = seen["arguments"]
+        kept = self._kept
+        args, kwargs = kept["arguments"]
         names = ("query", "key", "value")
         return AttentionSeen(
             entering=hidden_input(args, kwargs),
-            attending=seen.get("attending"),
-            projected=tuple(seen[name] for name in names) if "query" in seen else None,
-            positions=_positions(self._parts.module, args, kwargs),
+            call=kept.get("call"),
+            projected=tuple(kept[name] for name in names) if "query" in kept else None,
+            positions=_positions(self._modules.module, args, kwargs),
             rest=kwargs,
-            query_entering=seen.get("query_norm"),
-            key_entering=seen.get("key_norm"),
+            query_entering=kept.get("query_norm"),
+            key_entering=kept.get("key_norm"),
             output=entering_last,
         )
 

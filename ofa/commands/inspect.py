@@ -83,7 +83,7 @@ def _step(step: Step) -> dict[str, Any]:
 
 def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
     """Each estimator, whether it applies, and why not; `auto` takes the first that does of exact and hutchinson."""
-    from ofa.closed_form.fit import why_not
+    from ofa.closed_form.recognize import why_not
 
     sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
     reason = why_not(model, anatomy)

@@ -1,7 +1,7 @@
-"""Ways to measure the trace h_t of a step; all are held to the same limit by the tests.
+"""Ways to measure the trace of a step; all are held to the same limit by the tests.
 
 An estimator is asked twice per branch. `enter` sees the stream and the branch's input and says what to feed instead;
-`leave` sees what came out and returns the branch's own output and the trace contribution of every row.
+`leave` sees what came out and returns the branch's own output and the trace of every sequence.
 """
 
 from __future__ import annotations
@@ -13,45 +13,43 @@ from typing import Protocol
 from torch import Tensor
 
 from ofa.anatomy import Branch, NormView
+from ofa.objectives import BranchTrace
 
 
-class Seeded(Protocol):
-    """A forward pass that has probes of its own."""
+class MeasuredPass(Protocol):
+    """A forward pass that is measured: the key of its probes, its padding, and whether it is trained on."""
 
     seed: int
+    with_grad: bool
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class Probe:
     """Which random numbers a step of a pass uses: a 64-bit Philox key and the step's counter word."""
 
-    of_pass: Seeded
+    of_pass: MeasuredPass
     step: int
 
     @property
     def seed(self) -> int:
-        """The key; read only by who draws, since `torch.compile` compiles anew for every value that is read."""
+        """The key; read only where numbers are drawn, since `torch.compile` compiles again for every value it reads."""
         return self.of_pass.seed
 
 
 @dataclass(frozen=True)
 class Leaving:
-    """What left a branch: its own output, and what was measured there, row by row.
-
-    The trace of a row's own block is tr(J_i P_i) = factor · Σ products over the probes. It is left to whoever collects
-    them to add up the products of all steps at once, since each small sum is a launch of its own on a GPU.
+    """What left a branch: its own output, and what was measured there.
 
     Attributes:
         output: what the branch computes without probes.
         sqnorm: ‖output‖², (rows), float32, or None where nothing was gained by computing it here.
-        products: one value per probe and row, (probes, rows), float32.
-        factor: what their sum is multiplied by.
+        trace: tr(J P) per token of every sequence.
     """
 
     output: Tensor
     sqnorm: Tensor | None
-    products: Tensor
-    factor: float
+    trace: BranchTrace
 
 
 class Handle(Protocol):
@@ -63,11 +61,16 @@ class Handle(Protocol):
 
 
 class TraceEstimator(Protocol):
-    """One way to measure tr(J P) of a branch, row by row."""
+    """One way to measure tr(J P) of a branch."""
 
     @property
     def name(self) -> str:
         """The name it is asked for by."""
+        ...
+
+    @property
+    def held(self) -> bool:
+        """Whether the gradient is that in P alone, computed in the forward pass; else traces carry a graph."""
         ...
 
     @property
@@ -76,12 +79,17 @@ class TraceEstimator(Protocol):
         ...
 
     @property
+    def busy(self) -> bool:
+        """Whether it is running a branch again by itself: such a run is not measured."""
+        ...
+
+    @property
     def relies_on(self) -> Sequence[str]:
         """Paths of modules inside the branches that must be the ones it was made for."""
         ...
 
     def attach(self) -> Sequence[Handle]:
-        """Attach hooks of its own to the model, behind those that call `enter` and `leave`."""
+        """Attach hooks of its own to the model, after those that call `enter` and `leave`."""
         ...
 
     def begin(self, branches: Collection[Branch]) -> None:
@@ -96,6 +104,8 @@ class TraceEstimator(Protocol):
         """What to feed the branch instead of `entering`, with 1 + `copies` times its leading dimension."""
         ...
 
-    def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
-        """Take apart what left the branch, before any norm that stands behind it."""
+    def leave(
+        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
+    ) -> Leaving:
+        """Take apart what left the branch; `normed` is what the norm reads where it does not read the stream."""
         ...

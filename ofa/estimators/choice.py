@@ -3,73 +3,77 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from torch import nn
 
 from ofa.anatomy import Anatomy
-from ofa.closed_form.parts import NoClosedForm
+from ofa.closed_form.modules import NoClosedForm
 from ofa.errors import InputError
 from ofa.estimators import TraceEstimator
 from ofa.estimators.exact import Exact
-from ofa.estimators.hutchinson import Hutchinson, reaches_of
+from ofa.estimators.hutchinson import FullHutchinson, Hutchinson, reaches_of
 from ofa.estimators.jvp import ForwardMode
-from ofa.estimators.local import LocalForwardMode
 
-ESTIMATORS = ("auto", "exact", "hutchinson", "jvp", "local_jvp")
-CLOSED_FORM = ("exact", "local_jvp")
-"""Estimators that must know the inside of every branch."""
+ESTIMATORS = ("auto", "exact", "hutchinson", "jvp")
+GRADIENTS = ("preconditioner", "full")
 
 # The name that people filter by: the choice is made where regularizers are attached.
 _logger = logging.getLogger("ofa.regularizers")
 
 
-def choose(
-    name: str,
-    model: nn.Module,
-    anatomy: Anatomy,
-    granularity: str,
-    samples: int,
-    epsilon: float | None,
-    probe: str,
-) -> TraceEstimator:
+@dataclass(frozen=True)
+class EstimatorOptions:
+    """What `choose` is asked for; see `ofa.fused_regularizers`."""
+
+    estimator: str
+    gradient: str
+    granularity: str
+    radial: str
+    samples: int
+    epsilon: float | None
+    probe: str
+
+
+def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
     """The estimator of a name among `ESTIMATORS`, not attached yet; what "auto" chose, and why, is logged.
 
     Raises:
-        InputError: an estimator that must know the inside of every branch, and does not.
+        InputError: "exact" for a model that there is no closed form for, or "jvp" with a gradient in P alone.
     """
+    name = options.estimator
     if name == "jvp":
-        return ForwardMode(samples, probe)
-    if name == "hutchinson":
-        return _differences(model, anatomy, granularity, samples, epsilon, probe)
-    try:
-        if name == "local_jvp":
-            return LocalForwardMode(model, anatomy, granularity, samples, probe)
-        chosen = Exact(model, anatomy, granularity)
-    except NoClosedForm as reason:
-        if name in CLOSED_FORM:
+        if options.gradient != "full":
             raise InputError(
-                f"estimator={name!r} does not know the inside of this {anatomy.model_type} model, because {reason}; "
-                "use estimator='hutchinson' or 'jvp'"
+                "estimator='jvp' differentiates through everything; add gradient='full', or use estimator='hutchinson'"
+            )
+        return ForwardMode(options.samples, options.probe)
+    if name == "hutchinson":
+        return _differences(options, model, anatomy)
+    try:
+        chosen = Exact(model, anatomy, options.granularity, options.radial, full=options.gradient == "full")
+    except NoClosedForm as reason:
+        if name == "exact":
+            raise InputError(
+                f"estimator='exact' does not know the inside of this {anatomy.model_type} model, because {reason}; "
+                "use estimator='hutchinson'"
             ) from None
         _logger.warning(
             "estimator='auto' chose hutchinson with %d probe(s) for a %s model, because %s",
-            samples,
+            options.samples,
             anatomy.model_type,
-            str(reason),  # not the exception: whoever keeps the record would keep the model
+            str(reason),  # not the exception, whose frames would keep the model alive in a log record
         )
-        return _differences(model, anatomy, granularity, samples, epsilon, probe)
+        return _differences(options, model, anatomy)
     _logger.info("estimator=%r chose exact for a %s model", name, anatomy.model_type)
     return chosen
 
 
-def _differences(
-    model: nn.Module,
-    anatomy: Anatomy,
-    granularity: str,
-    samples: int,
-    epsilon: float | None,
-    probe: str,
-) -> Hutchinson:
+def _differences(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
+    steps = anatomy.steps(options.granularity)
     norms = (norm.path for norm in anatomy.norms)
-    reach = reaches_of(model, norms, anatomy.steps(granularity)) if epsilon is None else {}
-    return Hutchinson(samples, epsilon, probe, reach)
+    reach = reaches_of(model, norms, steps) if options.epsilon is None else {}
+    settings = options.samples, options.epsilon, options.probe, reach
+    if options.gradient == "full":
+        return FullHutchinson(*settings)
+    return Hutchinson(*settings).prepare(model, [branch for step in steps for branch in step.branches])

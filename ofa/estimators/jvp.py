@@ -35,7 +35,9 @@ from torch.overrides import TorchFunctionMode
 from ofa.anatomy import Branch, NormView, Step
 from ofa.errors import InputError
 from ofa.estimators import Handle, Leaving, Probe
+from ofa.estimators.hutchinson import token_mean
 from ofa.estimators.tangents import preconditioned_probes, through_norm, wide, zeros
+from ofa.objectives import BranchTrace
 from ofa.stance import uncompiled
 from ofa_kernels import dispatch, reference
 
@@ -63,6 +65,8 @@ class ForwardMode:
         """Copies of the real input beside it: a dual tensor has one tangent, and the first is the real pass's."""
         return self.samples - 1
 
+    held: ClassVar[bool] = False
+    busy: ClassVar[bool] = False
     relies_on: ClassVar[tuple[str, ...]] = ()
 
     def attach(self) -> tuple[Handle, ...]:
@@ -91,7 +95,9 @@ class ForwardMode:
         _switch_on()
         return forward_ad.make_dual(repeated, tangents.to(entering.dtype).flatten(0, 1))
 
-    def leave(self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe) -> Leaving:
+    def leave(
+        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
+    ) -> Leaving:
         """The real output, and νᵀ J P ν of each probe and row of the stream.
 
         Raises:
@@ -115,7 +121,8 @@ class ForwardMode:
             tangents = wide(tangents) - wide(moved)
         keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
         products, _ = dispatch.contract(zeros(tangents[0]), tangents, **keys)
-        return Leaving(real, None, products, 1.0 / self.samples)
+        rows = products.sum(0) / self.samples
+        return Leaving(real, None, BranchTrace(token_mean(rows, branch, norm, stream, probe, normed)))
 
     def abandon(self) -> None:
         """Switch off what a branch needs that was entered and will not be left, because an exception ended it."""

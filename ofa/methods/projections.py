@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ofa.closed_form.parts import ATTENTION_NAMES, MLP_NAMES
+from ofa.closed_form.modules import ATTENTION_NAMES, MLP_NAMES
 from ofa.errors import InputError
 
 

@@ -6,17 +6,16 @@ device. Tensors may have any leading shape; a row is everything but the last dim
 (float64 for float64 inputs) from the load to one cast at the store.
 """
 
-from ofa_kernels.reference.attention_moments import attention_moments
-from ofa_kernels.reference.attention_moments import bias as attention_bias
-from ofa_kernels.reference.attention_trace import HeadNorm, Rotary, attention_tangent, attention_trace
-from ofa_kernels.reference.constants import (
-    attention_constants,
-    attention_constants_gradient,
-    mlp_constants,
-    mlp_constants_gradient,
+from ofa_kernels.reference.attention_curvature import (
+    AttentionSums,
+    Move,
+    attention_adjoint,
+    attention_curvature,
+    score_blocks,
 )
-from ofa_kernels.reference.mlp_trace import ACTIVATIONS, mlp_trace
-from ofa_kernels.reference.norm_trace import norm_trace
+from ofa_kernels.reference.attention_heads import Attends, HeadNorm, Rotary, per_query_head
+from ofa_kernels.reference.branch_diagonal import attention_diagonal, attention_trace, mlp_diagonal
+from ofa_kernels.reference.mlp_curvature import ACTIVATIONS, mlp_curvature, mlp_slopes
 from ofa_kernels.reference.stream import (
     KINDS,
     check_norm,
@@ -35,27 +34,29 @@ from ofa_kernels.reference.stream import (
 __all__ = [
     "ACTIVATIONS",
     "KINDS",
+    "AttentionSums",
+    "Attends",
     "HeadNorm",
+    "Move",
     "Rotary",
-    "attention_bias",
-    "attention_constants",
-    "attention_constants_gradient",
-    "attention_moments",
-    "attention_tangent",
+    "attention_adjoint",
+    "attention_curvature",
+    "attention_diagonal",
     "attention_trace",
     "check_norm",
     "check_same_shape",
     "check_stack",
     "contract",
     "displace",
-    "mlp_constants",
-    "mlp_constants_gradient",
-    "mlp_trace",
+    "mlp_curvature",
+    "mlp_diagonal",
+    "mlp_slopes",
     "norm_step",
-    "norm_trace",
     "normalize",
+    "per_query_head",
     "perturb",
     "rstd",
+    "score_blocks",
     "squared_norm",
     "step_boundary",
 ]

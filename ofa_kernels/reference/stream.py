@@ -72,7 +72,7 @@ def normalize(
 
 def squared_norm(update: Tensor) -> Tensor:
     """‖update‖² of each row: (..., d) → (...), float32."""
-    return widen(update).square().sum(-1)
+    return torch.linalg.vector_norm(widen(update), dim=-1).square()
 
 
 def perturb(

@@ -1,8 +1,8 @@
 """Queries, keys and values as a model's attention sees them, through transformers' own registry of attention functions.
 
-While a model is measured, its configuration names a function of ours: the model's own attention function, which is
-called as ever, and which also shows its arguments to whoever watches the module. Masks are made as before, because the
-mask function of the old name is registered under the new one as well.
+While a model is measured, its configuration names a function of ours. It calls the model's own attention function and
+shows the arguments to the observers of the module. Masks are made as before: the mask function of the old name is
+registered under the new one as well.
 """
 
 from __future__ import annotations
@@ -21,32 +21,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ofa.sharding import own_class
+from ofa_kernels.reference import Attends
 
 PREFIX = "ofa_"
 
 
 @dataclass(frozen=True)
-class Attending:
+class AttentionCall:
     """What an attention function was called with: heads as (B, H, T, d), and which keys a query attends to."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Any
-    scale: float
-    causal: bool
-    window: int | None
+    attends: Attends
     unusual: str | None = None
-    """Something in the arguments that the closed form does not know."""
+    """An argument that the closed form does not know."""
 
 
-class Watcher:
+class AttentionObserver:
     """Sees every call of the attention function of a module that has one of its methods as a forward pre-hook.
 
     A module's own hooks are the register: they go with the module, and `torch.compile` can follow them.
     """
 
-    def attends(self, attending: Attending) -> None:
+    def on_attention(self, call: AttentionCall) -> None:
         """The attention function is about to be called."""
         raise NotImplementedError
 
@@ -58,8 +56,8 @@ _counting = threading.RLock()
 """Models in several threads may share a configuration; taken twice where the collector ends one holder in another."""
 
 
-class Watching:
-    """Holds the configurations of some attention modules as long as somebody watches them."""
+class AttentionCapture:
+    """Redirects the attention functions of some modules to ours, until it is removed."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         # The others compare the name with their own, and would do something else under a new one.
@@ -116,8 +114,8 @@ def _register(name: str | None) -> str:
     if ours not in ALL_ATTENTION_FUNCTIONS:
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-            for watcher in _watchers(module):
-                watcher.attends(_attending(name, module, query, key, value, mask, kwargs))
+            for observer in _observers(module):
+                observer.on_attention(_call(name, module, query, key, value, mask, kwargs))
             eager = getattr(_source(module), "eager_attention_forward", None)
             own = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
             return own(module, query, key, value, mask, **kwargs)
@@ -153,9 +151,9 @@ def _forbids_later(mask_function: Any) -> bool:
     return any(_forbids_later(part) for part in parts)
 
 
-def _watchers(module: nn.Module) -> list[Watcher]:
+def _observers(module: nn.Module) -> list[AttentionObserver]:
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-    return [owner for owner in owners if isinstance(owner, Watcher)]
+    return [owner for owner in owners if isinstance(owner, AttentionObserver)]
 
 
 @dataclass(frozen=True)
@@ -192,32 +190,30 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _attending(
+def _call(
     name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
-) -> Attending:
+) -> AttentionCall:
     scale = kwargs.get("scaling")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    unusual = next(
-        (key for key in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q") if kwargs.get(key) is not None), None
-    )
+    unusual = next((key for key in ("position_bias", "cu_seq_lens_q") if kwargs.get(key) is not None), None)
     window = None
     if mask is not None and not isinstance(mask, Tensor):
         unusual, mask = type(mask).__name__, None
     elif mask is None or mask.dim() == 2:
-        # Flash attention is told of windows and padding in words; the others get everything as a mask, and none
-        # where causality says it all.
+        # Flash attention is told of windows and padding in words; the others get a mask, or none where causality
+        # says it all.
         window = kwargs.get("sliding_window") if "flash" in name else None
         mask = None if mask is None else mask[:, None, None, :].bool()
     else:
         causal, mask = causal and _is_causal(mask), mask[..., : key.shape[-2]]
-    return Attending(
-        query=query,
-        key=key,
-        value=value,
-        mask=mask,
+    sinks = kwargs.get("s_aux")
+    attends = Attends(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         causal=bool(causal) and query.shape[-2] > 1,
         window=window,
-        unusual=unusual,
+        mask=mask,
+        softcap=kwargs.get("softcap"),
+        sinks=None if sinks is None else sinks.detach(),
     )
+    return AttentionCall(query, key, value, attends, unusual)

@@ -1,0 +1,144 @@
+"""What token sums of own-token Jacobians give together with the weights: traces and diagonals; see docs/theory.md.
+
+Ā = Σ_i w_i A_i of a branch is a product of its weights with the token sums in between. Its diagonal D_k = Ā_kk and, for a
+LayerNorm, its image Āγ take one read of the weights; so does the trace of Ā against G = diag(e) − γγᵀ/d. Weights have any
+floating dtype and any strides; arithmetic and results have the dtype of the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 32768
+"""Elements of a weight that are worked on at a time on a CPU, so that what is made of them stays in a cache."""
+
+
+def mlp_diagonal(
+    weights: Sequence[Tensor], down: Tensor, sums: Sequence[Tensor], scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """D = Σ (W_d ⊙ Wᵀ) p of every sequence, and Āγ = W_d Σ p ⊙ (W γ), over the input projections W of an MLP.
+
+    Args:
+        weights: W_g and, for a gated MLP, W_u, (f, d) each.
+        down: W_d, (d, f).
+        sums: p_g and p_u of `mlp_curvature`, (B, f) each.
+        scale: γ, (d,), where Āγ is wanted.
+
+    Returns:
+        D, (B, d), and Āγ, (B, d), or None.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    (inner, width), dtype = weights[0].shape, sums[0].dtype
+    fits = all(w.shape == (inner, width) for w in weights) and all(p.shape[1] == inner for p in sums)
+    if down.shape != (width, inner) or not fits or len(weights) != len(sums):
+        shapes = [tuple(x.shape) for x in (*weights, down, *sums)]
+        raise ValueError(f"weights and sums of an MLP do not fit together: {shapes}")
+    diagonal, image = sums[0].new_zeros(len(sums[0]), width), None
+    for rows in _blocks(weights[0]):
+        # Transposed while it is small enough to stay in the cache.
+        back = down[:, rows].mT.to(dtype).contiguous()
+        along = None
+        for weight, part in zip(weights, sums, strict=True):
+            own, p = weight[rows].to(dtype), part[:, rows]
+            diagonal = diagonal + p @ (own * back)
+            if scale is not None:
+                along = p * (own @ scale) + (0 if along is None else along)
+        if along is not None:
+            image = along @ back + (0 if image is None else image)
+    return diagonal, image
+
+
+def attention_trace(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor],
+    factor: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """tr(Ā G) of every sequence: Σ_h tr(C W_q G W_o) + tr(K W_k G W_o) + ā tr(W_v G W_o), (B,).
+
+    Args:
+        query: W_q, (H, width, d).
+        key, value: W_k and W_v, (K, width, d), each shared by H / K query heads in a row.
+        output: W_o, (H, d, width).
+        sums: C, K and ā of `attention_curvature`, (B, H, width, width) twice and (B, H).
+        factor: e, (d,): G = diag(e), less γγᵀ/d where γ is given.
+        scale: γ, (d,), behind a LayerNorm.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    check_attention_weights(query, key, value, output, factor)
+    to_query, to_key, to_value = sums
+    query, key, value, output = _per_query_head(query, key, value, output, to_query.dtype)
+    scaled = output * factor.unsqueeze(1)
+    if scale is not None:
+        scaled = scaled - scale.unsqueeze(1) * (scale @ output).unsqueeze(1) / len(scale)
+    trace = to_query.flatten(1) @ (query @ scaled).mT.flatten()
+    trace = trace + to_key.flatten(1) @ (key @ scaled).mT.flatten()
+    return trace + to_value @ (value.mT * scaled).sum((1, 2))
+
+
+def attention_diagonal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """D_k, the row sums of W_o ⊙ (C W_q + K W_k + ā W_v)ᵀ over the heads, and Āγ: (d,) each.
+
+    Args:
+        query, key, value, output: as for `attention_trace`.
+        sums: C, K and ā of one sequence, or a weighted sum over sequences: (H, width, width) twice and (H,).
+        scale: γ, (d,), where Āγ is wanted.
+
+    Returns:
+        D, and Āγ or None.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    check_attention_weights(query, key, value, output, scale)
+    to_query, to_key, to_value = sums
+    query, key, value, output = _per_query_head(query, key, value, output, to_query.dtype)
+    inner = torch.baddbmm(value * to_value.view(-1, 1, 1), to_query, query).baddbmm(to_key, key)
+    diagonal = (inner * output.mT).sum((0, 1))
+    image = None if scale is None else (output @ (inner @ scale).unsqueeze(-1)).sum(0).squeeze(-1)
+    return diagonal, image
+
+
+def check_attention_weights(query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor | None) -> None:
+    """Refuse, with a ValueError, weights of an attention that do not fit together."""
+    heads, head, width = query.shape
+    if key.shape[1:] != (head, width) or len(key) == 0 or heads % len(key) or len(value) != len(key):
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit query {tuple(query.shape)}: heads that "
+            "divide its own, and the same rest"
+        )
+    if output.shape != (heads, width, value.shape[1]) or (scale is not None and scale.shape != (width,)):
+        raise ValueError(f"output {tuple(output.shape)} does not fit query {tuple(query.shape)}")
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    rows, columns = weight.shape
+    size = max(1, (BLOCK if weight.device.type == "cpu" else 1 << 24) // columns)
+    for first in range(0, rows, size):
+        yield slice(first, first + size)
+
+
+def _per_query_head(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """All in one dtype, and every query head with a key and a value head of its own."""
+    groups = len(query) // len(key)
+    key, value = (weight.to(dtype).repeat_interleave(groups, 0) for weight in (key, value))
+    return query.to(dtype), key, value, output.to(dtype)

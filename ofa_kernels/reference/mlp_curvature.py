@@ -1,0 +1,157 @@
+"""Token sums of the own-token Jacobian of an MLP; derived in docs/theory.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ofa_kernels.reference.stream import check_same_shape, widen
+
+BLOCK = 1 << 16
+"""Pre-activations that are worked on at a time on a CPU: what is made of them stays in a cache."""
+
+
+def mlp_curvature(
+    gate: Tensor,
+    up: Tensor | None,
+    weights: Tensor,
+    *,
+    activation: str,
+    limit: float | None = None,
+    read: Tensor | None = None,
+    gate_shift: Tensor | None = None,
+    up_shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums over a sequence's tokens of the slopes of φ(g) ⊙ u, and how the activation changes along its input.
+
+        p_g = Σ_i w_i φ'(g_i) ⊙ u_i,   p_u = Σ_i w_i φ(g_i):   Σ_i w_i A_i = W_d ( diag(p_g) W_g + diag(p_u) W_u )
+        moved_i = read · ( φ'(g_i) ⊙ u_i ⊙ (g_i − b_g) + φ(g_i) ⊙ (u_i − b_u) )
+
+    Without `up`, u = 1 and there is nothing of p_u and b_u.
+
+    Args:
+        gate: g = W_g n + bias, (B, T, f), floating point; for a plain MLP its only pre-activation.
+        up: u = W_u n + bias, same shape, or None.
+        weights: w, (B, T); 0 at padding.
+        activation: φ, one of `ACTIVATIONS`.
+        limit: gpt-oss' clamp: φ(min(g, limit)) ⊙ (u clamped to ±limit, and 1).
+        read: rows of W_d, (B or 1, m, f), through which the change is read; None where it is not wanted.
+        gate_shift, up_shift: what of g and u does not come from n − β, (f,), or None where that is nothing.
+
+    Returns:
+        p_g and p_u, (B, f), and moved, (B, T, m), in float32 or wider; None for what there is not. Differentiable.
+
+    Raises:
+        ValueError: unknown `activation`, or shapes that do not match.
+    """
+    check_mlp(gate, up, weights, activation, limit)
+    sums: list[tuple[Tensor, ...]] = []
+    moved: list[Tensor] = []
+    for tokens in _blocks(gate):
+        w = widen(weights[:, tokens]).unsqueeze(1)
+        slope, phi, change = _slopes(
+            gate[:, tokens], None if up is None else up[:, tokens], activation, limit, gate_shift, up_shift, read
+        )
+        sums.append(tuple((w @ part).squeeze(1) for part in (slope, phi) if part is not None))
+        if read is not None:
+            assert change is not None
+            moved.append(change @ widen(read).mT)
+    totals = [torch.stack(parts).sum(0) if len(sums) > 1 else parts[0] for parts in zip(*sums, strict=True)]
+    return totals[0], totals[1] if up is not None else None, torch.cat(moved, 1) if read is not None else None
+
+
+def mlp_slopes(
+    gate: Tensor, up: Tensor | None, activation: str, limit: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The factors of δg and δu in the change of φ(g) ⊙ u: φ'(g) ⊙ u, and φ(g) for a gated MLP."""
+    return _slopes(gate, up, activation, limit, None, None, None)[:2]
+
+
+def check_mlp(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, limit: float | None) -> None:
+    """Refuse, with a ValueError, an MLP that does not fit together."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if up is not None:
+        check_same_shape("up", up, "gate", gate)
+    elif limit is not None:
+        raise ValueError("limit without up: only a gated MLP is clamped")
+    if gate.dim() != 3 or weights.shape != gate.shape[:2]:
+        raise ValueError(f"weights {tuple(weights.shape)} are not one number per token of gate {tuple(gate.shape)}")
+
+
+def _slopes(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    limit: float | None,
+    gate_shift: Tensor | None,
+    up_shift: Tensor | None,
+    read: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    g = widen(gate)
+    from_gate = g if gate_shift is None else g - widen(gate_shift)
+    clamped = g if limit is None else g.clamp(max=limit)
+    phi, slope = ACTIVATIONS[activation](clamped)
+    if limit is not None:
+        slope = slope * (g <= limit)
+    if up is None:
+        return slope, None, slope * from_gate if read is not None else None
+    u = widen(up)
+    from_up = u if up_shift is None else u - widen(up_shift)
+    factor = phi
+    if limit is not None:
+        factor = phi * (u.abs() <= limit)
+        u = u.clamp(-limit, limit) + 1
+    slope = slope * u
+    change = torch.addcmul(slope * from_gate, factor, from_up) if read is not None else None
+    return slope, factor, change
+
+
+def _blocks(gate: Tensor) -> Iterator[slice]:
+    sequences, tokens, inner = gate.shape
+    size = max(1, BLOCK // (sequences * inner)) if gate.device.type == "cpu" else tokens
+    for start in range(0, tokens, size):
+        yield slice(start, start + size)
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = torch.sigmoid(x)
+    phi = x * sigmoid
+    return phi, torch.addcmul(phi + sigmoid, phi, sigmoid, value=-1)
+
+
+def _quick_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = torch.sigmoid(1.702 * x)
+    phi = x * sigmoid
+    return phi, sigmoid + 1.702 * phi * (1 - sigmoid)
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    below = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return x * below, below + x * density
+
+
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    factor, cubic = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(factor * (x + cubic * x**3))
+    inner = factor * (1 + 3 * cubic * x * x)
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
+
+
+def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.relu(x), (x > 0).to(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "quick_gelu": _quick_gelu,
+}
+"""φ and φ' of every activation there is a closed form for; gelu_tanh is also known as gelu_new."""
