@@ -209,7 +209,7 @@ def _mlp_spec(modules: MlpModules, seen: MlpSeen) -> MlpSpec:
             raise NoClosedForm(f"{modules.gate.path} does not read the branch's input")
     known = ", ".join(reference.ACTIVATIONS)
     for name in _activations(modules.activation):
-        phi = reference.ACTIVATIONS[name](widen(seen.gate))[0]
+        phi = reference.ACTIVATIONS[name].forward(widen(seen.gate))
         if trial.close(seen.hidden, phi if seen.up is None else phi * widen(seen.up)):
             return MlpSpec(name)
     raise NoClosedForm(f"the activation in front of {modules.down.path} is none of {known}")
@@ -228,7 +228,7 @@ def _activations(found: Callable[[Tensor], Tensor] | None) -> list[str]:
     except (RuntimeError, TypeError, ValueError):
         return []
     # gelu and its tanh form differ by 5e-4; equal formulas in float32 by a few roundings of 20.
-    return [name for name, curve in reference.ACTIVATIONS.items() if (curve(grid)[0] - values).abs().max() <= 2e-5]
+    return [name for name, curve in reference.ACTIVATIONS.items() if (curve.forward(grid) - values).abs().max() <= 2e-5]
 
 
 def _experts_spec(modules: ExpertsModules, seen: ExpertsSeen) -> ExpertsSpec:
@@ -266,7 +266,7 @@ def expert_rows(
     weights, biases = modules.weights(expert), modules.biases(expert)
     gate, up = (_image(entering, weights[k], biases[k]) for k in range(2))
     g, u = (gate, up) if spec.limit is None else (gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit) + 1)
-    hidden = reference.ACTIVATIONS[spec.activation](g)[0] * u
+    hidden = reference.ACTIVATIONS[spec.activation].forward(g) * u
     return gate, up, _image(hidden, weights[2], biases[2])
 
 

@@ -76,4 +76,4 @@ def _differences(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) 
     settings = options.samples, options.epsilon, options.probe, reach
     if options.gradient == "full":
         return FullHutchinson(*settings)
-    return Hutchinson(*settings).prepare(model, [branch for step in steps for branch in step.branches])
+    return Hutchinson(*settings, _subject=[(model, [branch for step in steps for branch in step.branches])])

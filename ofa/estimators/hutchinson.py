@@ -120,6 +120,8 @@ class Hutchinson(_Differences):
     held: ClassVar[bool] = True
     copies: ClassVar[int] = 0
 
+    _subject: list[tuple[nn.Module, list[Branch]]] = field(default_factory=list, compare=False, repr=False)
+    """The model and its branches, until hooks are attached to them."""
     _replays: dict[Branch, Replay] = field(default_factory=dict, compare=False, repr=False)
     _running: list[Branch] = field(default_factory=list, compare=False, repr=False)
 
@@ -128,13 +130,10 @@ class Hutchinson(_Differences):
         """Whether a branch is running on copies."""
         return bool(self._running)
 
-    def prepare(self, model: nn.Module, branches: Iterable[Branch]) -> Hutchinson:
-        """The estimator for the branches of a model; `attach` hands out their hooks."""
-        self._replays.update({branch: Replay(model, branch) for branch in branches})
-        return self
-
     def attach(self) -> list[Handle]:
         """The hooks that keep the arguments of the branches."""
+        model, branches = self._subject.pop()
+        self._replays.update({branch: Replay(model, branch) for branch in branches})
         return [handle for replay in self._replays.values() for handle in replay.handles]
 
     def abandon(self) -> None:
@@ -161,7 +160,7 @@ class Hutchinson(_Differences):
                 inputs = dispatch.normalize(moved, norm.weight, norm.bias, **settings)
             self._running.append(branch)
             try:
-                copies = replay.run(inputs.flatten(0, 1), moved.flatten(0, 1))
+                copies = replay.run(inputs.flatten(0, 1), moved.flatten(0, 1), self.samples)
             finally:
                 self._running.clear()
             replay.stop()
@@ -171,9 +170,8 @@ class Hutchinson(_Differences):
             weights = token_shares(probe.of_pass.mask, stream) / (self.samples * keys["epsilon"])
             if normed is not None:
                 weights = weights * dispatch.rstd(normed.view(stream.shape), eps=norm.eps, kind=norm.kind)
-            nu = probes(
-                stream[..., 0].numel(), stream.shape[-1], self.samples, probe.seed, probe.step, self.probe, stream.device
-            )
+            drawn = {name: keys[name] for name in ("samples", "seed", "step", "probe")}
+            nu = probes(stream[..., 0].numel(), stream.shape[-1], **drawn, device=stream.device)
             products = (nu.view(moved.shape) * change).sum(0)
             diagonal = (weights.unsqueeze(1) @ products).squeeze(1)
             trace = diagonal @ norm.scale.to(diagonal.dtype)

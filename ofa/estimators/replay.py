@@ -52,14 +52,13 @@ class Replay:
         """Let go of what was kept."""
         self._open, self._first, self._last = False, None, None
 
-    def run(self, inputs: Tensor, stream: Tensor) -> Tensor:
-        """What the branch returns for other inputs, (N·B, T, d), beside the displaced stream that they belong to.
+    def run(self, inputs: Tensor, stream: Tensor, copies: int) -> Tensor:
+        """What the branch returns for `copies` other batches of inputs, (copies·B, T, d), beside the displaced stream that they belong to.
 
         Raises:
             InputError: something stands between the branch's modules that is not known here.
         """
         assert self._first is not None
-        copies = len(inputs) // len(hidden_input(self._first.args, self._first.kwargs))
         leaving = self._call(self._entry, self._first, inputs, stream, copies)
         if self._last is not None:
             leaving = self._connect()(leaving)

@@ -110,16 +110,16 @@ def attention_curvature(
     (sequences, heads, tokens, _), shared = query.shape, key.shape[1]
     check_shapes({"weights": (weights, (sequences, tokens))})
     q, k, v, o = (widen(x) for x in (query, key, value, output))
+    values = per_query_head(v, heads)
     w = widen(weights).unsqueeze(1)
-    query_weights = w if query_norm is None else w * query_norm.hat()[1].squeeze(-1)
+    query_weights = attends.scale * (w if query_norm is None else w * query_norm.hat()[1].squeeze(-1))
     angles = _angles(query_weights, rotary, q)
     alpha = q.new_zeros(sequences, heads, tokens, angles.shape[-1])
     mean_keys, own, pulls, moves = [], [], [], []
     for rows, columns, raw, a, slope in score_blocks(q, k, attends):
         keys, size = k[:, :, columns], raw.shape[2]
         mean_keys.append(_mix(slope, keys))
-        part = angles[:, :, rows].expand(-1, heads, -1, -1)
-        alpha[:, :, columns] += slope.mT @ part
+        alpha[:, :, columns] += slope.mT @ angles[:, :, rows].expand(-1, heads, -1, -1)
         offset = rows.start - columns.start
         own.append(torch.stack([x.diagonal(offset, -2, -1)[..., :size] for x in (a, slope)]))
         if query_norm is not None:
@@ -127,21 +127,21 @@ def attention_curvature(
         if move is not None:
             scores = raw
             if move.query is not None:
-                scores = attends.scale * _scores(widen(move.query)[:, :, rows], keys)
+                scores = _scores(attends.scale * widen(move.query)[:, :, rows], keys)
             read = widen(move.read_value)[:, :, columns], widen(move.read_output)[:, :, rows]
             moves.append(_covariance(slope * scores, *read))
     weight, own_slope = torch.cat(own, -1).unbind()
-    gap = per_query_head(v, heads) - o
+    gap = values - o
     first = _transposed_turns(alpha, k, rotary)
     mean_key = torch.cat(mean_keys, 2) * query_weights.unsqueeze(-1)
     mean_key = mean_key if rotary is None else rotary.turn(mean_key, -1.0)
-    query_sum = attends.scale * (per_query_head(v, heads).mT @ first - o.mT @ mean_key)
+    query_sum = _outer(o, mean_key, _outer(values, first))
     turned = q if rotary is None else rotary.turn(q, -1.0)
-    key_weights = w * own_slope
+    key_weights = attends.scale * w * own_slope
     query_pull = key_pull = None
     if query_norm is not None:
         query_sum = query_sum * widen(query_norm.weight)
-        query_pull = torch.cat(pulls, 2) * query_weights.unsqueeze(-1)
+        query_pull = torch.cat(pulls, 2) * (query_weights / attends.scale).unsqueeze(-1)
         if not query_norm.joint:
             query_sum = query_sum - query_pull.mT @ query_norm.hat()[0] / query_norm.width
             query_pull = None
@@ -149,14 +149,14 @@ def attention_curvature(
         hat, rstd = key_norm.hat()
         key_weights = key_weights * per_query_head(rstd.expand(-1, shared, -1, -1), heads).squeeze(-1)
         gamma = per_query_head(widen(key_norm.weight).expand(1, shared, 1, -1), heads)
-        along = (q * per_query_head(k, heads)).sum(-1) * key_weights * attends.scale
+        along = (q * per_query_head(k, heads)).sum(-1) * key_weights
         key_pull = gap * along.unsqueeze(-1)
-        key_sum = attends.scale * (gap * key_weights.unsqueeze(-1)).mT @ (turned * gamma)
+        key_sum = _outer(gap * key_weights.unsqueeze(-1), turned * gamma)
         if not key_norm.joint:
             key_sum = key_sum - key_pull.mT @ per_query_head(hat, heads) / key_norm.width
             key_pull = None
     else:
-        key_sum = attends.scale * (gap * key_weights.unsqueeze(-1)).mT @ turned
+        key_sum = _outer(gap * key_weights.unsqueeze(-1), turned)
     moved = None if move is None else torch.cat(moves, 2) + _own_move(move, q, k, weight, own_slope, attends.scale)
     return AttentionSums(query_sum, key_sum, (w * weight).sum(-1), query_pull, key_pull, moved)
 
@@ -202,7 +202,7 @@ def score_blocks(q: Tensor, k: Tensor, attends: Attends) -> Iterator[tuple[slice
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         columns = slice(*attends.keys(rows.start, rows.stop, tokens))
-        raw = attends.scale * _scores(q[:, :, rows], k[:, :, columns])
+        raw = _scores(attends.scale * q[:, :, rows], k[:, :, columns])
         capped, kappa = raw, None
         if attends.softcap is not None:
             tanh = torch.tanh(raw / attends.softcap)
@@ -245,6 +245,13 @@ def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
 def _covariance(products: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
     """Σ_j products_ij (v_j − o_i)."""
     return _mix(products, values) - products.sum(-1, keepdim=True) * outputs
+
+
+def _outer(left: Tensor, right: Tensor, less: Tensor | None = None) -> Tensor:
+    """Σ_i left_i right_iᵀ of every head, (B, H, T, e) and (B, H, T, d) → (B, H, e, d), or `less` minus that."""
+    flat = left.flatten(0, 1).mT, right.flatten(0, 1)
+    product = torch.bmm(*flat) if less is None else torch.baddbmm(less.flatten(0, 1), *flat, alpha=-1)
+    return product.unflatten(0, left.shape[:2])
 
 
 def _angles(weights: Tensor, rotary: Rotary | None, heads: Tensor) -> Tensor:

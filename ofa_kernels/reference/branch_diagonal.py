@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 32768
-"""Elements of a weight that are worked on at a time on a CPU, so that what is made of them stays in a cache."""
+TRANSPOSED = 1 << 20
+"""Elements of W_d that are transposed at a time on a CPU: long rows are read in order, and the copy stays small."""
+
+BLOCK = 1 << 16
+"""Elements of it that are worked on at a time, so that products stay in a cache."""
 
 
 def mlp_diagonal(
@@ -39,17 +42,17 @@ def mlp_diagonal(
         shapes = [tuple(x.shape) for x in (*weights, down, *sums)]
         raise ValueError(f"weights and sums of an MLP do not fit together: {shapes}")
     diagonal, image = sums[0].new_zeros(len(sums[0]), width), None
-    for rows in _blocks(weights[0]):
-        # Transposed while it is small enough to stay in the cache.
-        back = down[:, rows].mT.to(dtype).contiguous()
-        along = None
-        for weight, part in zip(weights, sums, strict=True):
-            own, p = weight[rows].to(dtype), part[:, rows]
-            diagonal = diagonal + p @ (own * back)
-            if scale is not None:
-                along = p * (own @ scale) + (0 if along is None else along)
-        if along is not None:
-            image = along @ back + (0 if image is None else image)
+    for outer in _blocks(weights[0], slice(0, inner), TRANSPOSED):
+        transposed = down[:, outer].mT.contiguous()
+        for rows in _blocks(weights[0], outer, BLOCK):
+            back, along = transposed[rows.start - outer.start : rows.stop - outer.start].to(dtype), None
+            for weight, part in zip(weights, sums, strict=True):
+                own, p = weight[rows].to(dtype), part[:, rows]
+                diagonal = torch.addmm(diagonal, p, own * back)
+                if scale is not None:
+                    along = p * (own @ scale) + (0 if along is None else along)
+            if along is not None:
+                image = along @ back + (0 if image is None else image)
     return diagonal, image
 
 
@@ -128,11 +131,10 @@ def check_attention_weights(query: Tensor, key: Tensor, value: Tensor, output: T
         raise ValueError(f"output {tuple(output.shape)} does not fit query {tuple(query.shape)}")
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    rows, columns = weight.shape
-    size = max(1, (BLOCK if weight.device.type == "cpu" else 1 << 24) // columns)
-    for first in range(0, rows, size):
-        yield slice(first, first + size)
+def _blocks(weight: Tensor, rows: slice, elements: int) -> Iterator[slice]:
+    size = max(1, (elements if weight.device.type == "cpu" else 1 << 24) // weight.shape[1])
+    for first in range(rows.start, rows.stop, size):
+        yield slice(first, min(first + size, rows.stop))
 
 
 def _per_query_head(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,21 +93,20 @@ def _slopes(
     up_shift: Tensor | None,
     read: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    g = widen(gate)
+    """φ'(g) ⊙ u, φ(g) and the change along the input, each with the factors of the clamp."""
+    g, phi = widen(gate), ACTIVATIONS[activation]
     from_gate = g if gate_shift is None else g - widen(gate_shift)
     clamped = g if limit is None else g.clamp(max=limit)
-    phi, slope = ACTIVATIONS[activation](clamped)
-    if limit is not None:
-        slope = slope * (g <= limit)
     if up is None:
+        slope = phi.backward(torch.ones_like(g), clamped)
         return slope, None, slope * from_gate if read is not None else None
     u = widen(up)
     from_up = u if up_shift is None else u - widen(up_shift)
-    factor = phi
     if limit is not None:
-        factor = phi * (u.abs() <= limit)
         u = u.clamp(-limit, limit) + 1
-    slope = slope * u
+    slope, factor = phi.backward(u, clamped), phi.forward(clamped)
+    if limit is not None:
+        slope, factor = slope * (g <= limit), factor * (widen(up).abs() <= limit)
     change = torch.addcmul(slope * from_gate, factor, from_up) if read is not None else None
     return slope, factor, change
 
@@ -118,40 +118,25 @@ def _blocks(gate: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
-    sigmoid = torch.sigmoid(x)
-    phi = x * sigmoid
-    return phi, torch.addcmul(phi + sigmoid, phi, sigmoid, value=-1)
+class Activation(NamedTuple):
+    """φ, and what φ' makes of a gradient: (gradient, x) → gradient ⊙ φ'(x)."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
-def _quick_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(1.702 * x)
-    phi = x * sigmoid
-    return phi, sigmoid + 1.702 * phi * (1 - sigmoid)
+    return gradient * (sigmoid + 1.702 * x * sigmoid * (1 - sigmoid))
 
 
-def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    below = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return x * below, below + x * density
-
-
-def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    factor, cubic = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(factor * (x + cubic * x**3))
-    inner = factor * (1 + 3 * cubic * x * x)
-    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
-
-
-def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    return F.relu(x), (x > 0).to(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": _relu,
-    "quick_gelu": _quick_gelu,
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")
+    ),
+    "relu": Activation(F.relu, lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0)),
+    "quick_gelu": Activation(lambda x: x * torch.sigmoid(1.702 * x), _quick_gelu_backward),
 }
-"""φ and φ' of every activation there is a closed form for; gelu_tanh is also known as gelu_new."""
+"""Every activation there is a closed form for; gelu_tanh is also known as gelu_new."""
