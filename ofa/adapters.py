@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ofa import __version__, sharding
 from ofa.errors import InputError
-from ofa.files import WRITE_ERRORS, claim_folder, json_writer, reason, text_writer, write_together
+from ofa.files import WRITE_ERRORS, claimed_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
 from ofa.tuning import base_parameters, hold_norms
 
@@ -91,7 +91,6 @@ def _write(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     scales = {path: value for path, value in base.items() if path.endswith(".weight")}
-    target = claim_folder(folder, overwrite=overwrite)
     name = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
     is_causal = sharding.own_class(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     config = LNTuningConfig(
@@ -108,15 +107,16 @@ def _write(
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
     }
-    write_together(
-        {
-            target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            target / DETAILS: json_writer(known),
-            target / CARD: text_writer(model_card(known, config["task_type"])),
-            # Last, because this is the file by which a folder counts as an adapter.
-            target / CONFIG: json_writer(config),
-        }
-    )
+    with claimed_folder(folder, overwrite=overwrite) as target:
+        write_together(
+            {
+                target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                target / DETAILS: json_writer(known),
+                target / CARD: text_writer(model_card(known, config["task_type"])),
+                # Last, because this is the file by which a folder counts as an adapter.
+                target / CONFIG: json_writer(config),
+            }
+        )
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -184,18 +184,18 @@ def merge(
         )
     read = read_adapter(adapter)
     _check_fit(model, read)
-    target = claim_folder(out, overwrite=overwrite)
-    staging = target / ".partial"
-    try:
-        model.save_pretrained(staging, state_dict=_merged_state(model, read))  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        for file in sorted(staging.iterdir()):
-            shutil.move(file, target / file.name)
-    except WRITE_ERRORS as error:
-        raise InputError(f"the checkpoint {target} cannot be written ({reason(error)}); free its disk") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with claimed_folder(out, overwrite=overwrite) as target:
+        staging = target / ".partial"
+        try:
+            model.save_pretrained(staging, state_dict=_merged_state(model, read))  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            for file in sorted(staging.iterdir()):
+                shutil.move(file, target / file.name)
+        except WRITE_ERRORS as error:
+            raise InputError(f"the checkpoint {target} cannot be written ({reason(error)}); free its disk") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return target
 
 

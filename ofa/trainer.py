@@ -27,7 +27,7 @@ from ofa import checkpoint
 from ofa.encoding import Encoder
 from ofa.errors import InputError
 from ofa.evaluation import evaluating
-from ofa.files import claim_folder, write_text
+from ofa.files import claim_folder, claimed_folder, write_text
 from ofa.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, encode_example
 from ofa.regularizers import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
@@ -182,7 +182,14 @@ def train(
     seed_everything(config.seed)
     data = [encode_example(encoder, example) for example in examples]
     run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
-    with evaluating(model), torch.enable_grad(), _regularized(model, config) as regularizers, _stop_signals() as stop:
+    claimed = nullcontext() if folder is None else claimed_folder(folder, overwrite=True)
+    with (
+        claimed,
+        evaluating(model),
+        torch.enable_grad(),
+        _regularized(model, config) as regularizers,
+        _stop_signals() as stop,
+    ):
         # Only here, where the model is known to be usable, does the run begin to write.
         if resume:
             run.resume()

@@ -50,7 +50,8 @@ def report(
         for task in left_out:
             notice(f"ofa: {task} is left out, which some method has not run with every seed")
     content = build(records, read_runs(folder))
-    with claimed_folder(out or folder, overwrite=True) as target:
+    # A comparison may be under way in it: a report is of the cells that are there.
+    with claimed_folder(out or folder, overwrite=True, shared=True) as target:
         written = write_report(content, target)
     if as_json:
         show_json({**summary(content), "files": [str(path) for path in written]})

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
+from ofa.files import LOCK
 from ofa.trainer import CHECKPOINT
 from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, done, names, ofa, weights, write_rows
 
@@ -484,6 +486,43 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert finished.out == ""
     one_sentence(finished.err, *words)
     assert contents(bench.here) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda b: b.fit("--overwrite"),
+        lambda b: b.fit("--resume"),
+        lambda b: b.merge("--overwrite"),
+        lambda b: ["probe", b.good, "--data", b.rows(*TEST), "--out", b.here / "new" / "out", "--overwrite"],
+        lambda b: ["demo", "--model", b.model, "--out", b.here / "new" / "out", "--overwrite"],
+        lambda b: [
+            "compare",
+            "--tasks",
+            "tickets",
+            "--test-size",
+            9,
+            "--shots",
+            1,
+            "--drop-demonstrations",
+            "--model",
+            b.model,
+            "--out",
+            b.here / "new/out",
+        ],
+    ],
+    ids=["fit", "resume", "merge", "probe", "demo", "compare"],
+)
+def test_a_folder_belongs_to_one_process(bench: Bench, arguments: Callable[[Bench], list[object]]) -> None:
+    """Of two runs into one folder the second would mix its files with those of the first, whatever it may overwrite."""
+    (bench.here / "new" / "out").mkdir(parents=True)
+    given = arguments(bench)
+    with FileLock(bench.here / "new" / "out" / LOCK):
+        before = contents(bench.here)
+        finished = ofa(*given)
+        assert contents(bench.here) == before
+    assert (finished.status, finished.out) == (2, "")
+    one_sentence(finished.err, "another process", "is writing to", "choose another output folder")
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(bench: Bench) -> None:
