@@ -41,12 +41,14 @@ class TrainingConfig(BaseModel):
     """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options).
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
-    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective.
+    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps` is the
+    number of optimizer steps in place of that of epochs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(60, ge=1)
+    max_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
@@ -247,7 +249,7 @@ class _Run:
         self.origin = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
-        self.total = config.epochs * self.steps_per_epoch
+        self.total = config.max_steps or config.epochs * self.steps_per_epoch
         self.step = 0
         self.passes = 0
         self.seconds = 0.0
@@ -283,7 +285,7 @@ class _Run:
             record = self._take_step(started)
             self.records.append(record)
             self._log(record)
-            if self.step % self.steps_per_epoch == 0:
+            if self.step % self.steps_per_epoch == 0 or self.step == self.total:
                 self._end_epoch(record.epoch)
             yield record
 

@@ -56,6 +56,10 @@ def compare(
     test_size: Annotated[
         int, typer.Option(help="Test examples per task, class-balanced, the same for all methods and seeds.")
     ] = 500,
+    contexts: Annotated[
+        str,
+        typer.Option(help="What stands in front of a tested text: nothing (prompt), the shots (demonstrations), or both."),
+    ] = "prompt,demonstrations",
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",

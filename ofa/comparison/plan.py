@@ -11,7 +11,7 @@ from typing import Any
 
 from ofa.comparison.arguments import Material, check_settings, material_for
 from ofa.comparison.grid import Grid, Row
-from ofa.comparison.records import Cell, Record
+from ofa.comparison.records import CONTEXTS, Cell, Record
 from ofa.errors import InputError
 from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, load_task
 
@@ -66,6 +66,7 @@ class Job:
     shots: FewShot
     tested: tuple[Example, ...]
     material: Mapping[str, Any]
+    contexts: tuple[str, ...] = CONTEXTS
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
         plan = self.tasks[cell.task]
         others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
         material = material_for(cell.method, Material(plan.data.train, others))
-        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material)
+        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material, self.grid.contexts)
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
         """The cells without a record; with `retry_failed` those whose record is a failure, too."""
@@ -129,7 +130,9 @@ class Plan:
         return [plan for name, plan in self.tasks.items() if name != cell.task]
 
     def _is_outdated(self, record: Record) -> bool:
-        """Whether a method that says which other tasks it learned from had other ones than those of this grid."""
+        """Whether a context of this grid was left out, or the method says that it learned from other tasks than these."""
+        if set(record.notes.get("untested", ())) & set(self.grid.contexts):
+            return True
         told = record.notes.get("other_tasks")
         return told is not None and told != [other.task.name for other in self._others(record.cell)]
 
