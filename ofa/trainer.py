@@ -41,8 +41,8 @@ class TrainingConfig(BaseModel):
     """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options).
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
-    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps` is the
-    number of optimizer steps in place of that of epochs.
+    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps`
+    is the number of optimizer steps in place of that of epochs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

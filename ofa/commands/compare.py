@@ -58,7 +58,7 @@ def compare(
     ] = 500,
     contexts: Annotated[
         str,
-        typer.Option(help="What stands in front of a tested text: nothing (prompt), the shots (demonstrations), or both."),
+        typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or each in turn."),
     ] = "prompt,demonstrations",
     model: ModelOption = None,
     dtype: DtypeOption = "float32",

@@ -46,6 +46,7 @@ def fit(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the shots.")] = 60,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
@@ -94,6 +95,7 @@ def fit(
 
     settings = _checked(
         epochs=epochs,
+        max_steps=max_steps,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ofa.comparison.records import CONTEXTS
 from ofa.errors import InputError
 from ofa.methods import METHODS
 from ofa.tasks import did_you_mean
@@ -49,7 +48,7 @@ class Grid(BaseModel):
     seeds: tuple[int, ...]
     shots: int = Field(5, ge=1)
     test_size: int = Field(500, ge=1)
-    contexts: tuple[Literal["prompt", "demonstrations"], ...] = CONTEXTS
+    contexts: tuple[Literal["prompt", "demonstrations"], ...] = ("prompt", "demonstrations")
     """What may stand in front of a tested text; a method that is tested in none of these has its own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     order: Literal["slow-first", "quick-first"] = "slow-first"

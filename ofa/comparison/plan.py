@@ -11,7 +11,7 @@ from typing import Any
 
 from ofa.comparison.arguments import Material, check_settings, material_for
 from ofa.comparison.grid import Grid, Row
-from ofa.comparison.records import CONTEXTS, Cell, Record
+from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
 from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, load_task
 
@@ -66,7 +66,7 @@ class Job:
     shots: FewShot
     tested: tuple[Example, ...]
     material: Mapping[str, Any]
-    contexts: tuple[str, ...] = CONTEXTS
+    contexts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Plan:
         return [plan for name, plan in self.tasks.items() if name != cell.task]
 
     def _is_outdated(self, record: Record) -> bool:
-        """Whether a context of this grid was left out, or the method says that it learned from other tasks than these."""
+        """Whether a context of this grid was left out, or the method learned from other tasks than this grid's."""
         if set(record.notes.get("untested", ())) & set(self.grid.contexts):
             return True
         told = record.notes.get("other_tasks")

@@ -190,6 +190,17 @@ def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
         torch.testing.assert_close(tuned[name].double(), scale, rtol=0, atol=total * 6 * 2**-24)
 
 
+def test_max_steps_is_the_number_of_steps_in_place_of_that_of_epochs(tiny_model):
+    """Fewer than an epoch has and more than all have; the schedule ends with them and the last one is validated."""
+    for steps in (2, 7):
+        scores = iter(range(100))
+        result, _ = run(tiny_model, settings={**PLAIN, "max_steps": steps}, validate=lambda: next(scores))  # noqa: B023
+        assert len(result.records) == steps
+        config = TrainingConfig(**PLAIN)
+        assert result.records[-1].learning_rate == learning_rate(steps - 1, steps, config)
+        assert result.best_epoch == result.records[-1].epoch
+
+
 # The order of the examples
 
 
