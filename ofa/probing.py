@@ -156,7 +156,7 @@ def _measured_steps(
 
 
 def _scored_words(encoder: Encoder) -> list[tuple[int, ...]]:
-    """The tokens by which each label is scored: all of its word where first tokens do not tell the labels apart."""
+    """The tokens by which each label is scored: its word and line end where first tokens do not tell labels apart."""
     whole = scores_whole_words(encoder.labels)
     return [word if whole else word[:1] for word in encoder.labels.values()]
 

@@ -190,8 +190,8 @@ def load_hub_dataset(
     """Load any data set of the hub that has a text column and a label column; `test_split=None` leaves the test empty.
 
     `label_words` are the words for the integers 0, 1, … of the data, and may be left out where the data carries names.
-    With `open_ended` the two columns are prompt and completion; with `offline` only the cache is read. Raises
-    `InputError` where it cannot be loaded or used.
+    With `open_ended` the two columns are prompt and completion, taken as written; with `offline` only the cache is
+    read. Raises `InputError` where it cannot be loaded or used.
     """
     splits = [split for split in (train_split, test_split) if split is not None]
     columns = (text_column, label_column)
@@ -199,7 +199,13 @@ def load_hub_dataset(
     tables = [_table(found.split(split), f"{hub_id} ({split})", columns) for split in splits]
     words = () if open_ended else tuple(label_words)
     read = [
-        _examples(table, text_column, label_column, _named_labels(table, label_column, words, open_ended))
+        _examples(
+            table,
+            text_column,
+            label_column,
+            _named_labels(table, label_column, words, open_ended),
+            as_written=open_ended,
+        )
         for table in tables
     ]
     named = () if open_ended else words or tables[0].label_names.get(label_column) or _distinct_labels(read)
@@ -253,7 +259,9 @@ def _labelled_examples(row: HubTask, split: str, data: HubDataset | Path) -> lis
     return _examples(table, row.text_column, label_column, labels)
 
 
-def _examples(table: _Table, text_column: str, label_column: str, labels: Iterable[str | None]) -> list[Example]:
+def _examples(
+    table: _Table, text_column: str, label_column: str, labels: Iterable[str | None], *, as_written: bool = False
+) -> list[Example]:
     """The rows that have a text and a label."""
     examples = []
     texts = table.columns[table.column(text_column)]
@@ -263,7 +271,7 @@ def _examples(table: _Table, text_column: str, label_column: str, labels: Iterab
                 f'row {number} of {table.where}: "{text_column}" is {text!r}, which is not text: name the right column'
             )
         if label is not None and text.strip():
-            examples.append(Example(text.strip(), label))
+            examples.append(Example(text if as_written else text.strip(), label))
     if not examples:
         raise InputError(f'{table.where} has no row with "{text_column}" and "{label_column}": choose another split')
     return examples
@@ -288,7 +296,7 @@ def _named_labels(table: _Table, label_column: str, words: tuple[str, ...], open
     for number, value in enumerate(table.columns[column], start=1):
         where = f'row {number} of {table.where}: "{column}" is {value!r}'
         if isinstance(value, str) and value.strip():
-            labels.append(value.strip())
+            labels.append(value if open_ended else value.strip())
         elif not isinstance(value, int) or open_ended:
             raise InputError(f"{where}, which is not a label or a completion: name the right column")
         elif not names:

@@ -25,8 +25,9 @@ FilePath = str | os.PathLike[str] | Traversable
 def read_examples(path: FilePath, *, open_ended: bool = False, task: Task | None = None) -> list[Example]:
     """Read the examples of a .jsonl, .json-lines or .csv file in UTF-8, in file order.
 
-    The columns are text and label, or prompt and completion when `open_ended`; others are ignored, and so is
-    whitespace around a value. With a `task`, its kind decides the columns and every label must be one of its labels.
+    The columns are text and label, without the whitespace around a value, or prompt and completion as they are written
+    when `open_ended`; others are ignored. With a `task`, its kind decides the columns and every label must be one of
+    its labels.
     Raises `InputError`, naming the file and the line, for whatever cannot be used.
     """
     pairs = task.open_ended if task else open_ended
@@ -36,7 +37,14 @@ def read_examples(path: FilePath, *, open_ended: bool = False, task: Task | None
     examples = []
     for where, row in read_rows(path):
         text, label = (_cell(row, column, columns, where) for column in columns)
-        example = Example(_text(text, columns[0], where), _label(label, columns[1], where, labels, is_csv))
+        number = None if pairs else _number(label, labels, is_csv)
+        if number is not None:
+            raise InputError(
+                f'{where}: the label {number} is a number: write the name of the label, such as "positive"'
+            )
+        example = Example(_text(text, columns[0], where), _text(label, columns[1], where))
+        if not pairs:
+            example = Example(example.text.strip(), example.label.strip())
         if labels and example.label not in labels:
             raise _unknown_label(example.label, labels, where)
         examples.append(example)
@@ -189,21 +197,13 @@ def _cell(row: dict[str, object], column: str, columns: tuple[str, str], where: 
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f'{where}: the {column} is {_json(value)}, which is not text: write it as "..." in quotes')
-    text = value.strip()
-    if not text:
+    if not value.strip():
         raise InputError(f"{where}: the {column} is empty: fill it in or remove the row")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: the {column} holds half of a surrogate pair: write the character itself") from error
-    return text
-
-
-def _label(value: object, column: str, where: str, task_labels: tuple[str, ...], is_csv: bool) -> str:
-    number = _number(value, task_labels, is_csv) if column == "label" else None
-    if number is not None:
-        raise InputError(f'{where}: the label {number} is a number: write the name of the label, such as "positive"')
-    return _text(value, column, where)
+    return value
 
 
 def _number(value: object, task_labels: tuple[str, ...], is_csv: bool) -> str | None:

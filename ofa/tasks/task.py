@@ -33,7 +33,7 @@ class Task:
     def __post_init__(self) -> None:
         """Check the fields, and turn a list of labels into a tuple."""
         _check_name(self.name)
-        _check_template(self.template)
+        _check_template(self.template, self.open_ended)
         _check_labels(self.labels)
         object.__setattr__(self, "labels", tuple(self.labels))
 
@@ -47,8 +47,8 @@ class Task:
         return self.template.replace(TEXT_SLOT, text)
 
     def target(self, label: str) -> str:
-        """What follows the prompt: the label with its leading space."""
-        return " " + label
+        """What follows the prompt: the label with its leading space, or an open-ended task's completion as written."""
+        return label if self.open_ended else " " + label
 
     def demonstration(self, example: Example) -> str:
         """Prompt, label and line end: one example as it stands before the prompt to be answered."""
@@ -94,7 +94,7 @@ def _check_name(name: object) -> None:
         raise InputError(f"the name of a task must be a non-empty text, not {name!r}")
 
 
-def _check_template(template: object) -> None:
+def _check_template(template: object, open_ended: bool) -> None:
     if not isinstance(template, str):
         raise InputError(f"the template of a task must be a text that contains {TEXT_SLOT}, not {template!r}")
     slots = template.count(TEXT_SLOT)
@@ -102,7 +102,7 @@ def _check_template(template: object) -> None:
         raise InputError(
             f"the template {template!r} contains {TEXT_SLOT} {slots} times: it must contain it exactly once"
         )
-    if template != template.rstrip():
+    if template != template.rstrip() and not open_ended:
         # The label brings its own leading space, which is part of its first token.
         raise InputError(
             f"the template {template!r} ends in whitespace: remove it, the label adds its own leading space"

@@ -34,8 +34,8 @@ from ofa.tuning import restore_norms
 from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
-# In the tiny tokenizer all of these begin with the token of a blank and a letter, two of them with the same one.
-COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xacd", "y", "xq"))
+# In the tiny tokenizer all of these begin with the token of a blank and a letter, and one with all tokens of another.
+COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xabcd", "y", "xq"))
 OPEN = Task(name="open", template="{text}\nAnswer:")
 
 EXAMPLES = (
@@ -242,9 +242,8 @@ def loss_by_hand(loaded, task, examples, scales):
     losses = []
     for example in examples:
         before = tokenizer(task.prompt(example.text))["input_ids"]
-        whole = tokenizer(task.prompt(example.text) + " " + example.label)["input_ids"]
-        if task is OPEN:
-            whole = [*whole, tokenizer.eos_token_id]
+        end = {"mood": "", "colliding": "\n", "open": tokenizer.eos_token}[task.name]
+        whole = tokenizer(task.prompt(example.text) + task.target(example.label) + end)["input_ids"]
         if task is TASK:
             whole = whole[: len(before) + 1]
         with torch.no_grad():
@@ -261,7 +260,7 @@ def loss_by_hand(loaded, task, examples, scales):
     ids=["first token", "whole word", "completion"],
 )
 def test_the_loss_is_the_full_vocabulary_cross_entropy_at_the_labels_tokens(tiny_model, task, examples, keeps_logits):
-    """First token; whole words where two labels share it; completions with the end-of-text token behind them."""
+    """First token; whole words and their line end where two labels share it; completions and the end of the text."""
     model, _ = tiny_model
     original = type(model)
     if not keeps_logits:

@@ -51,13 +51,15 @@ def test_every_supported_form_reads_the_same(write, name, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", '{"prompt": "2 + 2 =", "completion": "4"}\n'),
-        ("a.csv", "prompt,completion\n2 + 2 =,4\n"),
+        ("a.jsonl", '{"prompt": "2 + 2 =", "completion": "4"}\n{"prompt": "def f():\\n", "completion": "  pass\\n"}\n'),
+        ("a.csv", 'prompt,completion\n2 + 2 =,4\n"def f():\n","  pass\n"\n'),
     ],
 )
-def test_prompt_and_completion_pairs_may_complete_with_a_number(write, name, content):
-    assert read_examples(write(name, content), open_ended=True) == [Example("2 + 2 =", "4")]
-    assert read_examples(write(name, content), task=Task("sums")) == [Example("2 + 2 =", "4")]
+def test_prompt_and_completion_pairs_are_taken_as_written(write, name, content):
+    """Also where the completion is a number, or its blanks are its meaning."""
+    pairs = [Example("2 + 2 =", "4"), Example("def f():\n", "  pass\n")]
+    assert read_examples(write(name, content), open_ended=True) == pairs
+    assert read_examples(write(name, content), task=Task("sums")) == pairs
 
 
 def test_unicode_line_separators_inside_a_text_do_not_break_the_line(write):

@@ -67,7 +67,14 @@ def test_a_task_without_labels_is_open_ended_and_its_prompt_is_the_text():
     task = Task("pairs")
     assert task.open_ended
     assert not TASK.open_ended
-    assert task.demonstration(Example("2 + 2 =", "4")) == "2 + 2 = 4\n"
+    assert task.demonstration(Example("2 + 2 =", "4")) == "2 + 2 =4\n"
+
+
+def test_only_a_template_that_a_label_follows_may_not_end_in_a_blank():
+    """A completion brings no blank of its own."""
+    with pytest.raises(InputError, match="ends in whitespace"):
+        Task("t", "{text} is ", ("good", "bad"))
+    assert Task("t", "{text} is ").demonstration(Example("7", "odd")) == "7 is odd\n"
 
 
 def test_a_list_of_labels_becomes_a_tuple_so_that_tasks_can_be_compared_and_hashed():
