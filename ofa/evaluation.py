@@ -115,7 +115,7 @@ class Scorer:
         scores = torch.empty(len(texts), len(words))
         with evaluating(self.model):
             shared = self.shared_prefix(demonstrations)
-            for batch in self._batches(prompts, progress):
+            for batch in self.batches(prompts, progress):
                 chosen = [prompts[index] for index in batch]
                 if self.mode == "whole word":
                     scores[batch] = shared.word_log_likelihoods(chosen, words).cpu()
@@ -142,7 +142,7 @@ class Scorer:
         prompts = [[*demonstrations, *prompt] for prompt in prompts]
         completions = [""] * len(texts)
         with evaluating(self.model):
-            for batch in self._batches(prompts, progress):
+            for batch in self.batches(prompts, progress):
                 new = self._greedy([prompts[index] for index in batch], max_new_tokens)
                 texts_of_batch = self.tokenizer.batch_decode(new, skip_special_tokens=True)
                 for index, text in zip(batch, texts_of_batch, strict=True):
@@ -192,7 +192,7 @@ class Scorer:
         with evaluating(self.model):
             shared = self.shared_prefix(demonstrations)
             whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
-            for batch in self._batches(whole, None):
+            for batch in self.batches(whole, None):
                 behind = [targets[index] for index in batch]
                 totals[batch] = shared.completion_log_likelihoods([prompts[i] for i in batch], behind).cpu()
         return totals, torch.tensor([len(target) for target in targets])
@@ -201,7 +201,8 @@ class Scorer:
         demonstrations = self.encoder.encode_demonstrations(self.demonstrations, texts=texts, room=room)
         return demonstrations, self.encoder.encode_prompts(texts, demonstrations=demonstrations, room=room)
 
-    def _batches(self, sequences: Sequence[Sequence[int]], progress: Progress | None) -> Iterator[list[int]]:
+    def batches(self, sequences: Sequence[Sequence[int]], progress: Progress | None) -> Iterator[list[int]]:
+        """Indices of sequences of similar lengths, a batch at a time; `progress` hears of each that was done."""
         done = 0
         for batch in batches_by_length([len(sequence) for sequence in sequences], self.batch_size):
             yield batch

@@ -33,7 +33,10 @@ SLOW_FIRST = (
     "soft-prompt",
     "task-vector",
     "icl",
+    "icl-calibrated",
     "label-anchor",
+    "linear-probe",
+    "centroids",
     "zero-shot",
 )
 """Methods by the mean seconds of their cells in benchmarks/results/comparison_cpu."""
