@@ -60,13 +60,19 @@ def save_adapter(
         overwrite: write into a folder that already holds something.
 
     Raises:
-        InputError: the folder cannot be written, or is not empty and `overwrite` is off; a rank holds other scales than
-            rank 0.
+        InputError: a scale is not finite, or the folder cannot be written, or is not empty and `overwrite` is off; a
+            rank holds other scales than rank 0.
     """
     model = sharding.unwrapped(model)
     sharding.settle(model)
     base = base_parameters(model)
     current = {path: sharding.whole(model.get_parameter(path)).detach() for path in base}
+    broken = _not_finite(current)
+    if broken:
+        raise InputError(
+            f"{broken} is not finite, so no adapter was written to {folder}; the training diverged: repeat it with a "
+            "lower learning rate"
+        )
     tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
 
     def write() -> None:
@@ -137,7 +143,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         what = f"holds {strange[0]}, which is no norm scale" if strange else "holds no tensors"
         raise InputError(f"{path / WEIGHTS} {what}; save the adapter again")
     parameters = {key.removeprefix(_PREFIX).replace(_LAYER, "."): value for key, value in tensors.items()}
-    broken = next((name for name, value in parameters.items() if not torch.isfinite(value).all()), None)
+    broken = _not_finite(parameters)
     if broken:
         raise InputError(f"{path / WEIGHTS} is damaged: {broken} is not finite; save the adapter again")
     details = _read_json(path / DETAILS, "") if (path / DETAILS).exists() else {}
@@ -264,6 +270,11 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
         raise InputError(
             f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
         )
+
+
+def _not_finite(parameters: dict[str, Tensor]) -> str | None:
+    """The first parameter that holds a NaN or an infinity."""
+    return next((name for name, value in parameters.items() if not torch.isfinite(value).all()), None)
 
 
 def _key(path: str) -> str:

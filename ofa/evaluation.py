@@ -121,6 +121,11 @@ class Scorer:
                     scores[batch] = shared.word_log_likelihoods(chosen, words).cpu()
                 else:
                     scores[batch] = shared.last_logits(chosen).cpu()[:, firsts]
+        if scores.isnan().any():
+            raise InputError(
+                "the model gave scores that are not numbers: its weights have diverged, or its dtype is too narrow; "
+                "train with a lower learning rate, or use float32"
+            )
         return scores.log_softmax(dim=1)
 
     def predict_proba(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:

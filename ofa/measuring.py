@@ -157,13 +157,15 @@ class Pass:
                 "layers were skipped, or the model was changed after the regularizers were attached"
             )
         norms = ratios = step_ratio = traces = sharpness = None
+        # Rows of nothing but padding fill up batches of a fixed size, and are no sequences.
+        real = None if self.mask is None else self.mask.bool().any(1)
         if self.lengths:
             norms = objectives.step_norms(self._squared_norms())
             ratios = objectives.ratios(norms)
-            step_ratio = objectives.step_ratio(ratios)
+            step_ratio = objectives.step_ratio(ratios, real)
         if self.traced:
             measured = self._traces()
-            sharpness = objectives.sharpness(measured, steps)
+            sharpness = objectives.sharpness(measured, steps, real)
             traces = measured if len(measured) == steps else self._among(measured, steps)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 

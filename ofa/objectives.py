@@ -21,8 +21,8 @@ class Measurements:
         step_norms: ‖Z_{t+1} − Z_t‖ over the real tokens, (T, B), float32.
         ratios: ‖Z_{t+1} − Z_t‖ / ‖Z_t − Z_{t−1}‖, (T − 1, B).
         traces: h_t per token, (T, B), in the chosen sign convention; NaN at steps left out by step sampling.
-        step_ratio: J = Σ_t ratios, mean over the sequences, a scalar.
-        sharpness: H = Σ_t softplus(h_t), mean over the sequences, a scalar.
+        step_ratio: J = Σ_t ratios, mean over the sequences that have a real token, a scalar.
+        sharpness: H = Σ_t softplus(h_t), mean over the sequences that have a real token, a scalar.
     """
 
     step_norms: Tensor | None = None
@@ -42,19 +42,27 @@ def ratios(norms: Tensor) -> Tensor:
     return norms[1:] / norms[:-1]
 
 
-def step_ratio(step_ratios: Tensor) -> Tensor:
+def step_ratio(step_ratios: Tensor, real: Tensor | None = None) -> Tensor:
     """J = Σ_t ratio_t, mean over the sequences (OFA, arXiv 2505.19107, its first regularizer)."""
-    return step_ratios.sum(0).mean()
+    return _mean(step_ratios.sum(0), real)
 
 
-def sharpness(traces: Tensor, steps: int) -> Tensor:
+def sharpness(traces: Tensor, steps: int, real: Tensor | None = None) -> Tensor:
     """H = Σ_t softplus(h_t), mean over the sequences, from the traces (measured steps, B) of all or of sampled steps.
 
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
     that splitting a batch does not change the objective. Sampled steps are scaled by `steps`/measured: unbiased.
     """
-    value = F.softplus(traces.clamp_min(LOWEST)).sum(0).mean()
+    value = _mean(F.softplus(traces.clamp_min(LOWEST)).sum(0), real)
     return value if len(traces) == steps else value * (steps / len(traces))
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the sequences, (B,); only over those that `real`, (B,) and boolean, says to have a real token."""
+    if real is None:
+        return values.mean()
+    real = real.to(values.device)
+    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:

@@ -293,6 +293,15 @@ def test_bad_examples_are_refused(llama, tokenizer, examples, message):
         evaluate(llama, tokenizer, TASK, examples)
 
 
+@pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
+def test_scores_that_are_not_numbers_predict_nothing(llama, tokenizer, task):
+    """The largest of several NaN is the first label, with exit code 0."""
+    with torch.no_grad():
+        llama.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="scores that are not numbers"):
+        Scorer(llama, tokenizer, task).predict(TEXTS)
+
+
 def test_an_open_ended_task_has_no_label_probabilities(llama, tokenizer):
     with pytest.raises(InputError, match="call generate instead"):
         Scorer(llama, tokenizer, OPEN).log_probabilities(TEXTS)
