@@ -8,7 +8,7 @@ from typing import Any
 
 from ofa.commands.console import notice
 from ofa.errors import InputError
-from ofa.tasks import Task
+from ofa.tasks import Task, with_columns
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,19 @@ class Adapted:
 
 
 def open_adapter(
-    folder: Path, model: str | None, *, dtype: str, device: str, offline: bool, trust_remote_code: bool
+    folder: Path,
+    model: str | None,
+    *,
+    dtype: str,
+    device: str,
+    offline: bool,
+    trust_remote_code: bool,
+    text_column: str | None = None,
+    label_column: str | None = None,
 ) -> Adapted:
     """Load the adapter's base, or `model` in its place, and put the adapter's scales in.
+
+    The task reads the columns that the adapter was made with, unless others are given.
 
     Raises:
         InputError: the folder is no adapter of ours, or does not fit the model.
@@ -35,7 +45,7 @@ def open_adapter(
     adapter = read_adapter(folder)
     if "task" not in adapter.details:
         raise InputError(f"{folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
-    task = Task.from_dict(adapter.details["task"])
+    task = with_columns(Task.from_dict(adapter.details["task"]), text_column or "", label_column or "")
     from ofa.models import load_model
 
     # The embedded default carries the hub id of the model it was made from, but is quantized: go back to the same.

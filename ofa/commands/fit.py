@@ -10,15 +10,19 @@ import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show_json, tell_truncated
 from ofa.commands.options import (
+    DATA_FILES,
     ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LabelColumnOption,
     LabelsOption,
     ModelOption,
     OfflineOption,
     OverwriteOption,
+    SeparatorOption,
     TemplateOption,
+    TextColumnOption,
     TrustOption,
 )
 
@@ -33,13 +37,16 @@ def fit(
     data: Annotated[
         str,
         typer.Option(
-            help="Training examples: a .jsonl or .csv file (text, label; or prompt, completion), a folder with "
-            "task.json, a demo task (reviews, tickets, questions), a task of the paper (sst2, trec, …), or a hub id."
+            help=f"Training examples: {DATA_FILES}; prompt and completion without a template; a folder with task.json, "
+            "a demo task (reviews, tickets, questions), a task of the paper (sst2, trec, …), or a hub id."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, its metrics and its figure.")],
     template: TemplateOption = None,
     labels: LabelsOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    separator: SeparatorOption = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples per class to learn from.")] = 5,
     seed: Annotated[int, typer.Option(help="Fixes the shots, the batches and the probes.")] = 42,
     model: ModelOption = None,
@@ -50,7 +57,6 @@ def fit(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
-    average: Annotated[float, typer.Option(help="Share of the steps, the last ones, whose mean is kept.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     step_ratio: Annotated[
@@ -100,7 +106,6 @@ def fit(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
-        average=average,
         batch_size=batch_size,
         accumulation=accumulation,
         step_ratio=step_ratio,
@@ -114,9 +119,18 @@ def fit(
         steps=steps,
         tokens=tokens,
     )
-    given = training_data(data, template, labels, offline=offline)
-    held_out = test_data(validation, given.task, offline=offline) if validation else ()
-    tested = test_data(test, given.task, offline=offline) if test else ()
+    given = training_data(
+        data,
+        template,
+        labels,
+        text_column=text_column,
+        label_column=label_column,
+        separator=separator,
+        offline=offline,
+    )
+    held_out, tested = (
+        test_data(part, given.task, separator=separator, offline=offline) if part else () for part in (validation, test)
+    )
     few_shot(given.train, given.task.labels, shots, seed)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
         from ofa.adaptation import adapt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +31,34 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that is not empty.")]
 TemplateOption = Annotated[
     str | None,
-    typer.Option(help=r'Prompt with {text} in it, such as "Sentence: {text}\nLabel:". \n is a line break.'),
+    typer.Option(
+        help=r'Prompt with {text} in it, such as "Sentence: {text}\nLabel:", or with any columns of the data by name. '
+        r"\n is a line break, \t a tab, \\n a backslash and an n; {{ and }} are braces."
+    ),
 ]
 LabelsOption = Annotated[
-    str | None, typer.Option(help="Label words, separated by commas. Without it: the labels that occur, sorted.")
+    str | None,
+    typer.Option(
+        help="Label words, separated by commas; one with a comma in it in double quotes, as in 'yes,\"no, never\"'. "
+        "Labels that are numbers 0, 1, … mean these words in their order. Without it: the labels that occur, sorted."
+    ),
 ]
+TextColumnOption = Annotated[
+    str | None, typer.Option(help="The column that {text} stands for. Without it: text, or prompt without labels.")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option(help="The column of the labels. Without it: label, or completion without labels.")
+]
+SeparatorOption = Annotated[
+    str | None,
+    typer.Option(
+        help='What separates the cells of a CSV file, such as ";" or tab. Without it: found out from the file'
+    ),
+]
+DATA_FILES = (
+    "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
+    "also as .gz)"
+)
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -76,7 +101,25 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
     if value is None:
         return None
     typed = [str(item) for item in items]
-    return typed if repeats else ",".join(typed)
+    for item in typed:
+        _refuse_surrogates(item, name, path)
+    return typed if repeats else _joined(typed) if len(typed) > 1 else typed[0] if typed else None
+
+
+def _joined(labels: list[str]) -> str:
+    """A list as one line of CSV, in which a label may hold a comma."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(labels)
+    return line.getvalue()
+
+
+def _refuse_surrogates(typed: str, name: str, path: Path) -> None:
+    try:
+        typed.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path} sets {name} to {typed!r}, half of a surrogate pair; write the character itself"
+        ) from error
 
 
 ConfigOption = Annotated[

@@ -105,6 +105,9 @@ def test_fit_records_what_it_was_made_from_and_no_training_text(fitted: Round) -
         "name": "train",
         "template": "Sentence: {text}\nLabel:",
         "labels": ["objective", "subjective"],
+        "text_column": "text",
+        "label_column": "label",
+        "columns": ["text"],
     }
     assert (known["shots"], known["seed"], known["method"]) == (2, 7, "ofa")
     assert sorted(TRAIN[index][1] for index in known["indices"]) == ["objective"] * 2 + ["subjective"] * 2
@@ -227,7 +230,7 @@ def test_a_folder_with_task_json_needs_neither_template_nor_labels(fitted: Round
     (tmp_path / "subj" / "task.json").write_text(json.dumps(task))
     where = ["--data", tmp_path / "subj"]
     done("fit", *where, "--model", fitted.model, "--shots", 2, "--epochs", 1, "--out", tmp_path / "out")
-    assert details(tmp_path / "out")["task"] == task
+    assert task.items() <= details(tmp_path / "out")["task"].items()
     assert done("evaluate", tmp_path / "out", *where, "--json").json["count"] == len(TEST)
 
 

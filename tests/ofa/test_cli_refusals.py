@@ -168,15 +168,15 @@ Case = tuple[Callable[[Bench], list[object]], tuple[str, ...]]
 DATA: dict[str, Case] = {
     "missing column": (
         lambda b: b.fit(data=b.rows(("a", "objective"), columns=("sentence", "label"))),
-        ("data.jsonl, line 1", 'no column "text"', "name them text and label"),
+        ("data.jsonl, line 1", 'no column "text"', "--text-column"),
     ),
     "missing column in CSV": (
         lambda b: b.fit(data=b.file("data.csv", "text,kind\na,objective\n")),
-        ("data.csv, line 2", 'no column "label"', "name them text and label"),
+        ("data.csv, line 2", 'no column "label"', "--label-column"),
     ),
     "unknown label": (
         lambda b: b.fit("--labels", LABELS, data=b.rows(*TRAIN, ("a", "subjektive"))),
-        ("data.jsonl", "example 7", '"subjektive"', 'did you mean "subjective"?'),
+        ("data.jsonl, line 7", '"subjektive"', 'did you mean "subjective"?'),
     ),
     "unknown label in the test file": (
         lambda b: b.fit("--test", b.rows(("a", "objective"), ("b", "neither"), name="test.jsonl")),
@@ -186,10 +186,19 @@ DATA: dict[str, Case] = {
         lambda b: b.fit("--validation", b.rows(("b", "neither"), name="dev.jsonl")),
         ("dev.jsonl, line 1", '"neither"', "correct the label"),
     ),
-    "label that is a number": (
-        lambda b: b.fit(data=b.rows(("a", 1))),
-        ("data.jsonl, line 1", "the label 1 is a number", "write the name"),
+    "number beyond the labels": (
+        lambda b: b.fit("--labels", LABELS, data=b.rows(("a", 0), ("b", 2))),
+        ("data.jsonl, line 2", 'the label "2"', "correct the label"),
     ),
+    "column of the template that is not there": (
+        lambda b: b.fit(template=r"Premise: {premis}\nHypothesis: {text}\nLabel:", data=b.rows(*TRAIN)),
+        ("data.jsonl, line 1", 'no column "premis"', '"text", "label"', "{{ and }} are braces"),
+    ),
+    "template that shows the answer": (
+        lambda b: b.fit(template="{text} {label}:"),
+        ("{label}, the column of the answer", "leave it out"),
+    ),
+    "label with an open quote": (lambda b: b.fit("--labels", 'a,"b'), ("the labels a,", "double quotes")),
     "class with fewer examples than shots": (
         lambda b: b.fit("--shots", 4),
         ('the class "objective"', "has 3 training examples but 4 shots", "ask for fewer shots"),
@@ -209,7 +218,7 @@ DATA: dict[str, Case] = {
     "no such file": (lambda b: b.fit(data="nowhere.jsonl"), ("nowhere.jsonl does not exist", "check the path")),
     "no such task": (
         lambda b: b.fit(data="revews", template=None),
-        ("revews is no file or folder", "--template"),
+        ('there is no task or folder "revews"', 'did you mean "reviews"?'),
     ),
     "labelled data without a template": (
         lambda b: b.fit(template=None),
