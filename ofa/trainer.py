@@ -42,7 +42,8 @@ class TrainingConfig(BaseModel):
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
     `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps`
-    is the number of optimizer steps in place of that of epochs.
+    is the number of optimizer steps in place of that of epochs. `average` is the share of the steps, the last ones,
+    whose mean is kept; 0 keeps what the last step left.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +53,7 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
+    average: float = Field(0.0, ge=0, le=1)
     batch_size: int = Field(4, ge=1)
     accumulation: int = Field(1, ge=1)
     seed: int = 42
@@ -165,7 +167,7 @@ def train(
         guidance: makes each step's gradient of the cross-entropy; its state is in no checkpoint.
         folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
         resume: continue from the folder's checkpoint.
-        validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
+        validate: score (higher is better) after each epoch; the scales of the best epoch are kept, and no average.
         progress: called after every step with its record and the number of steps in all.
 
     Raises:
@@ -254,6 +256,8 @@ class _Run:
         self.passes = 0
         self.seconds = 0.0
         self.best: tuple[int, float, list[Tensor]] | None = None
+        self.averaged = math.ceil(config.average * self.total)
+        self.mean = [torch.zeros_like(value) for value in self.origin] if self.averaged else []
         self.records: list[StepRecord] = []
         self.regularizers: Regularizers | None = None
         # What must be the same for a checkpoint to continue this run.
@@ -290,9 +294,11 @@ class _Run:
             yield record
 
     def finish(self, truncated: int) -> TrainingResult:
-        """Put the best epoch's scales in place, if there was a choice, and sum up."""
+        """Put the best epoch's scales in place, if there was a choice, else their mean, and sum up."""
         if self.best is not None:
             self._restore(self.best[2])
+        elif self.mean:
+            self._restore(self.mean)
         return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
 
     def _take_step(self, started: float) -> StepRecord:
@@ -316,6 +322,7 @@ class _Run:
         self._check_finite("gradient", gradient_norm, step + 1)
         self.optimizer.step()
         self.step += 1
+        self._average()
         if self.regularizers is not None:
             self.passes = self.regularizers.passes
         self.seconds = time.perf_counter() - started
@@ -353,6 +360,14 @@ class _Run:
         measured = self.regularizers.measurements
         terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
         return {name: share * value.item() for name, value in terms.items() if value is not None}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Take this step into the mean of the last ones."""
+        count = self.step - (self.total - self.averaged)
+        if count > 0:
+            for mean, scale in zip(self.mean, self.scales.values(), strict=True):
+                mean += (scale - mean) / count
 
     def _gradient_norm(self) -> float:
         gradients = {name: scale.grad for name, scale in self.scales.items()}
@@ -408,6 +423,7 @@ class _Run:
             scales={name: scale.detach() for name, scale in self.scales.items()},
             moments=checkpoint.moments(self.optimizer, self.scales),
             best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
+            mean=dict(zip(self.scales, self.mean, strict=True)) if self.mean else {},
         )
         checkpoint.save(self.checkpoint_path, state)
 
@@ -419,6 +435,8 @@ class _Run:
         self._restore([state.scales[name] for name in self.scales])
         checkpoint.restore_moments(self.optimizer, self.scales, state)
         self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
+        if self.mean:
+            self.mean = [state.mean[name].to(scale.device) for name, scale in self.scales.items()]
         if state.best is not None:
             epoch, score, scales = state.best
             self.best = (epoch, score, [scales[name] for name in self.scales])

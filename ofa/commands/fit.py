@@ -57,6 +57,7 @@ def fit(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    average: Annotated[float, typer.Option(help="Share of the steps, the last ones, whose mean is kept.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     step_ratio: Annotated[
@@ -106,6 +107,7 @@ def fit(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
+        average=average,
         batch_size=batch_size,
         accumulation=accumulation,
         step_ratio=step_ratio,

@@ -505,6 +505,25 @@ def test_without_validation_the_last_step_is_kept(tiny_model):
     assert all(torch.equal(scales[name], value) for name, value in watch.scales[-1].items())
 
 
+@pytest.mark.parametrize(("average", "steps"), [(0.5, 3), (0.51, 4), (1.0, 6)])
+def test_the_mean_of_the_last_steps_is_kept(tiny_model, average, steps):
+    """A part of a step is a whole one; the steps themselves are those of a run without a mean."""
+    with watched(tiny_model[0]) as watch:
+        _, scales = run(tiny_model, settings={**PLAIN, "average": average}, progress=watch.progress)
+    _, last = run(tiny_model)
+    for name, value in scales.items():
+        expected = torch.stack([kept[name].double() for kept in watch.scales[-steps:]]).mean(0)
+        # A running mean in float32 of numbers near 1: a rounding a step.
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=steps * 2**-23)
+        assert torch.equal(watch.scales[-1][name], last[name])
+
+
+def test_with_validation_the_best_epoch_is_kept_and_no_mean(tiny_model):
+    with watched(tiny_model[0]) as watch:
+        _, scales = run(tiny_model, settings={**PLAIN, "average": 1.0}, validate=lambda: 1.0, progress=watch.progress)
+    assert all(torch.equal(scales[name], value) for name, value in watch.scales[3].items())
+
+
 # Stopping
 
 
