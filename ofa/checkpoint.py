@@ -81,6 +81,17 @@ def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Ch
     return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best, groups.get("mean", {}))
 
 
+def recorded_threads(path: Path) -> int | None:
+    """The number of threads that a checkpoint's run computed with, or None where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads(file.metadata()["state"])["run"]["threads"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
     """AdamW's running averages by parameter name; empty before the first step."""
     if not optimizer.state:

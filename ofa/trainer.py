@@ -265,6 +265,8 @@ class _Run:
             "config": config.model_dump(),
             "data": checkpoint.digest([asdict(item) for item in data]),
             "model": checkpoint.model_digest(model),
+            # Sums of floating-point numbers depend on how they are split: other threads, other bits.
+            "threads": torch.get_num_threads(),
         }
 
     @property

@@ -12,7 +12,14 @@ import typer
 from pydantic import BaseModel, ConfigDict
 
 from ofa.commands.console import notice, reports_errors, show_json, was_interrupted
-from ofa.commands.options import DeviceOption, DtypeOption, JsonOption, ModelOption, OfflineOption, TrustOption
+from ofa.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OfflineOption,
+    TrustOption,
+)
 from ofa.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,6 +91,13 @@ def compare(
     ray_address: Annotated[
         str | None,
         typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads of each worker. Without it OMP_NUM_THREADS, else the cores that nothing else uses, are "
+            "divided among them."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per batch when testing.")] = 16,
     order: Annotated[

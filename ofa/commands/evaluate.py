@@ -22,7 +22,9 @@ from ofa.commands.options import (
     SeparatorOption,
     TemplateOption,
     TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 from ofa.errors import InputError
 
@@ -59,6 +61,7 @@ def evaluate(
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
@@ -80,6 +83,7 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     columns = {"text_column": text_column, "label_column": label_column}
+    set_threads(threads)
     subject = (
         _adapter(adapter, model, template, labels, where, columns)
         if adapter

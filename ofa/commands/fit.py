@@ -23,7 +23,9 @@ from ofa.commands.options import (
     SeparatorOption,
     TemplateOption,
     TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def fit(
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     epochs: Annotated[int, typer.Option(help="Passes over the shots.")] = 60,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
@@ -136,8 +139,12 @@ def fit(
     few_shot(given.train, given.task.labels, shots, seed)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
         from ofa.adaptation import adapt
+        from ofa.checkpoint import recorded_threads
         from ofa.models import load_model
+        from ofa.trainer import CHECKPOINT
 
+        # The same bits come of the same number of threads.
+        set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
         loaded = load_model(
             model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code, progress=notice
         )

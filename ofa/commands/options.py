@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ofa.commands.console import notice
 from ofa.errors import InputError
+from ofa.threads import use_threads
 
 ModelOption = Annotated[
     str | None,
@@ -25,6 +27,12 @@ DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, 
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network; use local copies only.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model bring code of its own. Only for models you trust.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads. Without it OMP_NUM_THREADS, else as many as there are cores that nothing else uses."
+    ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Texts per batch when predicting.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -59,6 +67,17 @@ DATA_FILES = (
     "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
     "also as .gz)"
 )
+
+
+def set_threads(threads: int | None) -> None:
+    """Let PyTorch compute with the threads of `--threads`, or without it on the free cores; said where some are not."""
+    found = use_threads(threads)
+    if found is not None and found.free < found.allowed:
+        notice(
+            f"ofa: computing with {found.free} {'thread' if found.free == 1 else 'threads'}: of {found.allowed} cores "
+            f"other processes use {found.busy:.1f}{'' if found.quota is None else f', the quota is {found.quota:g}'} "
+            "(--threads chooses)"
+        )
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -17,7 +17,9 @@ from ofa.commands.options import (
     JsonOption,
     ModelOption,
     OfflineOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 from ofa.errors import InputError
 
@@ -30,6 +32,7 @@ def predict(
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
@@ -47,6 +50,7 @@ def predict(
     from ofa.commands.adapted import open_adapter
     from ofa.evaluation import Scorer
 
+    set_threads(threads)
     subject = open_adapter(
         adapter, model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code
     )

@@ -26,7 +26,9 @@ from ofa.commands.options import (
     SeparatorOption,
     TemplateOption,
     TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 from ofa.errors import InputError
 
@@ -77,6 +79,7 @@ def probe(
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
@@ -103,6 +106,7 @@ def probe(
     where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
     columns = {"text_column": text_column, "label_column": label_column}
     with claimed_folder(out, overwrite=overwrite) as folder:
+        set_threads(threads)
         read = _read(folders)
         subject = _subject(folders, model, data, template, labels, where, columns, separator)
         task = subject.task

@@ -372,6 +372,8 @@ def test_doctor_examines_the_installation(empty_cache: Path) -> None:
     assert {"ofa-adapt", "python", "torch", "transformers", "peft", "triton"} <= set(document["versions"])
     assert document["versions"]["torch"] == torch.__version__
     assert document["devices"][0]["name"] == "cpu"
+    assert document["threads"]["threads"] == document["threads"]["OMP_NUM_THREADS"] == 1
+    assert document["devices"][0]["remark"] == "1 thread: as OMP_NUM_THREADS says"
     assert [row["device"] for row in document["kernels"]] == [device["name"] for device in document["devices"]]
     assert {"device", "norm_step"} < set(document["kernels"][0])
     assert document["cache"]["folder"].startswith(str(empty_cache))
@@ -393,7 +395,7 @@ def test_doctor_notices_the_other_ofa(empty_cache: Path, tmp_path: Path, monkeyp
 
 def test_doctor_prints_commands_that_can_be_copied(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command in the advice keeps its brackets and stays on one line."""
-    monkeypatch.setattr(doctor_module, "_devices", lambda: [{"name": "cuda:0", "remark": "[a] GPU"}])
+    monkeypatch.setattr(doctor_module, "_devices", lambda threads: [{"name": "cuda:0", "remark": "[a] GPU"}])
     monkeypatch.setattr(doctor_module, "_kernels", lambda devices: [])
     monkeypatch.setattr(doctor_module, "_version", lambda name: None if name in ("triton", "ofa") else "1")
     shown = done("doctor").out
