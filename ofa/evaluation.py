@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ofa.encoding import Encoder, batches_by_length, collate, model_window, scores_whole_words
 from ofa.errors import InputError
 from ofa.metrics import CompletionMetrics, Metrics, metrics
+from ofa.models import refuse_encoder
 from ofa.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Scorer:
         demonstrations: Sequence[Example] = (),
         batch_size: int = 16,
     ) -> None:
+        refuse_encoder(model.config)
         self.model = model
         self.tokenizer = tokenizer
         self.task = task

@@ -32,7 +32,13 @@ def inspect(
     from ofa.models import load_model
 
     loaded = load_model(
-        model, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
+        model,
+        dtype=dtype,
+        device="cpu",
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        progress=notice,
+        encoders=True,
     )
     document = describe(loaded.model, anatomy.find(loaded.model), loaded.name)
     if as_json:

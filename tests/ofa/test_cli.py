@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from ofa.commands import doctor as doctor_module
 from ofa.commands.fit import fit
@@ -17,6 +18,7 @@ from ofa.evaluation import Scorer
 from ofa.models import load_model
 from ofa.tasks import Example, Task, load_task
 from ofa.trainer import CHECKPOINT, TrainingConfig
+from tests import families
 from tests.ofa.command_line import (
     ADAPTER_FILES,
     FIT_FILES,
@@ -349,6 +351,14 @@ def test_inspect_describes_the_model(tiny_folder: Path) -> None:
     norms = [branch["norm"] for step in document["first_layer"] for branch in step["branches"]]
     assert norms == ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"]
     assert {"name": "hutchinson", "applies": True, "remark": ""} in document["estimators"]
+
+
+def test_inspect_describes_an_encoder_too(tiny_folder: Path, tmp_path: Path) -> None:
+    """Its norms can be tuned in a loop of one's own, which is refused to `fit`."""
+    config = BertConfig(**families.SIZE, intermediate_size=48)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    assert done("inspect", tmp_path, "--json").json["family"] == "bert"
 
 
 def test_inspect_shows_tables(tiny_folder: Path) -> None:

@@ -14,6 +14,7 @@ from ofa.errors import InputError
 from ofa.evaluation import Scorer, evaluate, evaluating
 from ofa.shared_prefix import SharedPrefix
 from ofa.tasks.task import Example
+from tests import families
 from tests.device import DEVICE
 from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
@@ -300,6 +301,12 @@ def test_scores_that_are_not_numbers_predict_nothing(llama, tokenizer, task):
         llama.model.norm.weight[0] = float("nan")
     with pytest.raises(InputError, match="scores that are not numbers"):
         Scorer(llama, tokenizer, task).predict(TEXTS)
+
+
+def test_an_encoder_scores_nothing(tokenizer):
+    """Its causal head reads the prompt in both directions, and what follows it was never learned."""
+    with pytest.raises(InputError, match="is an encoder, which reads in both directions"):
+        Scorer(families.build("bert"), tokenizer, TASK)
 
 
 def test_an_open_ended_task_has_no_label_probabilities(llama, tokenizer):
