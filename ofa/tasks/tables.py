@@ -47,14 +47,14 @@ _ENCODINGS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xf
 class Table:
     """A file of rows; every iteration reads it from its beginning and holds a few rows at a time, a JSON list excepted.
 
-    `separator` is that of a CSV or TSV file, found out where None. With `texts` a plain text file is a table too: a row
-    a line, ended by a line feed, in the column text. Iterating yields (where the row stands, its values by column), and
-    raises `InputError` for what cannot be read.
+    `separator` is that of a CSV or TSV file, found out where None. With `texts`, the name of a column, a plain text
+    file is a table too: a row a line, which a line feed ends. Iterating yields (where the row stands, its values by
+    column), and raises `InputError` for what cannot be read.
     """
 
     path: FilePath
     separator: str | None = None
-    texts: bool = False
+    texts: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
         """Each row as (where it stands, values by column); empty lines of CSV and JSON lines are no rows."""
@@ -65,7 +65,7 @@ class Table:
             elif suffix in (".csv", ".tsv"):
                 yield from _csv_rows(file, _separator(self.separator) or ("\t" if suffix == ".tsv" else None))
             elif suffix in TEXT_SUFFIXES:
-                yield from _text_rows(file)
+                yield from _text_rows(file, self.texts or "")
             elif suffix == ".json" and _first_character(file) == "[":
                 yield from _list_rows(file)
             else:
@@ -223,10 +223,15 @@ def _first_character(file: Traversable) -> str:
     return ""
 
 
-def _text_rows(file: Traversable) -> Iterator[tuple[str, Row]]:
+def _text_rows(file: Traversable, column: str) -> Iterator[tuple[str, Row]]:
+    """A row a line; blank lines between texts are rows, those at the end are not."""
+    blank: list[tuple[str, Row]] = []
     with _text_stream(file) as stream:
         for line, text in enumerate(stream, start=1):
-            yield f"{file}, line {line}", {"text": text.removesuffix("\n").removesuffix("\r")}
+            blank.append((f"{file}, line {line}", {column: text.removesuffix("\n").removesuffix("\r")}))
+            if text.strip():
+                yield from blank
+                blank.clear()
 
 
 def _json_rows(file: Traversable) -> Iterator[tuple[str, Row]]:

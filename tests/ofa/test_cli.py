@@ -166,7 +166,7 @@ def test_merged_checkpoint_predicts_what_the_adapter_predicts(fitted: Round, tmp
 def test_predict_takes_texts_from_everywhere(
     fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], stdin: str
 ) -> None:
-    """Options, a file and a pipe give the same answers in the same order; blank lines are no texts."""
+    """Options, a file and a pipe give the same answers in the same order; blank lines at the end are none."""
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     finished = done("predict", fitted.folder, *arguments, "--json", stdin=stdin)

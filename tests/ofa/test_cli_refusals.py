@@ -244,15 +244,15 @@ DATA: dict[str, Case] = {
         lambda b: b.fit(data=b.full(), template=None),
         ("task.json does not exist", '"name", "template" and "labels"'),
     ),
-    "blank text to predict": (lambda b: ["predict", b.good, "--text", " "], ("text 1 of 1", "give it some words")),
-    "nothing to predict": (lambda b: ["predict", b.good], ("no text to label", "--text or --file")),
+    "blank text to predict": (lambda b: ["predict", b.good, "--text", " "], ("--text number 1", "give it some words")),
+    "nothing to predict": (lambda b: ["predict", b.good], ("no text to label", "--text or --data")),
     "empty file to predict": (
         lambda b: ["predict", b.good, "--file", b.file("none.txt", "\n\n")],
-        ("no text to label in", "none.txt", "--text or --file"),
+        ("no text to label in", "none.txt", "--text or --data"),
     ),
     "no file to predict": (
         lambda b: ["predict", b.good, "--file", "none.txt"],
-        ("none.txt cannot be read (No such file or directory)", "UTF-8 text file"),
+        ("none.txt does not exist", "check the path"),
     ),
     "evaluate data without labels": (
         lambda b: b.evaluate(data=b.rows(("a",), columns=("text",))),
