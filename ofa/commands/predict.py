@@ -88,7 +88,7 @@ def predict(
         check_out(out)
     task = read_task(adapter, text_column)
     if data is None or suffix_of(data) in TEXT_SUFFIXES:
-        task, text_column = _of_texts(task, data)
+        task = _of_texts(task, data)
     rows = _Rows(text or [], Table(data, separator, texts=task.columns.names[0]) if data else None, task)
     found = survey(rows, task)
     if not found.rows:
@@ -100,7 +100,7 @@ def predict(
     from ofa.evaluation import Scorer
 
     set_threads(threads)
-    subject = open_adapter(adapter, model, dtype=dtype, text_column=text_column, **where)
+    subject = open_adapter(adapter, model, dtype=dtype, **where)
     scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size)
     naming = Naming(found.columns, task.labels)
     if out is not None:
@@ -135,8 +135,8 @@ class _Rows:
         yield from self.table or ()
 
 
-def _of_texts(task: Task, data: str | None) -> tuple[Task, str | None]:
-    """The task for texts that are in no columns, and what it calls their column: {text} is in the column text.
+def _of_texts(task: Task, data: str | None) -> Task:
+    """The task for texts that are in no columns: {text} is in the column text.
 
     Raises:
         InputError: the template asks for several columns.
@@ -149,7 +149,7 @@ def _of_texts(task: Task, data: str | None) -> tuple[Task, str | None]:
         )
     from ofa.tasks import with_columns
 
-    return with_columns(task, "text"), "text"
+    return with_columns(task, "text")
 
 
 def _write(file: PredictionFile, rows: _Rows, scorer: Scorer, found: Survey) -> None:
