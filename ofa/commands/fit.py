@@ -103,6 +103,7 @@ def fit(
     from ofa.commands.data import data_origin, test_data, training_data
     from ofa.files import claimed_folder
     from ofa.tasks import few_shot
+    from ofa.tasks.duplicates import warn_of_shared_texts
 
     settings = _checked(
         epochs=epochs,
@@ -136,7 +137,9 @@ def fit(
     held_out, tested = (
         test_data(part, given.task, separator=separator, offline=offline) if part else () for part in (validation, test)
     )
-    few_shot(given.train, given.task.labels, shots, seed)
+    drawn = few_shot(given.train, given.task.labels, shots, seed).examples
+    for name, part in ((validation, held_out), (test, tested)):
+        warn_of_shared_texts(drawn, part, name)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
         from ofa.adaptation import adapt
         from ofa.checkpoint import recorded_threads

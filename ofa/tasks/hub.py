@@ -10,6 +10,7 @@ from typing import Any
 
 from ofa.errors import InputError
 from ofa.tasks.columns import Columns, are_numbers, did_you_mean, find_column, sorted_labels
+from ofa.tasks.duplicates import warn_of_alike_labels, warn_of_duplicates, warn_of_shared_texts
 from ofa.tasks.hub_access import HubDataset, find_dataset
 from ofa.tasks.local import draft, examples_of, say_that_labels_are_numbers
 from ofa.tasks.tables import Row, Table
@@ -210,6 +211,11 @@ def load_hub_dataset(
     for table, examples in zip(tables, read, strict=True):
         if not examples:
             raise InputError(f"{table.where} has no row with {' and '.join(columns.names)}: choose another split")
+        warn_of_duplicates(examples, table.where, pairs=open_ended)
+    for examples in read[1:]:
+        warn_of_shared_texts(read[0], examples, hub_id)
+    if not (open_ended or words):
+        warn_of_alike_labels([example for part in read for example in part], hub_id)
     named = () if open_ended else words or sorted_labels(example.label for part in read for example in part)
     if named and not words and are_numbers(named):
         say_that_labels_are_numbers(hub_id, named)

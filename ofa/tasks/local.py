@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ofa.errors import InputError
 from ofa.tasks.columns import Columns, are_numbers, sorted_labels, unknown_label
+from ofa.tasks.duplicates import warn_of_alike_labels, warn_of_duplicates, warn_of_shared_texts
 from ofa.tasks.tables import SUFFIXES, FilePath, Row, Table, located, parse_json, read_text
 from ofa.tasks.task import TEXT_SLOT, Example, Task, TaskData
 
@@ -27,7 +28,7 @@ def read_examples(
     pairs = task.open_ended if task else open_ended
     columns = task.columns if task else draft(TEXT_SLOT, pairs).columns
     table = Table(path, separator)
-    return _some(examples_of(table, columns, task.labels if task else (), table.class_names), columns, path)
+    return _checked(examples_of(table, columns, task.labels if task else (), table.class_names), columns, path)
 
 
 def read_file(
@@ -50,8 +51,10 @@ def read_file(
     columns = draft(template, False, text_column, label_column).columns
     table = Table(path, separator)
     words = tuple(labels) or class_names_of(columns.label_column, table.class_names)
-    examples = _some(examples_of(table, columns, words, table.class_names), columns, path)
+    examples = _checked(examples_of(table, columns, words, table.class_names), columns, path)
     found = words or sorted_labels(example.label for example in examples)
+    if not words:
+        warn_of_alike_labels(examples, path)
     if not words and are_numbers(found):
         say_that_labels_are_numbers(path, found)
     return TaskData(Task(name, template, found, text_column, label_column), tuple(examples))
@@ -73,11 +76,13 @@ def read_task_folder(
     if train is None:
         raise InputError(f"{folder} has no train.jsonl or train.csv: add the training examples there")
     test = _split_file(folder, "test")
-    return TaskData(
+    data = TaskData(
         task=task,
         train=tuple(read_examples(train, task=task, separator=separator)),
         test=tuple(read_examples(test, task=task, separator=separator)) if test is not None else (),
     )
+    warn_of_shared_texts(data.train, data.test, folder)
+    return data
 
 
 def examples_of(
@@ -143,10 +148,11 @@ def _read_pairs(path: FilePath, task: Task, separator: str | None) -> TaskData:
         ) from error
 
 
-def _some(examples: list[Example], columns: Columns, path: FilePath) -> list[Example]:
+def _checked(examples: list[Example], columns: Columns, path: FilePath) -> list[Example]:
     if not examples:
         wanted = " and ".join([*columns.names, columns.label_column])
         raise InputError(f"{path} has no examples: add rows with {wanted}")
+    warn_of_duplicates(examples, path, pairs=columns.pairs)
     return examples
 
 
