@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json
-from ofa.commands.options import JsonOption, ModelOption, OfflineOption, OverwriteOption, ThreadsOption, set_threads
+from ofa.commands.options import (
+    JsonOption,
+    ModelOption,
+    OfflineOption,
+    OverwriteOption,
+    QuietOption,
+    ThreadsOption,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
@@ -33,6 +41,7 @@ def demo(
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Adapt a real language model to an embedded task and compare: zero-shot, in-context learning, norm tuning, OFA.

@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ofa.commands.console import reports_errors, show, show_json
-from ofa.commands.options import JsonOption
+from ofa.commands.options import (
+    JsonOption,
+    QuietOption,
+)
 
 _NEEDED = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "datasets", "gguf", "accelerate")
 _OPTIONAL = ("triton", "ray")
@@ -19,6 +22,7 @@ _OPTIONAL = ("triton", "ray")
 
 @reports_errors
 def doctor(
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Leave with status 1 if there is any advice.")] = False,
 ) -> None:

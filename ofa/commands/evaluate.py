@@ -19,6 +19,7 @@ from ofa.commands.options import (
     LabelsOption,
     ModelOption,
     OfflineOption,
+    QuietOption,
     SeparatorOption,
     TemplateOption,
     TextColumnOption,
@@ -65,6 +66,7 @@ def evaluate(
     batch_size: BatchOption = 16,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:

@@ -20,6 +20,7 @@ from ofa.commands.options import (
     ModelOption,
     OfflineOption,
     OverwriteOption,
+    QuietOption,
     SeparatorOption,
     TemplateOption,
     TextColumnOption,
@@ -90,6 +91,7 @@ def fit(
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:

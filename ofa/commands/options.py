@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice
+from ofa.commands.console import notice, set_quiet
 from ofa.errors import InputError
 from ofa.threads import use_threads
 
@@ -27,6 +27,10 @@ DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, 
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network; use local copies only.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model bring code of its own. Only for models you trust.")
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=set_quiet, help="Say only results, warnings and errors; no progress."),
 ]
 ThreadsOption = Annotated[
     int | None,

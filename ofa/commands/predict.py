@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated, warn
 from ofa.commands.options import (
     BatchOption,
     ConfigOption,
@@ -19,6 +19,7 @@ from ofa.commands.options import (
     JsonOption,
     ModelOption,
     OfflineOption,
+    QuietOption,
     SeparatorOption,
     TextColumnOption,
     ThreadsOption,
@@ -68,6 +69,7 @@ def predict(
     batch_size: BatchOption = 16,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -117,7 +119,7 @@ def predict(
             _show(answers, naming, task)
     tell_truncated(scorer.truncated)
     if found.blank:
-        notice(f"ofa: {found.blank} of the {found.rows} rows have no text, and so no label")
+        warn(f"{found.blank} of the {found.rows} rows have no text, and so no label")
 
 
 @dataclass(frozen=True)

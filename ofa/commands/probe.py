@@ -23,6 +23,7 @@ from ofa.commands.options import (
     ModelOption,
     OfflineOption,
     OverwriteOption,
+    QuietOption,
     SeparatorOption,
     TemplateOption,
     TextColumnOption,
@@ -84,6 +85,7 @@ def probe(
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
