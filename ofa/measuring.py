@@ -65,6 +65,11 @@ class Pass:
         """Whether anything of a step is wanted."""
         return self.lengths or index in self.traced
 
+    @property
+    def real(self) -> Tensor | None:
+        """Which rows are sequences, (B,): those of nothing but padding fill up batches of a fixed size."""
+        return None if self.mask is None else self.mask.bool().any(1)
+
     def see_stream(self, stream: Tensor) -> None:
         """Learn (B, T) from the first stream that goes by, and hold the mask to it.
 
@@ -157,15 +162,13 @@ class Pass:
                 "layers were skipped, or the model was changed after the regularizers were attached"
             )
         norms = ratios = step_ratio = traces = sharpness = None
-        # Rows of nothing but padding fill up batches of a fixed size, and are no sequences.
-        real = None if self.mask is None else self.mask.bool().any(1)
         if self.lengths:
             norms = objectives.step_norms(self._squared_norms())
             ratios = objectives.ratios(norms)
-            step_ratio = objectives.step_ratio(ratios, real)
+            step_ratio = objectives.step_ratio(ratios, self.real)
         if self.traced:
             measured = self._traces()
-            sharpness = objectives.sharpness(measured, steps, real)
+            sharpness = objectives.sharpness(measured, steps, self.real)
             traces = measured if len(measured) == steps else self._among(measured, steps)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 

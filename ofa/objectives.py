@@ -42,9 +42,17 @@ def ratios(norms: Tensor) -> Tensor:
     return norms[1:] / norms[:-1]
 
 
+def sequence_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of values (B,) over the sequences; `real`, (B,) and boolean, leaves out rows of nothing but padding."""
+    if real is None:
+        return values.mean()
+    real = real.to(values.device)
+    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
+
+
 def step_ratio(step_ratios: Tensor, real: Tensor | None = None) -> Tensor:
     """J = Σ_t ratio_t, mean over the sequences (OFA, arXiv 2505.19107, its first regularizer)."""
-    return _mean(step_ratios.sum(0), real)
+    return sequence_mean(step_ratios.sum(0), real)
 
 
 def sharpness(traces: Tensor, steps: int, real: Tensor | None = None) -> Tensor:
@@ -53,16 +61,8 @@ def sharpness(traces: Tensor, steps: int, real: Tensor | None = None) -> Tensor:
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
     that splitting a batch does not change the objective. Sampled steps are scaled by `steps`/measured: unbiased.
     """
-    value = _mean(F.softplus(traces.clamp_min(LOWEST)).sum(0), real)
+    value = sequence_mean(F.softplus(traces.clamp_min(LOWEST)).sum(0), real)
     return value if len(traces) == steps else value * (steps / len(traces))
-
-
-def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over the sequences, (B,); only over those that `real`, (B,) and boolean, says to have a real token."""
-    if real is None:
-        return values.mean()
-    real = real.to(values.device)
-    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:
