@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ofa.adapters import save_adapter
@@ -63,6 +64,7 @@ class Adaptation:
             "seed": self.seed,
             "settings": config.model_dump(exclude={"seed"}),
             "seconds": round(self.training.seconds, 2),
+            "threads": torch.get_num_threads(),
         }
 
     def close(self) -> None:

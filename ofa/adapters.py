@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ofa import __version__, sharding
 from ofa.errors import InputError
-from ofa.files import WRITE_ERRORS, claim_folder, json_writer, reason, text_writer, write_together
+from ofa.files import WRITE_ERRORS, claimed_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
 from ofa.tuning import base_parameters, hold_norms
 
@@ -60,13 +60,19 @@ def save_adapter(
         overwrite: write into a folder that already holds something.
 
     Raises:
-        InputError: the folder cannot be written, or is not empty and `overwrite` is off; a rank holds other scales than
-            rank 0.
+        InputError: a scale is not finite, or the folder cannot be written, or is not empty and `overwrite` is off; a
+            rank holds other scales than rank 0.
     """
     model = sharding.unwrapped(model)
     sharding.settle(model)
     base = base_parameters(model)
     current = {path: sharding.whole(model.get_parameter(path)).detach() for path in base}
+    broken = _not_finite(current)
+    if broken:
+        raise InputError(
+            f"{broken} is not finite, so no adapter was written to {folder}; the training diverged: repeat it with a "
+            "lower learning rate"
+        )
     tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
 
     def write() -> None:
@@ -91,7 +97,6 @@ def _write(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     scales = {path: value for path, value in base.items() if path.endswith(".weight")}
-    target = claim_folder(folder, overwrite=overwrite)
     name = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
     is_causal = sharding.own_class(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     config = LNTuningConfig(
@@ -108,15 +113,16 @@ def _write(
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
     }
-    write_together(
-        {
-            target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            target / DETAILS: json_writer(known),
-            target / CARD: text_writer(model_card(known, config["task_type"])),
-            # Last, because this is the file by which a folder counts as an adapter.
-            target / CONFIG: json_writer(config),
-        }
-    )
+    with claimed_folder(folder, overwrite=overwrite) as target:
+        write_together(
+            {
+                target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                target / DETAILS: json_writer(known),
+                target / CARD: text_writer(model_card(known, config["task_type"])),
+                # Last, because this is the file by which a folder counts as an adapter.
+                target / CONFIG: json_writer(config),
+            }
+        )
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -137,7 +143,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         what = f"holds {strange[0]}, which is no norm scale" if strange else "holds no tensors"
         raise InputError(f"{path / WEIGHTS} {what}; save the adapter again")
     parameters = {key.removeprefix(_PREFIX).replace(_LAYER, "."): value for key, value in tensors.items()}
-    broken = next((name for name, value in parameters.items() if not torch.isfinite(value).all()), None)
+    broken = _not_finite(parameters)
     if broken:
         raise InputError(f"{path / WEIGHTS} is damaged: {broken} is not finite; save the adapter again")
     details = _read_json(path / DETAILS, "") if (path / DETAILS).exists() else {}
@@ -184,18 +190,18 @@ def merge(
         )
     read = read_adapter(adapter)
     _check_fit(model, read)
-    target = claim_folder(out, overwrite=overwrite)
-    staging = target / ".partial"
-    try:
-        model.save_pretrained(staging, state_dict=_merged_state(model, read))  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        for file in sorted(staging.iterdir()):
-            shutil.move(file, target / file.name)
-    except WRITE_ERRORS as error:
-        raise InputError(f"the checkpoint {target} cannot be written ({reason(error)}); free its disk") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with claimed_folder(out, overwrite=overwrite) as target:
+        staging = target / ".partial"
+        try:
+            model.save_pretrained(staging, state_dict=_merged_state(model, read))  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            for file in sorted(staging.iterdir()):
+                shutil.move(file, target / file.name)
+        except WRITE_ERRORS as error:
+            raise InputError(f"the checkpoint {target} cannot be written ({reason(error)}); free its disk") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
@@ -264,6 +270,11 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
         raise InputError(
             f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
         )
+
+
+def _not_finite(parameters: dict[str, Tensor]) -> str | None:
+    """The first parameter that holds a NaN or an infinity."""
+    return next((name for name, value in parameters.items() if not torch.isfinite(value).all()), None)
 
 
 def _key(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Checkpoint:
     """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration, data and model.
 
-    `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation.
+    `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation;
+    `mean` the mean of the scales over the steps that are averaged, where some are.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Checkpoint:
     scales: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     best: tuple[int, float, dict[str, Tensor]] | None = None
+    mean: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(path: Path, state: Checkpoint) -> None:
@@ -46,6 +48,7 @@ def save(path: Path, state: Checkpoint) -> None:
     if state.best is not None:
         facts["best"] = state.best[:2]
         tensors |= {f"best/{name}": value for name, value in state.best[2].items()}
+    tensors |= {f"mean/{name}": value for name, value in state.mean.items()}
     own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"layout": _LAYOUT, "state": json.dumps(facts)}
     write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata))
@@ -75,7 +78,18 @@ def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Ch
         raise InputError(f"the checkpoint {path} is of another model; resume with the model it was made with")
     best = (*facts["best"], groups["best"]) if "best" in facts else None
     moments = {name: groups[name] for name in _MOMENTS if name in groups}
-    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best)
+    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best, groups.get("mean", {}))
+
+
+def recorded_threads(path: Path) -> int | None:
+    """The number of threads that a checkpoint's run computed with, or None where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads(file.metadata()["state"])["run"]["threads"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:

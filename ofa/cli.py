@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from ofa import __version__
 from ofa.commands.compare import compare
 from ofa.commands.console import fail
 from ofa.commands.demo import demo
@@ -22,7 +23,6 @@ from ofa.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adapt a language model from five examples per class by tuning only its norm scales. Start with `ofa demo`.",
@@ -34,22 +34,66 @@ for command in (demo, fit, evaluate, predict, compare, report, probe, merge, pus
 # Typer brings a click of its own or takes the installed one; this is the base of what either raises for wrong options.
 _UsageError: Any = typer.BadParameter.__base__
 
+_OTHER_NAMES = {
+    "--lr": "--learning-rate",
+    "--wd": "--weight-decay",
+    "--bs": "--batch-size",
+    "--num-epochs": "--epochs",
+    "--k": "--shots",
+    "--num-shots": "--shots",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "-o": "--out",
+    "--dataset": "--data",
+    "--input": "--data",
+    "--base-model": "--model",
+    "-m": "--model",
+    "--gradient-accumulation-steps": "--accumulation",
+    "--force": "--overwrite",
+}
+"""What other programs call options, where no similar spelling leads to ours."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"ofa-adapt {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None: ...
+
 
 def main() -> None:
     """Entry point of the console script: errors in the options are one sentence too."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="ofa", standalone_mode=False)
     except InputError as error:
         fail(error)
     except typer.Abort:
         raise SystemExit(130) from None
     except _UsageError as error:
-        message = " ".join(error.format_message().split()).rstrip(".?")
+        message = _message(error)
         if not message:  # no arguments at all: the help was shown
             raise SystemExit(2) from None
         command = error.ctx.command_path if error.ctx else "ofa"
-        fail(InputError(f"{message[0].lower()}{message[1:]}; `{command} --help` shows how it is used"))
+        fail(InputError(f"{message}; `{command} --help` shows how it is used"))
     raise SystemExit(status or 0)
+
+
+def _message(error: Any) -> str:
+    """What is wrong with the options, as part of a sentence, with the option that was meant where it can be told."""
+    if not hasattr(error, "possibilities"):
+        message = " ".join(error.format_message().split()).rstrip(".?")
+        return message[:1].lower() + message[1:]
+    given = error.option_name.replace("_", "-")
+    known = [flag for parameter in error.ctx.command.params for flag in parameter.opts] if error.ctx else []
+    meant = [name for name in (given, _OTHER_NAMES.get(given), *(error.possibilities or ())) if name in known]
+    return f"no such option: {error.option_name}" + (f" (did you mean {meant[0]}?)" if meant else "")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,8 @@ class Encoder:
     """Token ids of one task's prompts, labels and demonstrations under one tokenizer.
 
     `window` is the number of positions the model has (None: no limit), see `model_window`. `labels` maps each label
-    word to its ids after a prompt (empty for an open-ended task), `leading` holds the special tokens the tokenizer puts
-    in front, `truncated` counts the texts that were cut so far.
+    word to its ids as they are scored (`label_token_ids`; empty for an open-ended task), `leading` holds the special
+    tokens the tokenizer puts in front, `truncated` counts the texts that were cut so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, window: int | None) -> None:
@@ -63,13 +64,14 @@ class Encoder:
             _require_text(text, f"text {index + 1} of {len(texts)}")
         return [self.encode_prompt(text, demonstrations=demonstrations, room=room) for text in texts]
 
-    def encode_target(self, label: str) -> list[int]:
-        """Token ids of a label word, or of an open-ended task's completion, as they follow a prompt.
+    def encode_target(self, label: str, text: str = _ANY_TEXT) -> list[int]:
+        """Token ids of a label word, or of an open-ended task's completion, as they follow the prompt around `text`.
 
-        Raises InputError for a word that is not one of the task's labels, and for an empty completion.
+        Label words are the same behind every text. Raises InputError for a word that is not one of the task's labels,
+        and for an empty completion.
         """
         if self.task.open_ended:
-            return list(_ids_after_prompt(self.tokenizer, self.task, label))
+            return self._completion_ids(label, text)
         if label not in self.labels:
             known = ", ".join(self.labels)
             raise InputError(f"{label!r} is not a label of task {self.task.name!r}: use one of {known}")
@@ -83,7 +85,7 @@ class Encoder:
         """
         rows = []
         for example in examples:
-            label = self.encode_target(example.label)
+            label = self.encode_target(example.label, example.text)
             prompt = self.encode_prompt(example.text, room=len(label))
             rows.append({"input_ids": prompt + label, "labels": [-100] * len(prompt) + label})
         return rows
@@ -122,9 +124,11 @@ class Encoder:
         return self._continued(prompt) if continued else [*self.leading, *_plain_ids(self.tokenizer, prompt)]
 
     def _truncated_prompt_ids(self, text: str, continued: bool, limit: int) -> list[int]:
-        # Blanks at the ends would leave, at the shortest, a text of nothing but blanks.
-        text = text.strip()
-        kept = _longest_fitting(len(text), lambda size: len(self._prompt_ids(text[-size:], continued)) <= limit)
+        # A shorter end of the text is nothing but blanks.
+        shortest = len(text) - len(text.rstrip()) + 1
+        kept = _longest_fitting(
+            shortest, len(text), lambda size: len(self._prompt_ids(text[-size:], continued)) <= limit
+        )
         if kept == 0:
             raise InputError(
                 f"the template of task {self.task.name!r} leaves no room for a text in a window of {self.window} "
@@ -143,6 +147,16 @@ class Encoder:
         ids = [*self.leading, *_plain_ids(self.tokenizer, first)]
         return ids + [token for other in others for token in self._continued(other)]
 
+    def _completion_ids(self, completion: str, text: str) -> list[int]:
+        _require_text(completion, f"a completion of task {self.task.name!r}")
+        prompt = self.task.prompt(text)
+        before = _plain_ids(self.tokenizer, prompt)
+        whole = _plain_ids(self.tokenizer, prompt + self.task.target(completion))
+        if len(whole) > len(before) and whole[: len(before)] == before:
+            return whole[len(before) :]
+        # One token spans the boundary, but a model that completes the prompt begins with a token of its own there.
+        return self._continued(completion)
+
     def _continued(self, text: str) -> list[int]:
         # A sentencepiece tokenizer marks the first word of a text as if a space preceded it; behind the newline that
         # ends a demonstration there is none.
@@ -157,13 +171,14 @@ class Encoder:
 def label_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, tuple[int, ...]]:
     """Token ids of each label word as it follows the prompt, in label order.
 
-    Raises InputError where a label merges with the end of the template, or two labels have the same ids.
+    Where two labels share their first token, every word has the line end that ends a demonstration: without it a label
+    whose tokens begin another label's would always be the more probable one.
+    Raises InputError where a label merges with the end of the template, or two labels cannot be told apart.
     """
     ids = {label: _ids_after_prompt(tokenizer, task, label) for label in task.labels}
-    for word, count in Counter(ids.values()).items():
-        if count > 1:
-            same = " and ".join(repr(label) for label in ids if ids[label] == word)
-            raise InputError(f"labels {same} of task {task.name!r} are the same tokens to this tokenizer: rename one")
+    if scores_whole_words(ids):
+        ids = {label: _ids_after_prompt(tokenizer, task, label, end="\n") for label in task.labels}
+    _check_distinct(ids, task)
     return ids
 
 
@@ -222,11 +237,27 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((int(token) for token in known if token is not None), 0)
 
 
-def _ids_after_prompt(tokenizer: PreTrainedTokenizerBase, task: Task, label: str) -> tuple[int, ...]:
+def _check_distinct(ids: Mapping[str, tuple[int, ...]], task: Task) -> None:
+    # In lexicographic order, what begins with a word follows it directly.
+    ordered = sorted(ids, key=ids.__getitem__)
+    for shorter, longer in pairwise(ordered):
+        if ids[shorter] == ids[longer]:
+            raise InputError(
+                f"labels {shorter!r} and {longer!r} of task {task.name!r} are the same tokens to this tokenizer: "
+                "rename one"
+            )
+        if ids[longer][: len(ids[shorter])] == ids[shorter]:
+            raise InputError(
+                f"label {longer!r} of task {task.name!r} begins with label {shorter!r}, and this tokenizer has no line "
+                "end to tell them apart by: rename one"
+            )
+
+
+def _ids_after_prompt(tokenizer: PreTrainedTokenizerBase, task: Task, label: str, end: str = "") -> tuple[int, ...]:
     _require_text(label, f"a label of task {task.name!r}")
     prompt = task.prompt(_ANY_TEXT)
     before = _plain_ids(tokenizer, prompt)
-    full = _plain_ids(tokenizer, prompt + task.target(label))
+    full = _plain_ids(tokenizer, prompt + task.target(label) + end)
     if full[: len(before)] != before or len(full) == len(before):
         raise InputError(
             f"label {label!r} merges with the end of the template of task {task.name!r} under this tokenizer: "
@@ -240,11 +271,10 @@ def _require_text(text: str, where: str) -> None:
         raise InputError(f"there is nothing but blanks in {where}: give it some words, or leave it out")
 
 
-def _longest_fitting(size: int, fits: Callable[[int], bool]) -> int:
-    """The largest number of characters up to `size` that fits, found by bisection; 0 where not even one does."""
-    if not fits(1):
+def _longest_fitting(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of characters from `low` that fits, found by bisection; `high` do not, and 0 is for none."""
+    if not fits(low):
         return 0
-    low, high = 1, size
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

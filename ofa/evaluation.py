@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ofa.encoding import Encoder, batches_by_length, collate, model_window, scores_whole_words
 from ofa.errors import InputError
 from ofa.metrics import CompletionMetrics, Metrics, metrics
+from ofa.models import refuse_encoder
 from ofa.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Scorer:
         demonstrations: Sequence[Example] = (),
         batch_size: int = 16,
     ) -> None:
+        refuse_encoder(model.config)
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
@@ -103,8 +105,9 @@ class Scorer:
     def log_probabilities(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
         """Log-probabilities (n, number of labels) of the labels, float32, on the CPU, normalised over the labels.
 
-        A label is scored at the last token of the prompt by its first token, or by the whole word where two labels
-        share their first token. Raises InputError for an empty text, and for a task without labels.
+        A label is scored at the last token of the prompt by its first token, or by the whole word and the line end that
+        ends it where two labels share their first token: log p summed over the tokens, not divided by their number.
+        Raises InputError for an empty text, and for a task without labels.
         """
         if self.task.open_ended:
             raise InputError(f"task {self.task.name!r} has no labels to choose from: call generate instead")
@@ -114,12 +117,17 @@ class Scorer:
         scores = torch.empty(len(texts), len(words))
         with evaluating(self.model):
             shared = self.shared_prefix(demonstrations)
-            for batch in self._batches(prompts, progress):
+            for batch in self.batches(prompts, progress):
                 chosen = [prompts[index] for index in batch]
                 if self.mode == "whole word":
                     scores[batch] = shared.word_log_likelihoods(chosen, words).cpu()
                 else:
                     scores[batch] = shared.last_logits(chosen).cpu()[:, firsts]
+        if scores.isnan().any():
+            raise InputError(
+                "the model gave scores that are not numbers: its weights have diverged, or its dtype is too narrow; "
+                "train with a lower learning rate, or use float32"
+            )
         return scores.log_softmax(dim=1)
 
     def predict_proba(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
@@ -136,16 +144,16 @@ class Scorer:
     def generate(
         self, texts: Sequence[str], max_new_tokens: int = 32, *, progress: Progress | None = None
     ) -> list[str]:
-        """Greedy completions of the prompts, up to the end-of-text token, without blanks at their ends."""
+        """Greedy completions of the prompts as they follow them, blanks included, up to the end-of-text token."""
         demonstrations, prompts = self._encode(texts, room=max_new_tokens)
         prompts = [[*demonstrations, *prompt] for prompt in prompts]
         completions = [""] * len(texts)
         with evaluating(self.model):
-            for batch in self._batches(prompts, progress):
+            for batch in self.batches(prompts, progress):
                 new = self._greedy([prompts[index] for index in batch], max_new_tokens)
                 texts_of_batch = self.tokenizer.batch_decode(new, skip_special_tokens=True)
                 for index, text in zip(batch, texts_of_batch, strict=True):
-                    completions[index] = text.strip()
+                    completions[index] = text
         return completions
 
     def evaluate(self, examples: Sequence[Example], *, progress: Progress | None = None) -> Evaluation:
@@ -184,14 +192,14 @@ class Scorer:
 
     def completion_totals(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Log-likelihood (n,) of each example's own label or completion, float32, and its number of tokens (n,)."""
-        targets = [self.encoder.encode_target(example.label) for example in examples]
+        targets = [self.encoder.encode_target(example.label, example.text) for example in examples]
         room = max((len(target) for target in targets), default=0)
         demonstrations, prompts = self._encode([example.text for example in examples], room=room)
         totals = torch.empty(len(examples))
         with evaluating(self.model):
             shared = self.shared_prefix(demonstrations)
             whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
-            for batch in self._batches(whole, None):
+            for batch in self.batches(whole, None):
                 behind = [targets[index] for index in batch]
                 totals[batch] = shared.completion_log_likelihoods([prompts[i] for i in batch], behind).cpu()
         return totals, torch.tensor([len(target) for target in targets])
@@ -200,7 +208,8 @@ class Scorer:
         demonstrations = self.encoder.encode_demonstrations(self.demonstrations, texts=texts, room=room)
         return demonstrations, self.encoder.encode_prompts(texts, demonstrations=demonstrations, room=room)
 
-    def _batches(self, sequences: Sequence[Sequence[int]], progress: Progress | None) -> Iterator[list[int]]:
+    def batches(self, sequences: Sequence[Sequence[int]], progress: Progress | None) -> Iterator[list[int]]:
+        """Indices of sequences of similar lengths, a batch at a time; `progress` hears of each that was done."""
         done = 0
         for batch in batches_by_length([len(sequence) for sequence in sequences], self.batch_size):
             yield batch
@@ -250,7 +259,7 @@ def _evaluate_completions(
     truth = [example.label.strip() for example in examples]
     cut_before = scorer.truncated
     # One token more than the longest truth, so that an answer which runs on is not taken for a match.
-    longest = max(len(scorer.encoder.encode_target(example.label)) for example in examples)
+    longest = max(len(scorer.encoder.encode_target(example.label, example.text)) for example in examples)
     generated = scorer.generate([example.text for example in examples], longest + 1, progress=progress)
     truncated = scorer.truncated - cut_before
     predictions = tuple(_first_lines(text, like) for text, like in zip(generated, truth, strict=True))
@@ -271,10 +280,13 @@ def _evaluate_completions(
 
 
 def _first_lines(text: str, like: str) -> str:
-    """As many lines of `text` as `like` has: a newline ends a demonstration, and with it the answer."""
-    return "\n".join(text.splitlines()[: len(like.splitlines())]).strip()
+    """As many lines of `text` as `like` has, without blanks at the ends: a newline ends a demonstration's answer."""
+    return "\n".join(text.strip().split("\n")[: like.count("\n") + 1]).strip()
 
 
 @functools.cache
 def _say_that_words_are_scored_whole(task: str) -> None:
-    logger.warning("two labels of task %r share their first token: all its labels are scored by the whole word", task)
+    logger.warning(
+        "two labels of task %r share their first token: all its labels are scored by the whole word and its line end",
+        task,
+    )

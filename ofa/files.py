@@ -1,21 +1,30 @@
-"""Writing that leaves either the old file or the new one, and output folders that are not written over by accident."""
+"""Writing that leaves either the old file or the new one, and output folders that one process at a time writes into."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from ofa.errors import InputError
 
 # What a full or read-only disk raises: safetensors wraps the system's error in its own.
 WRITE_ERRORS = (OSError, SafetensorError)
+
+LOCK = ".ofa.lock"
+"""The file in an output folder that says that a process is writing there; gone when it is done."""
+
+_owners: dict[Path, int] = {}
+"""Folders that this process has to itself, and the thread that claimed each."""
 
 
 def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -29,7 +38,7 @@ def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-        held = sorted(item.name for item in path.iterdir())
+        held = sorted(item.name for item in path.iterdir() if item.name != LOCK)
     except OSError as error:
         raise InputError(
             f"the output folder {path} cannot be written ({error.strerror}); choose another one"
@@ -43,21 +52,83 @@ def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 
 
 @contextmanager
-def claimed_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """`claim_folder` for the work inside; if that fails before it wrote anything, the folders made go again.
+def claimed_folder(folder: str | Path, *, overwrite: bool = False, shared: bool = False) -> Iterator[Path]:
+    """`claim_folder` for the work inside, which no other process does in this folder meanwhile unless it is `shared`.
+
+    If the work fails before it wrote anything, the folders made go again. Work inside may claim the folder again.
 
     Raises:
-        InputError: see `claim_folder`.
+        InputError: see `claim_folder` and `sole_writer`.
     """
     path = Path(folder)
     made = [place for place in (path, *path.parents) if not place.exists()]
     try:
-        yield claim_folder(path, overwrite=overwrite)
+        claim_folder(path, overwrite=True)
+        ours = _owners.get(path.resolve()) == threading.get_ident()
+        with nullcontext() if shared or ours else sole_writer(path):
+            yield claim_folder(path, overwrite=overwrite)
     except BaseException:
         with suppress(OSError):  # not empty: the work wrote something
             for place in made:
                 place.rmdir()
         raise
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """The right to write into a folder, for one process of any machine at a time.
+
+    It is a lock of the file system, which the end of the process gives back, however it ends. NFS (version 4, or 3
+    with lockd), SMB and Lustre mounted with `flock` lock between machines as a local disk does between processes. On a
+    file system without locks the file itself says that a process is at work; one left by a killed process is taken
+    over on the same machine, and named on others.
+
+    Raises:
+        InputError: another process is writing into the folder, or the lock cannot be made.
+    """
+    lock = _locked(folder)
+    file, place = folder / LOCK, folder.resolve()
+    _owners[place] = threading.get_ident()
+    try:
+        if isinstance(lock, FileLock):
+            file.write_text(f"{os.getpid()}\n{platform.node()}\n")
+        yield
+    finally:
+        del _owners[place]
+        if isinstance(lock, FileLock):
+            with suppress(OSError):  # while it is held, so that no other process locks a file that has lost its name
+                file.unlink()
+        lock.release()
+
+
+def _locked(folder: Path) -> FileLock | SoftFileLock:
+    file = folder / LOCK
+    for kind in (FileLock, SoftFileLock):
+        lock = kind(file)
+        try:
+            lock.acquire(timeout=0)
+            while isinstance(lock, FileLock) and not file.exists():  # its last owner removed it as this one opened it
+                lock.release()
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"another process{_owner(file)} is writing to {folder} at this moment; wait for its end, or choose "
+                f"another output folder{'' if kind is FileLock else f' (delete {file} if that process is gone)'}"
+            ) from error
+        except OSError as error:  # of network file systems without a lock service
+            failure = error
+        else:
+            return lock
+    raise InputError(f"{file} cannot be locked ({reason(failure)}); choose another output folder") from failure
+
+
+def _owner(lock: Path) -> str:
+    """Which process has a lock, as its file says it."""
+    try:
+        number, machine = lock.read_text().split()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f" ({number} on {machine})"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -61,14 +61,16 @@ def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalt
 def _share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
     """Part of the optimizer step's labels in this forward pass; 1 when the caller does not say.
 
-    Labels are counted as `Trainer` counts them for `num_items_in_batch`: a causal loss never uses the first.
+    Labels are counted as `Trainer` counts them for `num_items_in_batch`: a causal loss never uses the first. In a step
+    without labels (all answers were cut off) the part is 0, as the cross-entropy's gradient is.
     """
     items, labels, shifted = kwargs.get("num_items_in_batch"), kwargs.get("labels"), kwargs.get("shift_labels")
     if items is None or (labels is None and shifted is None):
         return 1.0
     if shifted is None:
         shifted = labels[..., 1:] if _loss_shifts_labels(model) else labels  # type: ignore[index]
-    return torch.ne(shifted, -100).sum() / items  # type: ignore[arg-type]
+    at_least_one = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
+    return torch.ne(shifted, -100).sum() / at_least_one  # type: ignore[arg-type]
 
 
 def _loss_shifts_labels(model: nn.Module) -> bool:

@@ -29,11 +29,11 @@ class EncodedExample:
 
 
 def encode_example(encoder: Encoder, example: Example) -> EncodedExample:
-    """The example with its label's first token, or the whole of it where two labels begin alike.
+    """The example with its label's first token, or the whole of it with the line end where two labels begin alike.
 
     An open-ended task has the whole completion and the end of the text.
     """
-    targets = encoder.encode_target(example.label)
+    targets = encoder.encode_target(example.label, example.text)
     if encoder.task.open_ended:
         end = encoder.tokenizer.eos_token_id
         targets = targets if end is None else [*targets, int(end)]

@@ -115,10 +115,14 @@ class Pass:
             return
         device = values[0].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            slopes = objectives.sharpness_slopes(self.traces[index]) * factor
+            slopes = objectives.sharpness_slopes(self.traces[index], self._real()) * factor
             self.gradients[index] = [
                 (weight, trace.gradient(slopes).to(weight.dtype)) for weight, trace in traces if trace.gradient
             ]
+
+    def _real(self) -> Tensor | None:
+        """Which sequences have a real token, (B,); None where all have."""
+        return None if self.mask is None else self.mask.bool().any(1)
 
     def _squared_norms(self) -> Tensor:
         """‖update‖² over the tokens whose steps are measured, (steps, B), on one device.
@@ -157,14 +161,16 @@ class Pass:
                 "layers were skipped, or the model was changed after the regularizers were attached"
             )
         norms = ratios = step_ratio = traces = sharpness = None
+        # Rows of nothing but padding fill up batches of a fixed size, and are no sequences.
+        real = self._real()
         if self.lengths:
             norms = objectives.step_norms(self._squared_norms())
             ratios = objectives.ratios(norms)
-            step_ratio = objectives.step_ratio(ratios)
+            step_ratio = objectives.step_ratio(ratios, real)
         if self.traced:
             device = self.traces[0].device
             traces = torch.stack([self.traces[index].to(device) for index in range(steps)])
-            sharpness = objectives.sharpness(traces)
+            sharpness = objectives.sharpness(traces, real)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 
 

@@ -29,12 +29,14 @@ class ClassMetrics:
 class Metrics:
     """Quality of label predictions.
 
-    `confusion[i][j]` counts examples of label i predicted as label j. `macro_f1` is the mean F1 of the classes that
+    `confusion[i][j]` counts examples of label i predicted as label j. `negative_log_likelihood` is the mean over the
+    examples of −ln of the true label's probability. `macro_f1` is the mean F1 of the classes that
     occur in the truth or in the predictions; a class in neither has no F1.
     """
 
     accuracy: float
     macro_f1: float
+    negative_log_likelihood: float
     confusion: tuple[tuple[int, ...], ...]
     expected_calibration_error: float
     count: int
@@ -76,7 +78,8 @@ def metrics(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) 
     """
     _check(probabilities, truth, labels)
     true = torch.tensor([list(labels).index(label) for label in truth])
-    confidence, predicted = probabilities.detach().to("cpu", torch.float64).max(dim=1)
+    probabilities = probabilities.detach().to("cpu", torch.float64)
+    confidence, predicted = probabilities.max(dim=1)
     size = len(labels)
     confusion = torch.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
     per_class = tuple(_class_metrics(label, confusion, index) for index, label in enumerate(labels))
@@ -85,6 +88,7 @@ def metrics(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) 
     return Metrics(
         accuracy=int(confusion.diagonal().sum()) / len(truth),
         macro_f1=sum(scores) / len(scores),
+        negative_log_likelihood=_negative_log_likelihood(probabilities, true),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         expected_calibration_error=_calibration_error(confidence, true == predicted),
         count=len(truth),
@@ -121,6 +125,12 @@ def _class_metrics(label: str, confusion: Tensor, index: int) -> ClassMetrics:
         f1=2 * hits / (support + predicted) if support + predicted else 0.0,
         support=support,
     )
+
+
+def _negative_log_likelihood(probabilities: Tensor, true: Tensor) -> float:
+    # A float32 probability that is 0 stands for anything below the smallest one.
+    chosen = probabilities.gather(1, true[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(-chosen.log().mean())
 
 
 def _calibration_error(confidence: Tensor, correct: Tensor) -> float:

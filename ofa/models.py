@@ -74,6 +74,7 @@ def load_model(
     trust_remote_code: bool = False,
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
+    encoders: bool = False,
 ) -> LoadedModel:
     """Load `model`: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default.
 
@@ -81,7 +82,8 @@ def load_model(
     cache, the hub, PyPI. `dtype` is float32, bfloat16 or float16; `device` is auto, cpu, cuda, cuda:N or mps. With
     `device_map`, such as "auto", accelerate spreads the layers over all visible devices and `device` is not used. Only
     safetensors and GGUF are read, never pickles. `progress` is told, in one line each, of the slow stages of a first
-    start. Raises InputError when there is no such model or it cannot be used.
+    start. A model that does not continue a text (see `refuse_encoder`) is loaded only with `encoders`, to be looked at.
+    Raises InputError when there is no such model or it cannot be used.
     """
     if dtype not in _DTYPES:
         raise InputError(f"The dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}.")
@@ -92,7 +94,10 @@ def load_model(
             raise InputError(f"{origin.name} is a GGUF file, which is read as a whole; leave out the device map.")
         loaded, tokenizer = read_gguf(Path(origin.address), dtype)
     else:
-        loaded, tokenizer = _read_checkpoint(origin, dtype, trust_remote_code, device_map)
+        config = _read_config(origin, trust_remote_code)
+        if not encoders:
+            refuse_encoder(config)
+        loaded, tokenizer = _read_checkpoint(origin, config, dtype, trust_remote_code, device_map)
     _prepare_tokenizer(tokenizer, origin.name)
     # Whatever writes this name down (an adapter, a model card) should write one that means something elsewhere.
     loaded.name_or_path = loaded.config._name_or_path = origin.name
@@ -117,9 +122,31 @@ def load_tokenizer(
         config = whole.config
     else:
         config = _read_config(origin, trust_remote_code)
+        refuse_encoder(config)
         tokenizer = _read_tokenizer(origin, config, trust_remote_code)
     _prepare_tokenizer(tokenizer, origin.name)
     return LoadedTokenizer(tokenizer, config, origin.name)
+
+
+def refuse_encoder(config: PretrainedConfig) -> None:
+    """Raise InputError for a model that does not continue a text from what stands before.
+
+    Those are encoders, such as BERT, which transformers loads with a causal head all the same unless their
+    configuration makes a decoder of them; decoders that were made to read in both directions; and encoder-decoders.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    reads_both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all") or (
+        (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation")
+        and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+    )
+    if config.is_encoder_decoder or reads_both_ways:
+        what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder, which reads in both directions"
+        raise InputError(
+            f"The model {config.name_or_path or 'given'} ({kind}) is {what}, but labels are scored as what follows a "
+            "prompt; choose a causal language model, or leave the model out for the default."
+        )
 
 
 def _device(device: str) -> torch.device:
@@ -257,12 +284,11 @@ def _check_safetensors(file: Path) -> None:
 
 
 def _read_checkpoint(
-    origin: _Origin, dtype: str, trust_remote_code: bool, device_map: str | None
+    origin: _Origin, config: PretrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(origin, trust_remote_code)
     with _explained(
         f"The weights of {origin.address} cannot be loaded as a causal language model",
         "download or copy the model again, or choose another",

@@ -35,8 +35,8 @@ class Measurements:
         step_norms: ‖Z_{t+1} − Z_t‖ over the real tokens, (T, B), float32.
         ratios: ‖Z_{t+1} − Z_t‖ / ‖Z_t − Z_{t−1}‖, (T − 1, B).
         traces: h_t per token, (T, B), in the chosen sign convention.
-        step_ratio: J = Σ_t ratios, mean over the sequences, a scalar.
-        sharpness: H = Σ_t softplus(h_t), mean over the sequences, a scalar.
+        step_ratio: J = Σ_t ratios, mean over the sequences that have a real token, a scalar.
+        sharpness: H = Σ_t softplus(h_t), mean over the sequences that have a real token, a scalar.
     """
 
     step_norms: Tensor | None = None
@@ -56,9 +56,9 @@ def ratios(norms: Tensor) -> Tensor:
     return norms[1:] / norms[:-1]
 
 
-def step_ratio(step_ratios: Tensor) -> Tensor:
+def step_ratio(step_ratios: Tensor, real: Tensor | None = None) -> Tensor:
     """J = Σ_t ratio_t, mean over the sequences (OFA, arXiv 2505.19107, its first regularizer)."""
-    return step_ratios.sum(0).mean()
+    return _mean(step_ratios.sum(0), real)
 
 
 def token_shares(mask: Tensor | None, like: Tensor) -> Tensor:
@@ -69,18 +69,22 @@ def token_shares(mask: Tensor | None, like: Tensor) -> Tensor:
     return mask / mask.sum(1, keepdim=True).clamp_min(1)
 
 
-def sharpness(traces: Tensor) -> Tensor:
+def sharpness(traces: Tensor, real: Tensor | None = None) -> Tensor:
     """H = Σ_t softplus(h_t), mean over the sequences, from the traces (T, B).
 
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
     that splitting a batch does not change the objective.
     """
-    return F.softplus(traces.clamp_min(LOWEST)).sum(0).mean()
+    return _mean(F.softplus(traces.clamp_min(LOWEST)).sum(0), real)
 
 
-def sharpness_slopes(traces: Tensor) -> Tensor:
-    """∂H/∂h_t of every sequence, for the traces of one step or of all: (..., B) → (..., B)."""
-    return torch.sigmoid(traces) * (traces > LOWEST) / traces.shape[-1]
+def sharpness_slopes(traces: Tensor, real: Tensor | None = None) -> Tensor:
+    """∂H/∂h_t of every sequence, for the traces of one step, (B,)."""
+    slopes = torch.sigmoid(traces) * (traces > LOWEST)
+    if real is None:
+        return slopes / len(traces)
+    real = real.to(traces.device)
+    return slopes * real / real.sum().clamp_min(1)
 
 
 def with_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -106,6 +110,14 @@ class _WithGradients(torch.autograd.Function):
 
 def _opmath(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the sequences, (B,); only over those that `real`, (B,) and boolean, says to have a real token."""
+    if real is None:
+        return values.mean()
+    real = real.to(values.device)
+    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from ofa.errors import InputError
 from ofa.evaluation import Progress, evaluating
 from ofa.linear_probe import linear_probe
 from ofa.logit_lens import LogitLens
+from ofa.models import refuse_encoder
 from ofa.probe_results import Probe, Readout, Steps
 from ofa.regularizers import CLOSED_FORM, fused_regularizers
 from ofa.shared_prefix import accepted_arguments
@@ -66,6 +67,7 @@ def probe(
         InputError: no examples, an open-ended task, a label that the task or the training examples do not have, a
             model whose steps are not recognized, an option out of range, or weights that give no numbers.
     """
+    refuse_encoder(model.config)
     _check_examples(task, examples, training)
     start = time.perf_counter()
     anatomy = _anatomy(model)
@@ -156,7 +158,7 @@ def _measured_steps(
 
 
 def _scored_words(encoder: Encoder) -> list[tuple[int, ...]]:
-    """The tokens by which each label is scored: all of its word where first tokens do not tell the labels apart."""
+    """The tokens by which each label is scored: its word and line end where first tokens do not tell labels apart."""
     whole = scores_whole_words(encoder.labels)
     return [word if whole else word[:1] for word in encoder.labels.values()]
 

@@ -27,7 +27,7 @@ from ofa import checkpoint
 from ofa.encoding import Encoder
 from ofa.errors import InputError
 from ofa.evaluation import evaluating
-from ofa.files import claim_folder, write_text
+from ofa.files import claim_folder, claimed_folder, write_text
 from ofa.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, encode_example
 from ofa.regularizers import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
@@ -41,15 +41,19 @@ class TrainingConfig(BaseModel):
     """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options).
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
-    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective.
+    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps`
+    is the number of optimizer steps in place of that of epochs. `average` is the share of the steps, the last ones,
+    whose mean is kept; 0 keeps what the last step left.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(60, ge=1)
+    max_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
+    average: float = Field(0.0, ge=0, le=1)
     batch_size: int = Field(4, ge=1)
     accumulation: int = Field(1, ge=1)
     seed: int = 42
@@ -163,7 +167,7 @@ def train(
         guidance: makes each step's gradient of the cross-entropy; its state is in no checkpoint.
         folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
         resume: continue from the folder's checkpoint.
-        validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
+        validate: score (higher is better) after each epoch; the scales of the best epoch are kept, and no average.
         progress: called after every step with its record and the number of steps in all.
 
     Raises:
@@ -182,7 +186,14 @@ def train(
     seed_everything(config.seed)
     data = [encode_example(encoder, example) for example in examples]
     run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
-    with evaluating(model), torch.enable_grad(), _regularized(model, config) as regularizers, _stop_signals() as stop:
+    claimed = nullcontext() if folder is None else claimed_folder(folder, overwrite=True)
+    with (
+        claimed,
+        evaluating(model),
+        torch.enable_grad(),
+        _regularized(model, config) as regularizers,
+        _stop_signals() as stop,
+    ):
         # Only here, where the model is known to be usable, does the run begin to write.
         if resume:
             run.resume()
@@ -240,11 +251,13 @@ class _Run:
         self.origin = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
-        self.total = config.epochs * self.steps_per_epoch
+        self.total = config.max_steps or config.epochs * self.steps_per_epoch
         self.step = 0
         self.passes = 0
         self.seconds = 0.0
         self.best: tuple[int, float, list[Tensor]] | None = None
+        self.averaged = math.ceil(config.average * self.total)
+        self.mean = [torch.zeros_like(value) for value in self.origin] if self.averaged else []
         self.records: list[StepRecord] = []
         self.regularizers: Regularizers | None = None
         # What must be the same for a checkpoint to continue this run.
@@ -252,6 +265,8 @@ class _Run:
             "config": config.model_dump(),
             "data": checkpoint.digest([asdict(item) for item in data]),
             "model": checkpoint.model_digest(model),
+            # Sums of floating-point numbers depend on how they are split: other threads, other bits.
+            "threads": torch.get_num_threads(),
         }
 
     @property
@@ -276,14 +291,16 @@ class _Run:
             record = self._take_step(started)
             self.records.append(record)
             self._log(record)
-            if self.step % self.steps_per_epoch == 0:
+            if self.step % self.steps_per_epoch == 0 or self.step == self.total:
                 self._end_epoch(record.epoch)
             yield record
 
     def finish(self, truncated: int) -> TrainingResult:
-        """Put the best epoch's scales in place, if there was a choice, and sum up."""
+        """Put the best epoch's scales in place, if there was a choice, else their mean, and sum up."""
         if self.best is not None:
             self._restore(self.best[2])
+        elif self.mean:
+            self._restore(self.mean)
         return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
 
     def _take_step(self, started: float) -> StepRecord:
@@ -307,6 +324,7 @@ class _Run:
         self._check_finite("gradient", gradient_norm, step + 1)
         self.optimizer.step()
         self.step += 1
+        self._average()
         if self.regularizers is not None:
             self.passes = self.regularizers.passes
         self.seconds = time.perf_counter() - started
@@ -344,6 +362,14 @@ class _Run:
         measured = self.regularizers.measurements
         terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
         return {name: share * value.item() for name, value in terms.items() if value is not None}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Take this step into the mean of the last ones."""
+        count = self.step - (self.total - self.averaged)
+        if count > 0:
+            for mean, scale in zip(self.mean, self.scales.values(), strict=True):
+                mean += (scale - mean) / count
 
     def _gradient_norm(self) -> float:
         gradients = {name: scale.grad for name, scale in self.scales.items()}
@@ -399,6 +425,7 @@ class _Run:
             scales={name: scale.detach() for name, scale in self.scales.items()},
             moments=checkpoint.moments(self.optimizer, self.scales),
             best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
+            mean=dict(zip(self.scales, self.mean, strict=True)) if self.mean else {},
         )
         checkpoint.save(self.checkpoint_path, state)
 
@@ -410,6 +437,8 @@ class _Run:
         self._restore([state.scales[name] for name in self.scales])
         checkpoint.restore_moments(self.optimizer, self.scales, state)
         self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
+        if self.mean:
+            self.mean = [state.mean[name].to(scale.device) for name, scale in self.scales.items()]
         if state.best is not None:
             epoch, score, scales = state.best
             self.best = (epoch, score, [scales[name] for name in self.scales])

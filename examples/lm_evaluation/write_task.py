@@ -7,8 +7,9 @@
 
 The harness compares the log-likelihoods of " label" behind the prompt, and its `acc` is the accuracy of `ofa evaluate`
 where each label is one token. Where it is several, `ofa evaluate` compares first tokens, or, if two labels share one,
-the log-likelihoods of whole words as the harness does. Where a text does not fit the model's window, `ofa evaluate`
-shortens the text, and the harness cuts the prompt from the left. With HF_HUB_OFFLINE=1 it asks no network.
+whole words with their line end, which `--line-end` has the harness do too. Where a text does not fit the model's
+window, `ofa evaluate` shortens the text, and the harness cuts the prompt from the left. With HF_HUB_OFFLINE=1 it asks
+no network.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"ofa_{data.task.name}"
     rows = folder / f"{name}.jsonl"
     rows.write_text("".join(json.dumps(row(data.task, example)) + "\n" for example in data.test), encoding="utf-8")
-    configuration = harness_task(name, data.task, rows)
+    configuration = harness_task(name, data.task, rows, "\n" if options.line_end else "")
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False), encoding="utf-8")
     print(f"{len(data.test)} examples of {data.task.name}: {folder / name}.yaml")
 
@@ -44,8 +45,8 @@ def row(task: Task, example: Example) -> dict[str, Any]:
     return {"prompt": task.prompt(example.text), "label": task.labels.index(example.label)}
 
 
-def harness_task(name: str, task: Task, rows: Path) -> dict[str, Any]:
-    """The task as the harness reads it: multiple choice between the label words."""
+def harness_task(name: str, task: Task, rows: Path, end: str) -> dict[str, Any]:
+    """The task as the harness reads it: multiple choice between the label words, each with `end` behind it."""
     return {
         "task": name,
         "dataset_path": "json",
@@ -53,7 +54,7 @@ def harness_task(name: str, task: Task, rows: Path) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{prompt}}",
-        "doc_to_choice": list(task.labels),
+        "doc_to_choice": [label + end for label in task.labels],
         "doc_to_target": "label",
         "target_delimiter": " ",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("task", help="demo task, task of the paper, or folder with task.json")
     found.add_argument("--out", type=Path, default=Path("harness"), help="folder for the task's files")
+    found.add_argument("--line-end", action="store_true", help="for labels that share their first token")
     return found
 
 

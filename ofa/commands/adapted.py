@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ofa.commands.console import notice
 from ofa.errors import InputError
-from ofa.tasks import Task
+from ofa.tasks import Task, with_columns
+from ofa.tasks.tables import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,51 @@ class Adapted:
     source: str
 
 
+def read_task(folder: Path, text_column: str | None = None, label_column: str | None = None) -> Task:
+    """The task an adapter was made for, without the libraries that load the adapter, with other columns if given.
+
+    Raises:
+        InputError: the folder is no adapter of ours, or does not say its task.
+    """
+    file = folder.expanduser() / "ofa_config.json"
+    details = parse_json(read_text(file), file) if file.is_file() else {}
+    if not isinstance(details, dict) or "task" not in details:
+        from ofa.adapters import read_adapter
+
+        read_adapter(folder)
+        raise InputError(f"{folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
+    return with_columns(Task.from_dict(details["task"]), text_column or "", label_column or "")
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of an adapter's scales."""
+    from ofa.adapters import WEIGHTS
+
+    return hashlib.sha256((folder.expanduser() / WEIGHTS).read_bytes()).hexdigest()
+
+
 def open_adapter(
-    folder: Path, model: str | None, *, dtype: str, device: str, offline: bool, trust_remote_code: bool
+    folder: Path,
+    model: str | None,
+    *,
+    dtype: str,
+    device: str,
+    offline: bool,
+    trust_remote_code: bool,
+    text_column: str | None = None,
+    label_column: str | None = None,
 ) -> Adapted:
     """Load the adapter's base, or `model` in its place, and put the adapter's scales in.
+
+    The task reads the columns that the adapter was made with, unless others are given.
 
     Raises:
         InputError: the folder is no adapter of ours, or does not fit the model.
     """
     from ofa.adapters import load_adapter, read_adapter
 
+    task = read_task(folder, text_column, label_column)
     adapter = read_adapter(folder)
-    if "task" not in adapter.details:
-        raise InputError(f"{folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
-    task = Task.from_dict(adapter.details["task"])
     from ofa.models import load_model
 
     # The embedded default carries the hub id of the model it was made from, but is quantized: go back to the same.

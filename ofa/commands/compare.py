@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel, ConfigDict
 
-from ofa.commands.console import notice, reports_errors, show_json, was_interrupted
-from ofa.commands.options import DeviceOption, DtypeOption, JsonOption, ModelOption, OfflineOption, TrustOption
+from ofa.commands.console import is_quiet, notice, reports_errors, set_quiet, show_json, warn, was_interrupted
+from ofa.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OfflineOption,
+    QuietOption,
+    TrustOption,
+)
 from ofa.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +64,10 @@ def compare(
     test_size: Annotated[
         int, typer.Option(help="Test examples per task, class-balanced, the same for all methods and seeds.")
     ] = 500,
+    contexts: Annotated[
+        str,
+        typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or each in turn."),
+    ] = "prompt,demonstrations",
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
@@ -81,6 +93,13 @@ def compare(
         str | None,
         typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads of each worker. Without it OMP_NUM_THREADS, else the cores that nothing else uses, are "
+            "divided among them."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per batch when testing.")] = 16,
     order: Annotated[
         str,
@@ -104,6 +123,7 @@ def compare(
     ] = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: Annotated[
         Path | None,
@@ -124,6 +144,7 @@ def compare(
     from ofa.comparison.grid import Grid, checked_part
 
     values = _merged(context, config)
+    set_quiet(values["quiet"])
     grid, machines, wishes = checked_part(Grid, values), checked_part(Machines, values), checked_part(_Wishes, values)
     check_machines(machines)
     plan, sizes = _plan(grid, machines, wishes)
@@ -140,7 +161,7 @@ def compare(
         notice(f"try: ofa report {wishes.out}")
     failed = sum(not record.done for record in records)
     if failed:
-        notice(f"ofa: {failed} of {len(records)} cells failed; the same command with --retry-failed runs them again")
+        warn(f"{failed} of {len(records)} cells failed; the same command with --retry-failed runs them again")
         raise SystemExit(1)
 
 
@@ -182,7 +203,7 @@ def _plan(grid: Grid, machines: Machines, wishes: _Wishes) -> tuple[Plan, Mappin
         check_window(measured, model_window(loaded))
     for name, task in tasks.items():
         if len(task.tested) < grid.test_size:
-            notice(f"ofa: {name} is tested on {len(task.tested)} examples, as many as its classes have")
+            warn(f"{name} is tested on {len(task.tested)} examples, as many as its classes have")
     return Plan(grid, loaded.name, tasks), measured
 
 
@@ -204,7 +225,7 @@ def _run(plan: Plan, machines: Machines, wishes: _Wishes) -> tuple[Record, ...]:
             try:
                 with (
                     open_engine(machines, source) as engine,
-                    shown(Tally(cells, results.records, engine.workers)) as progress,
+                    shown(Tally(cells, results.records, engine.workers), quiet=is_quiet()) as progress,
                 ):
                     run_cells(plan, cells, results, engine, progress, _described(plan, machines))
             except BaseException as error:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,15 +24,43 @@ R = TypeVar("R")
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
+_quiet = False
+
+_LINE_EVERY = 30.0
+"""Seconds between two lines about a long run where there is no terminal to show a bar on."""
+
+
+def set_quiet(quiet: bool) -> bool:
+    """Leave out notices and progress if `quiet`; results, warnings and errors stay. Callback of the option."""
+    global _quiet
+    _quiet = quiet
+    return quiet
+
+
+def is_quiet() -> bool:
+    """Whether `--quiet` was given."""
+    return _quiet
+
+
 def notice(text: str) -> None:
-    """One line for the person at the terminal, on standard error."""
+    """One line for the person at the terminal, on standard error, unless they want none."""
+    if not _quiet:
+        _say(text)
+
+
+def warn(text: str) -> None:
+    """One line on standard error that is not to be missed."""
+    _say(f"ofa: {text}")
+
+
+def _say(text: str) -> None:
     _plain(stderr=True).print(text, soft_wrap=True)
 
 
 def tell_truncated(count: int, of: str = "texts") -> None:
     """Say on standard error how many texts did not fit the model's window, if there were any."""
     if count:
-        notice(f"ofa: {count} of the {of} did not fit the model's window and lost their beginning")
+        warn(f"{count} of the {of} did not fit the model's window and lost their beginning")
 
 
 def show(value: Table | str) -> None:
@@ -52,7 +81,7 @@ def _plain(**options: Any) -> Console:
 
 def fail(error: InputError) -> NoReturn:
     """Print the one sentence of an error and leave with status 2."""
-    notice(f"ofa: {error}")
+    warn(str(error))
     raise SystemExit(2)
 
 
@@ -67,7 +96,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except InputError as error:
             fail(error)
         except KeyboardInterrupt as error:
-            notice(f"ofa: {str(error) or 'interrupted'}")
+            warn(str(error) or "interrupted")
             raise SystemExit(_INTERRUPTED) from None
         except BrokenPipeError:
             raise  # whoever read our output has left; typer leaves quietly too
@@ -75,7 +104,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             if os.environ.get("OFA_DEBUG"):
                 traceback.print_exc()
             first = str(error).strip().splitlines() or [""]
-            notice(f"ofa: unexpected {type(error).__name__}: {first[0]}; run again with OFA_DEBUG=1 to see where")
+            warn(f"unexpected {type(error).__name__}: {first[0]}; run again with OFA_DEBUG=1 to see where")
             raise SystemExit(1) from error
 
     return run
@@ -93,20 +122,40 @@ def was_interrupted(error: BaseException) -> bool:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, gone when it is done and absent without a terminal: update(done, total, remark)."""
+    """A bar on standard error, without a terminal a line now and then: update(done, total, remark)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(
-        *columns, TextColumn("{task.fields[remark]}"), console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
+    if _quiet or not console.is_terminal:
+        yield _lines_now_and_then(description)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True) as progress:
         task = progress.add_task(description, total=None, remark="")
 
         def update(done: int, total: int, remark: str) -> None:
             progress.update(task, completed=done, total=total, remark=remark)
 
         yield update
+
+
+def _lines_now_and_then(description: str) -> Callable[[int, int, str], None]:
+    """What a bar shows, as lines of a log; a run that is done before the first is due has none."""
+    told = began = time.monotonic()
+    first: int | None = None
+
+    def update(done: int, total: int, remark: str) -> None:
+        nonlocal told, began, first
+        now = time.monotonic()
+        if first is None:  # which may be far from the beginning, where a stopped run continues
+            first, began = done, now
+        elif now - told >= _LINE_EVERY:
+            told = now
+            minutes = (now - began) / max(1, done - first) * (total - done) / 60
+            left = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
+            notice(f"ofa: {description}: {done:,} of {total:,}{f', {remark}' if remark else ''}, {left} left")
+
+    return update
 
 
 def quiet_libraries() -> None:

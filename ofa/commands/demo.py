@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json
-from ofa.commands.options import JsonOption, ModelOption, OfflineOption, OverwriteOption
+from ofa.commands.options import (
+    JsonOption,
+    ModelOption,
+    OfflineOption,
+    OverwriteOption,
+    QuietOption,
+    ThreadsOption,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
@@ -30,8 +38,10 @@ def demo(
     size: Annotated[int, typer.Option(min=1, help="Test examples, class-balanced.")] = 100,
     out: Annotated[Path, typer.Option(help="Folder for the adapter and the figure.")] = Path("ofa-demo"),
     model: ModelOption = None,
+    threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Adapt a real language model to an embedded task and compare: zero-shot, in-context learning, norm tuning, OFA.
@@ -47,6 +57,7 @@ def demo(
     with claimed_folder(out, overwrite=overwrite or (out / _RESULTS).is_file()) as folder:
         from ofa.models import load_model
 
+        set_threads(threads)
         loaded = load_model(model, offline=offline, progress=notice)
         notice(f"{loaded.name}, task {task}: {shots} examples per class, {len(tested)} test examples, seed {seed}")
         rows, document = _compare(loaded, data, drawn, tested, shots, seed, epochs, folder)

@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ofa.commands.console import reports_errors, show, show_json
-from ofa.commands.options import JsonOption
+from ofa.commands.options import (
+    JsonOption,
+    QuietOption,
+)
 
 _NEEDED = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "datasets", "gguf", "accelerate")
 _OPTIONAL = ("triton", "ray")
@@ -19,6 +22,7 @@ _OPTIONAL = ("triton", "ray")
 
 @reports_errors
 def doctor(
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Leave with status 1 if there is any advice.")] = False,
 ) -> None:
@@ -39,10 +43,12 @@ def examine() -> dict[str, Any]:
 
     versions: dict[str, str | None] = {"ofa-adapt": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}
-    devices = _devices() if versions["torch"] else []
+    threads = _threads() if versions["torch"] else {}
+    devices = _devices(threads) if threads else []
     document = {
         "versions": versions,
         "devices": devices,
+        "threads": threads,
         "kernels": _kernels(devices),
         "cache": {
             "folder": str(embedded_cache_dir()),
@@ -53,10 +59,10 @@ def examine() -> dict[str, Any]:
     return {**document, "advice": _advice(document)}
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices(threads: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    found: list[dict[str, Any]] = [{"name": "cpu", "remark": f"{torch.get_num_threads()} threads"}]
+    found: list[dict[str, Any]] = [{"name": "cpu", "remark": _cpu_remark(threads)}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         remark = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -64,6 +70,32 @@ def _devices() -> list[dict[str, Any]]:
     if torch.backends.mps.is_available():
         found.append({"name": "mps", "remark": "Apple GPU"})
     return found
+
+
+def _threads() -> dict[str, Any]:
+    """How many threads commands would compute with now, and why."""
+    import torch
+
+    from ofa.threads import threads_from_environment, usable_cores
+
+    cores, given = usable_cores(), threads_from_environment()
+    return {
+        "threads": given or min(cores.free, torch.get_num_threads()),
+        "OMP_NUM_THREADS": given,
+        "cores": cores.allowed,
+        "quota": cores.quota,
+        "busy_with_others": round(cores.busy, 2),
+    }
+
+
+def _cpu_remark(threads: dict[str, Any]) -> str:
+    count = threads["threads"]
+    if threads["OMP_NUM_THREADS"] is not None:
+        why = "as OMP_NUM_THREADS says"
+    else:
+        quota = "no quota" if threads["quota"] is None else f"a quota of {threads['quota']:g}"
+        why = f"{threads['cores']} cores, {quota}, other processes use {threads['busy_with_others']:.1f} of them"
+    return f"{count} {'thread' if count == 1 else 'threads'}: {why}"
 
 
 def _kernels(devices: list[dict[str, Any]]) -> list[dict[str, str]]:

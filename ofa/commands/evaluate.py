@@ -9,16 +9,23 @@ import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
+    DATA_FILES,
     BatchOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LabelColumnOption,
     LabelsOption,
     ModelOption,
     OfflineOption,
+    QuietOption,
+    SeparatorOption,
     TemplateOption,
+    TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 from ofa.errors import InputError
 
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 @reports_errors
 def evaluate(
     data: Annotated[
-        str, typer.Option(help="Labelled examples: a .jsonl or .csv file, a folder with task.json, or a task's name.")
+        str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
     ],
     adapter: Annotated[
         Path | None, typer.Argument(help="Adapter folder. Without it the bare model is evaluated (zero-shot).")
@@ -49,12 +56,17 @@ def evaluate(
     ] = None,
     template: TemplateOption = None,
     labels: LabelsOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    separator: SeparatorOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -72,13 +84,17 @@ def evaluate(
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
+    columns = {"text_column": text_column, "label_column": label_column}
+    set_threads(threads)
     subject = (
-        _adapter(adapter, model, template, labels, where) if adapter else _bare(model, data, template, labels, where)
+        _adapter(adapter, model, template, labels, where, columns)
+        if adapter
+        else _bare(model, data, template, labels, where, columns, separator)
     )
-    examples = test_data(data, subject.task, offline=offline)
+    examples = test_data(data, subject.task, separator=separator, offline=offline)
     if size is not None:
         examples = class_balanced(examples, subject.task.labels, size, seed)
-    shown = _demonstrations(demonstrations, subject, shots, seed, offline)
+    shown = _demonstrations(demonstrations, subject, shots, seed, separator, offline)
     with progress_bar("evaluating") as update:
         result = measure(
             subject.model,
@@ -107,33 +123,50 @@ def evaluate(
 
 
 def _adapter(
-    folder: Path, model: str | None, template: str | None, labels: str | None, where: dict[str, Any]
+    folder: Path,
+    model: str | None,
+    template: str | None,
+    labels: str | None,
+    where: dict[str, Any],
+    columns: dict[str, str | None],
 ) -> Adapted:
     from ofa.commands.adapted import open_adapter
 
     if template or labels:
         raise InputError(f"{folder} brings its own template and labels; leave out --template and --labels")
-    return open_adapter(folder, model, **where)
+    return open_adapter(
+        folder, model, **where, text_column=columns["text_column"], label_column=columns["label_column"]
+    )
 
 
-def _bare(model: str | None, data: str, template: str | None, labels: str | None, where: dict[str, Any]) -> Adapted:
+def _bare(
+    model: str | None,
+    data: str,
+    template: str | None,
+    labels: str | None,
+    where: dict[str, Any],
+    columns: dict[str, str | None],
+    separator: str | None,
+) -> Adapted:
     from ofa.commands.adapted import Adapted
     from ofa.commands.data import training_data
     from ofa.models import load_model
 
-    task = training_data(data, template, labels, offline=where["offline"]).task
+    task = training_data(data, template, labels, **columns, separator=separator, offline=where["offline"]).task
     loaded = load_model(model, progress=notice, **where)
     return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
 
 
-def _demonstrations(source: str | None, subject: Adapted, shots: int, seed: int, offline: bool) -> tuple[Example, ...]:
+def _demonstrations(
+    source: str | None, subject: Adapted, shots: int, seed: int, separator: str | None, offline: bool
+) -> tuple[Example, ...]:
     """The examples to put in context: an adapter's own shots by their indices, or a fresh draw."""
     if source is None:
         return ()
     from ofa.commands.data import demonstration_pool
     from ofa.tasks import FewShot, few_shot
 
-    pool = demonstration_pool(source, subject.task, offline=offline)
+    pool = demonstration_pool(source, subject.task, separator=separator, offline=offline)
     indices = subject.details.get("indices")
     if indices is None:
         return few_shot(pool, subject.task.labels, shots, seed).examples

@@ -10,16 +10,23 @@ import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show_json, tell_truncated
 from ofa.commands.options import (
+    DATA_FILES,
     ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LabelColumnOption,
     LabelsOption,
     ModelOption,
     OfflineOption,
     OverwriteOption,
+    QuietOption,
+    SeparatorOption,
     TemplateOption,
+    TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -33,22 +40,28 @@ def fit(
     data: Annotated[
         str,
         typer.Option(
-            help="Training examples: a .jsonl or .csv file (text, label; or prompt, completion), a folder with "
-            "task.json, a demo task (reviews, tickets, questions), a task of the paper (sst2, trec, …), or a hub id."
+            help=f"Training examples: {DATA_FILES}; prompt and completion without a template; a folder with task.json, "
+            "a demo task (reviews, tickets, questions), a task of the paper (sst2, trec, …), or a hub id."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, its metrics and its figure.")],
     template: TemplateOption = None,
     labels: LabelsOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    separator: SeparatorOption = None,
     shots: Annotated[int, typer.Option(min=1, help="Examples per class to learn from.")] = 5,
     seed: Annotated[int, typer.Option(help="Fixes the shots, the batches and the probes.")] = 42,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     epochs: Annotated[int, typer.Option(help="Passes over the shots.")] = 60,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    average: Annotated[float, typer.Option(help="Share of the steps, the last ones, whose mean is kept.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     step_ratio: Annotated[
@@ -78,6 +91,7 @@ def fit(
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -91,12 +105,15 @@ def fit(
     from ofa.commands.data import data_origin, test_data, training_data
     from ofa.files import claimed_folder
     from ofa.tasks import few_shot
+    from ofa.tasks.duplicates import warn_of_shared_texts
 
     settings = _checked(
         epochs=epochs,
+        max_steps=max_steps,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
+        average=average,
         batch_size=batch_size,
         accumulation=accumulation,
         step_ratio=step_ratio,
@@ -110,14 +127,29 @@ def fit(
         steps=steps,
         tokens=tokens,
     )
-    given = training_data(data, template, labels, offline=offline)
-    held_out = test_data(validation, given.task, offline=offline) if validation else ()
-    tested = test_data(test, given.task, offline=offline) if test else ()
-    few_shot(given.train, given.task.labels, shots, seed)
+    given = training_data(
+        data,
+        template,
+        labels,
+        text_column=text_column,
+        label_column=label_column,
+        separator=separator,
+        offline=offline,
+    )
+    held_out, tested = (
+        test_data(part, given.task, separator=separator, offline=offline) if part else () for part in (validation, test)
+    )
+    drawn = few_shot(given.train, given.task.labels, shots, seed).examples
+    for name, part in ((validation, held_out), (test, tested)):
+        warn_of_shared_texts(drawn, part, name)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
         from ofa.adaptation import adapt
+        from ofa.checkpoint import recorded_threads
         from ofa.models import load_model
+        from ofa.trainer import CHECKPOINT
 
+        # The same bits come of the same number of threads.
+        set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
         loaded = load_model(
             model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code, progress=notice
         )

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ofa.commands.console import notice, reports_errors, show, show_json
-from ofa.commands.options import DtypeOption, JsonOption, OfflineOption, TrustOption
+from ofa.commands.options import (
+    DtypeOption,
+    JsonOption,
+    OfflineOption,
+    QuietOption,
+    TrustOption,
+)
 
 if TYPE_CHECKING:
     from ofa.anatomy import Anatomy, Step
@@ -22,6 +28,7 @@ def inspect(
     dtype: DtypeOption = "float32",
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's layers, steps, norms and wiring, what would be tuned, and which estimators apply.
@@ -32,7 +39,13 @@ def inspect(
     from ofa.models import load_model
 
     loaded = load_model(
-        model, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
+        model,
+        dtype=dtype,
+        device="cpu",
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        progress=notice,
+        encoders=True,
     )
     document = describe(loaded.model, anatomy.find(loaded.model), loaded.name)
     if as_json:

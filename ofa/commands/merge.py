@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from ofa.commands.console import notice, reports_errors
-from ofa.commands.options import ConfigOption, DtypeOption, ModelOption, OfflineOption, OverwriteOption, TrustOption
+from ofa.commands.options import (
+    ConfigOption,
+    DtypeOption,
+    ModelOption,
+    OfflineOption,
+    OverwriteOption,
+    QuietOption,
+    TrustOption,
+)
 
 
 @reports_errors
@@ -20,6 +28,7 @@ def merge(
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Write the base model with the adapter's norm scales as one ordinary checkpoint.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ofa.commands.console import notice, set_quiet
 from ofa.errors import InputError
+from ofa.threads import use_threads
 
 ModelOption = Annotated[
     str | None,
@@ -24,16 +28,60 @@ OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the ne
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model bring code of its own. Only for models you trust.")
 ]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=set_quiet, help="Say only results, warnings and errors; no progress."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads. Without it OMP_NUM_THREADS, else as many as there are cores that nothing else uses."
+    ),
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Texts per batch when predicting.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that is not empty.")]
 TemplateOption = Annotated[
     str | None,
-    typer.Option(help=r'Prompt with {text} in it, such as "Sentence: {text}\nLabel:". \n is a line break.'),
+    typer.Option(
+        help=r'Prompt with {text} in it, such as "Sentence: {text}\nLabel:", or with any columns of the data by name. '
+        r"\n is a line break, \t a tab, \\n a backslash and an n; {{ and }} are braces."
+    ),
 ]
 LabelsOption = Annotated[
-    str | None, typer.Option(help="Label words, separated by commas. Without it: the labels that occur, sorted.")
+    str | None,
+    typer.Option(
+        help="Label words, separated by commas; one with a comma in it in double quotes, as in 'yes,\"no, never\"'. "
+        "Labels that are numbers 0, 1, … mean these words in their order. Without it: the labels that occur, sorted."
+    ),
 ]
+TextColumnOption = Annotated[
+    str | None, typer.Option(help="The column that {text} stands for. Without it: text, or prompt without labels.")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option(help="The column of the labels. Without it: label, or completion without labels.")
+]
+SeparatorOption = Annotated[
+    str | None,
+    typer.Option(
+        help='What separates the cells of a CSV file, such as ";" or tab. Without it: found out from the file'
+    ),
+]
+DATA_FILES = (
+    "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
+    "also as .gz)"
+)
+
+
+def set_threads(threads: int | None) -> None:
+    """Let PyTorch compute with the threads of `--threads`, or without it on the free cores; said where some are not."""
+    found = use_threads(threads)
+    if found is not None and found.free < found.allowed:
+        notice(
+            f"ofa: computing with {found.free} {'thread' if found.free == 1 else 'threads'}: of {found.allowed} cores "
+            f"other processes use {found.busy:.1f}{'' if found.quota is None else f', the quota is {found.quota:g}'} "
+            "(--threads chooses)"
+        )
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -76,7 +124,25 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
     if value is None:
         return None
     typed = [str(item) for item in items]
-    return typed if repeats else ",".join(typed)
+    for item in typed:
+        _refuse_surrogates(item, name, path)
+    return typed if repeats else _joined(typed) if len(typed) > 1 else typed[0] if typed else None
+
+
+def _joined(labels: list[str]) -> str:
+    """A list as one line of CSV, in which a label may hold a comma."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(labels)
+    return line.getvalue()
+
+
+def _refuse_surrogates(typed: str, name: str, path: Path) -> None:
+    try:
+        typed.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path} sets {name} to {typed!r}, half of a surrogate pair; write the character itself"
+        ) from error
 
 
 ConfigOption = Annotated[

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated, warn
 from ofa.commands.options import (
     BatchOption,
     ConfigOption,
@@ -17,83 +19,198 @@ from ofa.commands.options import (
     JsonOption,
     ModelOption,
     OfflineOption,
+    QuietOption,
+    SeparatorOption,
+    TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from ofa.commands.predictions import Naming, PredictionFile, Survey
+    from ofa.evaluation import Scorer
+    from ofa.tasks import Task
+    from ofa.tasks.tables import Row, Table
+
+_BATCHES = 64
+"""Batches that are predicted together, sorted by length, and written together; what a stopped run loses."""
 
 
 @reports_errors
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
     text: Annotated[list[str] | None, typer.Option(help="A text to label; may be given several times.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one text per line; - reads standard input.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "--file",
+            help="A file with the columns that the adapter's template asks for (.jsonl, .ndjson, .json, .csv, .tsv, "
+            ".parquet, each also as .gz), or a .txt file with one text per line; - reads lines from standard input.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .csv or .jsonl file for the columns of --data with the label and the probability of each label. It "
+            "appears when it is complete."
+        ),
+    ] = None,
+    text_column: TextColumnOption = None,
+    separator: SeparatorOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the file of a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Label new texts with an adapter, with a probability for each label.
 
     Example: ofa predict adapter --text "a tedious film" --json
-    """
-    texts = [*(text or []), *(_lines(file) if file else [])]
-    if not texts:
-        raise InputError(f"there is no text to label{f' in {file}' if file else ''}; give --text or --file")
 
-    from ofa.commands.adapted import open_adapter
+    Of a file: ofa predict adapter --data films.csv --out labelled.csv
+
+    Every row has its answer, in order; one without text has none. Ctrl-C stops a run with --out, and the same command
+    with --resume continues it.
+    """
+    from ofa.commands.adapted import adapter_digest, open_adapter, read_task
+    from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
+    from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
+
+    if out is not None:
+        check_out(out)
+    task = read_task(adapter, text_column)
+    if data is None or suffix_of(data) in TEXT_SUFFIXES:
+        task = _of_texts(task, data)
+    rows = _Rows(text or [], Table(data, separator, texts=task.columns.names[0]) if data else None, task)
+    found = survey(rows, task)
+    if not found.rows:
+        raise InputError(f"there is no text to label{f' in {data}' if data else ''}; give --text or --data")
+    for position, one in enumerate(text or [], start=1):
+        if not one.strip():
+            raise InputError(f"--text number {position} is nothing but blanks: give it some words, or leave it out")
+    where: dict[str, Any] = {"device": device, "offline": offline, "trust_remote_code": trust_remote_code}
     from ofa.evaluation import Scorer
 
-    subject = open_adapter(
-        adapter, model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code
-    )
-    scorer = Scorer(subject.model, subject.tokenizer, subject.task, batch_size=batch_size)
-    if subject.task.open_ended:
-        answers: list[dict[str, Any]] = [
-            {"text": one, "completion": completion}
-            for one, completion in zip(texts, scorer.generate(texts), strict=True)
-        ]
+    set_threads(threads)
+    subject = open_adapter(adapter, model, dtype=dtype, **where)
+    scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size)
+    naming = Naming(found.columns, task.labels)
+    if out is not None:
+        made_with = {"adapter": adapter_digest(adapter), "model": model, "dtype": dtype, "template": task.to_dict()}
+        file = PredictionFile(out, naming, made_with)
+        with file.opened(resume=resume, overwrite=overwrite):
+            _write(file, rows, scorer, found)
+        notice(f"{found.rows:,} rows: {out}")
     else:
-        rows = scorer.predict_proba(texts).tolist()
-        answers = [_answer(one, row, subject.task.labels) for one, row in zip(texts, rows, strict=True)]
+        answers = [answer for _, part in _answered(rows, scorer, naming, found.rows) for answer in part]
+        if as_json:
+            show_json(answers)
+        else:
+            _show(answers, naming, task)
     tell_truncated(scorer.truncated)
-    if as_json:
-        show_json(answers)
-    else:
-        _show(answers)
+    if found.blank:
+        warn(f"{found.blank} of the {found.rows} rows have no text, and so no label")
 
 
-def _answer(text: str, row: list[float], labels: tuple[str, ...]) -> dict[str, Any]:
-    best = max(range(len(labels)), key=row.__getitem__)
-    return {"text": text, "label": labels[best], "probabilities": dict(zip(labels, row, strict=True))}
+@dataclass(frozen=True)
+class _Rows:
+    """What is to be predicted: single texts, then the rows of a table; every iteration begins at the first."""
+
+    texts: list[str]
+    table: Table | None
+    task: Task
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        for position, text in enumerate(self.texts, start=1):
+            where = f"--text number {position}"
+            yield where, {self.task.columns.names[0]: self.task.text_of(text, where)}
+        yield from self.table or ()
 
 
-def _lines(file: Path) -> list[str]:
-    from ofa.files import reason
+def _of_texts(task: Task, data: str | None) -> Task:
+    """The task for texts that are in no columns: {text} is in the column text.
 
-    try:
-        content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    Raises:
+        InputError: the template asks for several columns.
+    """
+    names = task.columns.names
+    if len(names) > 1:
         raise InputError(
-            f"{file} cannot be read ({reason(error)}); give a UTF-8 text file with one text per line"
-        ) from error
-    return [line for line in content.splitlines() if line.strip()]
+            f"{data or '--text'} gives texts without columns, but the adapter's template asks for "
+            f"{' and '.join(names)}: give --data with a file of these columns"
+        )
+    from ofa.tasks import with_columns
+
+    return with_columns(task, "text")
 
 
-def _show(answers: list[dict[str, Any]]) -> None:
+def _write(file: PredictionFile, rows: _Rows, scorer: Scorer, found: Survey) -> None:
+    try:
+        for part, answers in _answered(file.remaining(rows), scorer, file.naming, found.rows, done=file.rows):
+            file.append(part, answers)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped with {file.rows:,} of {found.rows:,} rows written; the same command with --resume continues"
+        ) from None
+
+
+def _answered(
+    rows: Iterable[tuple[str, Row]], scorer: Scorer, naming: Naming, total: int, *, done: int = 0
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Parts of the rows, and their answers."""
+    left = iter(rows)
+    with progress_bar("predicting") as update:
+        while part := list(islice(left, _BATCHES * scorer.batch_size)):
+
+            def progress(now: int, _: int, before: int = done) -> None:
+                update(before + now, total, "")
+
+            yield [row for _, row in part], _answers(part, scorer, naming, progress)
+            done += len(part)
+
+
+def _answers(
+    part: list[tuple[str, Row]], scorer: Scorer, naming: Naming, progress: Callable[[int, int], None]
+) -> list[Row]:
+    columns, labels = scorer.task.columns, scorer.task.labels
+    answers = [naming.answer(row, None, None) for _, row in part]
+    filled = [index for index, (where, row) in enumerate(part) if columns.has_text(row, where)]
+    texts = [columns.text(part[index][1], part[index][0]) for index in filled]
+    if not labels:
+        for index, completion in zip(filled, scorer.generate(texts, progress=progress), strict=True):
+            answers[index] = naming.answer(part[index][1], completion, None)
+        return answers
+    probabilities = scorer.predict_proba(texts, progress=progress)
+    for index, best, each in zip(filled, probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True):
+        answers[index] = naming.answer(part[index][1], labels[best], each)
+    return answers
+
+
+def _show(answers: list[Row], naming: Naming, task: Task) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from ofa.tasks.columns import find_column
+
     table = Table()
-    columns = ("completion",) if "completion" in answers[0] else ("label", "probability")
-    for name in (*columns, "text"):
+    columns = (naming.label, "probability") if task.labels else (naming.flat[-1],)
+    for name in (*columns, *task.columns.names):
         table.add_column(name)
     for answer in answers:
-        cells = [answer.get("completion") or answer["label"]]
-        if "label" in answer:
-            cells.append(f"{answer['probabilities'][answer['label']]:.3f}")
-        table.add_row(*(Text(cell) for cell in (*cells, answer["text"])))
+        cells = [answer[columns[0]]]
+        if task.labels:
+            by_label: Any = answer[naming.probabilities]
+            cells.append(by_label and f"{max(by_label.values()):.3f}")
+        own = (answer[find_column(name, answer, "the row")] for name in task.columns.names)
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in (*cells, *own)))
     show(table)

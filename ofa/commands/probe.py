@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,17 +12,24 @@ import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
+    DATA_FILES,
     BatchOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LabelColumnOption,
     LabelsOption,
     ModelOption,
     OfflineOption,
     OverwriteOption,
+    QuietOption,
+    SeparatorOption,
     TemplateOption,
+    TextColumnOption,
+    ThreadsOption,
     TrustOption,
+    set_threads,
 )
 from ofa.errors import InputError
 
@@ -39,7 +46,7 @@ BASE = "base model"
 @reports_errors
 def probe(
     data: Annotated[
-        str, typer.Option(help="Labelled examples: a .jsonl or .csv file, a folder with task.json, or a task's name.")
+        str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for probe.png, probe.csv and probe.json.")],
     adapters: Annotated[
@@ -67,13 +74,18 @@ def probe(
     tokens: Annotated[str, typer.Option(help="Tokens that count for the step ratio: all or last.")] = "all",
     template: TemplateOption = None,
     labels: LabelsOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    separator: SeparatorOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -94,13 +106,16 @@ def probe(
     check_options(**how, step_ratio=1, sharpness=1, granularity="layer", epsilon=None, probe="rademacher", steps=1)
     how |= {"seed": seed, "batch_size": batch_size}
     where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
+    columns = {"text_column": text_column, "label_column": label_column}
     with claimed_folder(out, overwrite=overwrite) as folder:
+        set_threads(threads)
         read = _read(folders)
-        subject = _subject(folders, model, data, template, labels, where)
+        subject = _subject(folders, model, data, template, labels, where, columns, separator)
         task = subject.task
-        examples = _at_most(size, test_data(data, task, offline=offline), task, seed)
+        examples = _at_most(size, test_data(data, task, separator=separator, offline=offline), task, seed)
         pool, shown = (
-            demonstration_pool(name, task, offline=offline) if name else () for name in (linear_probe, demonstrations)
+            demonstration_pool(name, task, separator=separator, offline=offline) if name else ()
+            for name in (linear_probe, demonstrations)
         )
         how["training"] = _at_most(linear_size, pool, task, seed)
         how["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
@@ -151,12 +166,13 @@ def _read(folders: list[Path]) -> list[Adapter]:
         InputError: a folder is no adapter of ours, or was made for another task than the first.
     """
     from ofa.adapters import read_adapter
+    from ofa.tasks import Task
 
     read = [read_adapter(folder) for folder in folders]
     for adapter in read:
         if "task" not in adapter.details:
             raise InputError(f"{adapter.folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
-        asked, first = ({**one.details["task"], "name": ""} for one in (adapter, read[0]))
+        asked, first = (replace(Task.from_dict(one.details["task"]), name="any") for one in (adapter, read[0]))
         if asked != first:
             raise InputError(
                 f"{adapter.folder} was made for another template or other labels than {read[0].folder}; "
@@ -172,6 +188,8 @@ def _subject(
     template: str | None,
     labels: str | None,
     where: dict[str, Any],
+    columns: dict[str, str | None],
+    separator: str | None,
 ) -> Adapted:
     """The base model, without any adapter in it, and the task."""
     from ofa.commands.adapted import Adapted, open_adapter
@@ -180,12 +198,14 @@ def _subject(
     from ofa.tuning import restore_norms
 
     if not folders:
-        task = training_data(data, template, labels, offline=where["offline"]).task
+        task = training_data(data, template, labels, **columns, separator=separator, offline=where["offline"]).task
         loaded = load_model(model, progress=notice, **where)
         return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
     if template or labels:
         raise InputError(f"{folders[0]} brings its own template and labels; leave out --template and --labels")
-    subject = open_adapter(folders[0], model, **where)
+    subject = open_adapter(
+        folders[0], model, **where, text_column=columns["text_column"], label_column=columns["label_column"]
+    )
     restore_norms(subject.model)
     return subject
 

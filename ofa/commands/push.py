@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from ofa.commands.console import notice, reports_errors, show
-from ofa.commands.options import ConfigOption
+from ofa.commands.options import (
+    ConfigOption,
+    QuietOption,
+)
 
 
 @reports_errors
@@ -24,6 +27,7 @@ def push(
         bool, typer.Option("--metrics", help="Send the records and the figure of the training run too.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Commit to a repository that exists.")] = False,
+    quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Put an adapter and its model card on the Hugging Face hub; the token is that of `hf auth login` or HF_TOKEN.

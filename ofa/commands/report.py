@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, reports_errors, show, show_json
-from ofa.commands.options import ConfigOption, JsonOption
+from ofa.commands.console import notice, reports_errors, show, show_json, warn
+from ofa.commands.options import (
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+)
 from ofa.comparison.records import CONTEXTS
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ def report(
             "within a task, the average is over the finished ones, and has every method.",
         ),
     ] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -48,9 +53,10 @@ def report(
     if whole:
         records, left_out = whole_tasks(records)
         for task in left_out:
-            notice(f"ofa: {task} is left out, which some method has not run with every seed")
+            warn(f"{task} is left out, which some method has not run with every seed")
     content = build(records, read_runs(folder))
-    with claimed_folder(out or folder, overwrite=True) as target:
+    # A comparison may be under way in it: a report is of the cells that are there.
+    with claimed_folder(out or folder, overwrite=True, shared=True) as target:
         written = write_report(content, target)
     if as_json:
         show_json({**summary(content), "files": [str(path) for path in written]})

@@ -82,7 +82,9 @@ class CellRunner:
             _wait_for_device()
             fit_seconds = time.perf_counter() - started
             scores, truncated = {}, 0
-            for context in predictor.contexts:
+            tested = [context for context in predictor.contexts if context in job.contexts] or predictor.contexts
+            untested = [context for context in predictor.contexts if context not in tested]
+            for context in tested:
                 # None leaves it to the method, which may have demonstrations of its own in front of a text.
                 shown = shots if context == "demonstrations" else None
                 result = predictor.evaluate(job.tested, demonstrations=shown, batch_size=self._batch_size)
@@ -94,7 +96,11 @@ class CellRunner:
                 fit_seconds=round(fit_seconds, 4),
                 trainable_parameters=predictor.trainable_parameters,
                 stored_bytes=predictor.stored_bytes,
-                notes={**predictor.notes, **({"truncated_texts": truncated} if truncated else {})},
+                notes={
+                    **predictor.notes,
+                    **({"truncated_texts": truncated} if truncated else {}),
+                    **({"untested": untested} if untested else {}),
+                },
             )
 
     def _left_behind(self) -> str | None:

@@ -48,6 +48,8 @@ class Grid(BaseModel):
     seeds: tuple[int, ...]
     shots: int = Field(5, ge=1)
     test_size: int = Field(500, ge=1)
+    contexts: tuple[Literal["prompt", "demonstrations"], ...] = ("prompt", "demonstrations")
+    """What may stand in front of a tested text; a method that is tested in none of these has its own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     order: Literal["slow-first", "quick-first"] = "slow-first"
     """Of the methods of a task: no worker is left with a slow one at the end, or most are done if time runs out."""
@@ -68,6 +70,11 @@ class Grid(BaseModel):
             for settings in _combinations(method, given)
         )
         return _filled("methods", rows)
+
+    @field_validator("contexts", mode="before")
+    @classmethod
+    def _contexts(cls, value: Any) -> Any:
+        return _filled("contexts", _unique(_items(value)))
 
     @field_validator("seeds", mode="before")
     @classmethod

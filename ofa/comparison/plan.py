@@ -33,7 +33,10 @@ SLOW_FIRST = (
     "soft-prompt",
     "task-vector",
     "icl",
+    "icl-calibrated",
     "label-anchor",
+    "linear-probe",
+    "centroids",
     "zero-shot",
 )
 """Methods by the mean seconds of their cells in benchmarks/results/comparison_cpu."""
@@ -66,6 +69,7 @@ class Job:
     shots: FewShot
     tested: tuple[Example, ...]
     material: Mapping[str, Any]
+    contexts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Plan:
         plan = self.tasks[cell.task]
         others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
         material = material_for(cell.method, Material(plan.data.train, others))
-        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material)
+        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material, self.grid.contexts)
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
         """The cells without a record; with `retry_failed` those whose record is a failure, too."""
@@ -129,7 +133,9 @@ class Plan:
         return [plan for name, plan in self.tasks.items() if name != cell.task]
 
     def _is_outdated(self, record: Record) -> bool:
-        """Whether a method that says which other tasks it learned from had other ones than those of this grid."""
+        """Whether a context of this grid was left out, or the method learned from other tasks than this grid's."""
+        if set(record.notes.get("untested", ())) & set(self.grid.contexts):
+            return True
         told = record.notes.get("other_tasks")
         return told is not None and told != [other.task.name for other in self._others(record.cell)]
 

@@ -128,12 +128,12 @@ class Progress(Protocol):
 
 
 @contextmanager
-def shown(tally: Tally) -> Iterator[Progress]:
-    """Progress on standard error: one line that stays up to date on a terminal, a line for each cell elsewhere."""
+def shown(tally: Tally, *, quiet: bool = False) -> Iterator[Progress]:
+    """Progress on standard error: a line that stays up to date on a terminal, else a line for each cell, or nothing."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+    if quiet or not console.is_terminal:
         yield _Lines(tally, console)
         return
     with console.status("loading the model") as status:

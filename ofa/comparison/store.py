@@ -10,15 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ofa.comparison.records import PROTOCOL, Record
 from ofa.errors import InputError
-from ofa.files import claim_folder, reason, write_json
+from ofa.files import claim_folder, reason, sole_writer, write_json
 
 RESULTS = "results.jsonl"
 RUN = "run.json"
-_LOCK = ".results.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -103,19 +100,11 @@ def opened(folder: str | Path) -> Iterator[ResultsFile]:
             are damaged or of another version of the protocol.
     """
     path = Path(folder) / RESULTS
-    lock = FileLock(path.with_name(_LOCK))
-    claim_folder(folder, overwrite=path.is_file() or path.with_name(_LOCK).is_file())
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"another run is writing to {folder} at this moment: wait for its end, or choose another output folder"
-        ) from error
-    try:
+    claim_folder(folder, overwrite=True)
+    with sole_writer(path.parent):
+        claim_folder(folder, overwrite=path.is_file())
         with _opened_for_appending(path) as descriptor:
             yield ResultsFile(path, descriptor, _mended(path, descriptor))
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 METHODS = {
     "zero-shot": "ofa.methods.zero_shot",
     "icl": "ofa.methods.in_context",
+    "icl-calibrated": "ofa.methods.calibrated_in_context",
+    "linear-probe": "ofa.methods.linear_probe",
+    "centroids": "ofa.methods.centroids",
     "soft-prompt": "ofa.methods.soft_prompt",
     "label-anchor": "ofa.methods.label_anchor",
     "task-vector": "ofa.methods.task_vector",

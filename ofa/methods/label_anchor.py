@@ -23,7 +23,7 @@ from ofa.errors import InputError
 from ofa.evaluation import Scorer, evaluating
 from ofa.methods import Predictor, nothing_to_release
 from ofa.shared_prefix import SharedPrefix
-from ofa.tasks.task import TEXT_SLOT, Example, Task
+from ofa.tasks.task import Example, Task
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
@@ -81,8 +81,8 @@ class AnchorEncoder(Encoder):
 
     def _parts(self, example: Example, *, first: bool) -> tuple[list[int], list[int], list[int]]:
         """Ids of a demonstration, of what stands before its text, and of what stands behind it."""
-        head, tail = self.task.template.split(TEXT_SLOT)
-        head, tail = head.rstrip(" "), tail + self.task.target(example.label) + "\n"
+        parts = self.task.parts
+        head, tail = parts.head.rstrip(" "), parts.tail + self.task.target(example.label) + "\n"
         if first:
             alone = self.tokenizer(head, add_special_tokens=False)["input_ids"]
             return super()._joined([example]), [*self.leading, *alone], self._continued(tail)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 
 from ofa.errors import InputError
-from ofa.tasks.local import did_you_mean, read_task_folder
+from ofa.tasks.columns import did_you_mean
+from ofa.tasks.local import read_task_folder
 from ofa.tasks.task import TaskData
 
 DEMO_TASKS = ("reviews", "tickets", "questions")

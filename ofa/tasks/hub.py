@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ofa.errors import InputError
+from ofa.tasks.columns import Columns, are_numbers, did_you_mean, find_column, sorted_labels
+from ofa.tasks.duplicates import warn_of_alike_labels, warn_of_duplicates, warn_of_shared_texts
 from ofa.tasks.hub_access import HubDataset, find_dataset
-from ofa.tasks.local import check_labels, did_you_mean, read_rows
+from ofa.tasks.local import draft, examples_of, say_that_labels_are_numbers
+from ofa.tasks.tables import Row, Table
 from ofa.tasks.task import Example, Task, TaskData
 
 
@@ -177,8 +180,8 @@ def load_hub_dataset(
     hub_id: str,
     *,
     template: str,
-    text_column: str = "text",
-    label_column: str = "label",
+    text_column: str = "",
+    label_column: str = "",
     label_words: Sequence[str] = (),
     open_ended: bool = False,
     config: str | None = None,
@@ -187,25 +190,36 @@ def load_hub_dataset(
     test_split: str | None = "test",
     offline: bool = False,
 ) -> TaskData:
-    """Load any data set of the hub that has a text column and a label column; `test_split=None` leaves the test empty.
+    """Load any data set of the hub with the columns of the template and of the label; `test_split=None`: no test.
 
     `label_words` are the words for the integers 0, 1, … of the data, and may be left out where the data carries names.
-    With `open_ended` the two columns are prompt and completion; with `offline` only the cache is read. Raises
-    `InputError` where it cannot be loaded or used.
+    With `open_ended` the two columns are prompt and completion; with `offline` only the cache is read. Rows without
+    text are left out. Raises `InputError` where it cannot be loaded or used.
     """
     splits = [split for split in (train_split, test_split) if split is not None]
-    columns = (text_column, label_column)
+    columns = draft(template, open_ended, text_column, label_column).columns
     found = find_dataset(hub_id, config=config, revision=revision, offline=offline)
-    tables = [_table(found.split(split), f"{hub_id} ({split})", columns) for split in splits]
-    words = () if open_ended else tuple(label_words)
+    tables = [_column_table(found.split(split), f"{hub_id} ({split})", columns) for split in splits]
+    names = tables[0].label_names.get(find_column(columns.label_column, tables[0].columns, hub_id), ())
+    words = () if open_ended else tuple(label_words) or names
     read = [
-        _examples(table, text_column, label_column, _named_labels(table, label_column, words, open_ended))
+        examples_of(
+            (row for row in table.rows() if columns.has_text(row[1], row[0])), columns, words, table.label_names
+        )
         for table in tables
     ]
-    named = () if open_ended else words or tables[0].label_names.get(label_column) or _distinct_labels(read)
-    task = Task(hub_id, template, named)
     for table, examples in zip(tables, read, strict=True):
-        check_labels(examples, task, table.where)
+        if not examples:
+            raise InputError(f"{table.where} has no row with {' and '.join(columns.names)}: choose another split")
+        warn_of_duplicates(examples, table.where, pairs=open_ended)
+    for examples in read[1:]:
+        warn_of_shared_texts(read[0], examples, hub_id)
+    if not (open_ended or words):
+        warn_of_alike_labels([example for part in read for example in part], hub_id)
+    named = () if open_ended else words or sorted_labels(example.label for part in read for example in part)
+    if named and not words and are_numbers(named):
+        say_that_labels_are_numbers(hub_id, named)
+    task = Task(hub_id, template, named, text_column, label_column)
     return TaskData(task, tuple(read[0]), tuple(read[1]) if len(read) > 1 else ())
 
 
@@ -226,6 +240,11 @@ class _Table:
         wanted = " or ".join(f'"{name}"' for name in candidates)
         found = ", ".join(f'"{name}"' for name in self.found) or "none"
         raise InputError(f"{self.where} has no column {wanted} (columns found: {found}): name the right column")
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Each row of the columns in memory, with where it stands."""
+        for number, values in enumerate(zip(*self.columns.values(), strict=True), start=1):
+            yield f"row {number} of {self.where}", dict(zip(self.columns, values, strict=True))
 
 
 def _hub_copy(row: HubTask, offline: bool) -> HubDataset | Path:
@@ -281,29 +300,6 @@ def _number_or_name(value: object, names: tuple[str, ...] | None) -> str | int |
     return value if isinstance(value, int) else None
 
 
-def _named_labels(table: _Table, label_column: str, words: tuple[str, ...], open_ended: bool) -> list[str]:
-    column = table.column(label_column)
-    names = words or table.label_names.get(column, ())
-    labels = []
-    for number, value in enumerate(table.columns[column], start=1):
-        where = f'row {number} of {table.where}: "{column}" is {value!r}'
-        if isinstance(value, str) and value.strip():
-            labels.append(value.strip())
-        elif not isinstance(value, int) or open_ended:
-            raise InputError(f"{where}, which is not a label or a completion: name the right column")
-        elif not names:
-            raise InputError(f"{where}, a number without a name: give the label words in the order of the numbers")
-        elif not 0 <= value < len(names):
-            raise InputError(f"{where}, but there are {len(names)} label words: give all of them, or a labelled split")
-        else:
-            labels.append(names[value])
-    return labels
-
-
-def _distinct_labels(splits: Iterable[Sequence[Example]]) -> tuple[str, ...]:
-    return tuple(sorted({example.label for examples in splits for example in examples}))
-
-
 def _check_every_label(row: HubTask, examples: Sequence[Example], split: str, source: str | Path | None) -> None:
     seen = {example.label for example in examples}
     absent = [label for label in row.labels if label not in seen]
@@ -316,7 +312,7 @@ def _read_folder(folder: Path, row: HubTask, split: str, columns: Sequence[str])
     files = _split_files(folder, row, split)
     where = " and ".join(str(file) for file in files)
     if files[0].suffix != ".parquet":
-        rows = [values for file in files for _, values in read_rows(file)]
+        rows = [values for file in files for _, values in Table(file)]
         found = tuple(rows[0]) if rows else ()
         return _Table(where, found, {name: [values.get(name) for values in rows] for name in columns if name in found})
     import datasets
@@ -341,6 +337,17 @@ def _split_files(folder: Path, row: HubTask, split: str) -> list[Path]:
                 if files:
                     return files
     raise InputError(f'{folder} has no parquet, jsonl or csv file of the split "{split}": copy all of {row.hub_id}')
+
+
+def _column_table(dataset: Any, where: str, columns: Columns) -> _Table:
+    """Only the columns of the template and of the label are taken into memory.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    flags = {columns.text_column: "--text-column", columns.label_column: "--label-column"}
+    wanted = [*columns.names, columns.label_column]
+    return _table(dataset, where, [find_column(name, dataset.column_names, where, flags.get(name)) for name in wanted])
 
 
 def _table(dataset: Any, where: str, columns: Sequence[str]) -> _Table:

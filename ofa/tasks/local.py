@@ -1,68 +1,123 @@
-"""Examples and tasks from the user's own files: JSON lines or CSV, and folders with a task.json."""
+"""Examples and tasks from the user's own files, and from folders with a task.json."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-import json
-import os
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ofa.errors import InputError
-from ofa.tasks.task import Example, Task, TaskData
+from ofa.tasks.columns import Columns, are_numbers, sorted_labels, unknown_label
+from ofa.tasks.duplicates import warn_of_alike_labels, warn_of_duplicates, warn_of_shared_texts
+from ofa.tasks.tables import SUFFIXES, FilePath, Row, Table, located, parse_json, read_text
+from ofa.tasks.task import TEXT_SLOT, Example, Task, TaskData
 
-JSON_SUFFIXES = (".jsonl", ".json-lines")
-SUFFIXES = (*JSON_SUFFIXES, ".csv")
-PAIR_COLUMNS = ("prompt", "completion")
-LABELLED_COLUMNS = ("text", "label")
-
-FilePath = str | os.PathLike[str] | Traversable
+logger = logging.getLogger(__name__)
 
 
-def read_examples(path: FilePath, *, open_ended: bool = False, task: Task | None = None) -> list[Example]:
-    """Read the examples of a .jsonl, .json-lines or .csv file in UTF-8, in file order.
+def read_examples(
+    path: FilePath, *, open_ended: bool = False, task: Task | None = None, separator: str | None = None
+) -> list[Example]:
+    """Read the examples of a file of any kind that `Table` reads, in file order.
 
-    The columns are text and label, or prompt and completion when `open_ended`; others are ignored, and so is
-    whitespace around a value. With a `task`, its kind decides the columns and every label must be one of its labels.
-    Raises `InputError`, naming the file and the line, for whatever cannot be used.
+    The columns are those of the `task`, and every label must be one of its labels; without a task they are text and
+    label, or prompt and completion when `open_ended`. Others are ignored, and so is whitespace around a text. Rows
+    without any value are left out. Raises `InputError`, naming the file and the line, for whatever cannot be used.
     """
     pairs = task.open_ended if task else open_ended
-    labels = task.labels if task else ()
-    columns = PAIR_COLUMNS if pairs else LABELLED_COLUMNS
-    is_csv = _suffix(path) == ".csv"
-    examples = []
-    for where, row in read_rows(path):
-        text, label = (_cell(row, column, columns, where) for column in columns)
-        example = Example(_text(text, columns[0], where), _label(label, columns[1], where, labels, is_csv))
-        if labels and example.label not in labels:
-            raise _unknown_label(example.label, labels, where)
-        examples.append(example)
-    if not examples:
-        raise InputError(f"{path} has no examples: add rows with {columns[0]} and {columns[1]}")
-    return examples
+    columns = task.columns if task else draft(TEXT_SLOT, pairs).columns
+    table = Table(path, separator)
+    return _checked(examples_of(table, columns, task.labels if task else (), table.class_names), columns, path)
 
 
-def read_task_folder(path: FilePath) -> TaskData:
-    """Read a folder with task.json (name, template, labels), train.jsonl or .csv, and test.jsonl or .csv.
+def read_file(
+    path: FilePath,
+    *,
+    template: str | None = None,
+    labels: Sequence[str] = (),
+    text_column: str = "",
+    label_column: str = "",
+    separator: str | None = None,
+) -> TaskData:
+    """Read a file as a task of the file's name, all of whose examples are training examples.
 
-    The test file may be missing. Raises `InputError`, naming the file and the line, for whatever cannot be used.
+    Without a template they are prompt and completion pairs. Without labels it is those that occur. Raises `InputError`
+    for whatever cannot be used.
     """
-    folder = _located(path)
+    name = Path(located(path).name).name.split(".")[0] or "data"
+    if template is None:
+        return _read_pairs(path, Task(name, TEXT_SLOT, (), text_column, label_column), separator)
+    columns = draft(template, False, text_column, label_column).columns
+    table = Table(path, separator)
+    words = tuple(labels) or class_names_of(columns.label_column, table.class_names)
+    examples = _checked(examples_of(table, columns, words, table.class_names), columns, path)
+    found = words or sorted_labels(example.label for example in examples)
+    if not words:
+        warn_of_alike_labels(examples, path)
+    if not words and are_numbers(found):
+        say_that_labels_are_numbers(path, found)
+    return TaskData(Task(name, template, found, text_column, label_column), tuple(examples))
+
+
+def read_task_folder(
+    path: FilePath, *, text_column: str = "", label_column: str = "", separator: str | None = None
+) -> TaskData:
+    """Read a folder with task.json (name, template, labels) and a file of each split, such as train.jsonl and test.csv.
+
+    The test file may be missing. The columns are those of task.json, unless they are given here. Raises `InputError`,
+    naming the file and the line, for whatever cannot be used.
+    """
+    folder = located(path)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give a folder that holds task.json and train.jsonl or train.csv")
-    task = _read_task(folder.joinpath("task.json"))
+    task = with_columns(_read_task(folder.joinpath("task.json")), text_column, label_column)
     train = _split_file(folder, "train")
     if train is None:
         raise InputError(f"{folder} has no train.jsonl or train.csv: add the training examples there")
     test = _split_file(folder, "test")
-    return TaskData(
+    data = TaskData(
         task=task,
-        train=tuple(read_examples(train, task=task)),
-        test=tuple(read_examples(test, task=task)) if test is not None else (),
+        train=tuple(read_examples(train, task=task, separator=separator)),
+        test=tuple(read_examples(test, task=task, separator=separator)) if test is not None else (),
     )
+    warn_of_shared_texts(data.train, data.test, folder)
+    return data
+
+
+def examples_of(
+    rows: Iterable[tuple[str, Row]],
+    columns: Columns,
+    labels: Sequence[str] = (),
+    class_names: Mapping[str, Sequence[str]] | None = None,
+) -> list[Example]:
+    """The examples of rows, each with where it stands; `class_names` are the names of a column's integers.
+
+    Rows without any value are left out. Raises `InputError` for a row that cannot be used.
+    """
+    names = class_names_of(columns.label_column, class_names or {})
+    return [
+        Example(columns.text(row, where), columns.label(row, where, labels, names))
+        for where, row in rows
+        if not _is_empty(row)
+    ]
+
+
+def draft(template: str, pairs: bool, text_column: str = "", label_column: str = "") -> Task:
+    """A task whose labels are not known yet: it says which columns are read."""
+    return Task("data", template, () if pairs else ("0", "1"), text_column, label_column)
+
+
+def class_names_of(column: str, class_names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The names of the integers of a column, in any case; none where the data has none."""
+    folded = {name.strip().casefold(): names for name, names in class_names.items()}
+    return tuple(class_names.get(column, folded.get(column.strip().casefold(), ())))
+
+
+def with_columns(task: Task, text_column: str = "", label_column: str = "") -> Task:
+    """The task with other columns in place of its own, where they are given."""
+    own = (text_column or task.text_column, label_column or task.label_column)
+    return Task(task.name, task.template, task.labels, *own)
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
@@ -74,153 +129,50 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
         return
     for number, example in enumerate(examples, start=1):
         if example.label not in task.labels:
-            raise _unknown_label(example.label, task.labels, f"example {number} of {where}")
+            raise unknown_label(example.label, task.labels, f"example {number} of {where}")
 
 
-def read_rows(path: FilePath) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield each row of a JSON-lines or CSV file as (where it stands, values by column); blank lines are skipped."""
-    file = _located(path)
-    suffix = _suffix(file)
-    if suffix not in SUFFIXES:
-        raise InputError(f'{file} has the unknown suffix "{suffix}": use {", ".join(SUFFIXES)}')
-    content = _read_text(file)
-    return _json_rows(content, file) if suffix in JSON_SUFFIXES else _csv_rows(content, file)
+def say_that_labels_are_numbers(where: object, labels: Sequence[str]) -> None:
+    """A model knows words better than the numbers that stand for them."""
+    shown = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+    logger.warning("the labels of %s are numbers (%s): --labels gives words for them, in their order", where, shown)
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A clause that offers the known word nearest to a mistyped one, or nothing where none is near."""
-    folded = {candidate.casefold(): candidate for candidate in known}
-    near = difflib.get_close_matches(word.strip().casefold(), folded, n=1)
-    return f', did you mean "{folded[near[0]]}"?' if near else ""
-
-
-def _located(path: FilePath) -> Traversable:
-    return Path(path) if isinstance(path, str | os.PathLike) else path
-
-
-def _suffix(path: FilePath) -> str:
-    return Path(_located(path).name).suffix.lower()
-
-
-def _read_text(file: Traversable) -> str:
-    if not file.is_file():
-        raise InputError(f"{file} does not exist or is not a file: check the path")
+def _read_pairs(path: FilePath, task: Task, separator: str | None) -> TaskData:
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}, line {line} is not UTF-8 text: save the file with UTF-8 encoding") from error
+        return TaskData(task, tuple(read_examples(path, task=task, separator=separator)))
+    except InputError as error:
+        raise InputError(
+            f"{path} was read as prompt and completion pairs because there is no --template, and {error}; "
+            "for labelled texts give --template"
+        ) from error
 
 
-def _json_rows(content: str, file: Traversable) -> Iterator[tuple[str, dict[str, object]]]:
-    # Not splitlines(): a text may hold other Unicode line separators, which JSON does not escape.
-    for line, record in enumerate(content.split("\n"), start=1):
-        if record.strip():
-            where = f"{file}, line {line}"
-            row = _parse_json(record, file, first_line=line)
-            if not isinstance(row, dict):
-                raise InputError(f"{where} holds no JSON object: write one object with its columns per line")
-            yield where, row
+def _checked(examples: list[Example], columns: Columns, path: FilePath) -> list[Example]:
+    if not examples:
+        wanted = " and ".join([*columns.names, columns.label_column])
+        raise InputError(f"{path} has no examples: add rows with {wanted}")
+    warn_of_duplicates(examples, path, pairs=columns.pairs)
+    return examples
 
 
-def _csv_rows(content: str, file: Traversable) -> Iterator[tuple[str, dict[str, object]]]:
-    records = csv.reader(io.StringIO(content, newline=""), strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for record in records:
-            # The reader has passed the end of the record, which may span lines; the user looks for its beginning.
-            where, line = f"{file}, line {line}", records.line_num + 1
-            if not any(cell.strip() for cell in record):
-                continue
-            if header is None:
-                header = [cell.strip() for cell in record]
-                continue
-            if len(record) != len(header):
-                raise InputError(
-                    f"{where} has {len(record)} cells but the header has {len(header)}: "
-                    "put texts that contain commas in double quotes"
-                )
-            yield where, dict(zip(header, record, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{file}, line {line} is broken CSV ({error}): check its quotes") from error
+def _is_empty(row: Row) -> bool:
+    return all(value is None or (isinstance(value, str) and not value.strip()) for value in row.values())
 
 
 def _read_task(file: Traversable) -> Task:
     if not file.is_file():
         raise InputError(f'{file} does not exist: write it with the keys "name", "template" and "labels"')
-    values = _parse_json(_read_text(file), file)
+    values = parse_json(read_text(file), file)
     try:
         return Task.from_dict(values)  # type: ignore[arg-type]
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
 
-def _parse_json(content: str, file: Traversable, first_line: int = 1) -> object:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        where = f"{file}, line {first_line + error.lineno - 1}, column {error.colno}"
-        raise InputError(f"{where} is broken JSON ({error.msg}): correct it") from error
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits or objects nested thousands deep: valid JSON that Python refuses to build.
-        raise InputError(f"{file}, line {first_line} is JSON that cannot be read ({error}): simplify it") from error
-
-
 def _split_file(folder: Traversable, split: str) -> Traversable | None:
-    found = [file for suffix in SUFFIXES if (file := folder.joinpath(split + suffix)).is_file()]
+    names = [split + suffix + packed for suffix in SUFFIXES for packed in ("", ".gz")]
+    found = [file for name in names if (file := folder.joinpath(name)).is_file()]
     if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise InputError(f"{folder} has both {names}: keep one of them")
+        raise InputError(f"{folder} has both {' and '.join(file.name for file in found)}: keep one of them")
     return found[0] if found else None
-
-
-def _cell(row: dict[str, object], column: str, columns: tuple[str, str], where: str) -> object:
-    if column in row:
-        return row[column]
-    found = ", ".join(f'"{name}"' for name in row) or "none"
-    raise InputError(f'{where} has no column "{column}" (columns found: {found}): name them {" and ".join(columns)}')
-
-
-def _text(value: object, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f'{where}: the {column} is {_json(value)}, which is not text: write it as "..." in quotes')
-    text = value.strip()
-    if not text:
-        raise InputError(f"{where}: the {column} is empty: fill it in or remove the row")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the {column} holds half of a surrogate pair: write the character itself") from error
-    return text
-
-
-def _label(value: object, column: str, where: str, task_labels: tuple[str, ...], is_csv: bool) -> str:
-    number = _number(value, task_labels, is_csv) if column == "label" else None
-    if number is not None:
-        raise InputError(f'{where}: the label {number} is a number: write the name of the label, such as "positive"')
-    return _text(value, column, where)
-
-
-def _number(value: object, task_labels: tuple[str, ...], is_csv: bool) -> str | None:
-    """The number that stands where a label's name should be, if one does."""
-    if isinstance(value, int | float):
-        return _json(value)
-    # A CSV cell has no type, so digits are a number there, unless the task itself has such a label word.
-    if is_csv and isinstance(value, str) and value.strip() not in task_labels and value.strip().lstrip("+-").isdigit():
-        return value.strip()
-    return None
-
-
-def _unknown_label(label: str, labels: tuple[str, ...], where: str) -> InputError:
-    known = ", ".join(labels)
-    hint = did_you_mean(label, labels) or ": correct the label or add it to the task"
-    return InputError(f'{where}: the label "{label}" is not one of the labels of the task ({known}){hint}')
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

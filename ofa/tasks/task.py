@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ofa.errors import InputError
+from ofa.tasks.columns import Columns
+from ofa.tasks.template import Template
 
 TEXT_SLOT = "{text}"
+PAIR_COLUMNS = ("prompt", "completion")
+LABELLED_COLUMNS = ("text", "label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,45 +27,89 @@ class Example:
 class Task:
     """How a text becomes a prompt and which words answer it.
 
-    Without labels the task is open-ended: its examples are prompt and completion pairs. Raises `InputError` for a
-    template or labels that cannot work.
+    The template names columns of the data in braces. `{text}` is the column `text_column` and the answer is in
+    `label_column`: text and label where they are not given, prompt and completion without labels. Without labels the
+    task is open-ended: its examples are prompt and completion pairs. Raises `InputError` for a template or labels that
+    cannot work.
     """
 
     name: str
     template: str = TEXT_SLOT
     labels: tuple[str, ...] = ()
+    text_column: str = ""
+    label_column: str = ""
 
     def __post_init__(self) -> None:
-        """Check the fields, and turn a list of labels into a tuple."""
+        """Check the fields, turn a list of labels into a tuple, and name the columns."""
         _check_name(self.name)
-        _check_template(self.template)
+        _check_template(self.template, self.open_ended)
         _check_labels(self.labels)
         object.__setattr__(self, "labels", tuple(self.labels))
+        names = LABELLED_COLUMNS if self.labels else PAIR_COLUMNS
+        for field, default in zip(("text_column", "label_column"), names, strict=True):
+            object.__setattr__(self, field, _column(getattr(self, field), field) or default)
+        if self.label_column in self.columns.names:
+            raise InputError(
+                f"the template {self.template!r} shows the model {{{self.label_column}}}, the column of the answer: "
+                "leave it out, or name another column of labels"
+            )
 
     @property
     def open_ended(self) -> bool:
         """Whether the task has no label set."""
         return not self.labels
 
+    @cached_property
+    def columns(self) -> Columns:
+        """Which columns of a row make its text and its label."""
+        return Columns(self.parts, self.text_column, self.label_column, pairs=self.open_ended)
+
+    @cached_property
+    def parts(self) -> Template:
+        """The template in parts."""
+        return Template.parse(self.template)
+
+    def text_of(self, row: str | Mapping[str, object], where: str = "the row") -> str:
+        """The text of a row of data, by the columns of the template; a task of one column takes a text as it is.
+
+        With several columns it is their values with what the template has between them. Raises `InputError` for a row
+        without a column of the template, or without any text.
+        """
+        if not isinstance(row, str):
+            return self.columns.text(row, where)
+        if len(self.parts.slots) > 1:
+            raise InputError(
+                f"{where} is one text, but the template asks for the columns {', '.join(self.columns.names)}: give a "
+                "value of each by its name"
+            )
+        return row
+
     def prompt(self, text: str) -> str:
-        """The template with the text in place; other braces, in the template or the text, stay as they are."""
-        return self.template.replace(TEXT_SLOT, text)
+        """The template around a text as `text_of` makes it; braces in the text stay as they are."""
+        return self.parts.head + text + self.parts.tail
 
     def target(self, label: str) -> str:
-        """What follows the prompt: the label with its leading space."""
-        return " " + label
+        """What follows the prompt: the label with its leading space, or an open-ended task's completion as written."""
+        return label if self.open_ended else " " + label
 
     def demonstration(self, example: Example) -> str:
         """Prompt, label and line end: one example as it stands before the prompt to be answered."""
         return self.prompt(example.text) + self.target(example.label) + "\n"
 
     def to_dict(self) -> dict[str, object]:
-        """The task as JSON values: name, template, labels."""
-        return {"name": self.name, "template": self.template, "labels": list(self.labels)}
+        """The task as JSON values: its fields, and the columns that its template asks for."""
+        return {
+            "name": self.name,
+            "template": self.template,
+            "labels": list(self.labels),
+            "text_column": self.text_column,
+            "label_column": self.label_column,
+            "columns": list(self.columns.names),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Task:
-        """The task of a JSON object with name, template and labels; other keys are ignored.
+        """The task of a JSON object with name, template, labels and the two columns; other keys are ignored.
 
         With an empty list of labels the task is open-ended and the template may be left out. Raises `InputError` for
         a missing key or a wrong value.
@@ -72,7 +121,8 @@ class Task:
         if missing:
             raise InputError(f"the task has no {_quoted(missing)}: add it (labels: [] for prompt and completion pairs)")
         # The values may be of any JSON type here; the checks on construction refuse the wrong ones.
-        return cls(values["name"], values.get("template", TEXT_SLOT), values["labels"])  # type: ignore[arg-type]
+        columns = {name: values[name] for name in ("text_column", "label_column") if name in values}
+        return cls(values["name"], values.get("template", TEXT_SLOT), values["labels"], **columns)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -84,25 +134,27 @@ class TaskData:
     test: tuple[Example, ...] = ()
 
 
-def unescape_template(template: str) -> str:
-    r"""Turn the two-character escapes \n and \t, as a shell hands them over, into a newline and a tab."""
-    return template.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"the name of a task must be a non-empty text, not {name!r}")
+    _check_encodable(name, "the name")
 
 
-def _check_template(template: object) -> None:
+def _check_template(template: object, open_ended: bool) -> None:
     if not isinstance(template, str):
         raise InputError(f"the template of a task must be a text that contains {TEXT_SLOT}, not {template!r}")
-    slots = template.count(TEXT_SLOT)
-    if slots != 1:
+    _check_encodable(template, "the template")
+    slots = Template.parse(template).slots
+    if not slots:
         raise InputError(
-            f"the template {template!r} contains {TEXT_SLOT} {slots} times: it must contain it exactly once"
+            f"the template {template!r} contains {TEXT_SLOT} 0 times: it must contain it, or others, exactly once"
         )
-    if template != template.rstrip():
+    for slot in slots:
+        if (times := slots.count(slot)) > 1:
+            raise InputError(
+                f"the template {template!r} contains {{{slot}}} {times} times: it must contain it exactly once"
+            )
+    if template != template.rstrip() and not open_ended:
         # The label brings its own leading space, which is part of its first token.
         raise InputError(
             f"the template {template!r} ends in whitespace: remove it, the label adds its own leading space"
@@ -126,8 +178,25 @@ def _check_label(label: object) -> None:
         raise InputError(f"a label must be a text, not {label!r}: write label names, in quotes")
     if not label.strip():
         raise InputError("a label of the task is empty: write a word that answers the template")
+    _check_encodable(label, "a label")
     if label != label.strip() or "\n" in label:
         raise InputError(f"the label {label!r} has surrounding whitespace or a line break: remove it")
+
+
+def _column(name: object, field: str) -> str:
+    if not isinstance(name, str):
+        raise InputError(f"the {field} of a task must be the name of a column, not {name!r}")
+    return name.strip()
+
+
+def _check_encodable(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} of a task, {text!r}, holds half of a surrogate pair or a byte that is not UTF-8: write the "
+            "character itself"
+        ) from error
 
 
 def _quoted(words: list[str]) -> str:

@@ -61,12 +61,21 @@ def test_in_half_precision_all_round_the_scales_alike(dtype: str, adapter: Path,
     assert written[0] == written[1]
 
 
-SINGLE_TOKENS, SHARED_FIRST_TOKEN = ("a", "the"), ("film", "final")
+SINGLE_TOKENS, SHARED_FIRST_TOKEN = ("a", "the"), ("film", "film and")
 
 
-@pytest.mark.parametrize("labels", [SINGLE_TOKENS, SHARED_FIRST_TOKEN], ids=["single tokens", "a shared first token"])
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [(SINGLE_TOKENS, []), (SHARED_FIRST_TOKEN, ["--line-end"])],
+    ids=["single tokens", "a shared first token"],
+)
 def test_the_harness_measures_what_we_measure(
-    labels: tuple[str, str], adapter: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labels: tuple[str, str],
+    options: list[str],
+    adapter: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the merged model, by the log-likelihoods of words that the harness knows, prediction by prediction."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -87,7 +96,7 @@ def test_the_harness_measures_what_we_measure(
     rows = [{"text": text, "label": labels[index % 2]} for index, text in enumerate(texts)]
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    example("lm_evaluation/write_task").main([str(folder), "--out", str(tmp_path / "harness")])
+    example("lm_evaluation/write_task").main([str(folder), "--out", str(tmp_path / "harness"), *options])
 
     merged = ofa.merge(str(tiny_folder), adapter, tmp_path / "checkpoint")
     found = simple_evaluate(

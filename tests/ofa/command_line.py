@@ -60,6 +60,7 @@ def ofa(*arguments: object, stdin: str = "") -> Finished:
         stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(stdin)))
         stack.enter_context(mock.patch.dict(os.environ))
         os.environ.pop("FORCE_COLOR", None)
+        os.environ["OMP_NUM_THREADS"] = "1"  # as all tests; those of other numbers give --threads
         # In a process of its own the command says so by the environment, before transformers is imported.
         stack.enter_context(mock.patch("transformers.utils.logging._tqdm_active", False))
         stack.enter_context(mock.patch.object(logger, "handlers", []))

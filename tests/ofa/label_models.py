@@ -8,8 +8,9 @@ from ofa.tasks.task import Task
 from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
-# In the tiny tokenizer no label of this task is a word of its own: all begin with the token of a blank and a letter.
-COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xacd", "y", "xq"))
+# In the tiny tokenizer no label of this task is a word of its own: all begin with the token of a blank and a letter,
+# and the tokens of one begin those of another.
+COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xabcd", "y", "xq"))
 OPEN = Task(name="open", template="{text}\nAnswer:")
 
 # The models below compute in float64, so that batch, padding and cache change nothing above 1e-12. What is left is the

@@ -46,6 +46,16 @@ def as_folder(path):
     return path
 
 
+def test_a_label_whose_tokens_begin_another_one_s_can_be_told_from_it(tiny_model):
+    """Scored without an end the longer one is never the more probable, whatever is trained."""
+    texts = ("warm", "funny", "never drags", "a joy", "dull", "slow", "far too long", "a bore")
+    task = Task("kind", "{text}\nKind:", ("film", "film and"))
+    data = TaskData(task, tuple(Example(text, task.labels[index % 2]) for index, text in enumerate(texts)))
+    plain = {"step_ratio": 0.0, "sharpness": 0.0}
+    adaptation = adapted(tiny_model, data, shots=4, epochs=100, batch_size=8, learning_rate=0.2, **plain)
+    assert adaptation.predictor.evaluate(data.train).metrics.accuracy == 1.0
+
+
 # The task
 
 

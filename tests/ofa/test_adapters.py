@@ -372,6 +372,17 @@ def test_another_model_is_refused(llama, make, words):
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_cannot_be_loaded_are_not_saved(llama, tmp_path, value):
+    """And the adapter that was there stays."""
+    model = llama.fresh()
+    ofa.tune_norms(model)[3][5] = value
+    shutil.copytree(llama.folder, tmp_path / "out")
+    with pytest.raises(InputError, match=r"layernorm\.weight is not finite.*lower learning rate"):
+        ofa.save_adapter(model, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == contents(llama.folder)
+
+
 def test_a_tuned_model_is_still_its_own_base(llama, tmp_path):
     """What counts is the scales that the model was loaded with, not what they were tuned to."""
     model = llama.fresh()

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
+from ofa.files import LOCK
 from ofa.trainer import CHECKPOINT
 from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, done, names, ofa, weights, write_rows
 
@@ -166,15 +168,15 @@ Case = tuple[Callable[[Bench], list[object]], tuple[str, ...]]
 DATA: dict[str, Case] = {
     "missing column": (
         lambda b: b.fit(data=b.rows(("a", "objective"), columns=("sentence", "label"))),
-        ("data.jsonl, line 1", 'no column "text"', "name them text and label"),
+        ("data.jsonl, line 1", 'no column "text"', "--text-column"),
     ),
     "missing column in CSV": (
         lambda b: b.fit(data=b.file("data.csv", "text,kind\na,objective\n")),
-        ("data.csv, line 2", 'no column "label"', "name them text and label"),
+        ("data.csv, line 2", 'no column "label"', "--label-column"),
     ),
     "unknown label": (
         lambda b: b.fit("--labels", LABELS, data=b.rows(*TRAIN, ("a", "subjektive"))),
-        ("data.jsonl", "example 7", '"subjektive"', 'did you mean "subjective"?'),
+        ("data.jsonl, line 7", '"subjektive"', 'did you mean "subjective"?'),
     ),
     "unknown label in the test file": (
         lambda b: b.fit("--test", b.rows(("a", "objective"), ("b", "neither"), name="test.jsonl")),
@@ -184,10 +186,19 @@ DATA: dict[str, Case] = {
         lambda b: b.fit("--validation", b.rows(("b", "neither"), name="dev.jsonl")),
         ("dev.jsonl, line 1", '"neither"', "correct the label"),
     ),
-    "label that is a number": (
-        lambda b: b.fit(data=b.rows(("a", 1))),
-        ("data.jsonl, line 1", "the label 1 is a number", "write the name"),
+    "number beyond the labels": (
+        lambda b: b.fit("--labels", LABELS, data=b.rows(("a", 0), ("b", 2))),
+        ("data.jsonl, line 2", 'the label "2"', "correct the label"),
     ),
+    "column of the template that is not there": (
+        lambda b: b.fit(template=r"Premise: {premis}\nHypothesis: {text}\nLabel:", data=b.rows(*TRAIN)),
+        ("data.jsonl, line 1", 'no column "premis"', '"text", "label"', "{{ and }} are braces"),
+    ),
+    "template that shows the answer": (
+        lambda b: b.fit(template="{text} {label}:"),
+        ("{label}, the column of the answer", "leave it out"),
+    ),
+    "label with an open quote": (lambda b: b.fit("--labels", 'a,"b'), ("the labels a,", "double quotes")),
     "class with fewer examples than shots": (
         lambda b: b.fit("--shots", 4),
         ('the class "objective"', "has 3 training examples but 4 shots", "ask for fewer shots"),
@@ -207,7 +218,7 @@ DATA: dict[str, Case] = {
     "no such file": (lambda b: b.fit(data="nowhere.jsonl"), ("nowhere.jsonl does not exist", "check the path")),
     "no such task": (
         lambda b: b.fit(data="revews", template=None),
-        ("revews is no file or folder", "--template"),
+        ('there is no task or folder "revews"', 'did you mean "reviews"?'),
     ),
     "labelled data without a template": (
         lambda b: b.fit(template=None),
@@ -233,15 +244,15 @@ DATA: dict[str, Case] = {
         lambda b: b.fit(data=b.full(), template=None),
         ("task.json does not exist", '"name", "template" and "labels"'),
     ),
-    "blank text to predict": (lambda b: ["predict", b.good, "--text", " "], ("text 1 of 1", "give it some words")),
-    "nothing to predict": (lambda b: ["predict", b.good], ("no text to label", "--text or --file")),
+    "blank text to predict": (lambda b: ["predict", b.good, "--text", " "], ("--text number 1", "give it some words")),
+    "nothing to predict": (lambda b: ["predict", b.good], ("no text to label", "--text or --data")),
     "empty file to predict": (
         lambda b: ["predict", b.good, "--file", b.file("none.txt", "\n\n")],
-        ("no text to label in", "none.txt", "--text or --file"),
+        ("no text to label in", "none.txt", "--text or --data"),
     ),
     "no file to predict": (
         lambda b: ["predict", b.good, "--file", "none.txt"],
-        ("none.txt cannot be read (No such file or directory)", "UTF-8 text file"),
+        ("none.txt does not exist", "check the path"),
     ),
     "evaluate data without labels": (
         lambda b: b.evaluate(data=b.rows(("a",), columns=("text",))),
@@ -486,6 +497,43 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert contents(bench.here) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda b: b.fit("--overwrite"),
+        lambda b: b.fit("--resume"),
+        lambda b: b.merge("--overwrite"),
+        lambda b: ["probe", b.good, "--data", b.rows(*TEST), "--out", b.here / "new" / "out", "--overwrite"],
+        lambda b: ["demo", "--model", b.model, "--out", b.here / "new" / "out", "--overwrite"],
+        lambda b: [
+            "compare",
+            "--tasks",
+            "tickets",
+            "--test-size",
+            9,
+            "--shots",
+            1,
+            "--drop-demonstrations",
+            "--model",
+            b.model,
+            "--out",
+            b.here / "new/out",
+        ],
+    ],
+    ids=["fit", "resume", "merge", "probe", "demo", "compare"],
+)
+def test_a_folder_belongs_to_one_process(bench: Bench, arguments: Callable[[Bench], list[object]]) -> None:
+    """Of two runs into one folder the second would mix its files with those of the first, whatever it may overwrite."""
+    (bench.here / "new" / "out").mkdir(parents=True)
+    given = arguments(bench)
+    with FileLock(bench.here / "new" / "out" / LOCK):
+        before = contents(bench.here)
+        finished = ofa(*given)
+        assert contents(bench.here) == before
+    assert (finished.status, finished.out) == (2, "")
+    one_sentence(finished.err, "another process", "is writing to", "choose another output folder")
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(bench: Bench) -> None:
     """The step is named, and the checkpoint is the one of the last epoch whose numbers were finite."""
     from safetensors.torch import load_file
@@ -540,7 +588,9 @@ def test_long_texts_lose_their_beginning_and_it_is_said(bench: Bench) -> None:
     fitted = done(*bench.fit("--out", out, "--test", long, "--shots", 3, "--json", data=long))
     lost = "did not fit the model's window and lost their beginning"
     assert fitted.json["truncated"] == 4
-    assert fitted.err.splitlines() == [f"ofa: 4 of the training texts {lost}", f"ofa: 4 of the test texts {lost}"]
+    shared, *others = fitted.err.splitlines()
+    assert "6 of the 6 test texts" in shared
+    assert others == [f"ofa: 4 of the training texts {lost}", f"ofa: 4 of the test texts {lost}"]
     evaluated = done("evaluate", out, "--data", long, "--json")
     assert evaluated.json["truncated"] == 4
     assert evaluated.err == f"ofa: 4 of the texts {lost}\n"

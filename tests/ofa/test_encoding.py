@@ -19,6 +19,7 @@ from ofa.encoding import (
     scores_whole_words,
 )
 from ofa.errors import InputError
+from ofa.loss import encode_example
 from ofa.tasks.task import Example, Task
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
@@ -106,6 +107,30 @@ def test_a_label_that_merges_with_the_template_is_refused():
     merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [(":", " ")])))
     with pytest.raises(InputError, match="merges with the end of the template"):
         label_token_ids(merging, Task(name="t", template="{text}:", labels=("a", "b")))
+
+
+@pytest.mark.parametrize("labels", [("is", "is a"), ("film", "far", "film and far")], ids=" / ".join)
+def test_words_that_are_scored_whole_end_as_in_a_demonstration(tokenizer, labels):
+    """Otherwise a label whose tokens begin another one's is always the more probable of the two."""
+    task = Task("t", TASK.template, labels)
+    ids = label_token_ids(tokenizer, task)
+    assert scores_whole_words(ids)
+    encoder = Encoder(tokenizer, task, None)
+    for label, word in ids.items():
+        example = Example("a warm film", label)
+        assert encoder.encode_demonstrations([example]) == [*encoder.encode_prompt("a warm film"), *word]
+        assert encode_example(encoder, example).targets == word
+        assert encoder.training_rows([example])[0]["labels"][-len(word) :] == list(word)
+        assert not any(word == other[: len(word)] for name, other in ids.items() if name != label)
+
+
+def test_a_label_that_begins_another_is_refused_where_the_tokenizer_has_no_line_end():
+    from tokenizers import normalizers
+
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    with pytest.raises(InputError, match="'is a' of task 't' begins with label 'is'"):
+        label_token_ids(tokenizer, Task("t", "{text}:", ("is", "dull", "is a")))
 
 
 def test_labels_that_are_the_same_tokens_are_refused():
@@ -207,11 +232,32 @@ def test_one_long_text_does_not_drive_out_all_demonstrations():
     assert encoder.truncated == 1
 
 
-def test_the_completion_of_an_open_ended_task_is_encoded_like_a_label(tokenizer):
+def test_the_completion_of_an_open_ended_task_has_the_tokens_of_the_whole_text(tokenizer):
     encoder = Encoder(tokenizer, OPEN, None)
     assert encoder.labels == {}
-    whole = tokenizer("text warm and funny")["input_ids"]
-    assert tokenizer("text")["input_ids"] + encoder.encode_target("warm and funny") == whole
+    whole = tokenizer("a film: warm and funny")["input_ids"]
+    assert encoder.encode_prompt("a film:") + encoder.encode_target(" warm and funny", "a film:") == whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("2+2=", "4"), ("def f():\n", "    return 1\n"), ("It is ", "funny"), ("It is fun", "ny\n\n")],
+)
+def test_a_pair_is_trained_as_it_is_written(prompt, completion):
+    """Nothing is put between prompt and completion, and the prompt has the tokens that it is completed from."""
+    tokenizer = byte_level_tokenizer()
+    encoder = Encoder(tokenizer, OPEN, None)
+    encoded = encode_example(encoder, Example(prompt, completion))
+    assert list(encoded.prompt) == tokenizer(prompt)["input_ids"]
+    assert encoded.targets[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode([*encoded.prompt, *encoded.targets[:-1]]) == prompt + completion
+
+
+def test_a_prompt_that_is_cut_keeps_the_blanks_at_its_end():
+    encoder = Encoder(byte_level_tokenizer(), OPEN, 12)
+    ids = encoder.encode_prompt("   " + WORDS + "  \n", room=3)
+    assert encoder.truncated == 1
+    assert (WORDS + "  \n").endswith(encoder.tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize("window", [None, 24])

@@ -14,6 +14,7 @@ from ofa.errors import InputError
 from ofa.evaluation import Scorer, evaluate, evaluating
 from ofa.shared_prefix import SharedPrefix
 from ofa.tasks.task import Example
+from tests import families
 from tests.device import DEVICE
 from tests.ofa.label_models import COLLIDING, OPEN, ROUNDING, TASK, build, sharpened
 
@@ -149,7 +150,7 @@ def test_the_vocabulary_is_projected_only_where_it_is_read(llama, tokenizer, mon
     handle = llama.lm_head.register_forward_hook(lambda _, inputs, __: projected.append(inputs[0].shape[1]))
     chosen = Scorer(llama, tokenizer, task, batch_size=4).log_probabilities(TEXTS)
     handle.remove()
-    assert max(projected) <= len(TEXTS)
+    assert max(projected) <= max(len(TEXTS), *map(len, label_token_ids(tokenizer, task).values()))
     forward = llama.forward
     monkeypatch.setattr(
         llama,
@@ -237,19 +238,21 @@ def test_generation_is_greedy_and_padding_does_not_change_it(llama, tokenizer, s
         new = []
         while len(new) < 6 and tokenizer.eos_token_id not in new:
             new.append(int(next_log_probabilities(llama, ids + new).argmax()))
-        expected.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+        expected.append(tokenizer.decode(new, skip_special_tokens=True))
     scorer = Scorer(llama, tokenizer, OPEN, demonstrations=shots, batch_size=3)
     assert scorer.generate(TEXTS, max_new_tokens=6) == expected
     assert len(set(expected)) > 1
 
 
 def test_open_ended_evaluation_compares_as_many_lines_as_the_truth_has(llama, tokenizer, monkeypatch):
-    answers = ["19\nQuestion: 3 + 4", "London", "a bank"]
+    """A line ends at a newline and nowhere else; blanks around an answer do not count."""
+    answers = [" 19\nQuestion: 3 + 4", "London", "a\u2028bank\nand"]
     monkeypatch.setattr(Scorer, "generate", lambda *_, **__: answers)
-    result = evaluate(llama, tokenizer, OPEN, OPEN_EXAMPLES, batch_size=2)
-    assert result.predictions == ("19", "London", "a bank")
+    examples = [*OPEN_EXAMPLES[:2], Example("who", "\na\u2028bank\n")]
+    result = evaluate(llama, tokenizer, OPEN, examples, batch_size=2)
+    assert result.predictions == ("19", "London", "a\u2028bank")
     assert result.metrics.exact_match == result.metrics.accuracy == pytest.approx(2 / 3)
-    totals, counts = Scorer(llama, tokenizer, OPEN).completion_totals(OPEN_EXAMPLES)
+    totals, counts = Scorer(llama, tokenizer, OPEN).completion_totals(examples)
     assert result.metrics.negative_log_likelihood == pytest.approx(-float(totals.sum()) / int(counts.sum()))
     assert result.probabilities.shape == (3, 0)
     assert result.mode == "completion"
@@ -289,6 +292,21 @@ def test_evaluation_puts_scores_and_metrics_together(llama, tokenizer):
 def test_bad_examples_are_refused(llama, tokenizer, examples, message):
     with pytest.raises(InputError, match=message):
         evaluate(llama, tokenizer, TASK, examples)
+
+
+@pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
+def test_scores_that_are_not_numbers_predict_nothing(llama, tokenizer, task):
+    """The largest of several NaN is the first label, with exit code 0."""
+    with torch.no_grad():
+        llama.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="scores that are not numbers"):
+        Scorer(llama, tokenizer, task).predict(TEXTS)
+
+
+def test_an_encoder_scores_nothing(tokenizer):
+    """Its causal head reads the prompt in both directions, and what follows it was never learned."""
+    with pytest.raises(InputError, match="is an encoder, which reads in both directions"):
+        Scorer(families.build("bert"), tokenizer, TASK)
 
 
 def test_an_open_ended_task_has_no_label_probabilities(llama, tokenizer):

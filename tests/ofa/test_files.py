@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 
+import filelock
 import pytest
 from safetensors import SafetensorError
 
 from ofa.errors import InputError
-from ofa.files import claim_folder, write_atomically, write_json, write_text, write_together
+from ofa.files import LOCK, claim_folder, claimed_folder, write_atomically, write_json, write_text, write_together
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # What safetensors raises on a full disk; it is not an OSError.
@@ -118,3 +120,45 @@ def test_a_folder_without_room_is_refused_before_anything_is_computed(tmp_path, 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: (_ for _ in ()).throw(NO_SPACE))
     with pytest.raises(InputError, match="No space left on device"):
         claim_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [filelock.FileLock, filelock.SoftFileLock], ids=["locks", "no locks"])
+def test_a_folder_that_another_process_writes_into_is_refused_and_left_alone(tmp_path, monkeypatch, kind):
+    """Two runs in one folder would interleave their records; also where the file system itself has no locks."""
+    if kind is filelock.SoftFileLock:
+        monkeypatch.setattr(filelock.FileLock, "acquire", without_locks)
+    with kind(tmp_path / LOCK), pytest.raises(InputError, match=r"is writing to .* at this moment; wait for its end"):
+        claimed_folder(tmp_path, overwrite=True).__enter__()
+    with claimed_folder(tmp_path):  # and its lock is nothing that the folder holds
+        pass
+    assert contents(tmp_path) == {}
+
+
+def without_locks(lock, timeout):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_work_in_a_claimed_folder_claims_it_again_but_other_threads_do_not(tmp_path):
+    """`ofa fit` claims its folder, and the training and the saving inside of it do too."""
+    refused = []
+
+    def elsewhere():
+        try:
+            claimed_folder(tmp_path, overwrite=True).__enter__()
+        except InputError as error:
+            refused.append(str(error))
+
+    with claimed_folder(tmp_path):
+        with claimed_folder(tmp_path):
+            write_text(tmp_path / "file", "inner")
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert f"another process ({os.getpid()} on " in refused[0]
+    assert contents(tmp_path) == {"file": "inner"}
+
+
+def test_a_claim_that_fails_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), claimed_folder(tmp_path / "a" / "b"):
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {}

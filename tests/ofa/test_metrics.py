@@ -67,6 +67,15 @@ def test_calibration_error_by_hand():
     assert certain.expected_calibration_error == pytest.approx(0.5)
 
 
+def test_negative_log_likelihood_by_hand():
+    """The mean of −ln p of the true label; a probability that underflowed to 0 counts as float32's smallest."""
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [1.0, 0.0]])
+    result = metrics(probabilities[:2], ["a", "a"], ("a", "b"))
+    assert result.negative_log_likelihood == pytest.approx(-(math.log(0.9) + math.log(0.2)) / 2, rel=1e-6)
+    impossible = metrics(probabilities[2:], ["b"], ("a", "b"))
+    assert impossible.negative_log_likelihood == pytest.approx(126 * math.log(2))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_against_independent_loops(seed):
     generator = torch.Generator().manual_seed(seed)

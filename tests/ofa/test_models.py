@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BertConfig, Gemma3TextConfig, PretrainedConfig, XLMConfig
 
 from ofa import models
 from ofa.embedded import EMBEDDED_ID
 from ofa.errors import InputError
-from ofa.models import load_model
+from ofa.models import load_model, load_tokenizer, refuse_encoder
 
 ID = "someone/some-model"
 
@@ -198,6 +199,42 @@ def test_non_causal_architecture_is_refused(folder: Path) -> None:
     """A vision model has nothing to adapt here."""
     _edit_json(folder / "config.json", model_type="vit", architectures=["ViTModel"])
     assert "cannot be loaded as a causal language model" in _refusal(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("bert", {}, "an encoder, which reads in both directions"),
+        ("roberta", {}, "an encoder"),
+        ("electra", {}, "an encoder"),
+        ("distilbert", {}, "an encoder"),
+        ("bert-generation", {}, "an encoder"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "an encoder"),
+        ("bart", {}, "an encoder-decoder"),
+        ("t5", {}, "an encoder-decoder"),
+    ],
+)
+def test_a_model_that_does_not_continue_a_text_is_refused(folder: Path, kind: str, options: dict, words: str) -> None:
+    """transformers gives most of these a causal head, with which they would be tuned to nothing."""
+    _edit_json(folder / "config.json", model_type=kind, architectures=None, **options)
+    assert f"{folder} ({kind}) is {words}" in (sentence := _refusal(str(folder)))
+    assert "choose a causal language model" in sentence
+    with pytest.raises(InputError, match="is an encoder"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(is_decoder=True),
+        XLMConfig(causal=True),
+        Gemma3TextConfig(),
+        BartConfig(is_encoder_decoder=False, is_decoder=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_decoder_of_a_kind_that_also_has_encoders_is_taken(config: PretrainedConfig) -> None:
+    refuse_encoder(config)
 
 
 def test_remote_code_needs_consent(folder: Path) -> None:

@@ -75,6 +75,17 @@ def test_a_split_batch_has_the_same_objective(cut):
     assert averaged == pytest.approx(whole, rel=1e-12)
 
 
+def test_only_sequences_with_a_real_token_are_averaged():
+    """Whatever stands in the others; and a batch without any sequence is worth 0, not 0/0."""
+    real = torch.tensor([True, False, True, False], device=DEVICE)
+    spoiled = torch.where(real, traces(), float("nan"))
+    assert float(sharpness(spoiled, STEPS, real)) == pytest.approx(sharpness_of(traces()[:, real]), rel=1e-12)
+    moved = ratios(step_norms(squared_norms()))
+    expected = float(step_ratio(moved[:, real]))
+    assert float(step_ratio(torch.where(real, moved, float("nan")), real)) == pytest.approx(expected, rel=1e-12)
+    assert float(sharpness(traces(), STEPS, torch.zeros_like(real))) == 0.0
+
+
 @pytest.mark.parametrize("measured", [1, 2, 4])
 def test_sampled_steps_are_unbiased(measured):
     """The mean over every subset of steps that could have been drawn is the objective of all steps."""

@@ -15,6 +15,7 @@ import ofa
 from ofa import InputError
 from tests import families, oracle
 from tests.device import DEVICE
+from tests.ofa import traces
 from tests.ofa.traces import gradients, hooks_of
 
 
@@ -217,6 +218,16 @@ def test_shifted_labels_are_counted_as_they_are() -> None:
         torch.testing.assert_close(loss - plain, reg.penalty() / 2, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("items", [0, torch.tensor(0, device=DEVICE)], ids=["number", "tensor"])
+def test_a_step_without_labels_changes_nothing(items: Any) -> None:
+    """Answers that truncation cut off: a share of 0/0 would make every scale NaN from there on."""
+    model, given = traces.built("llama"), families.inputs("llama")
+    given["labels"] = torch.full_like(given["labels"], -100)
+    with ofa.fused_regularizers(model, 1.0, 1.0, into_loss=True):
+        loss = model(**given, num_items_in_batch=items).loss
+        assert not any(gradient.any() for gradient in gradients(model, loss))
+
+
 def test_into_loss_without_a_loss_is_refused() -> None:
     """A loss taken away (label smoothing, compute_loss_func) would silently train without the penalty."""
     model = families.build("llama")
@@ -299,6 +310,23 @@ def test_an_option_out_of_range_is_refused_in_a_sentence(option: dict[str, Any],
     assert str(error.value).startswith(message)
     assert not any(hooks_of(model).values())
     ofa.fused_regularizers(model).close()
+
+
+@pytest.mark.parametrize("tokens", ["all", "last"])
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "jvp", "local_jvp"])
+def test_rows_of_nothing_but_padding_are_no_sequences(estimator: str, tokens: str) -> None:
+    """A batch filled up to a fixed size has the penalty, and its gradient, of the real rows alone."""
+    model = traces.frozen("llama")
+    ids = oracle.batch("llama")["input_ids"][:1]
+    dummies = torch.full((3, ids.shape[1]), 3, device=DEVICE)
+    filled = {"input_ids": torch.cat([ids, dummies]), "attention_mask": torch.cat([torch.ones_like(ids), 0 * dummies])}
+    found = []
+    for given in ({"input_ids": ids}, filled):
+        with oracle.Float64(), ofa.fused_regularizers(model, 1.0, 1.0, estimator=estimator, tokens=tokens) as reg:
+            loss = model(**given).logits[0].square().mean() + reg.penalty()
+            found.append([loss.detach(), *gradients(model, loss)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, **traces.DENSE)
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:

@@ -34,8 +34,8 @@ from ofa.tuning import restore_norms
 from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
-# In the tiny tokenizer all of these begin with the token of a blank and a letter, two of them with the same one.
-COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xacd", "y", "xq"))
+# In the tiny tokenizer all of these begin with the token of a blank and a letter, and one with all tokens of another.
+COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xabcd", "y", "xq"))
 OPEN = Task(name="open", template="{text}\nAnswer:")
 
 EXAMPLES = (
@@ -190,6 +190,17 @@ def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
         torch.testing.assert_close(tuned[name].double(), scale, rtol=0, atol=total * 6 * 2**-24)
 
 
+def test_max_steps_is_the_number_of_steps_in_place_of_that_of_epochs(tiny_model):
+    """Fewer than an epoch has and more than all have; the schedule ends with them and the last one is validated."""
+    for steps in (2, 7):
+        scores = iter(range(100))
+        result, _ = run(tiny_model, settings={**PLAIN, "max_steps": steps}, validate=lambda: next(scores))  # noqa: B023
+        assert len(result.records) == steps
+        config = TrainingConfig(**PLAIN)
+        assert result.records[-1].learning_rate == learning_rate(steps - 1, steps, config)
+        assert result.best_epoch == result.records[-1].epoch
+
+
 # The order of the examples
 
 
@@ -231,9 +242,8 @@ def loss_by_hand(loaded, task, examples, scales):
     losses = []
     for example in examples:
         before = tokenizer(task.prompt(example.text))["input_ids"]
-        whole = tokenizer(task.prompt(example.text) + " " + example.label)["input_ids"]
-        if task is OPEN:
-            whole = [*whole, tokenizer.eos_token_id]
+        end = {"mood": "", "colliding": "\n", "open": tokenizer.eos_token}[task.name]
+        whole = tokenizer(task.prompt(example.text) + task.target(example.label) + end)["input_ids"]
         if task is TASK:
             whole = whole[: len(before) + 1]
         with torch.no_grad():
@@ -250,7 +260,7 @@ def loss_by_hand(loaded, task, examples, scales):
     ids=["first token", "whole word", "completion"],
 )
 def test_the_loss_is_the_full_vocabulary_cross_entropy_at_the_labels_tokens(tiny_model, task, examples, keeps_logits):
-    """First token; whole words where two labels share it; completions with the end-of-text token behind them."""
+    """First token; whole words and their line end where two labels share it; completions and the end of the text."""
     model, _ = tiny_model
     original = type(model)
     if not keeps_logits:
@@ -493,6 +503,25 @@ def test_without_validation_the_last_step_is_kept(tiny_model):
         result, scales = run(tiny_model, progress=watch.progress)
     assert result.best_epoch is None
     assert all(torch.equal(scales[name], value) for name, value in watch.scales[-1].items())
+
+
+@pytest.mark.parametrize(("average", "steps"), [(0.5, 3), (0.51, 4), (1.0, 6)])
+def test_the_mean_of_the_last_steps_is_kept(tiny_model, average, steps):
+    """A part of a step is a whole one; the steps themselves are those of a run without a mean."""
+    with watched(tiny_model[0]) as watch:
+        _, scales = run(tiny_model, settings={**PLAIN, "average": average}, progress=watch.progress)
+    _, last = run(tiny_model)
+    for name, value in scales.items():
+        expected = torch.stack([kept[name].double() for kept in watch.scales[-steps:]]).mean(0)
+        # A running mean in float32 of numbers near 1: a rounding a step.
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=steps * 2**-23)
+        assert torch.equal(watch.scales[-1][name], last[name])
+
+
+def test_with_validation_the_best_epoch_is_kept_and_no_mean(tiny_model):
+    with watched(tiny_model[0]) as watch:
+        _, scales = run(tiny_model, settings={**PLAIN, "average": 1.0}, validate=lambda: 1.0, progress=watch.progress)
+    assert all(torch.equal(scales[name], value) for name, value in watch.scales[3].items())
 
 
 # Stopping

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -31,6 +32,7 @@ class Machines(BaseModel):
     device: str = "auto"
     device_map: str | None = None
     batch_size: int = Field(16, ge=1)
+    threads: int | None = Field(None, ge=1)
     offline: bool = False
     trust_remote_code: bool = False
 
@@ -60,6 +62,8 @@ def check_machines(machines: Machines) -> None:
         )
     if machines.engine == "ray":
         check_installed()
+        if machines.threads is not None:
+            raise InputError("--threads means nothing to Ray, which deals out the cores of a cluster: leave it out")
     elif machines.ray_address is not None:
         raise InputError("--ray-address means nothing to the local engine: add --engine ray")
     else:
@@ -95,7 +99,7 @@ def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
 
 
 def _local_placements(machines: Machines) -> tuple[Placement, ...]:
-    return placements(
+    found = placements(
         machines.workers,
         machines.device,
         device_map=machines.device_map,
@@ -103,3 +107,4 @@ def _local_placements(machines: Machines) -> tuple[Placement, ...]:
         cores=available_cores(),
         workers_per_gpu=machines.workers_per_gpu,
     )
+    return found if machines.threads is None else tuple(replace(one, threads=machines.threads) for one in found)

@@ -6,6 +6,7 @@ import os
 
 from ofa.comparison.engines import Placement
 from ofa.errors import InputError
+from ofa.threads import threads_from_environment, usable_cores
 
 
 def placements(
@@ -83,13 +84,8 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def available_cores() -> int:
-    """The cores that this process may use: OMP_NUM_THREADS where it is set, as for any other program."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores for all workers: OMP_NUM_THREADS where it is set, else those that nothing else uses."""
+    return threads_from_environment() or usable_cores().free
 
 
 def _chosen(device: str, gpus: tuple[str, ...]) -> tuple[str, ...]:

@@ -75,6 +75,25 @@ def test_a_record_is_what_fit_and_evaluate_say(runner, tiny_model, make_plan, na
     assert Record.from_line(record.to_line(), "here") == record
 
 
+@pytest.mark.parametrize(
+    ("name", "contexts", "tested"),
+    [
+        ("norm-tuning", "prompt", ["prompt"]),
+        ("norm-tuning", "demonstrations,prompt", ["prompt", "demonstrations"]),
+        ("icl", "prompt", ["demonstrations"]),  # it has no other
+    ],
+)
+def test_only_the_contexts_of_the_grid_are_tested(runner, make_plan, name, contexts, tested):
+    """And a grid that asks for one that was left out runs the cell again, where the method has it."""
+    settings = QUICK if name == "norm-tuning" else {}
+    plan = make_plan(methods={name: settings}, contexts=contexts)
+    record = run(runner, plan).record
+    assert list(record.scores) == tested
+    assert plan.missing([record]) == ()
+    both = make_plan(methods={name: settings})
+    assert both.missing([record]) == (both.cells if (name, contexts) == ("norm-tuning", "prompt") else ())
+
+
 def test_extra_tokens_are_those_of_the_demonstrations(runner, tiny_model, make_plan):
     """By the tokenizer, which puts nothing in front; a bare prompt has none."""
     plan = make_plan(methods={"norm-tuning": QUICK})

@@ -10,6 +10,7 @@ from ofa.comparison.engines.placement import available_cores, placements, visibl
 from ofa.comparison.engines.ray import shared_placements
 from ofa.comparison.grid import checked_part
 from ofa.errors import InputError
+from ofa.threads import Cores
 
 FOUR = ("0", "1", "2", "3")
 
@@ -98,7 +99,7 @@ def test_gpus_and_cores_are_those_of_this_process(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert available_cores() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 4}, raising=False)
+    monkeypatch.setattr("ofa.comparison.engines.placement.usable_cores", lambda: Cores(8, None, 6.0))
     assert available_cores() == 2
 
 

@@ -366,6 +366,19 @@ def test_label_words_replace_class_names_and_name_bare_integers(hub):
         assert data.test == ()
 
 
+def test_integers_without_names_are_labels_themselves_and_that_is_said(hub, caplog):
+    hub.splits = {"train": classified(None, [1, 0])}
+    assert load_hub_dataset("a/b", template=TEMPLATE, test_split=None).task.labels == ("0", "1")
+    assert "the labels of a/b are numbers (0, 1)" in caplog.text
+
+
+def test_a_template_reads_the_columns_of_a_data_set_and_rows_without_text_are_left_out(hub):
+    columns = {"Premise": ["a", "b"], "text": ["c", " "], "label": ["x", "y"]}
+    hub.splits = {"train": datasets.Dataset.from_dict(columns), "test": datasets.Dataset.from_dict(columns)}
+    data = load_hub_dataset("a/b", template="{premise} / {text}:", label_words=("x", "y"))
+    assert [data.task.prompt(example.text) for example in data.train] == ["a / c:"]
+
+
 def test_labels_written_as_text_are_collected_from_all_splits(hub):
     hub.splits = {
         "train": datasets.Dataset.from_dict({"q": ["a", "b"], "kind": ["y", "x"]}),
@@ -373,7 +386,7 @@ def test_labels_written_as_text_are_collected_from_all_splits(hub):
     }
     options = {"template": TEMPLATE, "text_column": "q", "label_column": "kind"}
     assert load_hub_dataset("a/b", **options).task.labels == ("x", "y", "z")
-    with pytest.raises(InputError, match=r'example 1 of a/b \(test\): the label "z"'):
+    with pytest.raises(InputError, match=r'row 1 of a/b \(test\): the label "z"'):
         load_hub_dataset("a/b", **options, label_words=("x", "y"))
 
 
@@ -394,13 +407,13 @@ def test_prompt_and_completion_columns_make_an_open_ended_task(hub):
 @pytest.mark.parametrize(
     ("split", "options", "complaint"),
     [
-        (classified(None, [0, 1]), {}, "a number without a name: give the label words"),
-        (classified(None, [0, 2]), {"label_words": ("a", "b")}, "row 2 .* there are 2 label words"),
-        (classified(["a", "b"], [0, -1]), {}, r'row 2 of a/b \(train\): "label" is -1'),
+        (classified(None, [0, 2]), {"label_words": ("a", "b")}, r'row 2 .* the label "2" is not one of .*\(a, b\)'),
+        (classified(["a", "b"], [0, -1]), {}, r'row 2 of a/b \(train\): the label "-1" is not'),
+        (classified(["a", "b"], [0, 1]), {"template": "{title} {text}:"}, 'no column "title"'),
         (classified(["a", "b"], [0, 1]), {"text_column": "body"}, 'no column "body"'),
         (classified(["a", "b"], [0, 1]), {"label_column": "y"}, r'no column "y" \(columns found: "text", "label"\)'),
         (classified(["a", "b"], [0, 1]), {"train_split": "dev"}, 'split "dev".*could not be loaded'),
-        (classified(["a", "b"], [0, 1]), {"open_ended": True}, "not a label or a completion"),
+        (classified(["a", "b"], [0, 1]), {"open_ended": True}, 'no column "prompt"'),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_refused(hub, split, options, complaint):

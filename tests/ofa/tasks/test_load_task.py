@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,10 +52,14 @@ def test_a_folder_is_read_by_path(folder):
         assert load_task(path).train == (Example("a", "x"),)
 
 
-def test_a_name_wins_over_a_folder_unless_the_path_says_so(folder, stubbed, monkeypatch):
+def test_a_task_folder_wins_over_a_task_of_its_name_and_both_are_named(folder, stubbed, monkeypatch, caplog):
     monkeypatch.chdir(folder.parent)
-    assert load_task("sst2") is EMPTY
+    assert load_task("sst2").task.name == "mine"
+    assert f"sst2 is the folder {folder}, not the task of the paper" in caplog.text
     assert load_task("./sst2").task.name == "mine"
+    (folder / "task.json").unlink()
+    assert load_task("sst2") is EMPTY
+    assert f"sst2 is the task of the paper, not the folder {folder}, which has no task.json" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,7 @@ def test_a_name_wins_over_a_folder_unless_the_path_says_so(folder, stubbed, monk
     [
         ("sst", 'did you mean "sst'),
         ("Reviews", 'did you mean "reviews"'),
-        ("xyzzy", "use one of these names or the path of a folder"),
+        ("xyzzy", "use one of these names, a path, or a hub id with a template"),
         (".", "task.json does not exist"),
     ],
 )
@@ -72,9 +77,29 @@ def test_anything_else_is_refused_with_what_there_is(name, complaint, tmp_path, 
         load_task(name)
 
 
-def test_a_file_is_refused_with_the_advice_to_give_its_folder(folder):
-    with pytest.raises(InputError, match="is a file: give its folder"):
+def test_a_file_is_a_task_with_a_template_and_pairs_without(folder, monkeypatch):
+    (folder / "train.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    monkeypatch.setenv("HOME", str(folder))
+    data = load_task("~/train.jsonl", template="{text}:")
+    assert data == TaskData(Task("train", "{text}:", ("x", "y")), (Example("a", "x"), Example("b", "y")))
+    with pytest.raises(InputError, match=r'no column "prompt".*for labelled texts give --template'):
         load_task(folder / "train.jsonl")
+    with pytest.raises(InputError, match="brings its own template"):
+        load_task(folder, template="{text}:")
+
+
+def test_columns_of_a_folder_are_those_of_its_task_unless_others_are_given(folder):
+    (folder / "train.jsonl").write_text('{"review": "a", "text": "b", "stars": "x", "label": "y"}\n')
+    task = {
+        "name": "mine",
+        "template": "{text}:",
+        "labels": ["x", "y"],
+        "text_column": "review",
+        "label_column": "stars",
+    }
+    (folder / "task.json").write_text(json.dumps(task))
+    assert load_task(folder).train == (Example("a", "x"),)
+    assert load_task(folder, text_column="text", label_column="label").train == (Example("b", "y"),)
 
 
 def test_importing_the_package_brings_in_no_heavy_library():

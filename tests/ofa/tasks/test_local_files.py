@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
+import gzip
+import io
 import json
 import re
 import shutil
 import zipfile
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ofa.errors import InputError
-from ofa.tasks import Example, Task, TaskData, check_labels, read_examples, read_task_folder
+from ofa.tasks import Example, Task, TaskData, check_labels, read_examples, read_file, read_task_folder
 
 TASK = Task("mood", "Text: {text}\nMood:", ("happy", "sad"))
 GOOD_LINE = '{"text": "a fine day", "label": "happy"}\n'
@@ -27,6 +34,12 @@ def write(tmp_path):
     return write_file
 
 
+def parquet(**columns) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
 def refusal(function, *arguments, **options) -> str:
     with pytest.raises(InputError) as caught:
         function(*arguments, **options)
@@ -41,8 +54,18 @@ def refusal(function, *arguments, **options) -> str:
         ("a.JSONL", '\ufeff{"text": "a, b", "label": "happy"}\r\n{"text": " é ", "label": "sad "}\r\n  \n'),
         ("a.csv", 'text,label\n"a, b",happy\né,sad\n'),
         ("a.csv", '\ufefflabel, text,id\r\nhappy,"a, b",1\r\n\r\nsad,é,2'),
+        ("a.csv", "text;label\na, b;happy\né;sad\n"),
+        ("a.csv", 'Text|LABEL|note\n"a, b"|happy|x, y\né|sad|z, w\n'),
+        ("a.tsv", "text\tlabel\na, b\thappy\né\tsad\n"),
+        ("a.csv", "text\tlabel\na, b\thappy\né\tsad\n".encode("utf-16")),
+        ("a.json", ' [{"text": "a, b", "label": "happy"},\n {"text": "é", "label": "sad"}]'),
+        ("a.json", '{"text": "a, b", "label": "happy"}\n{"text": "é", "label": "sad"}\n'),
+        ("a.ndjson", '{"text": "a, b", "label": "happy"}\n{"text": "é", "label": "sad"}\n'),
+        ("a.csv.gz", gzip.compress('text,label\n"a, b",happy\né,sad\n,\n'.encode())),
+        ("a.JSON.GZ", gzip.compress('[{"text": "a, b", "label": "happy"}, {"text": "é", "label": "sad"}]'.encode())),
+        ("a.parquet", parquet(text=["a, b", "é"], label=["happy", "sad"], when=[datetime.date.today()] * 2)),
+        ("a.parquet.gz", gzip.compress(parquet(text=["a, b", "é"], label=["happy", "sad"]))),
     ],
-    ids=["jsonl", "json-lines", "bom-crlf-jsonl", "csv", "bom-crlf-csv"],
 )
 def test_every_supported_form_reads_the_same(write, name, content):
     assert read_examples(write(name, content)) == [Example("a, b", "happy"), Example("é", "sad")]
@@ -51,13 +74,15 @@ def test_every_supported_form_reads_the_same(write, name, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", '{"prompt": "2 + 2 =", "completion": "4"}\n'),
-        ("a.csv", "prompt,completion\n2 + 2 =,4\n"),
+        ("a.jsonl", '{"prompt": "2 + 2 =", "completion": "4"}\n{"prompt": "def f():\\n", "completion": "  pass\\n"}\n'),
+        ("a.csv", 'prompt,completion\n2 + 2 =,4\n"def f():\n","  pass\n"\n'),
     ],
 )
-def test_prompt_and_completion_pairs_may_complete_with_a_number(write, name, content):
-    assert read_examples(write(name, content), open_ended=True) == [Example("2 + 2 =", "4")]
-    assert read_examples(write(name, content), task=Task("sums")) == [Example("2 + 2 =", "4")]
+def test_prompt_and_completion_pairs_are_taken_as_written(write, name, content):
+    """Also where the completion is a number, or its blanks are its meaning."""
+    pairs = [Example("2 + 2 =", "4"), Example("def f():\n", "  pass\n")]
+    assert read_examples(write(name, content), open_ended=True) == pairs
+    assert read_examples(write(name, content), task=Task("sums")) == pairs
 
 
 def test_unicode_line_separators_inside_a_text_do_not_break_the_line(write):
@@ -75,7 +100,15 @@ def test_a_csv_text_may_span_lines_and_later_lines_are_still_counted_right(write
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("a.txt", "text", 'unknown suffix ".txt": use .jsonl, .json-lines, .csv'),
+        ("a.txt", "text", 'unknown suffix ".txt": use .jsonl, .csv, .tsv, .json,'),
+        ("a.csv.gz", "text", "is no whole gzip file"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,happy\n" * 999)[:60], "is no whole gzip file"),
+        ("a.parquet", "text", "cannot be read as parquet"),
+        ("a.csv", "text,label,text\na,happy,b\n", 'line 1 has two columns "text": rename one'),
+        ("a.jsonl", '{"text": "a", "text": "b", "label": "happy"}\n', 'line 1 has two values for "text"'),
+        ("a.json", '{"data":\n[]}', "line 1, column 9 is broken JSON"),
+        ("a.json", '["a"]', "item 1 holds no JSON object"),
+        ("a.csv", "text;label\na;b;happy\n", "separator ';' in double quotes, or name the right one with --separator"),
         ("a", "text", 'unknown suffix ""'),
         ("a.jsonl", "", "has no examples: add rows with text and label"),
         ("a.csv", "", "has no examples"),
@@ -91,21 +124,17 @@ def test_a_csv_text_may_span_lines_and_later_lines_are_still_counted_right(write
         ("a.csv", "text,label\na\n", "line 2 has 1 cells but the header has 2"),
         ("a.csv", 'text,label\n"a" b,sad\n', "line 2 is broken CSV"),
         ("a.csv", 'text,label\nx,sad\n"a,sad\n', "line 3 is broken CSV"),
-        ("a.jsonl", '{"text": 5, "label": "sad"}\n', "line 1: the text is 5, which is not text"),
-        ("a.jsonl", '{"text": null, "label": "sad"}\n', "line 1: the text is null"),
+        ("a.jsonl", '{"text": [5], "label": "sad"}\n', "line 1: the text is [5], which is not text"),
+        ("a.jsonl", '{"text": null, "label": "sad"}\n', "line 1: the text is empty"),
         ("a.jsonl", '{"text": "b", "label": ["sad"]}\n', 'line 1: the label is ["sad"]'),
         ("a.jsonl", GOOD_LINE + '{"text": "", "label": "sad"}\n', "line 2: the text is empty"),
         ("a.jsonl", GOOD_LINE + '{"text": " \\n\\t", "label": "sad"}\n', "line 2: the text is empty"),
         ("a.jsonl", '{"text": "b", "label": " "}\n', "line 1: the label is empty"),
         ("a.csv", "text,label\n ,sad\n", "line 2: the text is empty"),
-        ("a.jsonl", '{"text": "\\ud83d", "label": "sad"}\n', "line 1: the text holds half of a surrogate pair"),
-        ("a.jsonl", '{"text": "b", "label": 1}\n', "line 1: the label 1 is a number: write the name"),
-        ("a.jsonl", '{"text": "b", "label": 0.5}\n', "line 1: the label 0.5 is a number"),
-        ("a.jsonl", '{"text": "b", "label": true}\n', "line 1: the label true is a number"),
-        ("a.csv", "text,label\nb,0\n", "line 2: the label 0 is a number: write the name"),
-        ("a.csv", "text,label\nb,-1\n", "line 2: the label -1 is a number"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": "sad"}\n', "line 1 holds half of a surrogate pair"),
         ("a.jsonl", GOOD_LINE.encode() + b'{"text": "caf\xe9", "label": "sad"}\n', "line 2 is not UTF-8"),
-        ("a.csv", "text,label\nb,sad\n".encode("utf-16"), "line 1 is not UTF-8"),
+        ("a.csv", "text,label\nb,sad\n".encode("utf-16-le"), 'no column "text"'),
+        ("a.csv", "text,label\nb,sad\n".encode("utf-16")[:-1], "is not UTF-16"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_name_and_line(write, name, content, complaint):
@@ -124,7 +153,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 def test_pairs_without_a_prompt_column_are_refused(write):
     assert 'no column "prompt"' in refusal(read_examples, write("a.jsonl", GOOD_LINE), open_ended=True)
-    assert "not text" in refusal(read_examples, write("b.jsonl", '{"prompt": "a", "completion": 4}'), open_ended=True)
+    file = write("b.jsonl", '{"prompt": "a", "completion": [4]}')
+    assert "not text" in refusal(read_examples, file, open_ended=True)
 
 
 def test_an_unknown_label_is_refused_with_its_line_and_the_nearest_label(write):
@@ -134,9 +164,90 @@ def test_an_unknown_label_is_refused_with_its_line_and_the_nearest_label(write):
     assert '"Hapy" is not one of the labels of the task (happy, sad), did you mean "happy"?' in message
 
 
-def test_digits_in_a_csv_are_labels_where_the_task_has_such_label_words(write):
-    stars = Task("stars", "Review: {text}\nStars:", ("1", "2"))
-    assert read_examples(write("a.csv", "text,label\nb,2\n"), task=stars) == [Example("b", "2")]
+def test_a_cell_may_be_longer_than_the_csv_module_likes(write):
+    assert (
+        read_examples(write("a.csv", f"text,label\n{'long ' * 50_000},happy\n"))[0].text == ("long " * 50_000).strip()
+    )
+
+
+def test_a_separator_can_be_named(write):
+    path = write("a.csv", "text:label\na, b; c:happy\n")
+    assert read_examples(path, separator=":") == [Example("a, b; c", "happy")]
+    assert "is not one character" in refusal(read_examples, path, separator="::")
+
+
+LABELS = [
+    # (what a file holds, the words of the task, the label)
+    (2, ("1", "2"), "2"),
+    ("2.0", ("1", "2"), "2"),
+    (2.0, ("1", "2"), "2"),
+    ("1.0", ("1.0", "2.0"), "1.0"),
+    (0, ("no", "yes"), "no"),
+    ("1", ("no", "yes"), "yes"),
+    (1.0, ("no", "yes"), "yes"),
+    (True, ("no", "yes"), "yes"),
+    ("False", ("no", "yes"), "no"),
+    (True, ("True", "False"), "True"),
+    ("TRUE", ("true", "false"), "true"),
+    (0.5, ("0.5", "1.5"), "0.5"),
+    ("007", ("007", "008"), "007"),
+    (0, ("1", "2"), None),
+    (2, ("no", "yes"), None),
+    (-1, ("no", "yes"), None),
+    (0.5, ("no", "yes"), None),
+    ("01", ("no", "yes"), None),
+    (True, ("a", "b", "c"), None),
+    (1.0, (), "1"),
+    ("1.0", (), "1"),
+    (True, (), "true"),
+    (0.5, (), "0.5"),
+]
+
+
+@pytest.mark.parametrize(("value", "words", "label"), LABELS)
+@pytest.mark.parametrize("form", ["json", "parquet", "csv"])
+def test_a_label_means_the_same_in_every_file(write, form, value, words, label):
+    """Text, digits, floats and booleans by one rule; None: refused."""
+    row = {"text": "a", "label": value}
+    content = {
+        "json": json.dumps([row]),
+        "parquet": parquet(**{name: [one] for name, one in row.items()}),
+        "csv": f"text,label\na,{value}\n",
+    }[form]
+    path = write(f"a.{form}", content)
+    task = Task("t", "{text}:", words) if words else None
+    if label is None:
+        assert "is not one of the labels" in refusal(read_examples, path, task=task)
+    else:
+        found = read_examples(path, task=task)[0].label
+        assert found == label or (form == "csv" and found.lower() == label)
+
+
+def test_parquet_of_datasets_brings_the_names_of_its_integers(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, features=features).to_parquet(tmp_path / "a.parquet")
+    read = functools.partial(read_file, tmp_path / "a.parquet", template="{text}:")
+    assert read().task.labels == ("no", "yes")
+    assert read().train == (Example("a", "yes"),)
+    assert read(labels=("bad", "good")).train == (Example("a", "good"),)
+
+
+def test_a_file_is_a_task_with_the_labels_that_occur(write, caplog):
+    path = write("stars.csv", "Review,stars\nb,10\na,2\n")
+    data = read_file(path, template="{text}:", text_column="review", label_column="Stars")
+    assert data.task == Task("stars", "{text}:", ("2", "10"), "review", "Stars")
+    assert data.train == (Example("b", "10"), Example("a", "2"))
+    assert "are numbers (2, 10): --labels gives words" in caplog.text
+
+
+def test_a_template_reads_the_columns_it_names(write):
+    path = write("nli.csv", "premise,text,label\na,b,happy\n,c,sad\n")
+    data = read_file(path, template="{premise} / {text}:")
+    assert [data.task.prompt(example.text) for example in data.train] == ["a / b:", " / c:"]
+    complaint = refusal(read_file, path, template="{premis} / {text}:")
+    assert (
+        'line 2 has no column "premis" (columns found: "premise", "text", "label"), did you mean "premise"' in complaint
+    )
 
 
 def test_check_labels_counts_from_one_and_lists_the_labels():

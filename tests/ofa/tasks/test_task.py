@@ -21,7 +21,53 @@ def test_prompt_target_and_demonstration_follow_the_protocol():
 
 @pytest.mark.parametrize("text", ["{text}", "{}", "{0} {name}", "100 %s", "\\1", "{{text}}"])
 def test_the_text_is_inserted_verbatim(text):
-    assert Task("t", "{a} {text} {{b}}:", ("x", "y")).prompt(text) == "{a} " + text + " {{b}}:"
+    assert Task("t", "{} {text} {{b}} }:", ("x", "y")).prompt(text) == "{} " + text + " {b} }:"
+
+
+NLI = Task("nli", "Premise: {premise}\nHypothesis: {text}\nLabel:", ("yes", "no"), text_column="Hypothesis")
+
+
+def test_a_template_takes_any_columns_of_a_row():
+    row = {"premise": "a {text} ", "HYPOTHESIS": "b", "other": "c"}
+    text = NLI.text_of(row)
+    assert NLI.prompt(text) == "Premise: a {text}\nHypothesis: b\nLabel:"
+    assert NLI.to_dict()["columns"] == ["premise", "Hypothesis"]
+    assert Task.from_dict(NLI.to_dict()) == NLI
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"text": "b"}, 'no column "premise"'),
+        ({"premise": "a", "text": "b"}, 'no column "Hypothesis" .*name the right one with --text-column'),
+        ({"premise": "a", "hypothesis": " "}, "the Hypothesis is empty"),
+        ({"premise": ["a"], "Hypothesis": "b"}, "which is not text"),
+        ({"premise": "a", "hypothesis": "b", "hypothesiS": "c"}, "both hypothesis and hypothesiS may be meant"),
+        ("a text", "the columns premise, Hypothesis"),
+    ],
+)
+def test_a_row_that_does_not_fill_the_template_is_refused(row, complaint):
+    with pytest.raises(InputError, match=complaint):
+        NLI.text_of(row)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ('{"review": "{text}", "label":', '{"review": "T", "label":'),
+        ("{{text}} {text}:", "{text} T:"),
+        (r"a\tb\\n{text}:", "a\tb\\nT:"),
+        ("{text}\t|{ }:", "T\t|{ }:"),
+    ],
+)
+def test_braces_tabs_and_backslashes_can_be_typed(template, prompt):
+    assert Task("t", unescape_template(template), ("x", "y")).prompt("T") == prompt
+
+
+@pytest.mark.parametrize("fields", [{"name": "\ud83d"}, {"template": "{text}\udcff:"}, {"labels": ("a", "\udcff")}])
+def test_half_of_a_character_is_refused_in_every_field(fields):
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        Task(**{"name": "t", "template": "{text}:", "labels": ("x", "y")} | fields)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +113,14 @@ def test_a_task_without_labels_is_open_ended_and_its_prompt_is_the_text():
     task = Task("pairs")
     assert task.open_ended
     assert not TASK.open_ended
-    assert task.demonstration(Example("2 + 2 =", "4")) == "2 + 2 = 4\n"
+    assert task.demonstration(Example("2 + 2 =", "4")) == "2 + 2 =4\n"
+
+
+def test_only_a_template_that_a_label_follows_may_not_end_in_a_blank():
+    """A completion brings no blank of its own."""
+    with pytest.raises(InputError, match="ends in whitespace"):
+        Task("t", "{text} is ", ("good", "bad"))
+    assert Task("t", "{text} is ").demonstration(Example("7", "odd")) == "7 is odd\n"
 
 
 def test_a_list_of_labels_becomes_a_tuple_so_that_tasks_can_be_compared_and_hashed():

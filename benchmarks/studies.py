@@ -1,0 +1,149 @@
+"""Tables and figures of docs/studies.md, from the records of the studies.
+
+A study is a grid, `studies/NAME.yaml`, and the folder `studies/records/NAME` that `ofa compare --config
+studies/NAME.yaml --out studies/records/NAME` fills. The first row of the grid is what the others are set against.
+
+    python -m benchmarks.studies            writes what stands between `<!-- study NAME -->` and `<!-- end -->`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ofa.commands.options import read_mapping
+from ofa.comparison.grid import Grid
+from ofa.comparison.outcomes import Draw, Outcome, Row, by_row, metric
+from ofa.comparison.records import CONTEXTS
+from ofa.comparison.store import RESULTS, read_records
+from ofa.report.formatting import NOTHING, percent, points, points_interval, seconds
+from ofa.statistics import Difference, Interval, paired_difference
+
+STUDIES, RECORDS, PAGE = Path("studies"), Path("studies/records"), Path("docs/studies.md")
+FIGURES = Path("docs/figures")
+_PLACE = re.compile(r"<!-- study (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+_HEAD = (
+    "| | accuracy | NLL | ECE | accuracy, points | NLL | better / worse | fit |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a study over the draws that it shares with the baseline; the baseline itself has no differences."""
+
+    label: str
+    accuracy: float
+    likelihood: float
+    calibration: float
+    fit_seconds: float
+    gained: Difference | None = None
+    spared: Difference | None = None
+
+
+def main() -> None:
+    """Fill the page and draw the figures."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(page: str) -> str:
+    """The page with the tables of today's records."""
+    return _PLACE.sub(lambda place: _section(place["name"]), page)
+
+
+def study(rows: Mapping[Row, Mapping[Draw, Outcome]], method: str, settings: Mapping[str, str]) -> list[Line]:
+    """The lines of one context: the row of this method and these settings first, then the others by their gain."""
+    base = next(row for row in rows if row.method == method and row.settings == frozenset(settings.items()))
+    others = [_line(row, rows[row], rows[base]) for row in rows if row != base]
+    return [_line(base, rows[base], None), *sorted(others, key=lambda line: -line.gained.mean if line.gained else 0.0)]
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines in Markdown."""
+    return "\n".join((*_HEAD, *map(_row, lines)))
+
+
+def figure(lines: Sequence[Line], path: Path) -> None:
+    """Differences to the baseline with their intervals: accuracy on the left, likelihood on the right."""
+    from matplotlib.figure import Figure
+
+    compared = [line for line in lines if line.gained and line.spared]
+    drawn = Figure(figsize=(9, 0.8 + 0.32 * len(compared)), layout="constrained")
+    left, right = drawn.subplots(1, 2, sharey=True)
+    for axis, title, parts in (
+        (left, "accuracy, points", [(line.gained, 100.0) for line in compared]),
+        (right, "negative log-likelihood", [(line.spared, 1.0) for line in compared]),
+    ):
+        for place, (difference, unit) in enumerate(parts):
+            if difference is not None:
+                axis.plot(unit * difference.mean, place, "o", color="tab:blue")
+                ends = difference.interval or Interval(difference.mean, difference.mean)
+                axis.plot([unit * ends.low, unit * ends.high], [place, place], color="tab:blue")
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.set_title(f"{title}, against {lines[0].label}", fontsize=9)
+    left.set_yticks(range(len(compared)), [line.label for line in compared])
+    left.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110)
+
+
+def _section(name: str) -> str:
+    grid = Grid(**{key: value for key, value in read_mapping(STUDIES / f"{name}.yaml").items() if key in _GRID})
+    records = read_records(RECORDS / name) if (RECORDS / name / RESULTS).is_file() else []
+    rows = by_row(records)
+    first = grid.methods[0]
+    settings = {key: str(value) for key, value in first.settings.items()}
+    parts = [f"<!-- study {name} -->"]
+    for context in CONTEXTS:
+        chosen = {row: outcomes for row, outcomes in rows.items() if row.context == context}
+        if not any(row.method == first.method for row in chosen):
+            continue
+        lines = study(chosen, first.method, settings)
+        path = FIGURES / f"study_{name}_{context}.png"
+        figure(lines, path)
+        words = "Nothing in front of a text" if context == "prompt" else "Demonstrations in front of every text"
+        parts += ["", f"{words}, {len({draw for part in chosen.values() for draw in part})} draws:", "", table(lines)]
+        parts += ["", f"![Differences](figures/{path.name})"]
+    command = f"ofa compare --config studies/{name}.yaml --out studies/records/{name}"
+    return "\n".join([*parts, "", "```bash", command, "```", "<!-- end -->"])
+
+
+_GRID = frozenset(Grid.model_fields)
+
+
+def _line(row: Row, outcomes: Mapping[Draw, Outcome], base: Mapping[Draw, Outcome] | None) -> Line:
+    shared = outcomes if base is None else {draw: outcomes[draw] for draw in outcomes if draw in base}
+    accuracy, likelihood = metric(shared), metric(shared, "negative_log_likelihood")
+    return Line(
+        label=row.name,
+        accuracy=_mean(accuracy),
+        likelihood=_mean(likelihood),
+        calibration=_mean(metric(shared, "expected_calibration_error")),
+        fit_seconds=float(np.mean([outcome.record.fit_seconds for outcome in shared.values()])),
+        gained=paired_difference(accuracy, metric(base)) if base else None,
+        spared=paired_difference(likelihood, metric(base, "negative_log_likelihood")) if base else None,
+    )
+
+
+def _mean(values: Mapping[Draw, float]) -> float:
+    return float(np.mean(list(values.values())))
+
+
+def _row(line: Line) -> str:
+    told = [line.label, percent(line.accuracy), f"{line.likelihood:.3f}", f"{line.calibration:.3f}"]
+    if line.gained is None or line.spared is None:
+        return f"| {' | '.join([*told, NOTHING, NOTHING, NOTHING, seconds(line.fit_seconds)])} |"
+    spared = f"{line.spared.mean:+.3f}".replace("-", "−")
+    ends = line.spared.interval
+    within = f" [{ends.low:+.3f}, {ends.high:+.3f}]".replace("-", "−") if ends else ""
+    gained = f"{points(line.gained.mean)} {points_interval(line.gained.interval)}".strip()
+    counts = f"{line.gained.wins} / {line.gained.losses} of {line.gained.pairs}"
+    return f"| {' | '.join([*told, gained, spared + within, counts, seconds(line.fit_seconds)])} |"
+
+
+if __name__ == "__main__":
+    main()

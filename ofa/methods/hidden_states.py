@@ -1,0 +1,73 @@
+"""Scoring by the hidden state that a frozen model has at the prompt's last token; what two baselines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa.encoding import collate
+from ofa.errors import InputError
+from ofa.evaluation import Progress, Scorer, evaluating
+from ofa.methods import Predictor, nothing_to_release
+from ofa.shared_prefix import accepted_arguments
+from ofa.tasks.task import Example, Task
+
+Classifier = Callable[[Tensor], Tensor]
+"""Hidden states (n, d) → log-probabilities of the labels (n, C)."""
+
+
+def fit_classifier(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    train: Callable[[Tensor, Tensor], tuple[Classifier, int]],
+) -> Predictor:
+    """Train a classifier of hidden states (n, d) with their classes (n,); `train` returns it and its number of weights.
+
+    Raises:
+        InputError: the task is open-ended, or a label has no shot.
+    """
+    if task.open_ended:
+        raise InputError(f"task {task.name!r} has no labels to tell apart; choose another method")
+    absent = next((label for label in task.labels if all(shot.label != label for shot in shots)), None)
+    if absent is not None:
+        raise InputError(f"no shot has the label {absent!r}, so a classifier cannot know it; give one of every label")
+    states = last_hidden_states(Scorer(model, tokenizer, task), [shot.text for shot in shots])
+    classifier, weights = train(states, torch.tensor([task.labels.index(shot.label) for shot in shots]))
+    scorer = HiddenStateScorer(model, tokenizer, task, classifier)
+    return Predictor(
+        scorer, nothing_to_release, trainable_parameters=weights, contexts=("prompt",), stored_bytes=4 * weights
+    )
+
+
+class HiddenStateScorer(Scorer):
+    """Labels a text by a classifier of the hidden state at the last token of its prompt."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, classifier: Classifier) -> None:
+        super().__init__(model, tokenizer, task)
+        self._classifier = classifier
+
+    def log_probabilities(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
+        """Log-probabilities (n, number of labels) by the classifier; label words play no part."""
+        return self._classifier(last_hidden_states(self, texts, progress))
+
+
+def last_hidden_states(scorer: Scorer, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
+    """Hidden states (n, d), float32, on the CPU, that the head reads at the last token of each text's prompt."""
+    prompts = scorer.encoder.encode_prompts(texts)
+    body: Any = scorer.model.base_model
+    device = next(scorer.model.parameters()).device
+    extra = {"use_cache": False} if "use_cache" in accepted_arguments(body) else {}
+    rows: dict[int, Tensor] = {}
+    with evaluating(scorer.model):
+        for batch in scorer.batches(prompts, progress):
+            ids, mask = collate([prompts[index] for index in batch], scorer.encoder.pad_id)
+            states = body(input_ids=ids.to(device), attention_mask=mask.to(device), **extra).last_hidden_state
+            ends = mask.sum(1) - 1
+            last = states[torch.arange(len(batch), device=states.device), ends.to(states.device)]
+            rows |= dict(zip(batch, last.float().cpu(), strict=True))
+    return torch.stack([rows[index] for index in range(len(prompts))])

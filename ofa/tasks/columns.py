@@ -1,0 +1,184 @@
+"""From a row of data to its text and its label: which columns they are, and what their values mean."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ofa.errors import InputError
+from ofa.tasks.template import Template
+
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
+_BOOLEANS = ("false", "true")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a template, of which {text} is called `text_column`, and the column of the label."""
+
+    template: Template
+    text_column: str
+    label_column: str
+    pairs: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns that the template asks for."""
+        return tuple(self.text_column if slot == "text" else slot for slot in self.template.slots)
+
+    def text(self, row: Mapping[str, object], where: str) -> str:
+        """The text of a row, as `Task.text_of` gives it.
+
+        Raises:
+            InputError: a column is missing, holds no text, or is the only one and empty.
+        """
+        values = [self._value(row, name, where) for name in self.names]
+        for slot, name, value in zip(self.template.slots, self.names, values, strict=True):
+            if not value.strip() and (slot == "text" or not any(one.strip() for one in values)):
+                raise InputError(f"{where}: the {name} is empty: fill it in or remove the row")
+        return self.template.joined(values)
+
+    def has_text(self, row: Mapping[str, object], where: str) -> bool:
+        """Whether `text` finds anything but blanks.
+
+        Raises:
+            InputError: a column is missing or holds no text.
+        """
+        values = [self._value(row, name, where) for name in self.names]
+        needed = [value for slot, value in zip(self.template.slots, values, strict=True) if slot == "text"]
+        return any(value.strip() for value in values) and all(value.strip() for value in needed)
+
+    def label(self, row: Mapping[str, object], where: str, words: Sequence[str] = (), names: Sequence[str] = ()) -> str:
+        """The label of a row: see `label_word`; of a pair, the completion.
+
+        Raises:
+            InputError: the column is missing, empty, holds no label, or one that is not among `words`.
+        """
+        value = row[find_column(self.label_column, row, where, "--label-column")]
+        written = value_text(value, self.label_column, where)
+        if not written.strip():
+            raise InputError(f"{where}: the {self.label_column} is empty: fill it in or remove the row")
+        if self.pairs:
+            return written
+        found = label_word(value, words, names)
+        if found is None:
+            raise unknown_label(written.strip(), words, where)
+        return found
+
+    def _value(self, row: Mapping[str, object], name: str, where: str) -> str:
+        flag = "--text-column" if name == self.text_column else None
+        value = value_text(row[find_column(name, row, where, flag)], name, where)
+        return value if self.pairs else value.strip()
+
+
+def find_column(name: str, columns: Iterable[str], where: str, flag: str | None = None) -> str:
+    """The column of this name; in another case or with blanks around it where only one is that.
+
+    Raises:
+        InputError: there is none, or two differ by nothing but case. `flag` is the option that names another.
+    """
+    known = tuple(columns)
+    if name in known:
+        return name
+    alike = [column for column in known if column.strip().casefold() == name.strip().casefold()]
+    if len(alike) == 1:
+        return alike[0]
+    found = ", ".join(f'"{column}"' for column in known) or "none"
+    if alike:
+        raise InputError(
+            f'{where} has no column "{name}", and both {" and ".join(alike)} may be meant: name one as it is'
+        )
+    remedy = f": name the right one with {flag}"
+    if flag is None:
+        remedy = did_you_mean(name, known) or ": correct the template, in which {{ and }} are braces"
+    raise InputError(f'{where} has no column "{name}" (columns found: {found}){remedy}')
+
+
+def value_text(value: object, column: str, where: str) -> str:
+    """A value of a column as text; nothing for a missing one.
+
+    Raises:
+        InputError: it is a list or another thing without a text, or text that cannot be written.
+    """
+    if value is None or value != value:  # NaN, which is how pandas says that nothing is there
+        return ""
+    if isinstance(value, bool):
+        return _BOOLEANS[value]
+    if not isinstance(value, str | int | float):
+        raise InputError(f'{where}: the {column} is {_shown(value)}, which is not text: write it as "..." in quotes')
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: the {column} holds half of a surrogate pair: write the character itself") from error
+    return text
+
+
+def label_word(value: object, words: Sequence[str] = (), names: Sequence[str] = ()) -> str | None:
+    """The label that a value means, or None: one rule for text, digits, floats and booleans, whatever the file.
+
+    A value that is written as one of the `words` is that word; 1, 1.0, "1" and "1.0" are the same, and so are booleans
+    in any case. Otherwise the integers 0, 1, … (or false, true) mean the words in their order, unless the words are
+    numbers themselves. `names` are what the data calls its integers: where one is a word it means that word, and
+    without any words it is the label.
+    """
+    written = value_text(value, "label", "the row").strip()
+    number = _number(written)
+    name = names[number] if number is not None and 0 <= number < len(names) else None
+    candidates = [written, name, None if number is None else str(number)]
+    if not words:
+        return next((one for one in (name, candidates[2], written) if one), None)
+    for candidate in candidates:
+        if candidate in words:
+            return candidate
+    if written.casefold() in _BOOLEANS:
+        number = _BOOLEANS.index(written.casefold())
+        same = [word for word in words if word.casefold() == written.casefold()]
+        if len(same) == 1:
+            return same[0]
+        if len(words) != len(_BOOLEANS):
+            return None
+    if number is None and written in names:
+        number = names.index(written)
+    in_order = number is not None and 0 <= number < len(words) and not any(_number(word) is not None for word in words)
+    return words[number] if in_order and number is not None else None
+
+
+def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """The labels that occur, in the order of their numbers if all are numbers, else of the alphabet."""
+    found = set(labels)
+    numbers = {label: _number(label) for label in found}
+    if any(number is None for number in numbers.values()):
+        return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda label: (numbers[label], label)))
+
+
+def are_numbers(labels: Sequence[str]) -> bool:
+    """Whether all labels are whole numbers."""
+    return all(_number(label) is not None for label in labels)
+
+
+def unknown_label(label: str, labels: Sequence[str], where: str) -> InputError:
+    """The error for a label that the task does not have."""
+    known = ", ".join(labels)
+    hint = did_you_mean(label, labels) or ": correct the label or add it to the task"
+    return InputError(f'{where}: the label "{label}" is not one of the labels of the task ({known}){hint}')
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A clause that offers the known word nearest to a mistyped one, or nothing where none is near."""
+    folded = {candidate.casefold(): candidate for candidate in known}
+    near = difflib.get_close_matches(word.strip().casefold(), folded, n=1)
+    return f', did you mean "{folded[near[0]]}"?' if near else ""
+
+
+def _number(written: str) -> int | None:
+    whole = _WHOLE.fullmatch(written)
+    return int(whole[1]) if whole and len(whole[1]) < 20 else None
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=repr)

@@ -1,0 +1,70 @@
+"""The page of the studies says what the records say: differences paired by draw, against the grid's first row."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import studies
+from ofa.comparison.records import Cell, Record, Score
+from ofa.comparison.store import RESULTS
+
+GRID = """tasks: [a, b]
+seeds: 1-2
+shots: 5
+contexts: prompt
+methods:
+  norm-tuning: [{max_steps: 60}, {}]
+  zero-shot:
+"""
+
+
+def record(method, settings, task, seed, accuracy, likelihood):
+    cell = Cell("m", task, "0", method, seed, 5, 10, settings)
+    metrics = {
+        "accuracy": accuracy,
+        "negative_log_likelihood": likelihood,
+        "expected_calibration_error": 0.125,
+        "confusion": [[1]],
+    }
+    return Record(cell, scores={"prompt": Score(metrics, (0,), (0,), 0.01, 0)}, fit_seconds=30.0)
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A page with a place for one study, whose second row lost a cell."""
+    folder = tmp_path / "records" / "steps"
+    folder.mkdir(parents=True)
+    base = {(task, seed): (0.5 + 0.1 * (task == "b"), 0.9) for task in "ab" for seed in (1, 2)}
+    kept = [record("norm-tuning", {"max_steps": 60}, *draw, *values) for draw, values in base.items()]
+    kept += [record("norm-tuning", {}, *draw, acc - 0.02, nll + 0.1) for draw, (acc, nll) in base.items()][:3]
+    kept += [record("zero-shot", {}, *draw, acc + 0.04, nll - 0.2) for draw, (acc, nll) in base.items()]
+    (folder / RESULTS).write_text("".join(one.to_line() + "\n" for one in kept))
+    (tmp_path / "steps.yaml").write_text(GRID)
+    for name, path in {"STUDIES": "", "RECORDS": "records", "FIGURES": "figures"}.items():
+        monkeypatch.setattr(studies, name, tmp_path / path)
+    return "before\n<!-- study steps -->\nold\n<!-- end -->\nafter"
+
+
+def test_differences_are_paired_with_the_first_row_and_the_best_row_is_on_top(page, tmp_path):
+    rows = [line for line in studies.filled(page).splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| norm-tuning (max_steps=60) | 55.0 | 0.900 | 0.125 | – | – | – | 30 s |",
+        "| zero-shot | 59.0 | 0.700 | 0.125 | +4.0 [+4.0, +4.0] | −0.200 [−0.200, −0.200] | 4 / 0 of 4 | 30 s |",
+        "| norm-tuning | 51.3 | 1.000 | 0.125 | −2.0 [−2.0, −2.0] | +0.100 [+0.100, +0.100] | 0 / 3 of 3 | 30 s |",
+    ]
+    assert (tmp_path / "figures" / "study_steps_prompt.png").stat().st_size > 1000
+
+
+def test_the_rest_of_the_page_stays_and_a_second_run_changes_nothing(page):
+    filled = studies.filled(page)
+    assert filled.startswith("before\n<!-- study steps -->\n")
+    assert filled.endswith("<!-- end -->\nafter")
+    assert "old" not in filled
+    assert studies.filled(filled) == filled
+
+
+def test_a_study_without_records_has_its_command_and_no_table(page, tmp_path):
+    (tmp_path / "records" / "steps" / RESULTS).unlink()
+    filled = studies.filled(page)
+    assert "ofa compare --config studies/steps.yaml --out studies/records/steps" in filled
+    assert "| norm-tuning" not in filled

@@ -1,0 +1,77 @@
+"""What people expect of any command line: a version, quiet, completion, other names of options, signs of life."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+
+from ofa import __version__
+from ofa.commands import console
+from tests.ofa.command_line import TEMPLATE, TRAIN, done, ofa, write_rows
+
+
+def test_the_version():
+    assert done("--version").out == f"ofa-adapt {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fit", "--lr", "1e-3"], "no such option: --lr (did you mean --learning-rate?)"),
+        (["fit", "--learning_rate", "1e-3"], "no such option: --learning_rate (did you mean --learning-rate?)"),
+        (["fit", "--epoch", "3"], "no such option: --epoch (did you mean --epochs?)"),
+        (["fit", "-o", "adapter"], "no such option: -o (did you mean --out?)"),
+        (["evaluate", "--lr", "1e-3"], "no such option: --lr;"),
+    ],
+)
+def test_options_by_the_names_of_other_programs(arguments, words):
+    """The option that was meant is named, where the command has it."""
+    finished = ofa(*arguments)
+    assert finished.status == 2
+    assert words in finished.err
+    assert finished.err.count("\n") == 1
+
+
+def test_completion(monkeypatch):
+    """What the line that `--install-completion` writes asks for at every press of Tab."""
+    monkeypatch.setenv("_OFA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "ofa fit --learn")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert ofa().out.split() == ["--learning-rate"]
+
+
+def test_quiet_leaves_results_and_warnings(tiny_folder, tmp_path, monkeypatch):
+    """Notices and progress go; what did not fit the window is still said, and the next command is not quiet."""
+    train = write_rows(tmp_path / "train.jsonl", [(text + " and slow" * 300, label) for text, label in TRAIN])
+    fit = ["fit", "--data", train, "--template", TEMPLATE, "--model", tiny_folder, "--shots", 1, "--epochs", 1]
+    monkeypatch.setattr(console, "_LINE_EVERY", 0.0)
+    assert "adapter: " in done(*fit, "--out", tmp_path / "told").err
+    quiet = done(*fit, "--out", tmp_path / "quiet", "--quiet")
+    assert "lost their beginning" in quiet.err
+    assert "adapter: " not in quiet.err
+    assert "training: " not in quiet.err
+    predict = ["predict", tmp_path / "quiet", "--text", "a film"]
+    assert done(*predict, "-q").out == done(*predict).out != ""
+
+
+def test_a_long_run_without_a_terminal_says_a_line_now_and_then(monkeypatch):
+    """In a log: how far, and how much longer, at the pace since it was first told (a stopped run goes on at 100)."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with contextlib.redirect_stderr(io.StringIO()) as told, console.progress_bar("training") as update:
+        for step in range(100, 701):
+            now[0] += 1
+            update(step, 1000, "loss 0.5")
+    lines = told.getvalue().splitlines()
+    assert len(lines) == 20
+    assert lines[0] == "ofa: training: 129 of 1,000, loss 0.5, about 15 min left"
+    assert lines[-1] == "ofa: training: 699 of 1,000, loss 0.5, about 5 min left"
+
+
+def test_a_short_run_says_nothing_on_its_way():
+    with contextlib.redirect_stderr(io.StringIO()) as told, console.progress_bar("training") as update:
+        for step in range(10):
+            update(step, 10, "")
+    assert told.getvalue() == ""
