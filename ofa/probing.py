@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ofa.linear_probe import linear_probe
 from ofa.logit_lens import LogitLens
 from ofa.models import refuse_encoder
 from ofa.probe_results import Probe, Readout, Steps
-from ofa.regularizers import CLOSED_FORM, fused_regularizers
+from ofa.regularizers import fused_regularizers
 from ofa.shared_prefix import accepted_arguments
 
 if TYPE_CHECKING:
@@ -133,11 +133,13 @@ def _measured_steps(
     subject: _Subject, prompts: Sequence[Sequence[int]], granularity: str, estimator: str, **options: object
 ) -> Steps:
     model = subject.model
-    if granularity == "layer" and estimator in ("auto", *CLOSED_FORM):
+    if granularity == "layer" and estimator in ("auto", "exact"):
         estimator = "hutchinson"
     device = next(model.parameters()).device
     one_logit = {"logits_to_keep": 1} if "logits_to_keep" in accepted_arguments(model) else {}
-    attached = fused_regularizers(model, 1.0, 1.0, estimator=estimator, granularity=granularity, **options)  # type: ignore[arg-type]
+    gradient = "full" if estimator == "jvp" else "preconditioner"
+    how: dict[str, Any] = {"estimator": estimator, "granularity": granularity, "gradient": gradient, **options}
+    attached = fused_regularizers(model, 1.0, 1.0, **how)
     with attached, attached.measuring():
         norms, traces = (torch.empty(len(attached.steps), len(prompts)) for _ in range(2))
         ratios = torch.empty(len(attached.steps) - 1, len(prompts))

@@ -404,6 +404,10 @@ def check_options(**options: Any) -> None:
         raise InputError(f"samples must be at least 1, not {options['samples']!r}")
     if options["every"] < 1:
         raise InputError(f"every counts optimizer steps and must be at least 1, not {options['every']!r}")
+    if options["every"] > 1 and options["gradient"] == "full":
+        raise InputError(
+            "every > 1 uses a gradient again that was measured before, and gradient='full' keeps none; leave out one"
+        )
     if options["epsilon"] is not None and not options["epsilon"] > 0:
         raise InputError(f"epsilon must be above 0, not {options['epsilon']!r}")
 

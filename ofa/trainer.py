@@ -65,14 +65,16 @@ class TrainingConfig(BaseModel):
     epsilon: float | None = Field(None, gt=0)
     probe: str = "rademacher"
     convention: str = "theory"
-    steps: float = Field(1.0, gt=0, le=1)
+    gradient: str = "preconditioner"
+    every: int = Field(1, ge=1)
+    radial: str = "channels"
     tokens: str = "all"
 
     @property
     def regularizer_options(self) -> dict[str, Any]:
         """The settings that `fused_regularizers` takes."""
         names = ("step_ratio", "sharpness", "estimator", "granularity", "samples", "epsilon", "probe", "convention")
-        return {name: getattr(self, name) for name in (*names, "steps", "tokens", "seed")}
+        return {name: getattr(self, name) for name in (*names, "gradient", "every", "radial", "tokens", "seed")}
 
 
 def checked_config(**settings: Any) -> TrainingConfig:

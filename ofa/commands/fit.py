@@ -71,7 +71,7 @@ def fit(
     estimator: Annotated[
         str,
         typer.Option(
-            help="How the trace is measured: auto (exact where possible), exact, hutchinson, jvp or local_jvp."
+            help="How the trace is measured: auto (exact where possible), exact, hutchinson, or jvp (a diagnostic)."
         ),
     ] = "auto",
     granularity: Annotated[str, typer.Option(help="What a step is: sublayer, or layer as in the paper.")] = "sublayer",
@@ -79,7 +79,16 @@ def fit(
     epsilon: Annotated[float | None, typer.Option(help="Finite-difference step; chosen by dtype if left out.")] = None,
     probe: Annotated[str, typer.Option(help="rademacher or gaussian.")] = "rademacher",
     convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",
-    steps: Annotated[float, typer.Option(help="Share of the steps whose trace is measured in each pass.")] = 1.0,
+    gradient: Annotated[
+        str,
+        typer.Option(help="How the sharpness is differentiated: preconditioner (in γ alone), or full as in the paper."),
+    ] = "preconditioner",
+    every: Annotated[
+        int, typer.Option(help="Measure the sharpness in one optimizer step of this many; reuse its gradient between.")
+    ] = 1,
+    radial: Annotated[
+        str, typer.Option(help="Radial terms of the exact trace in training: channels (8 of them), exact or none.")
+    ] = "channels",
     tokens: Annotated[str, typer.Option(help="Tokens that count for the step ratio: all or last.")] = "all",
     validation: Annotated[
         str | None, typer.Option(help="Examples to choose the best epoch by; without them the last is kept.")
@@ -124,7 +133,9 @@ def fit(
         epsilon=epsilon,
         probe=probe,
         convention=convention,
-        steps=steps,
+        gradient=gradient,
+        every=every,
+        radial=radial,
         tokens=tokens,
     )
     given = training_data(

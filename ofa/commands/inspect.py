@@ -100,19 +100,12 @@ def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
 
     sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
     reason = why_not(model, anatomy)
-    closed_form = [
-        {"name": name, "applies": reason is None, "remark": reason or remark}
-        for name, remark in (
-            ("exact", "closed form, no probes; what auto chooses"),
-            ("local_jvp", "probes that stay with their token"),
-        )
-    ]
+    exact = {"name": "exact", "applies": reason is None, "remark": reason or "closed form, no probes; what auto chooses"}
     chosen = "" if reason is None else "what auto chooses"
     return [
-        closed_form[0],
+        exact,
         {"name": "hutchinson", "applies": True, "remark": "; ".join(filter(None, (chosen, sublayer)))},
         {"name": "jvp", "applies": True, "remark": "; ".join(filter(None, (sublayer, "with sdpa or eager attention")))},
-        closed_form[1],
     ]
 
 

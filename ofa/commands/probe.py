@@ -67,7 +67,7 @@ def probe(
     shots: Annotated[int, typer.Option(min=1, help="Demonstrations per class.")] = 5,
     estimator: Annotated[
         str,
-        typer.Option(help="How the trace of a branch is measured: auto, exact, hutchinson, jvp or local_jvp."),
+        typer.Option(help="How the trace of a branch is measured: auto, exact, hutchinson or jvp."),
     ] = "auto",
     samples: Annotated[int, typer.Option(min=1, help="Probes N per step, where it is measured with probes.")] = 1,
     convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",
@@ -103,7 +103,8 @@ def probe(
     folders = adapters or []
     names = _names(folders)
     how: dict[str, Any] = {"estimator": estimator, "samples": samples, "convention": convention, "tokens": tokens}
-    check_options(**how, step_ratio=1, sharpness=1, granularity="layer", epsilon=None, probe="rademacher", steps=1)
+    fixed = {"epsilon": None, "probe": "rademacher", "gradient": "full", "every": 1, "radial": "exact"}
+    check_options(**how, **fixed, step_ratio=1, sharpness=1, granularity="layer")
     how |= {"seed": seed, "batch_size": batch_size}
     where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
     columns = {"text_column": text_column, "label_column": label_column}
