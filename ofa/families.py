@@ -125,6 +125,7 @@ POST_NORM = Wiring(
 
 FAMILIES = (
     Family(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"), (LLAMA,)),
+    Family(("mixtral", "qwen3_moe", "gpt_oss"), (LLAMA,)),
     Family(("granite",), (GRANITE,)),
     Family(("gemma2", "gemma3", "gemma3_text"), (SANDWICH,)),
     Family(("olmo2",), (BRANCH_NORM,)),

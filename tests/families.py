@@ -70,6 +70,9 @@ OPT = {
     "word_embed_proj_dim": 32,
 }
 
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+"""Eager: the grouped product takes no float64."""
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama_like("llama"),
     "mistral": _llama_like("mistral"),
@@ -90,6 +93,11 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "gpt_neox_sequential": _other("gpt_neox", use_parallel_residual=False, **NEOX),
     "opt": _other("opt", **OPT),
     "opt_post_norm": _other("opt", do_layer_norm_before=False, **OPT),
+    "mixtral": _llama_like("mixtral", **EXPERTS),
+    "qwen3_moe": _llama_like(
+        "qwen3_moe", head_dim=8, moe_intermediate_size=24, norm_topk_prob=False, **EXPERTS
+    ),
+    "gpt_oss": _llama_like("gpt_oss", head_dim=8, sliding_window=4, **EXPERTS),
     "falcon": _other("falcon", new_decoder_architecture=False, parallel_attn=True, **FALCON),
     "falcon_alibi": _other("falcon", alibi=True, new_decoder_architecture=False, parallel_attn=True, **FALCON),
     "falcon_two_norms": _other("falcon", new_decoder_architecture=True, num_kv_heads=2, **FALCON),

@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from tests import families
 
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+"""Mixtures of experts, wired as Llama is."""
+
 SEQUENTIAL = {
     "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
     "gpt2": ("ln_1", "attn", "ln_2", "mlp"),
@@ -25,7 +28,7 @@ SEQUENTIAL = {
     "vit": ("layernorm_before", "attention", "layernorm_after", "mlp"),
     "opt": ("self_attn_layer_norm", "self_attn", "final_layer_norm", "fc"),
 }
-SEQUENTIAL |= dict.fromkeys(("mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3"), SEQUENTIAL["llama"])
+SEQUENTIAL |= dict.fromkeys(("mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3", *EXPERTS), SEQUENTIAL["llama"])
 PARALLEL = {
     "phi": ("input_layernorm", "self_attn", "input_layernorm"),
     "cohere": ("input_layernorm", "self_attn", "input_layernorm"),
@@ -42,7 +45,7 @@ POST_NORM_LAYER = {"opt_post_norm": "self_attn_layer_norm"}
 """The norm of the first branch, for the family without a module boundary between its sublayers."""
 
 ONE_PLUS_WEIGHT = ("gemma", "gemma2", "gemma3")
-RMS = (*SANDWICH, *BRANCH_NORM, "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3")
+RMS = (*SANDWICH, *BRANCH_NORM, *EXPERTS, "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3")
 
 CASES = [(name, "sublayer") for name in families.BUILDERS if name not in POST_NORM_LAYER]
 CASES += [(name, "layer") for name in families.BUILDERS]
@@ -190,7 +193,8 @@ def _caller(module: nn.Module, calls: dict[nn.Module, Any]) -> Callable[[Tensor]
 def _mlp(layer: nn.Module, module: str) -> Callable[[Tensor], Tensor]:
     if module == "fc":
         return lambda hidden: layer.fc2(layer.activation_fn(layer.fc1(hidden)))
-    return getattr(layer, module)
+    mlp = getattr(layer, module)
+    return lambda hidden: out if isinstance(out := mlp(hidden), Tensor) else out[0]  # gpt-oss returns scores too
 
 
 def _gamma(name: str, norm: nn.Module) -> Tensor:
