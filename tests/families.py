@@ -97,7 +97,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "qwen3_moe": _llama_like(
         "qwen3_moe", head_dim=8, moe_intermediate_size=24, norm_topk_prob=False, **EXPERTS
     ),
-    "gpt_oss": _llama_like("gpt_oss", head_dim=8, sliding_window=4, **EXPERTS),
+    "gpt_oss": _llama_like("gpt_oss", head_dim=8, sliding_window=4, swiglu_limit=0.5, **EXPERTS),
     "falcon": _other("falcon", new_decoder_architecture=False, parallel_attn=True, **FALCON),
     "falcon_alibi": _other("falcon", alibi=True, new_decoder_architecture=False, parallel_attn=True, **FALCON),
     "falcon_two_norms": _other("falcon", new_decoder_architecture=True, num_kv_heads=2, **FALCON),

@@ -36,7 +36,8 @@ from ofa_kernels import reference
 from ofa_kernels.reference import Attends, HeadNorm, Rotary, per_query_head, score_blocks
 from ofa_kernels.reference.stream import widen
 
-ROTARIES = ("none", "half", "interleaved")
+ROTARIES = ("none", "half", "interleaved", "single")
+"""Pairs are halves of a head or neighbours, and models hand on cos and sin of every pair twice; "single": halves, once."""
 
 
 @dataclass(frozen=True)
@@ -370,13 +371,13 @@ def _tokens_first(spec: AttentionSpec, modules: AttentionModules, seen: Attentio
 
 
 def rotary_of(kind: str, positions: tuple[Tensor, Tensor] | None) -> Rotary | None:
-    """The rotary embedding of a kind, from cos and sin as models hand them on: the value of every pair twice."""
+    """The rotary embedding of a kind, from cos and sin as models hand them on."""
     if kind == "none" or positions is None:
         return None
     cos, sin = (value if value.dim() == 3 else value.unsqueeze(0) for value in positions)
     if kind == "interleaved":
         return Rotary(cos[..., 0::2], sin[..., 0::2], True)
-    half = cos.shape[-1] // 2
+    half = cos.shape[-1] if kind == "single" else cos.shape[-1] // 2
     return Rotary(cos[..., :half], sin[..., :half])
 
 
