@@ -48,8 +48,7 @@ ATTACHED: dict[str, Attach] = {
     "step_ratio": regularized("auto", sharpness=0.0),
     "exact": regularized("exact"),
     "hutchinson": regularized("hutchinson"),
-    "jvp": regularized("jvp"),
-    "local_jvp": regularized("local_jvp"),
+    "jvp": regularized("jvp", gradient="full"),
 }
 MEASURED: dict[str, Attach] = {
     PLAIN: lambda model, seed: None,
@@ -57,8 +56,7 @@ MEASURED: dict[str, Attach] = {
     "exact": regularized("exact"),
     "hutchinson_n1": regularized("hutchinson"),
     "hutchinson_n4": regularized("hutchinson", samples=4),
-    "jvp_n1": regularized("jvp"),
-    "local_jvp_n1": regularized("local_jvp"),
+    "jvp_n1": regularized("jvp", gradient="full"),
 }
 
 

@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from math import nan
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ from benchmarks.workloads import (
     batch,
     build,
     loss,
+    move_scales,
     regularized,
     step,
+    steps_of,
 )
-from ofa_kernels.blocked import attention_trace
-from ofa_kernels.fused import mlp_trace, norm_trace
-from ofa_kernels.reference import constants
+
+# The package has functions of the same names.
+_MLP, _DIAGONAL = (import_module(f"ofa_kernels.reference.{name}") for name in ("mlp_curvature", "branch_diagonal"))
 
 WORKLOADS = (
     SMOLLM2_135M.of(10, 48),
@@ -51,9 +53,6 @@ WORKLOADS = (
     LLAMA3_8B_LAYERS.of(10, 128),
     LLAMA3_8B_LAYERS.of(10, 512),
 )
-
-DRAWS = 4
-"""Passes that are averaged where each pass measures other steps."""
 
 WEIGHTS_UNKNOWN = ("jvp_n1",)
 """Variants whose saved bytes are not counted: in forward mode, weights without contents are wrapped anew, and cannot be
@@ -70,10 +69,9 @@ class Cost:
 
 def count(workload: Workload, model: nn.Module, variant: str) -> Cost:
     """The cost of one training step of a variant; `model` is `build(workload)`, and comes back as it was."""
-    draws = range(DRAWS if variant.endswith("quarter") else 1)
-    given = model, batch(workload), VARIANTS[variant]
-    saved = nan if variant in WEIGHTS_UNKNOWN else fmean(_saved_bytes(*given, seed) for seed in draws)
-    return Cost(fmean(_flops(*given, seed) for seed in draws), saved)
+    given, rounds = (model, batch(workload), VARIANTS[variant]), steps_of(variant)
+    saved = nan if variant in WEIGHTS_UNKNOWN else _saved_bytes(*given)
+    return Cost(_flops(*given, rounds) / rounds, saved)
 
 
 def main() -> None:
@@ -90,20 +88,25 @@ def main() -> None:
 
 def flops_of(workload: Workload, model: nn.Module, estimator: str | None, samples: int) -> int:
     """FLOPs of one training step with an estimator and so many probes; of a plain step for None."""
-    attach = VARIANTS[PLAIN] if estimator is None else regularized(estimator, samples=samples)
-    return _flops(model, batch(workload), attach, 0)
+    gradient = "full" if estimator == "jvp" else "preconditioner"
+    attach = VARIANTS[PLAIN] if estimator is None else regularized(estimator, samples=samples, gradient=gradient)
+    return _flops(model, batch(workload), attach)
 
 
-def _flops(model: nn.Module, ids: Tensor, attach: Attach, seed: int) -> int:
-    with _attached(attach(model, seed)) as attached, FakeTensorMode(allow_non_fake_inputs=True):
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with counter:
-            step(model, ids, attached)
+def _flops(model: nn.Module, ids: Tensor, attach: Attach, rounds: int = 1) -> int:
+    total = 0
+    with _attached(attach(model, 0)) as attached:
+        for _ in range(rounds):
+            counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+            with FakeTensorMode(allow_non_fake_inputs=True), counter:
+                step(model, ids, attached)
+            total += counter.get_total_flops()
+            move_scales(model)
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return total
 
 
-def _saved_bytes(model: nn.Module, ids: Tensor, attach: Attach, seed: int) -> int:
+def _saved_bytes(model: nn.Module, ids: Tensor, attach: Attach) -> int:
     """Bytes of all storages that autograd holds when the forward pass ends, each once.
 
     Parameters and buffers would be there anyway. What was saved for a result that nobody uses any more has been freed
@@ -116,7 +119,7 @@ def _saved_bytes(model: nn.Module, ids: Tensor, attach: Attach, seed: int) -> in
         alive.add(held)
         return held
 
-    with _attached(attach(model, seed)) as attached, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with _attached(attach(model, 0)) as attached, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         own = [mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]
         with saved_tensors_hooks(hold, lambda held: held):
             # Held by its graph until it is counted.
@@ -138,12 +141,12 @@ class _Held:
 
 @contextmanager
 def _attached(attached: Attached | None) -> Iterator[Attached | None]:
-    """What a variant attaches, anew for every count, so that no constant of an earlier one is left.
+    """What a variant attaches, until it was counted.
 
     Loops over rows that fit a cache are taken in one go: without contents there is nothing to keep in it, and neither
     FLOPs nor saved bytes depend on them.
     """
-    loops = ((attention_trace, "ELEMENTS"), (mlp_trace, "BLOCK"), (norm_trace, "BLOCK"), (constants, "BLOCK"))
+    loops = ((_MLP, "BLOCK"), (_DIAGONAL, "BLOCK"), (_DIAGONAL, "TRANSPOSED"))
     before = [getattr(module, name) for module, name in loops]
     for module, name in loops:
         setattr(module, name, 1 << 40)

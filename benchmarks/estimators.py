@@ -26,7 +26,7 @@ from benchmarks.table import commit, cpu, significant, writing
 from benchmarks.workloads import SMOLLM2_135M, build
 from ofa.tasks import load_task
 
-SAMPLES = {"hutchinson": (1, 4, 16), "jvp": (1, 4, 16), "local_jvp": (1, 4, 16)}
+SAMPLES = {"hutchinson": (1, 4, 16), "jvp": (1, 4, 16)}
 REPETITIONS = 8
 LAYERS = {"early": (1, 2), "middle": (14, 15), "late": (28, 29)}
 """Layers of SmolLM2-135M; not the first, whose MLP has one trace that is larger than all others together."""
@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def traces(model: Any, batch: dict[str, Tensor], estimator: str, samples: int, passes: int) -> Tensor:
     """h_t of every pass, step and sequence, (passes, T, B), float64."""
     measured = []
-    regularizers = ofa.fused_regularizers(model, 0.0, 1.0, estimator=estimator, samples=samples, seed=1)
+    gradient = "full" if estimator == "jvp" else "preconditioner"
+    how: dict[str, Any] = {"estimator": estimator, "samples": samples, "gradient": gradient, "seed": 1}
+    regularizers = ofa.fused_regularizers(model, 0.0, 1.0, **how)
     with regularizers, torch.no_grad(), regularizers.measuring():
         for _ in range(passes):
             model(**batch)

@@ -56,7 +56,7 @@ part() { # part SECONDS NAME COMMAND...: run a command within so many seconds, i
 # Whatever puts its tensors where tests/device.py says. Not what needs other packages, a network, a browser or several
 # processes, and not compiling ahead of time, which needs no GPU.
 tests=(
-  tests/ofa/test_{exact,closed_form,hutchinson,jvp,local_jvp,objectives,anatomy,tuning,guest,precision,compiled}.py
+  tests/ofa/test_{exact,closed_form,hutchinson,jvp,objectives,anatomy,tuning,guest,precision,compiled}.py
   tests/ofa/test_regularizers{,_numbers,_checkpointing,_kernels}.py
   tests/ofa/test_{memory_savers,families_dropin,adapters,trainer_integration,waiting,fused_norms}.py
   tests/ofa/test_{evaluation,probing,logit_lens}.py tests/benchmarks/test_algorithm1.py

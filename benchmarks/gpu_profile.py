@@ -25,7 +25,7 @@ from benchmarks.table import commit, device_name, significant, triton_version, w
 from benchmarks.workloads import PLAIN, TINY, VARIANTS, Workload, build, step
 
 WORKLOADS = {"cuda": LAYERS[:2], "cpu": (TINY,)}
-PROFILED = (PLAIN, "step_ratio", "hutchinson_n1", "exact", "exact_quarter")
+PROFILED = (PLAIN, "step_ratio", "hutchinson_n1", "exact", "exact_every4")
 _ACTIVITIES = {"cuda": [ProfilerActivity.CPU, ProfilerActivity.CUDA], "cpu": [ProfilerActivity.CPU]}
 _COUNTED = {"cuda": DeviceType.CUDA, "cpu": DeviceType.CPU}
 """Events of the device; on a CPU, where there are none, of the host: to see that it runs."""

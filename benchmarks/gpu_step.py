@@ -49,8 +49,8 @@ LONGEST = 1500.0
 REPLAYED = (PLAIN, "exact")
 """Variants whose step is also captured as a CUDA graph."""
 PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4", "jvp_n1")
-TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_quarter")
-FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_quarter")
+TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_every4")
+FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_every4")
 
 LAYERS = tuple(
     model.reshaped(model.name, num_hidden_layers=4).of(1, tokens)

@@ -9,9 +9,8 @@ from math import sqrt
 from pathlib import Path
 
 STYLES = {
-    "hutchinson": ("o", "#c44e52", "finite differences (the paper's)"),
+    "hutchinson": ("o", "#c44e52", "finite differences, gradient in P"),
     "jvp": ("s", "#dd8452", "forward mode"),
-    "local_jvp": ("^", "#4c72b0", "forward mode, local probes"),
     "exact": ("*", "#2a7f3f", "exact (closed form)"),
 }
 
@@ -31,8 +30,7 @@ def plot(table: Path, picture: Path) -> None:
         axes.plot(x, y, marker=marker, color=colour, label=label, markersize=size, linewidth=1)
         for at, error, samples in points:
             note = f"{at:.2f}× the cost" if name == "exact" else f"N = {samples}"
-            below = -12 if name == "local_jvp" else 6
-            axes.annotate(note, (at, error), xytext=(8, below), textcoords="offset points", fontsize=8, color=colour)
+            axes.annotate(note, (at, error), xytext=(8, 6), textcoords="offset points", fontsize=8, color=colour)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of a training step, plain norm tuning = 1")
     axes.set_ylabel("relative error of one pass's traces")
     axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])

@@ -19,7 +19,17 @@ from torch import nn
 
 from benchmarks import cost
 from benchmarks.table import commit, cpu, significant, writing
-from benchmarks.workloads import PLAIN, SMOLLM2_135M, VARIANTS, Workload, batch, build, step
+from benchmarks.workloads import (
+    PLAIN,
+    SMOLLM2_135M,
+    VARIANTS,
+    Workload,
+    batch,
+    build,
+    move_scales,
+    step,
+    steps_of,
+)
 
 ROUNDS = 5
 
@@ -41,55 +51,70 @@ class Row:
     commit: str
 
 
-def milliseconds(workload: Workload, model: nn.Module, variant: str) -> float:
-    """Wall-clock time of one step in a loop of steps, without attaching and detaching.
+@dataclass(frozen=True)
+class Times:
+    """One step of a variant, in milliseconds: wall clock, and CPU time of the thread that computes."""
 
-    A step before it fills the allocator, and the scales are moved a little in between, as an optimizer would: what
-    depends on them has to be computed again.
+    wall: float
+    cpu: float
+
+
+def milliseconds(workload: Workload, model: nn.Module, variant: str) -> Times:
+    """Times of one step in a loop of steps, without attaching and detaching; the mean of those of a round.
+
+    A step before them fills the allocator, and the scales are moved in between, as an optimizer moves them.
     """
-    ids, attached = batch(workload), VARIANTS[variant](model, 0)
+    ids, attached, rounds = batch(workload), VARIANTS[variant](model, 0), steps_of(variant)
     try:
-        step(model, ids, attached)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.mul_(1 + 1e-6)
-        started = time.perf_counter()
-        step(model, ids, attached)
-        return 1e3 * (time.perf_counter() - started)
+        for _ in range(rounds):
+            step(model, ids, attached)
+            move_scales(model)
+        started, spent = time.perf_counter(), time.thread_time()
+        for _ in range(rounds):
+            step(model, ids, attached)
+            move_scales(model)
+        wall, spent = time.perf_counter() - started, time.thread_time() - spent
+        return Times(1e3 * wall / rounds, 1e3 * spent / rounds)
     finally:
         if attached is not None:
             attached.close()
 
 
-def interleaved(workload: Workload, model: nn.Module, rounds: int, variants: Sequence[str]) -> dict[str, list[float]]:
-    """Milliseconds of every variant in every round, behind a plain step that warms up and does not count.
+def interleaved(workload: Workload, model: nn.Module, rounds: int, variants: Sequence[str]) -> dict[str, list[Times]]:
+    """Times of every variant in every round, after a plain step that warms up and does not count.
 
     Each round takes one step of every variant, so that a machine that slows down slows all of them.
     """
     milliseconds(workload, model, PLAIN)
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    times: dict[str, list[Times]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant, values in times.items():
             values.append(milliseconds(workload, model, variant))
     return times
 
 
-def table(costs: dict[str, cost.Cost], times: dict[str, Sequence[float]], plain: dict[str, Sequence[float]]) -> str:
-    """Time, and time, FLOPs and saved bytes relative to plain; `plain` holds each variant's plain steps, in pairs."""
-    lines = [f"{'variant':20} {'ms':>9} {'ratio':>7} {'FLOPs':>7} {'saved':>7}"]
+def table(costs: dict[str, cost.Cost], times: dict[str, Sequence[Times]], plain: dict[str, Sequence[Times]]) -> str:
+    """Wall-clock time; both times, FLOPs and saved bytes relative to plain, whose steps each variant has beside it."""
+    lines = [f"{'variant':20} {'ms':>9} {'wall':>7} {'CPU':>7} {'FLOPs':>7} {'saved':>7}"]
     for variant, values in times.items():
-        ratio, flops, saved = time_ratio(values, plain[variant]), nan, nan
+        wall, spent = time_ratio(values, plain[variant]), cpu_ratio(values, plain[variant])
+        flops = saved = nan
         if costs:
             flops = costs[variant].flops / costs[PLAIN].flops
             saved = costs[variant].saved_bytes / costs[PLAIN].saved_bytes
-        lines.append(f"{variant:20} {median(values):9.1f} {ratio:7.3f} {flops:7.3f} {saved:7.3f}")
+        shown = median(value.wall for value in values)
+        lines.append(f"{variant:20} {shown:9.1f} {wall:7.3f} {spent:7.3f} {flops:7.3f} {saved:7.3f}")
     return "\n".join(lines)
 
 
-def time_ratio(values: Sequence[float], plain: Sequence[float]) -> float:
-    """Median over the rounds of time over plain time in the same round."""
-    return median(value / base for value, base in zip(values, plain, strict=True))
+def time_ratio(values: Sequence[Times], plain: Sequence[Times]) -> float:
+    """Median over the rounds of wall-clock time over that of a plain step in the same round."""
+    return median(value.wall / base.wall for value, base in zip(values, plain, strict=True))
+
+
+def cpu_ratio(values: Sequence[Times], plain: Sequence[Times]) -> float:
+    """The same of the thread's CPU time, which other processes disturb less."""
+    return median(value.cpu / base.cpu for value, base in zip(values, plain, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,12 +147,14 @@ def _measure(workload: Workload, rounds: int, what: str, variants: Sequence[str]
         return
     times = interleaved(workload, model, rounds, variants)
     print(workload.label, table(costs, times, dict.fromkeys(times, times[PLAIN])), sep="\n")
-    for variant, values in times.items():
+    for variant, measured in times.items():
+        values = [one.wall for one in measured]
         low, *_, high = quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
         yield row(variant, "time_median", median(values), "ms")
         yield row(variant, "time_p20", low, "ms")
         yield row(variant, "time_p80", high, "ms")
-        yield row(variant, "time_ratio", time_ratio(values, times[PLAIN]), "1")
+        yield row(variant, "time_ratio", time_ratio(measured, times[PLAIN]), "1")
+        yield row(variant, "cpu_time_ratio", cpu_ratio(measured, times[PLAIN]), "1")
 
 
 def _cost_rows(costs: dict[str, cost.Cost], row: Callable[[str, str, float, str], Row]) -> Iterator[Row]:

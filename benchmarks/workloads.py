@@ -125,11 +125,12 @@ VARIANTS: dict[str, Attach] = {
     "loop_n4": _loop(4),
     "hutchinson_n1": regularized("hutchinson"),
     "hutchinson_n4": regularized("hutchinson", samples=4),
-    "hutchinson_quarter": regularized("hutchinson", steps=0.25),
-    "jvp_n1": regularized("jvp"),
-    "local_jvp_n1": regularized("local_jvp"),
+    "hutchinson_full_n1": regularized("hutchinson", gradient="full"),
+    "hutchinson_full_n4": regularized("hutchinson", gradient="full", samples=4),
+    "jvp_n1": regularized("jvp", gradient="full"),
     "exact": regularized("exact"),
-    "exact_quarter": regularized("exact", steps=0.25),
+    "exact_every4": regularized("exact", every=4),
+    "exact_full": regularized("exact", gradient="full"),
 }
 """What is attached to the model before a step: nothing, the paper's loop, or this project's regularizers."""
 
@@ -158,6 +159,19 @@ def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     value = F.cross_entropy(logits[:, -1], ids[:, 0])
     return value if attached is None else value + attached.penalty()
+
+
+def steps_of(variant: str) -> int:
+    """How many optimizer steps make one round: where the sharpness is measured in one of four, all four count."""
+    return 4 if variant.endswith("every4") else 1
+
+
+def move_scales(model: nn.Module) -> None:
+    """Change the scales a little, as an optimizer does: what depends on them has to be computed again."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1 + 1e-6)
 
 
 def step(model: nn.Module, ids: Tensor, attached: Attached | None) -> None:

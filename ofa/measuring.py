@@ -46,8 +46,8 @@ class Pass:
 
     `mask` is 1 at real tokens and 0 at padding, (B, T), or None when every token is real; `last_token_only` restricts
     the lengths of the steps to the last real token. `traced` says whether the traces of the steps are measured, `sign`
-    is that of h. A pass that does not `keep` computes the same and forgets it: the second run of a layer under activation
-    checkpointing. Lengths are kept as the branches return them and reduced once, for all steps together.
+    is that of h. A pass that does not `keep` computes the same and forgets it: the second run of a layer under
+    activation checkpointing. Lengths are kept as the branches return them and reduced once, for all steps together.
     """
 
     seed: int

@@ -19,8 +19,8 @@ e⁻⁹⁰ would be denormal numbers, with which a processor multiplies matrices
 class BranchTrace:
     """tr(J P) per token of every sequence, (B,), of one branch.
 
-    `gradient` maps slopes s, (B,), to Σ_b s_b ∂tr_b/∂γ, (d,), with the curvature held fixed; without it `values` carry a
-    graph.
+    `gradient` maps slopes s, (B,), to Σ_b s_b ∂tr_b/∂γ, (d,), with the curvature held fixed; without it `values` carry
+    a graph.
     """
 
     values: Tensor

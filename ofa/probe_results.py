@@ -65,7 +65,7 @@ class Steps:
     @property
     def sharpness(self) -> float:
         """H, mean over the prompts."""
-        return float(objectives.sharpness(self.traces, len(self.traces)))
+        return float(objectives.sharpness(self.traces))
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy as anatomies
 from ofa import objectives
+from ofa.closed_form.branch_trace import RADIAL
 from ofa.errors import InputError
 from ofa.estimators import Handle, TraceEstimator
-from ofa.closed_form.branch_trace import RADIAL
 from ofa.estimators.choice import ESTIMATORS, GRADIENTS, EstimatorOptions, choose
 from ofa.estimators.hutchinson import FullHutchinson
 from ofa.estimators.jvp import ForwardMode, check_branches

@@ -38,9 +38,7 @@ class Schedule:
                 self._sums, self._value, self._passes = {}, None, 0
         return self._step % self._every == 0 or self._value is None
 
-    def complete(
-        self, measured: Measurements, gradients: dict[int, list[tuple[Tensor, Tensor]]]
-    ) -> Measurements:
+    def complete(self, measured: Measurements, gradients: dict[int, list[tuple[Tensor, Tensor]]]) -> Measurements:
         """What was measured, its sharpness with the gradient in γ that goes with it."""
         if not torch.is_grad_enabled():
             return measured

@@ -16,4 +16,15 @@ from ofa_kernels.dispatch import (
     step_boundary,
 )
 
-__all__ = ["contract", "mlp_trace", "norm_step", "perturb", "reference", "step_boundary"]
+__all__ = [
+    "attention_curvature",
+    "attention_diagonal",
+    "attention_trace",
+    "contract",
+    "mlp_curvature",
+    "mlp_diagonal",
+    "norm_step",
+    "perturb",
+    "reference",
+    "step_boundary",
+]

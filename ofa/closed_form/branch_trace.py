@@ -1,7 +1,7 @@
 """One measured branch at work: the trace of each sequence, and its derivative in γ with the curvature held fixed.
 
-With Ā = Σ_i w_i A_i over the tokens of a sequence, D its diagonal, ẑ and ŷ the rows that the norms before and behind the
-branch normalize, and f, p, q vectors made of their scales (γ and γ', 1 where there is no norm):
+With Ā = Σ_i w_i A_i over the tokens of a sequence, D its diagonal, ẑ and ŷ the rows that the norms before and behind
+the branch make of what they read, and f, p, q vectors made of their scales (γ and γ', 1 where there is no norm):
 
     ∂tr/∂γ = 2 f ⊙ ( p ⊙ D − c Āγ/d − X ),      tr = ½ q·∂tr/∂γ
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ofa.anatomy import NormView
-from ofa.closed_form.modules import AttentionModules, ExpertsModules, Linear, MlpModules
+from ofa.closed_form.modules import AttentionModules, ExpertsModules, MlpModules
 from ofa.closed_form.recognize import (
     AttentionSpec,
     ExpertsSpec,
@@ -35,7 +35,7 @@ from ofa.closed_form.recognize import (
 from ofa.closed_form.taps import AttentionSeen, ExpertsSeen, MlpSeen
 from ofa.objectives import BranchTrace
 from ofa_kernels import dispatch
-from ofa_kernels.reference import AttentionSums, Attends, HeadNorm, Move, Rotary, per_query_head
+from ofa_kernels.reference import AttentionSums, HeadNorm, Move, Rotary, per_query_head
 from ofa_kernels.reference.stream import moments, widen
 
 RADIAL = ("channels", "exact", "none")
@@ -195,7 +195,9 @@ def body_of(recognized: Recognized, seen: Any) -> Body:
 class _DiagonalSums:
     """Sums whose diagonals are known sequence by sequence: D, (B, d), and Āγ, (B, d), where γ is given."""
 
-    def __init__(self, diagonals: Callable[[Tensor | None], tuple[Tensor, Tensor | None]], moved: Tensor | None) -> None:
+    def __init__(
+        self, diagonals: Callable[[Tensor | None], tuple[Tensor, Tensor | None]], moved: Tensor | None
+    ) -> None:
         self._diagonals = diagonals
         self.moved = moved
         self._found: tuple[Tensor, Tensor | None] | None = None
@@ -373,7 +375,10 @@ class AttentionBody:
         key = key if key_norm is None else key_norm.pull(key)
         weights = self._weights()[:3]
         return sum(
-            (x.transpose(1, 2).flatten(2) @ widen(w).flatten(0, 1) for x, w in zip((query, key, value), weights, strict=True)),
+            (
+                x.transpose(1, 2).flatten(2) @ widen(w).flatten(0, 1)
+                for x, w in zip((query, key, value), weights, strict=True)
+            ),
             torch.zeros((), dtype=rows.dtype, device=rows.device),
         )
 
@@ -406,7 +411,7 @@ class AttentionBody:
         if read.numel() == 0:
             return Move(query, key, moved, value, widen(output))
         # (B, H, e, m): the rows of W_o that are read.
-        rows = widen(_rows(last, read)).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)  # type: ignore[union-attr]
+        rows = widen(last[read]).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
         values = per_query_head(value, heads) @ rows
         moved_values = values if shifts[2] is None else per_query_head(moved, heads) @ rows
         return Move(query, key, moved_values, values, widen(output) @ rows)
@@ -476,7 +481,7 @@ def head_shifts(modules: AttentionModules, spec: AttentionSpec, beta: Tensor | N
 
 
 def _moved(heads: Tensor, shift: Tensor | None, norm: HeadNorm | None, rotary: Rotary | None) -> Tensor | None:
-    """How queries or keys change along ñ: R_i J W ñ with J of a norm on the heads; None where they change by themselves."""
+    """How queries or keys change along ñ: R_i J W ñ, J that of a norm on the heads; None where it is by themselves."""
     if norm is not None:
         entering = widen(norm.entering)
         pushed = norm.push(entering if shift is None else entering - widen(shift).unsqueeze(-2))

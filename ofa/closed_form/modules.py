@@ -80,8 +80,7 @@ class Linear:
 
     def bias(self) -> Tensor | None:
         """b, (outputs), or None."""
-        bias = getattr(_base(self.module), "bias", None)
-        return None if bias is None else widen(sharding.whole(bias).detach())
+        return _effective_bias(self.module)
 
     def shift(self, beta: Tensor | None) -> Tensor | None:
         """W β + b, what of its output does not come from n − β; None where that is nothing."""
@@ -187,7 +186,12 @@ def mlp_modules(model: nn.Module, branch: Branch) -> MlpModules:
     if branch.exit != branch.entry and not ends_in_norm(branch):
         # The layer calls the projections itself: the branch runs from the first to the last.
         layer = model.get_submodule(branch.entry.rpartition(".")[0])
-        return MlpModules(_linear(branch.entry, entry), None, _linear(branch.exit, model.get_submodule(branch.exit)), _activation(layer))
+        return MlpModules(
+            _linear(branch.entry, entry),
+            None,
+            _linear(branch.exit, model.get_submodule(branch.exit)),
+            _activation(layer),
+        )
     for gate, up, down in MLP_NAMES:
         if all(hasattr(entry, name) for name in (gate, up or gate, down)):
             first, second, last = (
@@ -234,7 +238,9 @@ class ExpertsModules:
         """Of gate, up and down projections, or None."""
         if not hasattr(self.experts, "gate_up_proj_bias"):
             return None, None, None
-        gate_up, down = (sharding.whole(getattr(self.experts, f"{name}_bias")).detach()[expert] for name in _EXPERT_WEIGHTS)
+        gate_up, down = (
+            sharding.whole(getattr(self.experts, f"{name}_bias")).detach()[expert] for name in _EXPERT_WEIGHTS
+        )
         return *self._halves(gate_up), down
 
     def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,33 +331,62 @@ def _base(module: nn.Module) -> nn.Module:
     return module.base_layer if hasattr(module, "base_layer") else module  # type: ignore[return-value]
 
 
-def _unknown_adapter(module: nn.Module) -> str | None:
+def _unknown_adapter(module: Any) -> str | None:
     if not hasattr(module, "base_layer"):
         return None
-    kind = type(module).__mro__[1].__name__
-    if hasattr(module, "lora_A"):
-        variants = getattr(module, "lora_variant", {})
-        return next((type(variants[name]).__name__ for name in module.active_adapters if name in variants), None)
-    return None if hasattr(module, "ia3_l") else f"an adapter of {kind}"
+    if hasattr(module, "ia3_l"):
+        return None
+    if not hasattr(module, "lora_A"):
+        return f"an adapter of {type(module).__name__}"
+    if any(getattr(module, "lora_bias", {}).values()):
+        return "a LoRA with biases"
+    variants = getattr(module, "lora_variant", {})
+    return next((type(variants[name]).__name__ for name in module.active_adapters if name in variants), None)
 
 
-def _effective_weight(module: nn.Module) -> Tensor:
-    base = _base(module)
+def _dequantized(base: nn.Module) -> Tensor:
     weight: Any = base.weight
-    if _is_plain(weight):
-        weight = sharding.whole(weight).detach()
+    if type(weight).__name__ == "Int8Params":
+        # Not by PEFT, which on a CPU puts another weight into the module, without its scales.
+        state: Any = base.state
+        rows, scales = (
+            getattr(weight, name) if getattr(weight, name) is not None else getattr(state, name)
+            for name in ("CB", "SCB")
+        )
+        return (weight.data if rows is None else rows).float() * (scales.view(-1, 1) / 127)
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(base).detach()
+
+
+def _effective_weight(module: Any) -> Tensor:
+    base: Any = _base(module)
+    if _is_plain(base.weight):
+        weight = sharding.whole(base.weight).detach()
         weight = weight.mT if sharding.own_class(base).__name__ == "Conv1D" else weight
     else:
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(base).detach()
-    if base is module or getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
-        return weight
-    for name in module.active_adapters:
-        if hasattr(module, "lora_A") and name in module.lora_A:  # type: ignore[operator]
-            up, down = module.lora_B[name].weight, module.lora_A[name].weight  # type: ignore[index]
-            weight = weight + (module.scaling[name] * (up @ down)).detach().to(weight.dtype)  # type: ignore[index]
-        elif hasattr(module, "ia3_l") and name in module.ia3_l:  # type: ignore[operator]
-            # (1, inputs) in a feed-forward layer, else (outputs, 1): it broadcasts over W either way.
-            weight = weight * module.ia3_l[name].detach().to(weight.dtype)  # type: ignore[index]
+        weight = _dequantized(base)
+    for name in _acting(module, "lora_A"):
+        update = module.lora_B[name].weight.detach() @ module.lora_A[name].weight.detach()
+        weight = widen(weight) + widen(update) * module.scaling[name]
+    # (1, inputs) in a feed-forward layer, else (outputs, 1): the factors broadcast over W either way.
+    for name in _acting(module, "ia3_l"):
+        weight = widen(weight) * widen(module.ia3_l[name].detach())
     return weight
+
+
+def _effective_bias(module: Any) -> Tensor | None:
+    bias = getattr(_base(module), "bias", None)
+    if bias is None:
+        return None
+    bias = widen(sharding.whole(bias).detach())
+    for name in _acting(module, "ia3_l"):
+        bias = bias if module.is_feedforward else bias * widen(module.ia3_l[name].detach()).flatten()
+    return bias
+
+
+def _acting(module: Any, kind: str) -> list[str]:
+    """The adapters of a kind that act on a module beside its weight: none where they are merged or switched off."""
+    if not hasattr(module, kind) or module.merged or module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in getattr(module, kind)]

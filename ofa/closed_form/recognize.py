@@ -37,7 +37,7 @@ from ofa_kernels.reference import Attends, HeadNorm, Rotary, per_query_head, sco
 from ofa_kernels.reference.stream import widen
 
 ROTARIES = ("none", "half", "interleaved", "single")
-"""Pairs are halves of a head or neighbours, and models hand on cos and sin of every pair twice; "single": halves, once."""
+"""Pairs are halves of a head, or neighbours; models hand on cos and sin of every pair twice, "single" halves once."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,9 @@ def head_norm(spec: AttentionSpec, norm: nn.Module | None, heads: Tensor | None)
         return None
     weight: Any = norm.weight
     scale = widen(weight) + spec.norm_offset
-    return HeadNorm(heads, scale if len(scale) == spec.shape.width else scale.view(-1, 1, spec.shape.width), spec.norm_eps)
+    return HeadNorm(
+        heads, scale if len(scale) == spec.shape.width else scale.view(-1, 1, spec.shape.width), spec.norm_eps
+    )
 
 
 def entering_heads(spec: AttentionSpec, entering: Tensor | None) -> Tensor | None:

@@ -100,7 +100,11 @@ def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
 
     sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
     reason = why_not(model, anatomy)
-    exact = {"name": "exact", "applies": reason is None, "remark": reason or "closed form, no probes; what auto chooses"}
+    exact = {
+        "name": "exact",
+        "applies": reason is None,
+        "remark": reason or "closed form, no probes; what auto chooses",
+    }
     chosen = "" if reason is None else "what auto chooses"
     return [
         exact,

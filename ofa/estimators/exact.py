@@ -20,7 +20,7 @@ from ofa.anatomy import Anatomy, Branch, NormView, view_norm
 from ofa.closed_form.attention_interface import AttentionCapture
 from ofa.closed_form.branch_trace import NormAt, body_of, branch_trace
 from ofa.closed_form.modules import AttentionModules, ExpertsModules, Linear, NoClosedForm, check_frozen
-from ofa.closed_form.recognize import Recognized, recognize, tap_of
+from ofa.closed_form.recognize import recognize, tap_of
 from ofa.closed_form.taps import Tap
 from ofa.estimators import Handle, Leaving, Probe
 from ofa.module_io import hidden_input

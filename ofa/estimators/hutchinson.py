@@ -260,7 +260,7 @@ class FullHutchinson(_Differences):
 def token_mean(
     rows: Tensor, branch: Branch, norm: NormView, stream: Tensor, probe: Probe, normed: Tensor | None
 ) -> Tensor:
-    """Mean of one value per token over the real tokens of each sequence, (B,); divided by σ of a norm behind the branch."""
+    """Mean of one value per token over the real tokens, (B,); divided by σ where the norm stands behind the branch."""
     if normed is not None:
         rows = rows * dispatch.rstd(normed, eps=norm.eps, kind=norm.kind).view(rows.shape)
     shares = token_shares(probe.of_pass.mask, stream)

@@ -1,7 +1,7 @@
 """Runs a branch once more on other inputs, without a graph, after the model has run it.
 
-The hooks keep the arguments with which the branch's first and last module were called. `run` calls the same modules with
-other hidden states in their place, for several copies of the batch at once.
+The hooks keep the arguments with which the branch's first and last module were called. `run` calls the same modules
+with other hidden states in their place, for several copies of the batch at once.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ class Replay:
         def other(name: str, tensor: Tensor) -> Tensor:
             if tensor is own:
                 return hidden
-            if module is self._exit and self._branch.residual_reader == self._branch.exit and tensor.shape == own.shape[:-1] + stream.shape[-1:]:
+            if (
+                module is self._exit
+                and self._branch.residual_reader == self._branch.exit
+                and tensor.shape == own.shape[:-1] + stream.shape[-1:]
+            ):
                 return stream.to(tensor.dtype)
             # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
             batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)

@@ -34,8 +34,8 @@ from ofa_kernels.reference.stream import (
 __all__ = [
     "ACTIVATIONS",
     "KINDS",
-    "AttentionSums",
     "Attends",
+    "AttentionSums",
     "HeadNorm",
     "Move",
     "Rotary",

@@ -1,14 +1,16 @@
 """Token sums of the own-token Jacobian of an attention, (C, K, ā) of every query head; derived in docs/theory.md.
 
-With a the softmax's weights, κ the slope of a soft-cap (else 1), R_i the rotary turn, s the scale, w the tokens' weights
-and σ_q, σ_k of norms on the heads (else 1, and no second terms):
+With a the softmax's weights, κ the slope of a soft-cap (else 1), R_i the rotary turn, s the scale, w the tokens'
+weights, and σ_q, σ_k of norms on the heads (else 1, and no second terms):
 
     ā = Σ_i w_i a_ii
-    C = s Σ_i (w_i/σ_q,i) Σ_j a_ij κ_ij (v_j − o_i)(Γ_q R_iᵀk_j)ᵀ  −  Σ_i (w_i/σ_q,i) r_i q̂_iᵀ/d,   r_i = Σ_j a_ij κ_ij s (q_i·k_j)(v_j − o_i)
+    C = s Σ_i (w_i/σ_q,i) Σ_j a_ij κ_ij (v_j − o_i)(Γ_q R_iᵀk_j)ᵀ  −  Σ_i (w_i/σ_q,i) r_i q̂_iᵀ/d
+        with r_i = Σ_j a_ij κ_ij s (q_i·k_j)(v_j − o_i)
     K = s Σ_i (w_i/σ_k,i) a_ii κ_ii (v_i − o_i) [ Γ_k R_iᵀq_i − (q_i·k_i) k̂_i/d ]ᵀ
 
-so that Σ_i w_i A_i = Σ_h W_o (ā W_v + C W_q + K W_k). No matrix of all queries and keys is formed: R_i mixes channels in
-pairs, and Σ_i w_i a_ij R_iᵀk_j needs only the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i over the queries of each key.
+so that Σ_i w_i A_i = Σ_h W_o (ā W_v + C W_q + K W_k). No matrix of all queries and keys is formed: R_i mixes channels
+in pairs, so that Σ_i w_i a_ij R_iᵀk_j needs only the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i over the queries of
+each key.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class AttentionSums(NamedTuple):
     Attributes:
         query, key: C and K, (B, H, e, d). For a norm over all heads together, without the second terms.
         value: ā, (B, H).
-        query_pull, key_pull: for norms over all heads together, w_i r_i/σ_q,i and w_i s a_ii κ_ii (q_i·k_i)(v_i − o_i)/σ_k,i,
-            (B, H, T, e), which stand with q̂_i/width and k̂_i/width in the second terms; else None.
+        query_pull, key_pull: for norms over all heads together, w_i r_i/σ_q,i and w_i s a_ii κ_ii (q_i·k_i)(v_i − o_i)
+            /σ_k,i, (B, H, T, e), which stand with q̂_i/width and k̂_i/width in the second terms; else None.
         moved: δo_i along the `Move`, read, (B, H, T, m); None without one.
     """
 
@@ -233,7 +235,7 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _mix(weights: Tensor, rows: Tensor) -> Tensor:
-    """Σ_j weights_ij row_j of heads that share rows, or have their own: (B, H, n, m) and (B, K, m, c) → (B, H, n, c)."""
+    """Σ_j weights_ij row_j of heads that may share rows: (B, H, n, m) and (B, K, m, c) → (B, H, n, c)."""
     return (_grouped(weights, rows) @ rows).view(*weights.shape[:3], rows.shape[-1])
 
 

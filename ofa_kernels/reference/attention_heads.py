@@ -1,4 +1,4 @@
-"""What an attention is made of beside its weights: rotary embedding, norms of its heads, and which keys it attends to."""
+"""What an attention is made of beside its weights: rotary embedding, norms of its heads, which keys it attends to."""
 
 from __future__ import annotations
 

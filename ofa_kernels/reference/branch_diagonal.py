@@ -1,8 +1,8 @@
 """What token sums of own-token Jacobians give together with the weights: traces and diagonals; see docs/theory.md.
 
-Ā = Σ_i w_i A_i of a branch is a product of its weights with the token sums in between. Its diagonal D_k = Ā_kk and, for a
-LayerNorm, its image Āγ take one read of the weights; so does the trace of Ā against G = diag(e) − γγᵀ/d. Weights have any
-floating dtype and any strides; arithmetic and results have the dtype of the sums.
+Ā = Σ_i w_i A_i of a branch is a product of its weights with the token sums in between. Its diagonal D_k = Ā_kk and, for
+a LayerNorm, its image Āγ take one read of the weights; so does the trace of Ā against G = diag(e) − γγᵀ/d. Weights have
+any floating dtype and any strides; arithmetic and results have the dtype of the sums.
 """
 
 from __future__ import annotations
