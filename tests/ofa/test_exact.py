@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import math
 import weakref
 from collections.abc import Callable
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import ofa
 from ofa import InputError
 from ofa.estimators.exact import Exact
 from tests import families, oracle
@@ -38,7 +36,6 @@ from tests.ofa.traces import (
     scale_gradients,
     solve,
     solved,
-    spread,
     traces_of,
     training_model,
     variant,
