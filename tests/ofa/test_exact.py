@@ -171,7 +171,7 @@ def test_it_has_no_variance() -> None:
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_the_task_is_not_changed_by_being_measured(name: str) -> None:
-    """Measured or not, with the step ratio, and closed: the same bits of loss, logits and gradients, and the same hooks."""
+    """Measured, and closed: the same bits of loss, logits and gradients, and the same hooks."""
     model, given = frozen(name), oracle.batch(name)
     hooks, implementation = hooks_of(model), model.config._attn_implementation
     plain = model(**given)
@@ -336,7 +336,7 @@ def test_parts_may_be_called_alone_and_text_generated(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_two_norms"])
 def test_checkpointing_computes_the_curvature_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes, then both backwards, in which layers are run again: same losses and gradients, no second curvature."""
+    """Two passes, then both backwards, where layers run again: same losses and gradients, no second curvature."""
     results, counts, own = [], [], Exact.leave
     for checkpointing in (False, True):
         model = freeze(training_model(name, checkpointing=checkpointing))

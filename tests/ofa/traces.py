@@ -82,7 +82,7 @@ class Solved:
 
 
 def solve(name: str, model: nn.Module, given: dict[str, Tensor]) -> list[list[Solved]]:
-    """P and C of every step by dense Jacobians; a step of parallel branches with a norm each is one of several parts."""
+    """P and C of every step by dense Jacobians; parallel branches with a norm each are several parts of one step."""
     paths = {module: path for path, module in model.named_modules()}
     with oracle.Float64():
         return [
