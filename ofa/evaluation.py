@@ -177,9 +177,8 @@ class Scorer:
         )
 
     def accuracy(self, examples: Sequence[Example]) -> float:
-        """Share of the examples whose label is predicted."""
-        predicted = self.predict([example.text for example in examples])
-        return sum(word == e.label for word, e in zip(predicted, examples, strict=True)) / len(examples)
+        """Share of the examples whose label is predicted, or whose completion is matched, as `evaluate` measures it."""
+        return self.evaluate(examples).metrics.accuracy
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
         """The model behind the ids of demonstrations, as it scores prompts; methods that change that override it."""

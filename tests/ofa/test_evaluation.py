@@ -252,6 +252,7 @@ def test_open_ended_evaluation_compares_as_many_lines_as_the_truth_has(llama, to
     result = evaluate(llama, tokenizer, OPEN, examples, batch_size=2)
     assert result.predictions == ("19", "London", "a\u2028bank")
     assert result.metrics.exact_match == result.metrics.accuracy == pytest.approx(2 / 3)
+    assert Scorer(llama, tokenizer, OPEN).accuracy(examples) == result.metrics.accuracy, "what chooses the best epoch"
     totals, counts = Scorer(llama, tokenizer, OPEN).completion_totals(examples)
     assert result.metrics.negative_log_likelihood == pytest.approx(-float(totals.sum()) / int(counts.sum()))
     assert result.probabilities.shape == (3, 0)
