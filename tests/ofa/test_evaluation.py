@@ -295,13 +295,17 @@ def test_bad_examples_are_refused(llama, tokenizer, examples, message):
         evaluate(llama, tokenizer, TASK, examples)
 
 
-@pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
-def test_scores_that_are_not_numbers_predict_nothing(llama, tokenizer, task):
+@pytest.mark.parametrize("task", [TASK, COLLIDING, OPEN], ids=lambda task: task.name)
+def test_scores_that_are_not_numbers_are_refused(llama, tokenizer, task):
     """The largest of several NaN is the first label, with exit code 0."""
     with torch.no_grad():
         llama.model.norm.weight[0] = float("nan")
+    examples = [Example(text, (task.labels or TEXTS)[0]) for text in TEXTS]
     with pytest.raises(InputError, match="scores that are not numbers"):
-        Scorer(llama, tokenizer, task).predict(TEXTS)
+        evaluate(llama, tokenizer, task, examples)
+    if not task.open_ended:
+        with pytest.raises(InputError, match="scores that are not numbers"):
+            Scorer(llama, tokenizer, task).predict(TEXTS)
 
 
 def test_an_encoder_scores_nothing(tokenizer):
