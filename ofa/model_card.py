@@ -117,12 +117,19 @@ def _made_from(details: Mapping[str, Any], task: Mapping[str, Any]) -> str:
         "template": f"`{task['template']!r}`",
         "labels": ", ".join(task["labels"]) or "none (free completion)",
         "shots": details.get("shots"),
+        "examples used": _used(details),
         "seed": details.get("seed"),
         "method": details.get("method"),
         "step ratio, sharpness": f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None,
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
     return f"## Made from\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _used(details: Mapping[str, Any]) -> str | None:
+    if not {"indices", "examples"} <= set(details):
+        return None
+    return f"{len(details['indices']):,} of {details['examples']:,}"
 
 
 def _scores(details: Mapping[str, Any]) -> str:
@@ -134,6 +141,8 @@ def _scores(details: Mapping[str, Any]) -> str:
     tested = _origin((details.get("data") or {}).get("test"))
     examples = f"{scores['count']:,} examples" if "count" in scores else "examples"
     where = f"On {examples} of {_cell(tested)}.\n" if tested else ""
+    if "unused" in scores:
+        where = f"On {examples} of the {scores['unused']:,} training examples that were not used.\n"
     protocol = _PROTOCOL if "accuracy" in numbers else ""
     return f"## Scores\n\n{where}{protocol}\n| measure | value |\n|---|---|\n{rows}\n"
 

@@ -82,10 +82,12 @@ def predict(
     Every row has its answer, in order; one without text has none. Ctrl-C stops a run with --out, and the same command
     with --resume continues it.
     """
-    from ofa.commands.adapted import adapter_digest, open_adapter, read_task
+    from ofa.commands.adapted import adapter_digest, base_of, open_adapter, read_task
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
+    from ofa.models import check_source
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
+    check_source(base_of(adapter, model), dtype=dtype, device=device)
     if out is not None:
         check_out(out)
     task = read_task(adapter, text_column)

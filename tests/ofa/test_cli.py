@@ -90,7 +90,7 @@ def test_fit_tells_a_program_what_it_did(fitted: Round) -> None:
     summary = fitted.finished.json
     assert set(summary) == {
         *("folder", "adapter_bytes", "trainable_parameters", "steps", "first_loss", "last_loss", "drift", "seconds"),
-        *("truncated", "best_epoch", "scores"),
+        *("truncated", "best_epoch", "scores", "used", "examples"),
     }
     assert summary["folder"] == str(fitted.folder)
     assert summary["adapter_bytes"] == len(weights(fitted.folder))
@@ -132,7 +132,7 @@ def test_evaluate_agrees_with_the_scores_of_fit(fitted: Round) -> None:
 def test_evaluate_shows_a_reader_the_scores_and_the_confusion(fitted: Round) -> None:
     """Without --json the same numbers stand in tables that are not cut to a terminal's width."""
     shown = done("evaluate", fitted.folder, "--data", fitted.test, "--size", 2).out
-    assert "train: 2 examples" in shown
+    assert "test.jsonl: 2 examples" in shown
     assert "accuracy" in shown
     assert "expected calibration error" in shown
     assert "rows are true, columns predicted" in " ".join(shown.split())
@@ -194,7 +194,7 @@ def test_config_file_equals_flags(fitted: Round, tmp_path: Path) -> None:
     )
     summary = done("fit", "--config", config).json
     assert weights(tmp_path / "out") == weights(fitted.folder)
-    assert summary["scores"] == {}
+    assert set(summary["scores"]) >= {"accuracy", "count", "unused"}
 
 
 def test_flags_win_over_the_config_file(fitted: Round, tmp_path: Path) -> None:
@@ -313,6 +313,56 @@ def test_resume_continues_to_the_same_adapter(
     assert names(out) == FIT_FILES
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_stopped_run_says_how_to_continue_it(fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again finds its folder full: --resume is what is wanted, --overwrite loses the run."""
+
+    def stops(update):
+        return lambda record, total: signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("ofa.commands.fit._reporter", stops)
+        ofa("fit", *fitted.arguments, "--out", out)
+    again = ofa("fit", *fitted.arguments, "--out", out)
+    assert again.status == 2
+    assert again.err == (
+        f"ofa: {out} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to begin "
+        "again, or choose another folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shots", "said", "scored"),
+    [
+        (
+            1,
+            "2 of 6 examples used; ",
+            "accuracy {:.3f} on all of the 4 examples that were not used",
+        ),
+        ("all", "6 of 6 examples used; ", None),
+    ],
+)
+def test_how_many_examples_are_used_is_said_and_the_others_are_scored(
+    fitted: Round, tmp_path: Path, shots: object, said: str, scored: str | None
+) -> None:
+    """Without --test the examples that were not drawn are the only ones whose score says anything."""
+    finished = done("fit", *fitted.arguments, "--shots", shots, "--out", tmp_path / "out")
+    assert said in finished.err
+    known = details(tmp_path / "out")
+    assert (known["shots"], len(known["indices"]), known["examples"]) == (shots, 2 if scored else 6, 6)
+    if scored is None:
+        assert known["scores"] == {}
+        return
+    others = [row for index, row in enumerate(TRAIN) if index not in known["indices"]]
+    document = done("evaluate", tmp_path / "out", "--data", write_rows(tmp_path / "others.jsonl", others), "--json")
+    assert known["scores"]["accuracy"] == document.json["accuracy"]
+    assert (known["scores"]["count"], known["scores"]["unused"]) == (4, 4)
+    assert scored.format(document.json["accuracy"]) in finished.err.splitlines()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "On 4 examples of the 4 training examples that were not used." in card
+    assert "| examples used | 2 of 6 |" in card
 
 
 def test_overwrite_replaces_an_adapter(fitted: Round, tmp_path: Path) -> None:
