@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from ofa import __version__, sharding
 from ofa.adapter_folder import CARD, CONFIG, DETAILS, WEIGHTS, read_config, read_details
+from ofa.base_weights import difference, weight_digests
 from ofa.errors import InputError
 from ofa.files import WRITE_ERRORS, claimed_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
@@ -24,6 +27,11 @@ from ofa.tuning import base_parameters, hold_norms
 
 _PREFIX = "base_model.model."
 _LAYER = ".ln_tuning_layers."
+
+_told_of: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
+"""Adapters that a model was told to be another base for."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ def _write(
         **(details or {}),
         "base_model": name,
         **_fingerprints(base),
+        "base_weights": weight_digests(model),
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
     }
@@ -260,6 +269,17 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
     if expected and expected.isdisjoint(actual.values()):
         raise InputError(
             f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
+        )
+    told = _told_of.setdefault(model, set())
+    differing = difference(adapter.details.get("base_weights", {}), model)
+    if differing is not None and adapter.folder not in told:
+        told.add(adapter.folder)
+        logger.warning(
+            "%s was made for %s: this model has its norms, but other weights (%s); it may answer otherwise, so load "
+            "that base, or measure it here with `ofa evaluate`",
+            adapter.folder,
+            name,
+            differing,
         )
 
 

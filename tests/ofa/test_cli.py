@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
+import ofa as ofa_package
 from ofa.commands import doctor as doctor_module
 from ofa.commands.fit import fit
 from ofa.evaluation import Scorer
@@ -151,6 +153,62 @@ def test_merged_checkpoint_predicts_what_the_adapter_predicts(fitted: Round, tmp
     assert not torch.equal(base, adapted)
     bare = done("evaluate", "--model", tmp_path / "merged", "--data", fitted.test, "--template", TEMPLATE, "--json")
     assert bare.json["accuracy"] == fitted.finished.json["scores"]["accuracy"]
+
+
+def test_a_merged_checkpoint_is_like_its_base(fitted: Round, tmp_path: Path) -> None:
+    """A bfloat16 base makes a bfloat16 checkpoint, and the tokenizer is not the one made ready for training here."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(fitted.model, dtype=torch.bfloat16).save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(fitted.model, padding_side="left")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    done("merge", fitted.folder, "--model", base, "--out", tmp_path / "merged")
+    done("merge", fitted.folder, "--model", base, "--out", tmp_path / "wide", "--dtype", "float32")
+    ofa_package.merge(str(base), fitted.folder, tmp_path / "by_name")
+    for name, dtype in (("merged", torch.bfloat16), ("wide", torch.float32), ("by_name", torch.bfloat16)):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
+        assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+        saved = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (saved.padding_side, saved.pad_token) == ("left", None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda adapter: ["predict", adapter, "--text", "a film"],
+        lambda adapter: ["evaluate", adapter, "--data", "tickets"],
+        lambda adapter: ["merge", adapter, "--out", adapter.parent / "merged"],
+        lambda adapter: ["probe", adapter, "--data", "tickets", "--out", adapter.parent / "probed"],
+    ],
+    ids=["predict", "evaluate", "merge", "probe"],
+)
+def test_a_base_that_moved_is_asked_for(fitted: Round, tmp_path: Path, command) -> None:
+    """An adapter knows its base by the path that it had; where it is now, only its owner knows."""
+    adapter = Path(shutil.copytree(fitted.folder, tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "before")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    finished = ofa(*command(adapter))
+    assert finished.status == 2
+    assert f"made for the model in {tmp_path / 'before'}, which is not there any more" in finished.err
+    assert "give its new place with --model" in finished.err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_gguf_file_opens_as_its_card_says(fitted: Round, tiny_gguf: Path, tmp_path: Path) -> None:
+    """The card's own Python, with the folder's path put in: a GGUF file is no folder that a library opens by name."""
+    out = tmp_path / "out"
+    done("fit", *fitted.arguments, "--model", tiny_gguf, "--learning-rate", 0.1, "--out", out)
+    lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    known: dict = {}
+    exec(lines.replace("PATH_OF_THIS_FOLDER", str(out)), known)
+    expected = load_model(str(tiny_gguf)).model
+    ids = torch.arange(3, 9)[None]
+    assert not torch.equal(known["base_model"](ids).logits, expected(ids).logits)
+    ofa_package.load_adapter(expected, out)
+    torch.testing.assert_close(known["model"](ids).logits, expected(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
