@@ -7,7 +7,7 @@ arguments with which an ordinary forward pass calls the modules, and the steps a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -28,7 +28,8 @@ SEQUENTIAL = {
     "vit": ("layernorm_before", "attention", "layernorm_after", "mlp"),
     "opt": ("self_attn_layer_norm", "self_attn", "final_layer_norm", "fc"),
 }
-SEQUENTIAL |= dict.fromkeys(("mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3", *EXPERTS), SEQUENTIAL["llama"])
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3", *EXPERTS)
+SEQUENTIAL |= dict.fromkeys(LIKE_LLAMA, SEQUENTIAL["llama"])
 PARALLEL = {
     "phi": ("input_layernorm", "self_attn", "input_layernorm"),
     "cohere": ("input_layernorm", "self_attn", "input_layernorm"),
@@ -45,7 +46,7 @@ POST_NORM_LAYER = {"opt_post_norm": "self_attn_layer_norm"}
 """The norm of the first branch, for the family without a module boundary between its sublayers."""
 
 ONE_PLUS_WEIGHT = ("gemma", "gemma2", "gemma3")
-RMS = (*SANDWICH, *BRANCH_NORM, *EXPERTS, "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3")
+RMS = (*SANDWICH, *BRANCH_NORM, "llama", *LIKE_LLAMA)
 
 CASES = [(name, "sublayer") for name in families.BUILDERS if name not in POST_NORM_LAYER]
 CASES += [(name, "layer") for name in families.BUILDERS]
@@ -98,13 +99,16 @@ class OracleStep:
     """One step: F and the stream Z it is taken from; row j of the trace is left_j · J_jj · right_j.
 
     P = diag(γ)/σ is `right` where the norm reads the stream; where it stands behind the branch, γ is `right` and the
-    1/σ of each row is `left`.
+    1/σ of each row is `left`. `norm` is the module that γ is the weight of; `parts` are the branches of a step whose
+    parallel branches have a norm, and so a P, each.
     """
 
     function: Callable[[Tensor], Tensor]
     stream: Tensor
     left: Tensor
     right: Tensor
+    norm: nn.Module
+    parts: tuple[OracleStep, ...] = ()
 
     def quadratic(self, nu: Tensor, at: Tensor | None = None) -> Tensor:
         """νᵀ J P ν of each sequence, (B,), by one backward pass; `at` is where J is taken, the stream by default."""
@@ -184,17 +188,20 @@ def _caller(module: nn.Module, calls: dict[nn.Module, Any]) -> Callable[[Tensor]
 
     def call(hidden: Tensor) -> Tensor:
         named = {} if args else {"hidden_states": hidden}
-        output = module(*([hidden, *args[1:]] if args else []), **{**kwargs, **named})
-        return output if isinstance(output, Tensor) else output[0]
+        return _first(module(*([hidden, *args[1:]] if args else []), **{**kwargs, **named}))
 
     return call
+
+
+def _first(output: Any) -> Tensor:
+    """What a module returns, without attention weights or what a router said."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _mlp(layer: nn.Module, module: str) -> Callable[[Tensor], Tensor]:
     if module == "fc":
         return lambda hidden: layer.fc2(layer.activation_fn(layer.fc1(hidden)))
-    mlp = getattr(layer, module)
-    return lambda hidden: out if isinstance(out := mlp(hidden), Tensor) else out[0]  # gpt-oss returns scores too
+    return lambda hidden: _first(getattr(layer, module)(hidden))
 
 
 def _gamma(name: str, norm: nn.Module) -> Tensor:
@@ -210,14 +217,14 @@ def _rstd(name: str, norm: nn.Module, hidden: Tensor) -> Tensor:
 def _before(name: str, norm: nn.Module, stream: Tensor, function: Callable[[Tensor], Tensor]) -> OracleStep:
     """A step whose norm reads the stream: P = Γ/σ(Z)."""
     rstd = _rstd(name, norm, stream)
-    return OracleStep(function, stream, torch.ones_like(rstd), _gamma(name, norm) * rstd.unsqueeze(-1))
+    return OracleStep(function, stream, torch.ones_like(rstd), _gamma(name, norm) * rstd.unsqueeze(-1), norm)
 
 
 def _behind(
     name: str, norm: nn.Module, stream: Tensor, reads: Tensor, function: Callable[[Tensor], Tensor]
 ) -> OracleStep:
     """A step whose norm stands behind the branch and reads `reads`: P = Γ/σ(reads)."""
-    return OracleStep(function, stream, _rstd(name, norm, reads), _gamma(name, norm).expand_as(stream))
+    return OracleStep(function, stream, _rstd(name, norm, reads), _gamma(name, norm).expand_as(stream), norm)
 
 
 def _whole_layer(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module, Any]) -> OracleStep:
@@ -294,7 +301,14 @@ def _parallel(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module
     def function(z: Tensor) -> Tensor:
         return attend(norms[0](z)) + layer.mlp(norms[1](stream + ratio * (z - stream)))
 
-    return _before(name, norms[0], stream, function)
+    step = _before(name, norms[0], stream, function)
+    if norms[0] is norms[1]:
+        return step
+    parts = (
+        _before(name, norms[0], stream, lambda z: attend(norms[0](z))),
+        _before(name, norms[1], stream, lambda z: layer.mlp(norms[1](z))),
+    )
+    return replace(step, parts=parts)
 
 
 def _next(step: OracleStep) -> Tensor:

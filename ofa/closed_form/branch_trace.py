@@ -315,7 +315,7 @@ class ExpertsBody:
         seen, weight, bias = self._seen, widen(self._modules.router_weight()), self._modules.router_bias()
         logits = widen(seen.logits)
         if self._spec.renormalized:
-            shares = torch.zeros_like(logits).scatter(1, seen.chosen, widen(seen.gates))
+            shares = torch.zeros_like(logits).scatter(1, seen.chosen, seen.gates.to(logits.dtype))
         else:
             shares = torch.softmax(logits, -1)
         return weight, shares, _unshifted(logits, bias)

@@ -335,7 +335,7 @@ def head_norm(spec: AttentionSpec, norm: nn.Module | None, heads: Tensor | None)
     if norm is None or heads is None:
         return None
     weight: Any = norm.weight
-    scale = widen(weight.detach()) + spec.norm_offset
+    scale = widen(weight) + spec.norm_offset
     return HeadNorm(
         heads, scale if len(scale) == spec.shape.width else scale.view(-1, 1, spec.shape.width), spec.norm_eps
     )

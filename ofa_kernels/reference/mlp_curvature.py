@@ -125,13 +125,20 @@ class Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and (x.requires_grad or gradient.requires_grad)):
+        return torch.ops.aten.silu_backward(gradient, x)  # type: ignore[no-any-return]
+    sigmoid = torch.sigmoid(x)  # PyTorch's own operation has no derivative
+    return gradient * sigmoid * (1 + x * (1 - sigmoid))
+
+
 def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(1.702 * x)
     return gradient * (sigmoid + 1.702 * x * sigmoid * (1 - sigmoid))
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "silu": Activation(F.silu, _silu_backward),
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
     "gelu_tanh": Activation(
         partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")

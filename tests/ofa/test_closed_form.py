@@ -22,10 +22,10 @@ from transformers.masking_utils import (
 
 import ofa
 from ofa import anatomy, trial
-from ofa.closed_form import interface
-from ofa.closed_form.fit import AttentionFit, Fitted, MlpFit, fit
-from ofa.closed_form.interface import Watching
-from ofa.closed_form.parts import AttentionParts, HeadShape, MlpParts, NoClosedForm
+from ofa.closed_form import attention_interface
+from ofa.closed_form.attention_interface import AttentionCapture
+from ofa.closed_form.modules import AttentionModules, ExpertsModules, HeadShape, MlpModules, NoClosedForm
+from ofa.closed_form.recognize import AttentionSpec, ExpertsSpec, MlpSpec, Recognized, recognize
 from tests import families, oracle
 from tests.device import DEVICE
 from tests.ofa.traces import CLOSED, built, frozen, hooks_of, measuring
@@ -66,10 +66,10 @@ MLPS: dict[str, tuple[str, str | None, str, str]] = {
 """Gate, up and down projection, and the activation."""
 
 
-def fitted(model: nn.Module) -> tuple[Fitted, ...]:
+def recognized(model: nn.Module) -> tuple[Recognized, ...]:
     """Every branch of a model's sublayer steps, recognized."""
     found = anatomy.find(model)
-    return fit(model, found, found.steps("sublayer"))
+    return recognize(model, found, found.steps("sublayer"))
 
 
 def last(linear: Any) -> str | None:
@@ -82,16 +82,16 @@ def test_families_are_recognized(name: str) -> None:
     """Each family: where the projections are, how a fused one is laid out, what turns, and what bends."""
     projections, output, layout, rotary, heads = ATTENTIONS[name]
     gate, up, down, activation = MLPS[name]
-    found = fitted(frozen(name))
+    found = recognized(frozen(name))
     assert len(found) == 6
     for one in found:
-        parts, kind = one.parts, one.fit
-        if isinstance(parts, MlpParts):
+        modules, kind = one.modules, one.spec
+        if isinstance(parts, MlpModules):
             assert (last(parts.gate), last(parts.up), last(parts.down)) == (gate, up, down)
             assert parts.fused == (name == "phi3")
-            assert kind == MlpFit(activation)
+            assert kind == MlpSpec(activation)
             continue
-        assert isinstance(kind, AttentionFit)
+        assert isinstance(kind, AttentionSpec)
         assert tuple(map(last, (parts.query, parts.key, parts.value))) == projections
         assert last(parts.output) == output
         # SmolLM3 leaves every fourth layer unturned, of which these models have none.
@@ -109,7 +109,7 @@ def test_tuned_norms_of_heads_are_recognized(dtype: torch.dtype) -> None:
     """Tuned scales widen what a norm reads, roundings and all: the orientation is found all the same."""
     model = families.build("qwen3").to(dtype)
     ofa.tune_norms(model)
-    attentions = [one.fit for one in fitted(model) if isinstance(one.fit, AttentionFit)]
+    attentions = [one.spec for one in recognized(model) if isinstance(one.spec, AttentionSpec)]
     assert [one.norm_tokens_first for one in attentions] == [True] * 3
 
 
@@ -117,14 +117,14 @@ def test_layers_without_rotary_are_told_apart() -> None:
     """SmolLM3's layers without positions: each layer as it is, not as the first of its shape."""
     model = built("smollm3")
     model.model.layers[1].self_attn.use_rope = 0
-    kinds = [one.fit.rotary for one in fitted(model) if isinstance(one.fit, AttentionFit)]
+    kinds = [one.spec.rotary for one in recognized(model) if isinstance(one.spec, AttentionSpec)]
     assert kinds == ["half", "none", "half"]
 
 
 def test_both_ways_of_storing_a_matrix() -> None:
     """GPT-2's Conv1D holds the transpose of a Linear's weight: (outputs, inputs) either way, and the same image."""
-    (conv,) = {one.parts.gate for one in fitted(frozen("gpt2")) if "h.1.mlp" in one.branch.entry}
-    (linear,) = {one.parts.gate for one in fitted(frozen("gpt_neox")) if "layers.1.mlp" in one.branch.entry}
+    (conv,) = {one.modules.gate for one in recognized(frozen("gpt2")) if "h.1.mlp" in one.branch.entry}
+    (linear,) = {one.modules.gate for one in recognized(frozen("gpt_neox")) if "layers.1.mlp" in one.branch.entry}
     for one, transposed, shape in ((conv, True, (128, 32)), (linear, False, (48, 32))):
         rows = torch.randn(3, 32, dtype=torch.float64).to(DEVICE)
         assert (one.transposed, one.weight_shape, tuple(one.weight().shape)) == (transposed, shape, shape)
@@ -164,8 +164,8 @@ def test_layouts_take_rows_apart(layout: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_activations_are_found_by_what_they_compute(name: str, activation: str, expected: str) -> None:
     """Whatever transformers calls it, gated or plain."""
-    found = fitted(_with(name, activation))
-    assert {one.fit.activation for one in found if isinstance(one.fit, MlpFit)} == {expected}
+    found = recognized(_with(name, activation))
+    assert {one.spec.activation for one in found if isinstance(one.spec, MlpSpec)} == {expected}
 
 
 @pytest.mark.parametrize("activation", ["mish", "quick_gelu", "relu2", "tanh", "sigmoid", "leaky_relu", "linear"])
@@ -173,7 +173,7 @@ def test_activations_are_found_by_what_they_compute(name: str, activation: str, 
 def test_other_activations_have_no_closed_form(name: str, activation: str) -> None:
     """None that is merely similar: the reason says which ones there are."""
     with pytest.raises(NoClosedForm, match=r"the activation in front of .* is none of silu, gelu, gelu_tanh, relu$"):
-        fitted(_with(name, activation))
+        recognized(_with(name, activation))
 
 
 def _with(name: str, activation: str) -> nn.Module:
@@ -208,7 +208,7 @@ def test_a_branch_that_does_something_else_has_no_closed_form(change: str, reaso
         layer.mlp.gate_projection, layer.mlp.forward = layer.mlp.gate_proj, lambda hidden: hidden.sin()
         del layer.mlp.gate_proj
     with pytest.raises(NoClosedForm, match=reason):
-        fitted(model)
+        recognized(model)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -229,10 +229,10 @@ def test_the_model_s_own_attention_function_is_called(
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     if implementation == "eager":
-        source = sys.modules[type(next(m for m in model.modules() if interface.supports(m))).__module__]
+        source = sys.modules[type(next(m for m in model.modules() if attention_interface.supports(m))).__module__]
         monkeypatch.setattr(source, "eager_attention_forward", recording)
     else:
-        monkeypatch.setitem(interface_functions(), "sdpa", recording)
+        monkeypatch.setitem(attention_functions(), "sdpa", recording)
     try:
         with torch.no_grad():
             model(**given)
@@ -253,7 +253,7 @@ def test_the_model_s_own_attention_function_is_called(
                 assert one == other
 
 
-def interface_functions() -> dict[str, Any]:
+def attention_functions() -> dict[str, Any]:
     """Where transformers keeps attention functions by name."""
     mapping: dict[str, Any] = AttentionInterface._global_mapping
     return mapping
@@ -272,7 +272,7 @@ def interface_functions() -> dict[str, Any]:
 )
 def test_what_transformers_makes_causal_is_known_without_looking(described: Any, forbids: bool) -> None:
     """While a CUDA graph is captured nobody can look at a mask, and transformers makes one whatever the batch is."""
-    assert interface._forbids_later(described) is forbids
+    assert attention_interface._forbids_later(described) is forbids
 
 
 @pytest.mark.parametrize(
@@ -291,11 +291,11 @@ def test_causal_masks_are_recognized(mask: Tensor | None, causal: bool) -> None:
     module = built("llama").model.layers[0].self_attn
     heads = [torch.randn(1, count, 4, 8).to(DEVICE) for count in (4, 2, 2)]
     mask = None if mask is None else mask.to(DEVICE)
-    seen = interface._attending("sdpa", module, *heads, mask, {"scaling": 0.25})
+    seen = attention_interface._call("sdpa", module, *heads, mask, {"scaling": 0.25})
     assert (seen.causal, seen.scale, seen.unusual) == (causal, 0.25, None)
     assert seen.mask is None if mask is None else torch.equal(seen.mask, mask)
     module.is_causal = False
-    assert not interface._attending("sdpa", module, *heads, mask, {}).causal
+    assert not attention_interface._call("sdpa", module, *heads, mask, {}).causal
 
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
@@ -303,7 +303,7 @@ def test_what_the_closed_form_does_not_know_is_named(argument: str) -> None:
     """Soft-caps, sinks and biases of positions are arguments of the attention function."""
     module = built("llama").model.layers[0].self_attn
     heads = [torch.randn(1, count, 4, 8).to(DEVICE) for count in (4, 2, 2)]
-    seen = interface._attending("eager", module, *heads, None, {argument: torch.ones(1, device=DEVICE)})
+    seen = attention_interface._call("eager", module, *heads, None, {argument: torch.ones(1, device=DEVICE)})
     assert seen.unusual == argument
 
 
@@ -313,22 +313,22 @@ def test_names_are_restored_by_the_last_to_let_go(implementation: str) -> None:
     model = built("llama")
     model.set_attn_implementation(implementation)
     attentions = [layer.self_attn for layer in model.model.layers]
-    first, second = Watching(attentions), Watching(attentions)
+    first, second = AttentionCapture(attentions), AttentionCapture(attentions)
     assert model.config._attn_implementation == f"ofa_{implementation}"
     first.remove()
     first.remove()
     assert model.config._attn_implementation == f"ofa_{implementation}"
     second.remove()
     assert model.config._attn_implementation == implementation
-    assert id(model.config) not in interface._uses
+    assert id(model.config) not in attention_interface._uses
 
 
 def test_falcon_and_gptj_cannot_be_watched() -> None:
     """They do not use the registry: their configurations keep their names, and projections are taken instead."""
     for name, watched in (("falcon", False), ("gptj", False), ("llama", True)):
         model = built(name)
-        parts = [one.parts for one in fitted(model) if isinstance(one.parts, AttentionParts)]
-        assert {interface.supports(one.module) for one in parts} == {watched}
+        parts = [one.modules for one in recognized(model) if isinstance(one.modules, AttentionModules)]
+        assert {attention_interface.supports(one.module) for one in parts} == {watched}
         with measuring(model):
             assert model.config._attn_implementation.startswith("ofa_") == watched
 
@@ -342,7 +342,7 @@ def test_recognizing_leaves_the_model_as_it_was(case: str) -> None:
     modes, hooks = [module.training for module in model.modules()], hooks_of(model)
     name, state = model.config._attn_implementation, torch.get_rng_state()
     try:
-        fitted(model)
+        recognized(model)
     except NoClosedForm:
         assert case == "refused"
     assert [module.training for module in model.modules()] == modes
@@ -390,7 +390,7 @@ def test_large_and_rounded_activations_hide_no_other(name, activation, expected,
     for path, parameter in model.named_parameters():
         if "gate_proj" in path or "h_to_4h" in path:
             parameter.data *= factor
-    found = {one.fit.activation for one in fitted(model.to(dtype)) if isinstance(one.fit, MlpFit)}
+    found = {one.spec.activation for one in recognized(model.to(dtype)) if isinstance(one.spec, MlpSpec)}
     if dtype == torch.bfloat16 and "gelu" in expected:
         # They differ by 5·10⁻⁴ at most, far less than a rounding there.
         assert found <= {"gelu", "gelu_tanh"}
@@ -409,14 +409,14 @@ def test_similar_ones_are_refused(name, activation, factor, dtype) -> None:
         if "gate_proj" in path or "h_to_4h" in path:
             parameter.data *= factor
     with pytest.raises(NoClosedForm):
-        fitted(model.to(dtype))
+        recognized(model.to(dtype))
 
 
 def test_another_activation_in_a_later_layer_is_seen() -> None:
     """One layer of each kind is tried, and the activation is part of the kind."""
     model = _with("llama", "silu")
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
-    found = [one.fit.activation for one in fitted(model) if isinstance(one.fit, MlpFit)]
+    found = [one.spec.activation for one in recognized(model) if isinstance(one.spec, MlpSpec)]
     assert found == ["silu", "relu", "silu"]
 
 

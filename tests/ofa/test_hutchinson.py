@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_padding_enters_neither_the_trace_nor_its_mean(padding_side: str) -> Non
         measured = measure("llama", given)[0]
         for index, step in enumerate(oracle.steps("llama", oracle.model("llama"), given, "sublayer")):
             nu = probes_of(index, step.stream, samples=1)[0]
-            real = oracle.OracleStep(step.function, step.stream, step.left * mask, step.right)
+            real = dataclasses.replace(step, left=step.left * mask)
             expected = real.quadratic(nu)
             tolerance = 2 * (real.quadratic(nu, at=step.stream + EPSILON * step.right * nu) - expected).abs()
             error = (measured[index] + expected / mask.sum(1)).abs()

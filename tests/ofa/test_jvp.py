@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -224,7 +225,7 @@ def test_padding_enters_neither_the_trace_nor_its_mean(side: str, samples: int) 
         mask = given["attention_mask"]
         measured = measure(model, given, samples=samples)[0]
         for index, step in enumerate(oracle.steps("llama", model, given, "sublayer")):
-            real = oracle.OracleStep(step.function, step.stream, step.left * mask, step.right)
+            real = dataclasses.replace(step, left=step.left * mask)
             each = [real.quadratic(nu) for nu in probes_of(index, step.stream, samples=samples)]
             torch.testing.assert_close(measured[index], -torch.stack(each).mean(0) / mask.sum(1), **CLOSE)
 
