@@ -13,7 +13,7 @@ from torch import Tensor
 from ofa.adapters import save_adapter
 from ofa.errors import InputError
 from ofa.methods import Predictor, ofa
-from ofa.tasks import Example, FewShot, TaskData, few_shot, load_task
+from ofa.tasks import Example, FewShot, Shots, TaskData, few_shot, load_task
 from ofa.trainer import StepRecord, TrainingResult, checked_config
 
 
@@ -24,7 +24,7 @@ class Adaptation:
     predictor: Predictor
     data: TaskData
     drawn: FewShot
-    shots: int
+    shots: Shots
     seed: int
     settings: dict[str, Any]
 
@@ -59,6 +59,7 @@ class Adaptation:
             "method": "ofa" if config.step_ratio > 0 or config.sharpness > 0 else "norm-tuning",
             "task": self.data.task.to_dict(),
             "shots": self.shots,
+            "examples": len(self.data.train),
             "indices": list(self.drawn.indices),
             "shots_sha256": self.drawn.sha256,
             "seed": self.seed,
@@ -76,7 +77,7 @@ def adapt(
     model: Any,
     tokenizer: Any,
     task: TaskData | str | Path,
-    shots: int = 5,
+    shots: Shots = 5,
     seed: int = 42,
     *,
     folder: str | Path | None = None,
@@ -89,7 +90,7 @@ def adapt(
 
     Args:
         task: task and examples, the name of a known task, or a folder with task.json.
-        shots: examples per class, drawn from the task's training examples by `seed`.
+        shots: examples per class, drawn from the task's training examples by `seed`, or "all".
         folder: where metrics and checkpoints go while it trains; None keeps nothing on disk.
         resume: continue from the folder's checkpoint.
         validation: examples to choose the best epoch by; without them the last epoch is kept.

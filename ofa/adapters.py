@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from ofa import __version__, sharding
+from ofa.adapter_folder import CARD, CONFIG, DETAILS, WEIGHTS, read_config, read_details
+from ofa.base_weights import difference, weight_digests
 from ofa.errors import InputError
 from ofa.files import WRITE_ERRORS, claimed_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
 from ofa.tuning import base_parameters, hold_norms
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-DETAILS = "ofa_config.json"
-CARD = "README.md"
-
 _PREFIX = "base_model.model."
 _LAYER = ".ln_tuning_layers."
+
+_told_of: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
+"""Adapters that a model was told to be another base for."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _write(
         **(details or {}),
         "base_model": name,
         **_fingerprints(base),
+        "base_weights": weight_digests(model),
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
     }
@@ -131,12 +135,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises:
         InputError: it is not an LN-tuning folder, offers a pickle, or its tensors are damaged.
     """
-    path = Path(folder)
-    config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
-    if config.get("peft_type") != "LN_TUNING":
-        raise InputError(
-            f"{path} holds a {config.get('peft_type')} adapter; only LN_TUNING adapters can be loaded here"
-        )
+    path = Path(folder).expanduser()
+    config = read_config(path)
     tensors = _read_tensors(path)
     strange = [key for key in tensors if not (key.startswith(_PREFIX) and _LAYER in key)]
     if strange or not tensors:
@@ -146,8 +146,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     broken = _not_finite(parameters)
     if broken:
         raise InputError(f"{path / WEIGHTS} is damaged: {broken} is not finite; save the adapter again")
-    details = _read_json(path / DETAILS, "") if (path / DETAILS).exists() else {}
-    return Adapter(path, config.get("base_model_name_or_path"), parameters, details)
+    return Adapter(path, config.get("base_model_name_or_path"), parameters, read_details(path))
 
 
 def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
@@ -173,8 +172,9 @@ def merge(
     """Write a full checkpoint of the base with the adapter's scales in place of its own.
 
     Args:
-        model: the base, or its hub id or folder. A loaded model is left as it was, tuned scales included.
-        tokenizer: saved beside the model when given; loaded with the model when `model` is a name.
+        model: the base, or its hub id or folder, to be loaded in its own dtype. A loaded model is left as it was, tuned
+            scales included.
+        tokenizer: saved beside the model when given; that of the base, as it came, when `model` is a name.
 
     Raises:
         InputError: the adapter does not fit, or the folder cannot be written.
@@ -182,7 +182,7 @@ def merge(
     if isinstance(model, str):
         from ofa.models import load_model
 
-        loaded = load_model(model)
+        loaded = load_model(model, dtype="auto", tokenizer_as_it_came=True)
         return merge(loaded.model, adapter, out, tokenizer=tokenizer or loaded.tokenizer, overwrite=overwrite)
     if sharding.is_sharded(model):
         raise InputError(
@@ -270,6 +270,17 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
         raise InputError(
             f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
         )
+    told = _told_of.setdefault(model, set())
+    differing = difference(adapter.details.get("base_weights", {}), model)
+    if differing is not None and adapter.folder not in told:
+        told.add(adapter.folder)
+        logger.warning(
+            "%s was made for %s: this model has its norms, but other weights (%s); it may answer otherwise, so load "
+            "that base, or measure it here with `ofa evaluate`",
+            adapter.folder,
+            name,
+            differing,
+        )
 
 
 def _not_finite(parameters: dict[str, Tensor]) -> str | None:
@@ -296,15 +307,3 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{missing}: it has no {path.name}; give the folder that `ofa fit` wrote") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object; copy or save the adapter again")
-    return value

@@ -91,7 +91,7 @@ def read_gguf(file: Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
 
     Raises InputError when the file is missing, damaged, or of an architecture that transformers cannot read.
     """
-    _check_magic(file)
+    check_gguf(file)
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -125,7 +125,8 @@ def first_sentence(error: BaseException) -> str:
     return lines[0].split(". ")[0].rstrip(".: ") if lines else type(error).__name__
 
 
-def _check_magic(file: Path) -> None:
+def check_gguf(file: Path) -> None:
+    """Raise InputError for a file that cannot be opened or does not begin as a GGUF file does."""
     try:
         with file.open("rb") as stream:
             magic = stream.read(len(_GGUF_MAGIC))

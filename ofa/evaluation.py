@@ -123,11 +123,7 @@ class Scorer:
                     scores[batch] = shared.word_log_likelihoods(chosen, words).cpu()
                 else:
                     scores[batch] = shared.last_logits(chosen).cpu()[:, firsts]
-        if scores.isnan().any():
-            raise InputError(
-                "the model gave scores that are not numbers: its weights have diverged, or its dtype is too narrow; "
-                "train with a lower learning rate, or use float32"
-            )
+        _refuse_nan(scores)
         return scores.log_softmax(dim=1)
 
     def predict_proba(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
@@ -177,9 +173,8 @@ class Scorer:
         )
 
     def accuracy(self, examples: Sequence[Example]) -> float:
-        """Share of the examples whose label is predicted."""
-        predicted = self.predict([example.text for example in examples])
-        return sum(word == e.label for word, e in zip(predicted, examples, strict=True)) / len(examples)
+        """Share of the examples whose label is predicted, or whose completion is matched, as `evaluate` measures it."""
+        return self.evaluate(examples).metrics.accuracy
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
         """The model behind the ids of demonstrations, as it scores prompts; methods that change that override it."""
@@ -202,6 +197,7 @@ class Scorer:
             for batch in self.batches(whole, None):
                 behind = [targets[index] for index in batch]
                 totals[batch] = shared.completion_log_likelihoods([prompts[i] for i in batch], behind).cpu()
+        _refuse_nan(totals)
         return totals, torch.tensor([len(target) for target in targets])
 
     def _encode(self, texts: Sequence[str], room: int | None = None) -> tuple[list[int], list[list[int]]]:
@@ -251,6 +247,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise InputError(
+            "the model gave scores that are not numbers: its weights have diverged, or its dtype is too narrow; "
+            "train with a lower learning rate, or use float32"
+        )
 
 
 def _evaluate_completions(

@@ -86,6 +86,11 @@ class Pass:
                 "(sequences, tokens); pass a two-dimensional mask without cached tokens"
             )
 
+    @property
+    def real(self) -> Tensor | None:
+        """Which sequences have a real token, (B,); None where all of them do."""
+        return None if self.mask is None else self.mask.bool().any(1)
+
     def again(self) -> Pass:
         """The measurement for a layer that is run a second time; keeps nothing. A gradient in P is there already."""
         traced = self.traced and not self.held
@@ -115,14 +120,10 @@ class Pass:
             return
         device = values[0].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            slopes = objectives.sharpness_slopes(self.traces[index], self._real()) * factor
+            slopes = objectives.sharpness_slopes(self.traces[index], self.real) * factor
             self.gradients[index] = [
                 (weight, trace.gradient(slopes).to(weight.dtype)) for weight, trace in traces if trace.gradient
             ]
-
-    def _real(self) -> Tensor | None:
-        """Which sequences have a real token, (B,); None where all have."""
-        return None if self.mask is None else self.mask.bool().any(1)
 
     def _squared_norms(self) -> Tensor:
         """‖update‖² over the tokens whose steps are measured, (steps, B), on one device.
@@ -162,15 +163,14 @@ class Pass:
             )
         norms = ratios = step_ratio = traces = sharpness = None
         # Rows of nothing but padding fill up batches of a fixed size, and are no sequences.
-        real = self._real()
         if self.lengths:
             norms = objectives.step_norms(self._squared_norms())
             ratios = objectives.ratios(norms)
-            step_ratio = objectives.step_ratio(ratios, real)
+            step_ratio = objectives.step_ratio(ratios, self.real)
         if self.traced:
             device = self.traces[0].device
             traces = torch.stack([self.traces[index].to(device) for index in range(steps)])
-            sharpness = objectives.sharpness(traces, real)
+            sharpness = objectives.sharpness(traces, self.real)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
 
 

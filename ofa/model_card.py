@@ -37,7 +37,7 @@ def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
         _QUANTIZED if details.get("base_source") == "embedded" else "",
         _made_from(details, task),
         _scores(details),
-        usage(HERE, task_type, published=False),
+        usage(HERE, task_type, published=False, base=details["base_model"]),
         "Made with " + ", ".join(f"{name} {version}" for name, version in details["versions"].items()) + ".\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -48,9 +48,11 @@ def named(base: str | None) -> str:
     return f"`{base}`" if base else "an unnamed model"
 
 
-def usage(place: str, task_type: str | None, *, published: bool) -> str:
-    """How to use the adapter that lies in the folder `place`, or in the hub's repository of that name."""
-    if task_type == "CAUSAL_LM":
+def usage(place: str, task_type: str | None, *, published: bool, base: str | None = None) -> str:
+    """How to use the adapter of this base that lies in the folder `place`, or in the hub's repository of that name."""
+    if base is not None and base.lower().endswith(".gguf"):
+        load = _load_gguf(base, place)
+    elif task_type == "CAUSAL_LM":
         load = (
             f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
         )
@@ -60,6 +62,17 @@ def usage(place: str, task_type: str | None, *, published: bool) -> str:
     return (
         f"## Use\n\n```python\n{load}\n```\n\nor, with the task's template and label words applied:\n\n"
         f'```bash\n{download}ofa predict {folder} --text "..."\n```\n'
+    )
+
+
+def _load_gguf(base: str, place: str) -> str:
+    """Python that loads the file; without its last argument some versions of transformers leave the weights packed."""
+    folder, _, name = base.rpartition("/")
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, GgufConfig\n\n"
+        "base_model = AutoModelForCausalLM.from_pretrained(\n"
+        f'    "{folder or "."}", gguf_file="{name}", quantization_config=GgufConfig(dequantize=True)\n'
+        f')\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
     )
 
 
@@ -117,12 +130,19 @@ def _made_from(details: Mapping[str, Any], task: Mapping[str, Any]) -> str:
         "template": f"`{task['template']!r}`",
         "labels": ", ".join(task["labels"]) or "none (free completion)",
         "shots": details.get("shots"),
+        "examples used": _used(details),
         "seed": details.get("seed"),
         "method": details.get("method"),
         "step ratio, sharpness": f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None,
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
     return f"## Made from\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _used(details: Mapping[str, Any]) -> str | None:
+    if not {"indices", "examples"} <= set(details):
+        return None
+    return f"{len(details['indices']):,} of {details['examples']:,}"
 
 
 def _scores(details: Mapping[str, Any]) -> str:
@@ -134,6 +154,8 @@ def _scores(details: Mapping[str, Any]) -> str:
     tested = _origin((details.get("data") or {}).get("test"))
     examples = f"{scores['count']:,} examples" if "count" in scores else "examples"
     where = f"On {examples} of {_cell(tested)}.\n" if tested else ""
+    if "unused" in scores:
+        where = f"On {examples} of the {scores['unused']:,} training examples that were not used.\n"
     protocol = _PROTOCOL if "accuracy" in numbers else ""
     return f"## Scores\n\n{where}{protocol}\n| measure | value |\n|---|---|\n{rows}\n"
 

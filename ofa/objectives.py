@@ -56,9 +56,17 @@ def ratios(norms: Tensor) -> Tensor:
     return norms[1:] / norms[:-1]
 
 
+def sequence_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of values (B,) over the sequences; `real`, (B,) and boolean, leaves out rows of nothing but padding."""
+    if real is None:
+        return values.mean()
+    real = real.to(values.device)
+    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
+
+
 def step_ratio(step_ratios: Tensor, real: Tensor | None = None) -> Tensor:
     """J = Σ_t ratio_t, mean over the sequences (OFA, arXiv 2505.19107, its first regularizer)."""
-    return _mean(step_ratios.sum(0), real)
+    return sequence_mean(step_ratios.sum(0), real)
 
 
 def token_shares(mask: Tensor | None, like: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def sharpness(traces: Tensor, real: Tensor | None = None) -> Tensor:
     Softplus is taken per sequence, after the mean over its tokens and probes and before the mean over sequences, so
     that splitting a batch does not change the objective.
     """
-    return _mean(F.softplus(traces.clamp_min(LOWEST)).sum(0), real)
+    return sequence_mean(F.softplus(traces.clamp_min(LOWEST)).sum(0), real)
 
 
 def sharpness_slopes(traces: Tensor, real: Tensor | None = None) -> Tensor:
@@ -110,14 +118,6 @@ class _WithGradients(torch.autograd.Function):
 
 def _opmath(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over the sequences, (B,); only over those that `real`, (B,) and boolean, says to have a real token."""
-    if real is None:
-        return values.mean()
-    real = real.to(values.device)
-    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:

@@ -136,7 +136,7 @@ def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> s
     else:
         return None
     try:
-        card = ModelCard(_published(text, repo_id, task_type))
+        card = ModelCard(_published(text, repo_id, task_type, adapter.base))
     except (ValueError, YAMLError) as error:
         raise InputError(
             f"the front matter of {file} cannot be read ({first_sentence(error)}); correct it, or delete the file and "
@@ -146,9 +146,11 @@ def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> s
     return str(card)
 
 
-def _published(text: str, repo_id: str, task_type: str | None) -> str:
-    own = usage(HERE, task_type, published=False)
-    return text.replace(own, usage(repo_id, task_type, published=True))
+def _published(text: str, repo_id: str, task_type: str | None, local_base: str | None) -> str:
+    for base in (local_base, None):  # the folder's own card, or one written anew for the base's name on the hub
+        own = usage(HERE, task_type, published=False, base=base)
+        text = text.replace(own, usage(repo_id, task_type, published=True))
+    return text
 
 
 def _upload(contents: dict[str, bytes], target: _Target) -> str:

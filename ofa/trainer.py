@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from ofa import checkpoint
+from ofa.adapter_folder import CHECKPOINT, METRICS
 from ofa.encoding import Encoder
 from ofa.errors import InputError
 from ofa.evaluation import evaluating
@@ -32,9 +33,6 @@ from ofa.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, enco
 from ofa.regularizers import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.tuning import tune_norms
-
-METRICS = "metrics.jsonl"
-CHECKPOINT = "checkpoint.safetensors"
 
 
 class TrainingConfig(BaseModel):

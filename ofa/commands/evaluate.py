@@ -21,6 +21,7 @@ from ofa.commands.options import (
     OfflineOption,
     QuietOption,
     SeparatorOption,
+    ShotsOption,
     TemplateOption,
     TextColumnOption,
     ThreadsOption,
@@ -32,7 +33,8 @@ from ofa.errors import InputError
 if TYPE_CHECKING:
     from ofa.commands.adapted import Adapted
     from ofa.evaluation import Evaluation
-    from ofa.tasks import Example
+    from ofa.models import LoadedModel
+    from ofa.tasks import Example, Shots, Task
 
 
 @reports_errors
@@ -49,7 +51,7 @@ def evaluate(
             help="Training examples to put in context; with an adapter, the very shots it was tuned on are taken."
         ),
     ] = None,
-    shots: Annotated[int, typer.Option(min=1, help="Demonstrations per class, without an adapter.")] = 5,
+    shots: ShotsOption = 5,
     seed: Annotated[int, typer.Option(help="Draws the demonstrations and the test subset.")] = 42,
     size: Annotated[
         int | None, typer.Option(min=1, help="Evaluate on a class-balanced subset of this many examples.")
@@ -74,32 +76,28 @@ def evaluate(
 
     Example: ofa evaluate adapter --data test.jsonl --json
     """
-    from ofa.commands.data import test_data
-    from ofa.evaluation import evaluate as measure
+    from ofa.commands.adapted import base_of
+    from ofa.commands.data import data_origin, test_data
+    from ofa.models import check_source
     from ofa.tasks import class_balanced
 
-    where: dict[str, Any] = {
-        "dtype": dtype,
-        "device": device,
-        "offline": offline,
-        "trust_remote_code": trust_remote_code,
-    }
     columns = {"text_column": text_column, "label_column": label_column}
-    set_threads(threads)
-    subject = (
-        _adapter(adapter, model, template, labels, where, columns)
-        if adapter
-        else _bare(model, data, template, labels, where, columns, separator)
-    )
-    examples = test_data(data, subject.task, separator=separator, offline=offline)
+    check_source(base_of(adapter, model) if adapter else model, dtype=dtype, device=device)
+    task, details = _task(adapter, data, template, labels, columns, separator, offline)
+    examples = test_data(data, task, separator=separator, offline=offline)
     if size is not None:
-        examples = class_balanced(examples, subject.task.labels, size, seed)
-    shown = _demonstrations(demonstrations, subject, shots, seed, separator, offline)
+        examples = class_balanced(examples, task.labels, size, seed)
+    shown = _demonstrations(demonstrations, task, details, shots, seed, separator, offline)
+    from ofa.evaluation import evaluate as measure
+
+    set_threads(threads)
+    where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
+    subject = _subject(adapter, model, where)
     with progress_bar("evaluating") as update:
         result = measure(
             subject.model,
             subject.tokenizer,
-            subject.task,
+            task,
             examples,
             demonstrations=shown,
             batch_size=batch_size,
@@ -109,7 +107,7 @@ def evaluate(
     document = {
         "adapter": str(adapter) if adapter else None,
         "data": data,
-        "task": subject.task.to_dict(),
+        "task": task.to_dict(),
         "demonstrations": len(shown),
         "scored": result.mode,
         "truncated": result.truncated,
@@ -119,46 +117,45 @@ def evaluate(
     if as_json:
         show_json(document)
     else:
-        _show(result, document)
+        _show(result, document, data_origin(data)["name"])
 
 
-def _adapter(
-    folder: Path,
-    model: str | None,
-    template: str | None,
-    labels: str | None,
-    where: dict[str, Any],
-    columns: dict[str, str | None],
-) -> Adapted:
-    from ofa.commands.adapted import open_adapter
-
-    if template or labels:
-        raise InputError(f"{folder} brings its own template and labels; leave out --template and --labels")
-    return open_adapter(
-        folder, model, **where, text_column=columns["text_column"], label_column=columns["label_column"]
-    )
-
-
-def _bare(
-    model: str | None,
+def _task(
+    adapter: Path | None,
     data: str,
     template: str | None,
     labels: str | None,
-    where: dict[str, Any],
     columns: dict[str, str | None],
     separator: str | None,
-) -> Adapted:
-    from ofa.commands.adapted import Adapted
+    offline: bool,
+) -> tuple[Task, dict[str, Any]]:
+    """What is asked, by the adapter or by the options, and what the adapter says of itself."""
+    from ofa.adapter_folder import read_details
+    from ofa.commands.adapted import read_task
     from ofa.commands.data import training_data
+
+    if adapter is None:
+        return training_data(data, template, labels, **columns, separator=separator, offline=offline).task, {}
+    if template or labels:
+        raise InputError(f"{adapter} brings its own template and labels; leave out --template and --labels")
+    return read_task(adapter, **columns), read_details(adapter)
+
+
+def _subject(adapter: Path | None, model: str | None, where: dict[str, Any]) -> Adapted | LoadedModel:
+    from ofa.commands.adapted import open_adapter
     from ofa.models import load_model
 
-    task = training_data(data, template, labels, **columns, separator=separator, offline=where["offline"]).task
-    loaded = load_model(model, progress=notice, **where)
-    return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
+    return open_adapter(adapter, model, **where) if adapter else load_model(model, progress=notice, **where)
 
 
 def _demonstrations(
-    source: str | None, subject: Adapted, shots: int, seed: int, separator: str | None, offline: bool
+    source: str | None,
+    task: Task,
+    details: dict[str, Any],
+    shots: Shots,
+    seed: int,
+    separator: str | None,
+    offline: bool,
 ) -> tuple[Example, ...]:
     """The examples to put in context: an adapter's own shots by their indices, or a fresh draw."""
     if source is None:
@@ -166,25 +163,25 @@ def _demonstrations(
     from ofa.commands.data import demonstration_pool
     from ofa.tasks import FewShot, few_shot
 
-    pool = demonstration_pool(source, subject.task, separator=separator, offline=offline)
-    indices = subject.details.get("indices")
+    pool = demonstration_pool(source, task, separator=separator, offline=offline)
+    indices = details.get("indices")
     if indices is None:
-        return few_shot(pool, subject.task.labels, shots, seed).examples
+        return few_shot(pool, task.labels, shots, seed).examples
     if max(indices) >= len(pool):
         raise InputError(
             f"{source} has {len(pool)} examples, but the adapter was tuned on number {max(indices) + 1}; "
             "give the file it was tuned on"
         )
     drawn = FewShot(tuple(pool[index] for index in indices), tuple(indices))
-    if drawn.sha256 != subject.details.get("shots_sha256", drawn.sha256):
+    if drawn.sha256 != details.get("shots_sha256", drawn.sha256):
         raise InputError(f"{source} does not hold the examples the adapter was tuned on; give the file it was tuned on")
     return drawn.examples
 
 
-def _show(result: Evaluation, document: dict[str, Any]) -> None:
+def _show(result: Evaluation, document: dict[str, Any], evaluated: str) -> None:
     from rich.table import Table
 
-    summary = Table(title=f"{document['task']['name']}: {document['count']} examples, {document['seconds']:.1f} s")
+    summary = Table(title=f"{evaluated}: {document['count']} examples, {document['seconds']:.1f} s")
     names = ("accuracy", "macro_f1", "expected_calibration_error", "exact_match", "negative_log_likelihood")
     shown = [name for name in names if name in document]
     for name in shown:

@@ -35,8 +35,10 @@ def inspect(
 
     Example: ofa inspect Qwen/Qwen3-0.6B
     """
+    from ofa.models import check_source, load_model
+
+    check_source(model, dtype=dtype)
     from ofa import anatomy
-    from ofa.models import load_model
 
     loaded = load_model(
         model,

@@ -10,7 +10,6 @@ import typer
 from ofa.commands.console import notice, reports_errors
 from ofa.commands.options import (
     ConfigOption,
-    DtypeOption,
     ModelOption,
     OfflineOption,
     OverwriteOption,
@@ -24,7 +23,12 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
     model: ModelOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Dtype of the checkpoint: auto (the base's own; float32 of a GGUF file), or as for the others."
+        ),
+    ] = "auto",
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
@@ -35,16 +39,25 @@ def merge(
 
     Example: ofa merge adapter --out checkpoint
     """
-    from ofa.adapters import merge as write_merged
-    from ofa.adapters import read_adapter
+    from ofa.commands.adapted import base_of
     from ofa.files import claimed_folder
-    from ofa.models import load_model
+    from ofa.models import check_source, load_model
 
-    read = read_adapter(adapter)
-    base = model or ("embedded" if read.details.get("base_source") == "embedded" else read.base)
+    base = base_of(adapter, model)
+    check_source(base, dtype=dtype)
     with claimed_folder(out, overwrite=overwrite) as target:
+        from ofa.adapters import merge as write_merged
+        from ofa.adapters import read_adapter
+
+        read_adapter(adapter)  # before a base is fetched for it
         loaded = load_model(
-            base, dtype=dtype, device="cpu", offline=offline, trust_remote_code=trust_remote_code, progress=notice
+            base,
+            dtype=dtype,
+            device="cpu",
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=notice,
+            tokenizer_as_it_came=True,
         )
         write_merged(loaded.model, adapter, target, tokenizer=loaded.tokenizer, overwrite=True)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -11,6 +11,7 @@ import typer
 
 from ofa.commands.console import notice, set_quiet
 from ofa.errors import InputError
+from ofa.tasks.sampling import Shots
 from ofa.threads import use_threads
 
 ModelOption = Annotated[
@@ -31,6 +32,21 @@ TrustOption = Annotated[
 QuietOption = Annotated[
     bool,
     typer.Option("--quiet", "-q", callback=set_quiet, help="Say only results, warnings and errors; no progress."),
+]
+
+
+def _shots(given: str | int) -> Shots:
+    """Parser of `--shots`, of its default too."""
+    value = str(given)
+    if value == "all":
+        return "all"
+    if not value.isdecimal() or int(value) < 1:
+        raise typer.BadParameter(f"{value} is neither a number of at least 1 nor all")
+    return int(value)
+
+
+ShotsOption = Annotated[
+    Any, typer.Option(parser=_shots, metavar="N|all", help="Examples per class, drawn by --seed, or all.")
 ]
 ThreadsOption = Annotated[
     int | None,

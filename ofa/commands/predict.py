@@ -82,10 +82,12 @@ def predict(
     Every row has its answer, in order; one without text has none. Ctrl-C stops a run with --out, and the same command
     with --resume continues it.
     """
-    from ofa.commands.adapted import adapter_digest, open_adapter, read_task
+    from ofa.commands.adapted import adapter_digest, base_of, open_adapter, read_task
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
+    from ofa.models import check_source
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
+    check_source(base_of(adapter, model), dtype=dtype, device=device)
     if out is not None:
         check_out(out)
     task = read_task(adapter, text_column)
@@ -184,8 +186,9 @@ def _answers(
 ) -> list[Row]:
     columns, labels = scorer.task.columns, scorer.task.labels
     answers = [naming.answer(row, None, None) for _, row in part]
-    filled = [index for index, (where, row) in enumerate(part) if columns.has_text(row, where)]
-    texts = [columns.text(part[index][1], part[index][0]) for index in filled]
+    found = [columns.text_or_none(row, where) for where, row in part]
+    filled = [index for index, text in enumerate(found) if text is not None]
+    texts = [text for text in found if text is not None]
     if not labels:
         for index, completion in zip(filled, scorer.generate(texts, progress=progress), strict=True):
             answers[index] = naming.answer(part[index][1], completion, None)
@@ -203,7 +206,7 @@ def _show(answers: list[Row], naming: Naming, task: Task) -> None:
     from ofa.tasks.columns import find_column
 
     table = Table()
-    columns = (naming.label, "probability") if task.labels else (naming.flat[-1],)
+    columns = (naming.label, "probability") if task.labels else (naming.completion,)
     for name in (*columns, *task.columns.names):
         table.add_column(name)
     for answer in answers:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -43,25 +44,30 @@ class Naming:
     def answer(self, row: Row, prediction: str | None, probabilities: Sequence[float] | None) -> Row:
         """A row of input with its prediction: label and probabilities, or the completion of an open-ended task."""
         if not self.labels:
-            return {**row, self._free("completion"): prediction}
+            return {**row, self.completion: prediction}
         by_label = None if probabilities is None else dict(zip(self.labels, probabilities, strict=True))
         return {**row, self.label: prediction, self.probabilities: by_label}
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The column of the predicted label."""
         return self._free("label")
 
-    @property
+    @cached_property
+    def completion(self) -> str:
+        """The column of an open-ended task's answers."""
+        return self._free("completion")
+
+    @cached_property
     def probabilities(self) -> str:
         """The name of the probabilities in JSON."""
         return self._free("probabilities")
 
-    @property
+    @cached_property
     def flat(self) -> tuple[str, ...]:
         """The columns of a CSV file: the input's, the label, and a probability for each label."""
         if not self.labels:
-            return (*self.columns, self._free("completion"))
+            return (*self.columns, self.completion)
         return (*self.columns, self.label, *(self._free(f"probability_{label}") for label in self.labels))
 
     def flattened(self, answer: Row) -> list[object]:
@@ -97,7 +103,7 @@ def survey(rows: Iterable[tuple[str, Row]], task: Task) -> Survey:
     count = blank = 0
     for where, row in rows:
         count += 1
-        blank += not task.columns.has_text(row, where)
+        blank += task.columns.text_or_none(row, where) is None
         if not columns.keys() >= row.keys():
             columns.update(dict.fromkeys(row))
     return Survey(count, blank, tuple(columns))

@@ -25,6 +25,7 @@ from ofa.commands.options import (
     OverwriteOption,
     QuietOption,
     SeparatorOption,
+    ShotsOption,
     TemplateOption,
     TextColumnOption,
     ThreadsOption,
@@ -36,6 +37,7 @@ from ofa.errors import InputError
 if TYPE_CHECKING:
     from ofa.adapters import Adapter
     from ofa.commands.adapted import Adapted
+    from ofa.models import LoadedModel
     from ofa.probe_results import Probe
     from ofa.tasks import Example, Task
 
@@ -64,7 +66,7 @@ def probe(
     demonstrations: Annotated[
         str | None, typer.Option(help="Training examples to draw demonstrations from, the same for every model.")
     ] = None,
-    shots: Annotated[int, typer.Option(min=1, help="Demonstrations per class.")] = 5,
+    shots: ShotsOption = 5,
     estimator: Annotated[
         str,
         typer.Option(help="How the trace of a branch is measured: auto, exact, hutchinson or jvp."),
@@ -95,32 +97,35 @@ def probe(
 
     The accuracy is that of the logit lens: every layer's hidden state, read by the model's own final norm and head.
     """
-    from ofa.commands.data import demonstration_pool, test_data
+    from ofa.commands.adapted import base_of
+    from ofa.commands.data import data_origin, demonstration_pool, test_data
     from ofa.files import claimed_folder
-    from ofa.regularizers import check_options
+    from ofa.models import check_source
     from ofa.tasks import few_shot
 
     folders = adapters or []
     names = _names(folders)
     how: dict[str, Any] = {"estimator": estimator, "samples": samples, "convention": convention, "tokens": tokens}
-    fixed = {"epsilon": None, "probe": "rademacher", "gradient": "full", "every": 1, "radial": "exact"}
-    check_options(**how, **fixed, step_ratio=1, sharpness=1, granularity="layer")
-    how |= {"seed": seed, "batch_size": batch_size}
+    check_source(base_of(folders[0], model) if folders else model, dtype=dtype, device=device)
     where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
     columns = {"text_column": text_column, "label_column": label_column}
     with claimed_folder(out, overwrite=overwrite) as folder:
-        set_threads(threads)
-        read = _read(folders)
-        subject = _subject(folders, model, data, template, labels, where, columns, separator)
-        task = subject.task
+        task = _task(folders, data, template, labels, columns, separator, offline)
         examples = _at_most(size, test_data(data, task, separator=separator, offline=offline), task, seed)
         pool, shown = (
             demonstration_pool(name, task, separator=separator, offline=offline) if name else ()
             for name in (linear_probe, demonstrations)
         )
+        _check_options(**how)
+        how |= {"seed": seed, "batch_size": batch_size}
         how["training"] = _at_most(linear_size, pool, task, seed)
         how["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
-        probes = _probe_all(subject, dict(zip(names, read, strict=True)), examples, how)
+        from ofa.adapters import read_adapter
+
+        read = [read_adapter(one) for one in folders]
+        set_threads(threads)
+        subject = _subject(folders, model, where)
+        probes = _probe_all(subject, task, dict(zip(names, read, strict=True)), examples, how)
         document = {
             "model": subject.model.name_or_path,
             "data": data,
@@ -130,12 +135,13 @@ def probe(
             "dtype": dtype,
             **_told(probes, dict(zip(names, folders, strict=True))),
         }
-        _write(folder, f"{task.name}: {len(examples)} texts, {Path(document['model']).name}", probes, document)
+        title = f"{data_origin(data)['name']}: {len(examples)} texts"
+        _write(folder, f"{title}, {Path(document['model']).name}", probes, document)
     tell_truncated(max(one.truncated for one in probes.values()))
     if as_json:
         show_json(document)
     else:
-        _show(document)
+        _show(document, title)
         notice(f"figure and data: {folder / 'probe.png'}, probe.csv, probe.json")
 
 
@@ -160,59 +166,59 @@ def _at_most(size: int | None, examples: tuple[Example, ...], task: Task, seed: 
     return class_balanced(examples, task.labels, size, seed) if size is not None and examples else examples
 
 
-def _read(folders: list[Path]) -> list[Adapter]:
-    """The adapters, all of one task.
-
-    Raises:
-        InputError: a folder is no adapter of ours, or was made for another task than the first.
-    """
-    from ofa.adapters import read_adapter
-    from ofa.tasks import Task
-
-    read = [read_adapter(folder) for folder in folders]
-    for adapter in read:
-        if "task" not in adapter.details:
-            raise InputError(f"{adapter.folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
-        asked, first = (replace(Task.from_dict(one.details["task"]), name="any") for one in (adapter, read[0]))
-        if asked != first:
-            raise InputError(
-                f"{adapter.folder} was made for another template or other labels than {read[0].folder}; "
-                "probe adapters of different tasks one by one"
-            )
-    return read
-
-
-def _subject(
+def _task(
     folders: list[Path],
-    model: str | None,
     data: str,
     template: str | None,
     labels: str | None,
-    where: dict[str, Any],
     columns: dict[str, str | None],
     separator: str | None,
-) -> Adapted:
-    """The base model, without any adapter in it, and the task."""
-    from ofa.commands.adapted import Adapted, open_adapter
+    offline: bool,
+) -> Task:
+    """What is asked, by the adapters, of which the first is as good as any, or by the options."""
+    from ofa.commands.adapted import read_task
     from ofa.commands.data import training_data
+
+    if not folders:
+        return training_data(data, template, labels, **columns, separator=separator, offline=offline).task
+    if template or labels:
+        raise InputError(f"{folders[0]} brings its own template and labels; leave out --template and --labels")
+    tasks = [read_task(folder, **columns) for folder in folders]
+    for folder, task in zip(folders, tasks, strict=True):
+        if replace(task, name="any") != replace(tasks[0], name="any"):
+            raise InputError(
+                f"{folder} was made for another template or other labels than {folders[0]}; "
+                "probe adapters of different tasks one by one"
+            )
+    return tasks[0]
+
+
+def _check_options(**how: Any) -> None:
+    from ofa.regularizers import check_options
+
+    fixed = {"epsilon": None, "probe": "rademacher", "gradient": "full", "every": 1, "radial": "exact"}
+    check_options(**how, **fixed, step_ratio=1, sharpness=1, granularity="layer")
+
+
+def _subject(folders: list[Path], model: str | None, where: dict[str, Any]) -> Adapted | LoadedModel:
+    """The base model, without any adapter in it."""
+    from ofa.commands.adapted import open_adapter
     from ofa.models import load_model
     from ofa.tuning import restore_norms
 
     if not folders:
-        task = training_data(data, template, labels, **columns, separator=separator, offline=where["offline"]).task
-        loaded = load_model(model, progress=notice, **where)
-        return Adapted(loaded.model, loaded.tokenizer, task, {}, loaded.source)
-    if template or labels:
-        raise InputError(f"{folders[0]} brings its own template and labels; leave out --template and --labels")
-    subject = open_adapter(
-        folders[0], model, **where, text_column=columns["text_column"], label_column=columns["label_column"]
-    )
+        return load_model(model, progress=notice, **where)
+    subject = open_adapter(folders[0], model, **where)
     restore_norms(subject.model)
     return subject
 
 
 def _probe_all(
-    subject: Adapted, adapters: dict[str, Adapter], examples: tuple[Example, ...], how: dict[str, Any]
+    subject: Adapted | LoadedModel,
+    task: Task,
+    adapters: dict[str, Adapter],
+    examples: tuple[Example, ...],
+    how: dict[str, Any],
 ) -> dict[str, Probe]:
     """The base and then every adapter in it; that all of them fit is known before the first is measured."""
     from ofa.adapters import load_adapter
@@ -232,7 +238,7 @@ def _probe_all(
 
             if adapter_or_none is not None:
                 load_adapter(model, adapter_or_none)
-            probes[name] = measure(model, subject.tokenizer, subject.task, examples, progress=report, **how)
+            probes[name] = measure(model, subject.tokenizer, task, examples, progress=report, **how)
             restore_norms(model)
     return probes
 
@@ -295,11 +301,11 @@ def _long_form(probes: dict[str, Probe]) -> str:
     return text.getvalue()
 
 
-def _show(document: dict[str, Any]) -> None:
+def _show(document: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     steps = next(iter(document["estimators"]))
-    table = Table(title=f"{document['task']['name']}: {document['texts']} texts; J and H by {steps}")
+    table = Table(title=f"{title}; J and H by {steps}")
     table.add_column("model")
     for name in ("accuracy", "loss", "step ratio J", "sharpness H"):
         table.add_column(name, justify="right")

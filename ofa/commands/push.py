@@ -34,6 +34,9 @@ def push(
 
     Example: ofa push adapter me/reviews-ofa
     """
+    from ofa.adapter_folder import read_config
+
+    read_config(adapter)
     from ofa.publishing import push_to_hub
 
     page = push_to_hub(

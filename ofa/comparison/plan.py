@@ -146,14 +146,14 @@ def read_tasks(grid: Grid, *, offline: bool = False) -> dict[str, TaskPlan]:
     Raises:
         InputError: a task or a setting cannot be used, or a class has too few examples.
     """
-    for row in grid.methods:
-        check_settings(row.method, row.settings)
     tasks: dict[str, TaskPlan] = {}
     for name in grid.tasks:
         plan = _task_plan(name, grid, offline)
         if plan.task.name in tasks:
             raise InputError(f'two tasks of the grid are called "{plan.task.name}": rename one in its task.json')
         tasks[plan.task.name] = plan
+    for row in grid.methods:  # after what is refused without torch
+        check_settings(row.method, row.settings)
     return tasks
 
 

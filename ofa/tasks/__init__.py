@@ -13,7 +13,7 @@ from ofa.tasks.columns import did_you_mean
 from ofa.tasks.demo import DEMO_TASKS, load_demo_task
 from ofa.tasks.hub import HUB_TASKS, HubTask, load_hub_dataset, load_hub_task
 from ofa.tasks.local import check_labels, read_examples, read_file, read_task_folder, with_columns
-from ofa.tasks.sampling import FewShot, class_balanced, few_shot
+from ofa.tasks.sampling import FewShot, Shots, class_balanced, few_shot, unused
 from ofa.tasks.tables import Table, is_table, located
 from ofa.tasks.task import Example, Task, TaskData
 from ofa.tasks.template import unescape_template
@@ -24,6 +24,7 @@ __all__ = [
     "Example",
     "FewShot",
     "HubTask",
+    "Shots",
     "Table",
     "Task",
     "TaskData",
@@ -40,6 +41,7 @@ __all__ = [
     "read_file",
     "read_task_folder",
     "unescape_template",
+    "unused",
     "with_columns",
 ]
 

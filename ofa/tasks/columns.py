@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ofa.errors import InputError
 from ofa.tasks.template import Template
@@ -24,7 +25,7 @@ class Columns:
     label_column: str
     pairs: bool = False
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The columns that the template asks for."""
         return tuple(self.text_column if slot == "text" else slot for slot in self.template.slots)
@@ -33,23 +34,23 @@ class Columns:
         """The text of a row, as `Task.text_of` gives it.
 
         Raises:
-            InputError: a column is missing, holds no text, or is the only one and empty.
+            InputError: a column is missing, holds no text, or is empty: that of {text}, or all of them.
         """
-        values = [self._value(row, name, where) for name in self.names]
-        for slot, name, value in zip(self.template.slots, self.names, values, strict=True):
-            if not value.strip() and (slot == "text" or not any(one.strip() for one in values)):
-                raise InputError(f"{where}: the {name} is empty: fill it in or remove the row")
-        return self.template.joined(values)
+        text = self.text_or_none(row, where)
+        if text is None:
+            needed = self.text_column if "text" in self.template.slots else " and the ".join(self.names)
+            raise InputError(f"{where}: the {needed} is empty: fill it in or remove the row")
+        return text
 
-    def has_text(self, row: Mapping[str, object], where: str) -> bool:
-        """Whether `text` finds anything but blanks.
+    def text_or_none(self, row: Mapping[str, object], where: str) -> str | None:
+        """The text of a row, or None where `text` refuses it because it is empty.
 
         Raises:
-            InputError: a column is missing or holds no text.
+            InputError: a column is missing, or holds no text.
         """
         values = [self._value(row, name, where) for name in self.names]
-        needed = [value for slot, value in zip(self.template.slots, values, strict=True) if slot == "text"]
-        return any(value.strip() for value in values) and all(value.strip() for value in needed)
+        needed = [value for slot, value in zip(self.template.slots, values, strict=True) if slot == "text"] or values
+        return self.template.joined(values) if any(value.strip() for value in needed) else None
 
     def label(self, row: Mapping[str, object], where: str, words: Sequence[str] = (), names: Sequence[str] = ()) -> str:
         """The label of a row: see `label_word`; of a pair, the completion.
@@ -57,7 +58,8 @@ class Columns:
         Raises:
             InputError: the column is missing, empty, holds no label, or one that is not among `words`.
         """
-        value = row[find_column(self.label_column, row, where, "--label-column")]
+        own = self.label_column if self.label_column in row else None
+        value = row[own or find_column(self.label_column, row, where, "--label-column")]
         written = value_text(value, self.label_column, where)
         if not written.strip():
             raise InputError(f"{where}: the {self.label_column} is empty: fill it in or remove the row")
@@ -70,7 +72,8 @@ class Columns:
 
     def _value(self, row: Mapping[str, object], name: str, where: str) -> str:
         flag = "--text-column" if name == self.text_column else None
-        value = value_text(row[find_column(name, row, where, flag)], name, where)
+        own = name if name in row else find_column(name, row, where, flag)
+        value = value_text(row[own], name, where)
         return value if self.pairs else value.strip()
 
 

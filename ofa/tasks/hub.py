@@ -202,12 +202,7 @@ def load_hub_dataset(
     tables = [_column_table(found.split(split), f"{hub_id} ({split})", columns) for split in splits]
     names = tables[0].label_names.get(find_column(columns.label_column, tables[0].columns, hub_id), ())
     words = () if open_ended else tuple(label_words) or names
-    read = [
-        examples_of(
-            (row for row in table.rows() if columns.has_text(row[1], row[0])), columns, words, table.label_names
-        )
-        for table in tables
-    ]
+    read = [examples_of(table.rows_with_text(columns), columns, words, table.label_names) for table in tables]
     for table, examples in zip(tables, read, strict=True):
         if not examples:
             raise InputError(f"{table.where} has no row with {' and '.join(columns.names)}: choose another split")
@@ -241,10 +236,12 @@ class _Table:
         found = ", ".join(f'"{name}"' for name in self.found) or "none"
         raise InputError(f"{self.where} has no column {wanted} (columns found: {found}): name the right column")
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
-        """Each row of the columns in memory, with where it stands."""
+    def rows_with_text(self, columns: Columns) -> Iterator[tuple[str, Row]]:
+        """Each row of the columns in memory that has a text, with where it stands."""
         for number, values in enumerate(zip(*self.columns.values(), strict=True), start=1):
-            yield f"row {number} of {self.where}", dict(zip(self.columns, values, strict=True))
+            where, row = f"row {number} of {self.where}", dict(zip(self.columns, values, strict=True))
+            if columns.text_or_none(row, where) is not None:
+                yield where, row
 
 
 def _hub_copy(row: HubTask, offline: bool) -> HubDataset | Path:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ofa.errors import InputError
 from ofa.tasks.task import Example
@@ -36,15 +36,25 @@ class FewShot:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: int, seed: int) -> FewShot:
+Shots = int | Literal["all"]
+"""Examples per class, or all that there are."""
+
+
+def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: Shots, seed: int) -> FewShot:
     """Draw `shots` examples per class without replacement and shuffle them; without labels, `shots` in all.
 
-    Examples with a label not among `labels` are never drawn. Raises `InputError` where a class has too few.
+    Examples with a label not among `labels` are never drawn. Raises `InputError` where a class has too few, none where
+    all are asked for.
     """
-    if shots < 1:
-        raise InputError(f"the number of shots must be at least 1, not {shots}: ask for more")
+    if shots != "all" and (not isinstance(shots, int) or shots < 1):
+        raise InputError(f"the number of shots must be at least 1, or all, not {shots!r}: ask for more")
     drawn = []
     for pool, name in _pools(examples, labels, seed):
+        if shots == "all":
+            if not pool:
+                raise InputError(f"{name} has no training example: add some, or leave the label out")
+            drawn.extend(pool)
+            continue
         if len(pool) < shots:
             raise InputError(
                 f"{name} has {len(pool)} training examples but {shots} shots were asked for: "
@@ -52,6 +62,12 @@ def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: int, see
             )
         drawn.extend(pool[:shots])
     return _shuffled_choice(examples, drawn, f"{seed}/shots")
+
+
+def unused(examples: Sequence[Example], drawn: FewShot) -> tuple[Example, ...]:
+    """The examples that were not drawn, in their order, without those whose text occurs among the drawn."""
+    taken = {example.text for example in drawn.examples}
+    return tuple(example for example in examples if example.text not in taken)
 
 
 def class_balanced(examples: Sequence[Example], labels: Sequence[str], size: int, seed: int) -> tuple[Example, ...]:

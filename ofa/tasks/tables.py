@@ -212,6 +212,8 @@ def _text_stream(file: Traversable, newline: str = "\n") -> Iterator[io.TextIOWr
     with _stream(file) as stream:
         start = stream.peek(4)[:4]
         encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
+        if encoding == "utf-8" and b"\0" in start:
+            raise InputError(f"{file} is not UTF-8 text but may be UTF-16: save the file with UTF-8 encoding")
         yield io.TextIOWrapper(stream, encoding=encoding, newline=newline)
 
 
@@ -302,7 +304,8 @@ def _csv_rows(file: Traversable, separator: str | None) -> Iterator[tuple[str, R
 
 
 def _is_empty_line(record: Sequence[str]) -> bool:
-    return not record or (len(record) == 1 and not record[0].strip())
+    """Whether a line has nothing but blanks; a pair of quotes is an empty cell."""
+    return not record or (len(record) == 1 and record[0] != "" and not record[0].strip(" \t"))
 
 
 def _header(record: Sequence[str], where: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
+import ofa as ofa_package
 from ofa.commands import doctor as doctor_module
 from ofa.commands.fit import fit
 from ofa.evaluation import Scorer
@@ -90,7 +92,7 @@ def test_fit_tells_a_program_what_it_did(fitted: Round) -> None:
     summary = fitted.finished.json
     assert set(summary) == {
         *("folder", "adapter_bytes", "trainable_parameters", "steps", "first_loss", "last_loss", "drift", "seconds"),
-        *("truncated", "best_epoch", "scores"),
+        *("truncated", "best_epoch", "scores", "used", "examples"),
     }
     assert summary["folder"] == str(fitted.folder)
     assert summary["adapter_bytes"] == len(weights(fitted.folder))
@@ -132,7 +134,7 @@ def test_evaluate_agrees_with_the_scores_of_fit(fitted: Round) -> None:
 def test_evaluate_shows_a_reader_the_scores_and_the_confusion(fitted: Round) -> None:
     """Without --json the same numbers stand in tables that are not cut to a terminal's width."""
     shown = done("evaluate", fitted.folder, "--data", fitted.test, "--size", 2).out
-    assert "train: 2 examples" in shown
+    assert "test.jsonl: 2 examples" in shown
     assert "accuracy" in shown
     assert "expected calibration error" in shown
     assert "rows are true, columns predicted" in " ".join(shown.split())
@@ -151,6 +153,62 @@ def test_merged_checkpoint_predicts_what_the_adapter_predicts(fitted: Round, tmp
     assert not torch.equal(base, adapted)
     bare = done("evaluate", "--model", tmp_path / "merged", "--data", fitted.test, "--template", TEMPLATE, "--json")
     assert bare.json["accuracy"] == fitted.finished.json["scores"]["accuracy"]
+
+
+def test_a_merged_checkpoint_is_like_its_base(fitted: Round, tmp_path: Path) -> None:
+    """A bfloat16 base makes a bfloat16 checkpoint, and the tokenizer is not the one made ready for training here."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(fitted.model, dtype=torch.bfloat16).save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(fitted.model, padding_side="left")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    done("merge", fitted.folder, "--model", base, "--out", tmp_path / "merged")
+    done("merge", fitted.folder, "--model", base, "--out", tmp_path / "wide", "--dtype", "float32")
+    ofa_package.merge(str(base), fitted.folder, tmp_path / "by_name")
+    for name, dtype in (("merged", torch.bfloat16), ("wide", torch.float32), ("by_name", torch.bfloat16)):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
+        assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+        saved = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (saved.padding_side, saved.pad_token) == ("left", None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda adapter: ["predict", adapter, "--text", "a film"],
+        lambda adapter: ["evaluate", adapter, "--data", "tickets"],
+        lambda adapter: ["merge", adapter, "--out", adapter.parent / "merged"],
+        lambda adapter: ["probe", adapter, "--data", "tickets", "--out", adapter.parent / "probed"],
+    ],
+    ids=["predict", "evaluate", "merge", "probe"],
+)
+def test_a_base_that_moved_is_asked_for(fitted: Round, tmp_path: Path, command) -> None:
+    """An adapter knows its base by the path that it had; where it is now, only its owner knows."""
+    adapter = Path(shutil.copytree(fitted.folder, tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "before")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    finished = ofa(*command(adapter))
+    assert finished.status == 2
+    assert f"made for the model in {tmp_path / 'before'}, which is not there any more" in finished.err
+    assert "give its new place with --model" in finished.err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_gguf_file_opens_as_its_card_says(fitted: Round, tiny_gguf: Path, tmp_path: Path) -> None:
+    """The card's own Python, with the folder's path put in: a GGUF file is no folder that a library opens by name."""
+    out = tmp_path / "out"
+    done("fit", *fitted.arguments, "--model", tiny_gguf, "--learning-rate", 0.1, "--out", out)
+    lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    known: dict = {}
+    exec(lines.replace("PATH_OF_THIS_FOLDER", str(out)), known)
+    expected = load_model(str(tiny_gguf)).model
+    ids = torch.arange(3, 9)[None]
+    assert not torch.equal(known["base_model"](ids).logits, expected(ids).logits)
+    ofa_package.load_adapter(expected, out)
+    torch.testing.assert_close(known["model"](ids).logits, expected(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +252,7 @@ def test_config_file_equals_flags(fitted: Round, tmp_path: Path) -> None:
     )
     summary = done("fit", "--config", config).json
     assert weights(tmp_path / "out") == weights(fitted.folder)
-    assert summary["scores"] == {}
+    assert set(summary["scores"]) >= {"accuracy", "count", "unused"}
 
 
 def test_flags_win_over_the_config_file(fitted: Round, tmp_path: Path) -> None:
@@ -313,6 +371,56 @@ def test_resume_continues_to_the_same_adapter(
     assert names(out) == FIT_FILES
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_stopped_run_says_how_to_continue_it(fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again finds its folder full: --resume is what is wanted, --overwrite loses the run."""
+
+    def stops(update):
+        return lambda record, total: signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("ofa.commands.fit._reporter", stops)
+        ofa("fit", *fitted.arguments, "--out", out)
+    again = ofa("fit", *fitted.arguments, "--out", out)
+    assert again.status == 2
+    assert again.err == (
+        f"ofa: {out} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to begin "
+        "again, or choose another folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shots", "said", "scored"),
+    [
+        (
+            1,
+            "2 of 6 examples used; ",
+            "accuracy {:.3f} on all of the 4 examples that were not used",
+        ),
+        ("all", "6 of 6 examples used; ", None),
+    ],
+)
+def test_how_many_examples_are_used_is_said_and_the_others_are_scored(
+    fitted: Round, tmp_path: Path, shots: object, said: str, scored: str | None
+) -> None:
+    """Without --test the examples that were not drawn are the only ones whose score says anything."""
+    finished = done("fit", *fitted.arguments, "--shots", shots, "--out", tmp_path / "out")
+    assert said in finished.err
+    known = details(tmp_path / "out")
+    assert (known["shots"], len(known["indices"]), known["examples"]) == (shots, 2 if scored else 6, 6)
+    if scored is None:
+        assert known["scores"] == {}
+        return
+    others = [row for index, row in enumerate(TRAIN) if index not in known["indices"]]
+    document = done("evaluate", tmp_path / "out", "--data", write_rows(tmp_path / "others.jsonl", others), "--json")
+    assert known["scores"]["accuracy"] == document.json["accuracy"]
+    assert (known["scores"]["count"], known["scores"]["unused"]) == (4, 4)
+    assert scored.format(document.json["accuracy"]) in finished.err.splitlines()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "On 4 examples of the 4 training examples that were not used." in card
+    assert "| examples used | 2 of 6 |" in card
 
 
 def test_overwrite_replaces_an_adapter(fitted: Round, tmp_path: Path) -> None:

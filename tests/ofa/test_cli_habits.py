@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import ofa as ofa_package
 from ofa import __version__
 from ofa.commands import console
 from tests.ofa.command_line import TEMPLATE, TRAIN, done, ofa, write_rows
@@ -75,3 +81,67 @@ def test_a_short_run_says_nothing_on_its_way():
         for step in range(10):
             update(step, 10, "")
     assert told.getvalue() == ""
+
+
+REFUSED = (
+    ("fit", "--data", "nowhere.jsonl", "--out", "out"),
+    ("fit", "--data", "tickets", "--model", "./nowhere", "--out", "out"),
+    ("fit", "--data", "rows.csv", "--template", "no slot", "--out", "out"),
+    ("fit", "--data", "rows.csv", "--template", "{nothing}:", "--out", "out"),
+    ("fit", "--data", "rows.csv", "--template", "{text}:", "--label-column", "nothing", "--out", "out"),
+    ("fit", "--data", "rows.csv", "--template", "{text}:", "--shots", "1", "--out", "rows.csv"),
+    ("evaluate", "nowhere", "--data", "tickets"),
+    ("evaluate", "adapter", "--data", "nowhere.csv"),
+    ("evaluate", "adapter", "--data", "rows.csv", "--text-column", "nothing"),
+    ("predict", "nowhere", "--text", "a film"),
+    ("predict", "adapter", "--data", "nowhere.csv"),
+    ("probe", "nowhere", "--data", "tickets", "--out", "out"),
+    ("probe", "adapter", "--data", "nowhere.csv", "--out", "out"),
+    ("merge", "nowhere", "--out", "out"),
+    ("merge", "adapter", "--model", "./nowhere", "--out", "out"),
+    ("compare", "--tasks", "nowhere", "--out", "out"),
+    ("compare", "--tasks", "tickets", "--model", "./nowhere", "--out", "out"),
+    ("report", "nowhere"),
+    ("inspect", "./nowhere"),
+    ("push", "nowhere", "me/adapter"),
+    ("demo", "--task", "nothing"),
+)
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from ofa import cli
+for line in sys.stdin:
+    sys.argv = ["ofa", *json.loads(line)]
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as leave:
+        status = leave.code
+    print(status, flush=True)
+    print("---", file=sys.stderr, flush=True)
+"""
+
+
+def test_wrong_paths_columns_and_templates_are_refused_before_torch_is_imported(tmp_path):
+    """torch alone takes seconds to import; none of these needs it, and where it is missing they are refused alike."""
+    (tmp_path / "rows.csv").write_text("text,label\na film,good\nanother,bad\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LN_TUNING"}')
+    task = {"name": "rows", "template": "{text}:", "labels": ["good", "bad"]}
+    (tmp_path / "adapter" / "ofa_config.json").write_text(json.dumps({"task": task}))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input="".join(json.dumps(arguments) + "\n" for arguments in REFUSED),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(ofa_package.__file__).parents[1]), *sys.path])},
+    )
+    told = [lines.strip() for lines in done.stderr.split("---\n")[:-1]]
+    assert done.stdout.split() == ["2"] * len(REFUSED), done.stderr
+    for arguments, line in zip(REFUSED, told, strict=True):
+        assert line.startswith("ofa: "), (arguments, line)
+        assert "\n" not in line
+        assert "unexpected" not in line, (arguments, line)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "rows.csv"]

@@ -107,7 +107,7 @@ def test_the_base_alone_can_be_probed(probed: Probed, tmp_path: Path) -> None:
     bare = ["--model", probed.model, "--data", probed.test, "--template", TEMPLATE, "--labels", LABELS]
     finished = done("probe", *bare, "--size", 2, "--out", tmp_path / "out")
     assert BASE in finished.out
-    assert "test: 2 texts; J and H by sublayer" in finished.out
+    assert "test.jsonl: 2 texts; J and H by sublayer" in finished.out
     assert str(tmp_path / "out" / "probe.png") in finished.err
     (base,) = json.loads((tmp_path / "out" / "probe.json").read_text())["models"]
     assert "linear_accuracy" not in base["curves"]["layer"]

@@ -252,6 +252,7 @@ def test_open_ended_evaluation_compares_as_many_lines_as_the_truth_has(llama, to
     result = evaluate(llama, tokenizer, OPEN, examples, batch_size=2)
     assert result.predictions == ("19", "London", "a\u2028bank")
     assert result.metrics.exact_match == result.metrics.accuracy == pytest.approx(2 / 3)
+    assert Scorer(llama, tokenizer, OPEN).accuracy(examples) == result.metrics.accuracy, "what chooses the best epoch"
     totals, counts = Scorer(llama, tokenizer, OPEN).completion_totals(examples)
     assert result.metrics.negative_log_likelihood == pytest.approx(-float(totals.sum()) / int(counts.sum()))
     assert result.probabilities.shape == (3, 0)
@@ -294,13 +295,17 @@ def test_bad_examples_are_refused(llama, tokenizer, examples, message):
         evaluate(llama, tokenizer, TASK, examples)
 
 
-@pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
-def test_scores_that_are_not_numbers_predict_nothing(llama, tokenizer, task):
+@pytest.mark.parametrize("task", [TASK, COLLIDING, OPEN], ids=lambda task: task.name)
+def test_scores_that_are_not_numbers_are_refused(llama, tokenizer, task):
     """The largest of several NaN is the first label, with exit code 0."""
     with torch.no_grad():
         llama.model.norm.weight[0] = float("nan")
+    examples = [Example(text, (task.labels or TEXTS)[0]) for text in TEXTS]
     with pytest.raises(InputError, match="scores that are not numbers"):
-        Scorer(llama, tokenizer, task).predict(TEXTS)
+        evaluate(llama, tokenizer, task, examples)
+    if not task.open_ended:
+        with pytest.raises(InputError, match="scores that are not numbers"):
+            Scorer(llama, tokenizer, task).predict(TEXTS)
 
 
 def test_an_encoder_scores_nothing(tokenizer):

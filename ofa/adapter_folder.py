@@ -1,0 +1,55 @@
+"""The files of an adapter's folder, and what two of them say without the libraries that load a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ofa.errors import InputError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+DETAILS = "ofa_config.json"
+CARD = "README.md"
+
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+"""Of a run that is under way or was stopped; a finished one leaves the adapter in its place."""
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter of ours.
+
+    Raises:
+        InputError: the folder is none, or holds another kind of adapter.
+    """
+    path = Path(folder).expanduser()
+    config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
+    if config.get("peft_type") != "LN_TUNING":
+        raise InputError(
+            f"{path} holds a {config.get('peft_type')} adapter; only LN_TUNING adapters can be loaded here"
+        )
+    return config
+
+
+def read_details(folder: str | Path) -> dict[str, Any]:
+    """`ofa_config.json`; empty where there is none, as in a folder that PEFT wrote.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    file = Path(folder).expanduser() / DETAILS
+    return _read_json(file, "") if file.exists() else {}
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{missing}: it has no {path.name}; give the folder that `ofa fit` wrote") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object; copy or save the adapter again")
+    return value
