@@ -99,8 +99,8 @@ class OracleStep:
     """One step: F and the stream Z it is taken from; row j of the trace is left_j · J_jj · right_j.
 
     P = diag(γ)/σ is `right` where the norm reads the stream; where it stands behind the branch, γ is `right` and the
-    1/σ of each row is `left`. `norm` is the module that γ is the weight of; `parts` are the branches of a step whose
-    parallel branches have a norm, and so a P, each.
+    1/σ of each row is `left`. `scale` is γ, the weight of the module `norm` (or 1 more); `parts` are the branches of a
+    step whose parallel branches have a norm, and so a P, each.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -108,6 +108,7 @@ class OracleStep:
     left: Tensor
     right: Tensor
     norm: nn.Module
+    scale: Tensor
     parts: tuple[OracleStep, ...] = ()
 
     def quadratic(self, nu: Tensor, at: Tensor | None = None) -> Tensor:
@@ -115,6 +116,13 @@ class OracleStep:
         point = (self.stream if at is None else at).detach().requires_grad_()
         (product,) = torch.autograd.grad(self.function(point), point, self.left.unsqueeze(-1) * nu)
         return (product * self.right * nu).sum((1, 2))
+
+    def diagonal(self, nu: Tensor) -> Tensor:
+        """One probe's estimate of Σ_i (J_ii)_kk/σ_i, (B, d): of ν ⊙ (J ν/σ), by central differences."""
+        h = 1e-5
+        move = h * nu * self.right / self.scale
+        change = self.function(self.stream + move) - self.function(self.stream - move)
+        return (self.left.unsqueeze(-1) * nu * change).sum(1).detach() / (2 * h)
 
     def dense(self, sequence: int) -> Tensor:
         """J P of one sequence, (T, d, T, d), from the dense Jacobian."""
@@ -217,14 +225,16 @@ def _rstd(name: str, norm: nn.Module, hidden: Tensor) -> Tensor:
 def _before(name: str, norm: nn.Module, stream: Tensor, function: Callable[[Tensor], Tensor]) -> OracleStep:
     """A step whose norm reads the stream: P = Γ/σ(Z)."""
     rstd = _rstd(name, norm, stream)
-    return OracleStep(function, stream, torch.ones_like(rstd), _gamma(name, norm) * rstd.unsqueeze(-1), norm)
+    scale = _gamma(name, norm)
+    return OracleStep(function, stream, torch.ones_like(rstd), scale * rstd.unsqueeze(-1), norm, scale)
 
 
 def _behind(
     name: str, norm: nn.Module, stream: Tensor, reads: Tensor, function: Callable[[Tensor], Tensor]
 ) -> OracleStep:
     """A step whose norm stands behind the branch and reads `reads`: P = Γ/σ(reads)."""
-    return OracleStep(function, stream, _rstd(name, norm, reads), _gamma(name, norm).expand_as(stream), norm)
+    scale = _gamma(name, norm)
+    return OracleStep(function, stream, _rstd(name, norm, reads), scale.expand_as(stream), norm, scale)
 
 
 def _whole_layer(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module, Any]) -> OracleStep:

@@ -72,6 +72,7 @@ class Solved:
     """One branch, or step, with one P, in float64: P of every token, (B, T, d), and C_i = −P_i⁻¹J_ii, (B, T, d, d)."""
 
     norm: str
+    scale: Tensor
     preconditioner: Tensor
     landscape: Tensor
 
@@ -94,7 +95,7 @@ def solve(name: str, model: nn.Module, given: dict[str, Tensor]) -> list[list[So
 def _solve(step: oracle.OracleStep, paths: dict[nn.Module, str]) -> Solved:
     preconditioner = (step.left.unsqueeze(-1) * step.right).detach()
     jacobian = own_blocks(step).detach() / preconditioner.unsqueeze(-2)
-    return Solved(paths[step.norm], preconditioner, -jacobian / preconditioner.unsqueeze(-1))
+    return Solved(paths[step.norm], step.scale, preconditioner, -jacobian / preconditioner.unsqueeze(-1))
 
 
 @cache
@@ -133,14 +134,13 @@ def assert_dense(
     ones = torch.ones(len(steps[0][0].preconditioner[0, 0]), dtype=torch.float64, device=DEVICE)
     expected = torch.stack([sum(mean_of(part.held(ones), given) for part in parts) for parts in steps]) * sign
     torch.testing.assert_close(measured, expected, **DENSE)
-    slopes, wanted, paths = torch.sigmoid(expected) / expected.shape[1], {}, dict(model.named_modules())
+    slopes, wanted = torch.sigmoid(expected) / expected.shape[1], {}
     for parts, slope in zip(steps, slopes, strict=True):
         for part in parts:
             # Central differences of a form of degree 2 have no error but rounding, however long the step.
             h = 0.5 * torch.diag(ones)
             moved = mean_of(part.held(ones + h) - part.held(ones - h), given) * sign
-            offset = 1.0 if type(paths[part.norm]).__name__.startswith("Gemma") else 0.0
-            wanted[part.norm] = (moved @ slope) / (paths[part.norm].weight.detach() + offset)
+            wanted[part.norm] = (moved @ slope) / part.scale
     assert wanted.keys() == found.keys()
     for path, gradient in found.items():
         close = {"rtol": 1e-7, "atol": 1e-7 * float(wanted[path].abs().max())}
@@ -214,6 +214,19 @@ def assert_gradient(
             (gradient * direction).sum(), slope, rtol=close, atol=close, msg=lambda text, path=path: f"{path}: {text}"
         )
         assert gradient.abs().max() > least, path
+
+
+def trace_gradients(model: nn.Module, given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """∂h_t/∂γ, mean over the sequences, by the path of the norm.
+
+    Softplus has slopes at h and −h that add up to 1, so it is the difference of the two conventions' gradients.
+    """
+    both = []
+    for convention in ("theory", "algorithm1"):
+        with measuring(model, convention=convention, **options) as reg:
+            model(**given)
+            both.append(scale_gradients(model, reg.penalty()))
+    return {path: gradient - both[1][path] for path, gradient in both[0].items()}
 
 
 def probes_of(step: int, stream: Tensor, *, seed: int = 0, number: int = 0, **options: Any) -> Tensor:
