@@ -27,7 +27,7 @@ from ofa.tasks import load_task
 TASKS = ("reviews", "questions")
 SHOTS = 4
 MODES = ("none", "channels")
-WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 256}
+WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -148,7 +148,7 @@ def _by_branch(model: nn.Module, batch: dict[str, Tensor], mode: str) -> list[tu
 def _random(name: str, extra: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name, **{**WIDE, "intermediate_size": 512, "pad_token_id": 0, **extra})
+    config = AutoConfig.for_model(name, **{**WIDE, "vocab_size": 256, "intermediate_size": 512, "pad_token_id": 0, **extra})
     model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Checkpoint:
     """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration, data and model.
 
-    `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation;
-    `mean` the mean of the scales over the steps that are averaged, where some are.
+    `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation.
     """
 
     step: int
@@ -34,7 +33,6 @@ class Checkpoint:
     scales: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     best: tuple[int, float, dict[str, Tensor]] | None = None
-    mean: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(path: Path, state: Checkpoint) -> None:
@@ -48,7 +46,6 @@ def save(path: Path, state: Checkpoint) -> None:
     if state.best is not None:
         facts["best"] = state.best[:2]
         tensors |= {f"best/{name}": value for name, value in state.best[2].items()}
-    tensors |= {f"mean/{name}": value for name, value in state.mean.items()}
     own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"layout": _LAYOUT, "state": json.dumps(facts)}
     write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata))
@@ -78,7 +75,7 @@ def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Ch
         raise InputError(f"the checkpoint {path} is of another model; resume with the model it was made with")
     best = (*facts["best"], groups["best"]) if "best" in facts else None
     moments = {name: groups[name] for name in _MOMENTS if name in groups}
-    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best, groups.get("mean", {}))
+    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best)
 
 
 def recorded_threads(path: Path) -> int | None:

@@ -30,6 +30,7 @@ from ofa.estimators.jvp import ForwardMode, check_branches
 from ofa.hosting import Copies, OneThread, Places, host
 from ofa.into_loss import add_penalty
 from ofa.measuring import BranchMeter, LayerPass, Pass
+from ofa.reminders import Reminders
 from ofa.schedule import Schedule
 from ofa_kernels.philox import PROBES
 
@@ -168,6 +169,7 @@ class Regularizers:
         self._dropouts = _dropouts(model)
         self._thread = OneThread()
         self._schedule = Schedule(settings.every)
+        self._reminders = Reminders()
         self._preparing = False
         """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
         active = settings.step_ratio > 0 or settings.sharpness > 0
@@ -204,6 +206,7 @@ class Regularizers:
         Raises:
             RuntimeError: no forward pass has been measured yet.
         """
+        self._reminders.used = True
         if self._measured is None:
             raise RuntimeError(
                 "no forward pass has been measured: call the model with gradients enabled, or inside measuring()"
@@ -236,6 +239,7 @@ class Regularizers:
 
     def close(self) -> None:
         """Detach: every hook is removed and the model is what it was before. Closing twice does nothing."""
+        self._reminders.at_end()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -272,6 +276,8 @@ class Regularizers:
         if not torch.is_grad_enabled() and not self._without_grad:
             return None
         self._measured = None
+        if torch.is_grad_enabled():
+            self._reminders.before_pass(model)
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._refuse_cache(given)

@@ -34,24 +34,26 @@ from ofa.regularizers import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.tuning import tune_norms
 
+STEPS, EPOCHS = 60, 7
+"""The default length of a run, chosen by docs/studies.md: so many steps, and no example seen less often than that."""
+
 
 class TrainingConfig(BaseModel):
-    """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options).
+    """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options) but for its
+    length, 60 epochs in the paper.
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
-    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps`
-    is the number of optimizer steps in place of that of epochs. `average` is the share of the steps, the last ones,
-    whose mean is kept; 0 keeps what the last step left.
+    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps` goes
+    before `epochs`; without both see `total_steps`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(60, ge=1)
+    epochs: int | None = Field(None, ge=1)
     max_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
-    average: float = Field(0.0, ge=0, le=1)
     batch_size: int = Field(4, ge=1)
     accumulation: int = Field(1, ge=1)
     seed: int = 42
@@ -67,6 +69,12 @@ class TrainingConfig(BaseModel):
     every: int = Field(1, ge=1)
     radial: str = "channels"
     tokens: str = "all"
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of a run whose epochs have so many: as many as were asked for, else the default."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(STEPS, EPOCHS * steps_per_epoch) if self.epochs is None else self.epochs * steps_per_epoch
 
     @property
     def regularizer_options(self) -> dict[str, Any]:
@@ -167,7 +175,7 @@ def train(
         guidance: makes each step's gradient of the cross-entropy; its state is in no checkpoint.
         folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
         resume: continue from the folder's checkpoint.
-        validate: score (higher is better) after each epoch; the scales of the best epoch are kept, and no average.
+        validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
         progress: called after every step with its record and the number of steps in all.
 
     Raises:
@@ -251,13 +259,11 @@ class _Run:
         self.origin = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
-        self.total = config.max_steps or config.epochs * self.steps_per_epoch
+        self.total = config.total_steps(self.steps_per_epoch)
         self.step = 0
         self.passes = 0
         self.seconds = 0.0
         self.best: tuple[int, float, list[Tensor]] | None = None
-        self.averaged = math.ceil(config.average * self.total)
-        self.mean = [torch.zeros_like(value) for value in self.origin] if self.averaged else []
         self.records: list[StepRecord] = []
         self.regularizers: Regularizers | None = None
         # What must be the same for a checkpoint to continue this run.
@@ -296,11 +302,9 @@ class _Run:
             yield record
 
     def finish(self, truncated: int) -> TrainingResult:
-        """Put the best epoch's scales in place, if there was a choice, else their mean, and sum up."""
+        """Put the best epoch's scales in place, if there was a choice, and sum up."""
         if self.best is not None:
             self._restore(self.best[2])
-        elif self.mean:
-            self._restore(self.mean)
         return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
 
     def _take_step(self, started: float) -> StepRecord:
@@ -324,7 +328,6 @@ class _Run:
         self._check_finite("gradient", gradient_norm, step + 1)
         self.optimizer.step()
         self.step += 1
-        self._average()
         if self.regularizers is not None:
             self.passes = self.regularizers.passes
         self.seconds = time.perf_counter() - started
@@ -362,14 +365,6 @@ class _Run:
         measured = self.regularizers.measurements
         terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
         return {name: share * value.item() for name, value in terms.items() if value is not None}
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Take this step into the mean of the last ones."""
-        count = self.step - (self.total - self.averaged)
-        if count > 0:
-            for mean, scale in zip(self.mean, self.scales.values(), strict=True):
-                mean += (scale - mean) / count
 
     def _gradient_norm(self) -> float:
         gradients = {name: scale.grad for name, scale in self.scales.items()}
@@ -425,7 +420,6 @@ class _Run:
             scales={name: scale.detach() for name, scale in self.scales.items()},
             moments=checkpoint.moments(self.optimizer, self.scales),
             best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
-            mean=dict(zip(self.scales, self.mean, strict=True)) if self.mean else {},
         )
         checkpoint.save(self.checkpoint_path, state)
 
@@ -437,8 +431,6 @@ class _Run:
         self._restore([state.scales[name] for name in self.scales])
         checkpoint.restore_moments(self.optimizer, self.scales, state)
         self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
-        if self.mean:
-            self.mean = [state.mean[name].to(scale.device) for name, scale in self.scales.items()]
         if state.best is not None:
             epoch, score, scales = state.best
             self.best = (epoch, score, [scales[name] for name in self.scales])

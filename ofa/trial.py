@@ -48,7 +48,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     if actual.numel() != expected.numel():
         return False
     tolerance = max(1e-4, 4 * max(torch.finfo(actual.dtype).eps, torch.finfo(expected.dtype).eps))
-    actual, expected = actual.float(), shaped(expected, actual).float()
+    actual, expected = actual.detach().float(), shaped(expected, actual).detach().float()
     scale = max(float(expected.abs().max()), math.ulp(1.0))
     return bool((actual - expected).abs().max() <= tolerance * scale)
 

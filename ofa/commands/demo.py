@@ -35,7 +35,9 @@ def demo(
     task: Annotated[str, typer.Option(help="Embedded task: tickets, reviews or questions.")] = "tickets",
     shots: ShotsOption = 5,
     seed: Annotated[int, typer.Option(help="Draws the shots and fixes everything random.")] = 42,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the shots; `ofa fit` takes 60.")] = 15,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the shots; without it as many as in `ofa fit`.")
+    ] = None,
     size: Annotated[int, typer.Option(min=1, help="Test examples, class-balanced.")] = 100,
     out: Annotated[Path, typer.Option(help="Folder for the adapter and the figure.")] = Path("ofa-demo"),
     model: ModelOption = None,
@@ -80,7 +82,7 @@ def _compare(
     tested: tuple[Example, ...],
     shots: int,
     seed: int,
-    epochs: int,
+    epochs: int | None,
     folder: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from ofa.adapters import WEIGHTS
@@ -114,7 +116,7 @@ def _compare(
         "task": data.task.name,
         "seed": seed,
         "shots": shots,
-        "epochs": epochs,
+        "steps": len(records["OFA"]),
         "test_examples": len(tested),
         "adapter": str(folder / _ADAPTER),
         "adapter_bytes": (folder / _ADAPTER / WEIGHTS).stat().st_size,

@@ -55,11 +55,15 @@ def test_an_adapter_in_another_fine_tune_of_its_base_is_said_once(model, tmp_pat
     with caplog.at_level(logging.WARNING, logger="ofa"):
         ofa.load_adapter(model, tmp_path)
         ofa.restore_norms(model)
-        assert caplog.messages == []
+        assert told(caplog) == []
         with torch.no_grad():
             model.model.layers[2].self_attn.q_proj.weight.add_(0.1)
         for _ in range(2):
             ofa.load_adapter(model, tmp_path)
             ofa.restore_norms(model)
-    assert len(caplog.messages) == 1
-    assert "has its norms, but other weights (model.layers.2)" in caplog.messages[0]
+    (message,) = told(caplog)
+    assert "has its norms, but other weights (model.layers.2)" in message
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("ofa")]

@@ -211,15 +211,6 @@ def test_the_best_epoch_survives_a_resume(tiny_model, tmp_path):
     assert_same_bits(scales, expected)
 
 
-def test_the_mean_of_the_last_steps_survives_a_resume(tiny_model, tmp_path):
-    """Four of six steps are averaged, the first of them before the cut."""
-    settings = {**PLAIN, "average": 0.6}
-    _, expected = run(tiny_model, tmp_path / "whole", settings)
-    cut_before(tiny_model, 6, tmp_path / "cut", settings)
-    _, scales = run(tiny_model, tmp_path / "cut", settings, resume=True)
-    assert_same_bits(scales, expected)
-
-
 # The file
 
 
@@ -237,7 +228,6 @@ def state(step=3, best=True):
         scales=tensors(),
         moments={"exp_avg": tensors(), "exp_avg_sq": tensors()} if step else {},
         best=(2, 0.1, tensors()) if best else None,
-        mean=tensors() if step else {},
     )
 
 
@@ -359,7 +349,6 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tiny_model, stopped, dam
 OTHER = {
     "epochs": 3,
     "max_steps": 5,
-    "average": 0.5,
     "learning_rate": 2e-2,
     "weight_decay": 0.0,
     "warmup": 0.5,

@@ -162,9 +162,9 @@ def test_the_learning_rate_warms_up_over_a_share_of_the_steps_and_falls_to_0_by_
 
 
 def test_the_defaults_are_the_papers():
-    """METHODS: lr 1e-3, 60 epochs, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2, λ₂ = 1e-3."""
+    """METHODS: lr 1e-3, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2, λ₂ = 1e-3; the length is our own."""
     config = TrainingConfig()
-    assert (config.learning_rate, config.epochs, config.weight_decay, config.warmup) == (1e-3, 60, 1e-3, 0.05)
+    assert (config.learning_rate, config.weight_decay, config.warmup) == (1e-3, 1e-3, 0.05)
     assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 1e-2, 1e-3)
 
 
@@ -188,6 +188,21 @@ def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
         # Scales of about 1 are rounded to float32 (2^-24) twice a step, the moments a few times; without the decay of
         # 1e-3 it would be 3e-5.
         torch.testing.assert_close(tuned[name].double(), scale, rtol=0, atol=total * 6 * 2**-24)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps_per_epoch", "steps"),
+    [
+        ({}, 1, 60),
+        ({}, 8, 60),
+        ({}, 10, 70),  # every example is seen seven times at least
+        ({"epochs": 2}, 8, 16),
+        ({"max_steps": 5}, 8, 5),
+        ({"max_steps": 5, "epochs": 2}, 8, 5),
+    ],
+)
+def test_the_length_of_a_run_is_what_was_asked_for_or_sixty_steps(settings, steps_per_epoch, steps):
+    assert TrainingConfig(**settings).total_steps(steps_per_epoch) == steps
 
 
 def test_max_steps_is_the_number_of_steps_in_place_of_that_of_epochs(tiny_model):
@@ -503,25 +518,6 @@ def test_without_validation_the_last_step_is_kept(tiny_model):
         result, scales = run(tiny_model, progress=watch.progress)
     assert result.best_epoch is None
     assert all(torch.equal(scales[name], value) for name, value in watch.scales[-1].items())
-
-
-@pytest.mark.parametrize(("average", "steps"), [(0.5, 3), (0.51, 4), (1.0, 6)])
-def test_the_mean_of_the_last_steps_is_kept(tiny_model, average, steps):
-    """A part of a step is a whole one; the steps themselves are those of a run without a mean."""
-    with watched(tiny_model[0]) as watch:
-        _, scales = run(tiny_model, settings={**PLAIN, "average": average}, progress=watch.progress)
-    _, last = run(tiny_model)
-    for name, value in scales.items():
-        expected = torch.stack([kept[name].double() for kept in watch.scales[-steps:]]).mean(0)
-        # A running mean in float32 of numbers near 1: a rounding a step.
-        torch.testing.assert_close(value.double(), expected, rtol=0, atol=steps * 2**-23)
-        assert torch.equal(watch.scales[-1][name], last[name])
-
-
-def test_with_validation_the_best_epoch_is_kept_and_no_mean(tiny_model):
-    with watched(tiny_model[0]) as watch:
-        _, scales = run(tiny_model, settings={**PLAIN, "average": 1.0}, validate=lambda: 1.0, progress=watch.progress)
-    assert all(torch.equal(scales[name], value) for name, value in watch.scales[3].items())
 
 
 # Stopping
