@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
     loaded = ofa.load_model(options.model)
     params = ofa.tune_norms(loaded.model)  # 1: only the norm scales train
-    reg = ofa.fused_regularizers(loaded.model, step_ratio=1e-2, sharpness=1e-3)  # 2: every forward pass is measured
+    reg = ofa.fused_regularizers(loaded.model)  # 2: every forward pass is measured
     optimizer = torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(loaded.model, optimizer, batches_of(loaded, options))
     for epoch in range(1, options.epochs + 1):

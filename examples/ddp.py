@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     params = ofa.tune_norms(loaded.model)  # 1: only the norm scales train; ahead of the wrapper, which averages them
     model = DistributedDataParallel(loaded.model, device_ids=None if device.type == "cpu" else [device])
     # 2: every forward pass is measured. Estimators with probes shall draw other ones on every rank.
-    reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3, seed=dist.get_rank())
+    reg = ofa.fused_regularizers(model, seed=dist.get_rank())
     optimizer = torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=0.0)
     loader = batches_of(loaded, options)
     for epoch in range(1, options.epochs + 1):

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.eval()  # no dropout: the trace is that of the model without it, and gradients flow all the same
     params = ofa.tune_norms(model)  # 1: the norm scales train
     head = model.classifier.requires_grad_(True)  # and the head, which is new
-    reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3)  # 2: every forward pass is measured
+    reg = ofa.fused_regularizers(model)  # 2: every forward pass is measured
     groups = [{"params": params, "lr": 1e-3}, {"params": head.parameters(), "lr": options.head_learning_rate}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for epoch in range(1, options.epochs + 1):

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = loaded.model
     ofa.tune_norms(model)  # 1: only the norm scales train, in float32; ahead of fully_shard
     # 2: every forward pass is measured. Estimators with probes shall draw other ones on every rank.
-    reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3, seed=dist.get_rank())
+    reg = ofa.fused_regularizers(model, seed=dist.get_rank())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in reg.anatomy.layers:
         fully_shard(model.get_submodule(layer), mesh=mesh)

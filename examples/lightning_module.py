@@ -27,7 +27,7 @@ class NormTuning(lightning.LightningModule):
         super().__init__()
         self.model, self.learning_rate = model, learning_rate
         self.params = ofa.tune_norms(model)  # 1: only the norm scales train
-        self.reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3)  # 2: forward passes are measured
+        self.reg = ofa.fused_regularizers(model)  # 2: forward passes are measured
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         """Cross-entropy and penalty; Lightning divides both by the number of accumulated batches."""

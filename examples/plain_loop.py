@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = ofa.load_model(options.model, dtype=options.dtype)
     model = loaded.model
     params = ofa.tune_norms(model)  # 1: only the norm scales train
-    reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3)  # 2: every forward pass is measured
+    reg = ofa.fused_regularizers(model)  # 2: every forward pass is measured
     optimizer = torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=0.0)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

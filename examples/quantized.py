@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     model, tokenizer, base = load(options)
     params = ofa.tune_norms(model)  # 1: only the norm scales train
-    reg = ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3)  # 2: every forward pass is measured
+    reg = ofa.fused_regularizers(model)  # 2: every forward pass is measured
     optimizer = torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=0.0)
     for step, batch in zip(range(1, options.steps + 1), cycle(batches_of(model, tokenizer, options)), strict=False):
         cross_entropy = model(**batch.to(model.device)).loss

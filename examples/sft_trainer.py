@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
     model = loaded.model
     ofa.tune_norms(model)  # 1: only the norm scales train
     with (
-        ofa.fused_regularizers(model, step_ratio=1e-2, sharpness=1e-3, into_loss=True) as reg,  # 2: in the loss
+        ofa.fused_regularizers(model, into_loss=True) as reg,  # 2: in the loss
         tempfile.TemporaryDirectory() as scratch,
     ):
         trainer = SFTTrainer(

@@ -46,7 +46,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Regularizers]] = wea
 def fused_regularizers(
     model: nn.Module,
     step_ratio: float = 1e-2,
-    sharpness: float = 1e-3,
+    sharpness: float = 1.0,
     estimator: str = "auto",
     granularity: str = "sublayer",
     samples: int = 1,

@@ -58,7 +58,7 @@ class TrainingConfig(BaseModel):
     accumulation: int = Field(1, ge=1)
     seed: int = 42
     step_ratio: float = Field(1e-2, ge=0)
-    sharpness: float = Field(1e-3, ge=0)
+    sharpness: float = Field(1.0, ge=0)
     estimator: str = "auto"
     granularity: str = "sublayer"
     samples: int = Field(1, ge=1)

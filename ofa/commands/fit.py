@@ -75,7 +75,7 @@ def fit(
     step_ratio: Annotated[
         float, typer.Option(help="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.")
     ] = 1e-2,
-    sharpness: Annotated[float, typer.Option(help="Weight λ₂ of the sharpness term.")] = 1e-3,
+    sharpness: Annotated[float, typer.Option(help="Weight λ₂ of the sharpness term.")] = 1.0,
     estimator: Annotated[
         str,
         typer.Option(

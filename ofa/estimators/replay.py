@@ -53,7 +53,7 @@ class Replay:
         self._open, self._first, self._last = False, None, None
 
     def run(self, inputs: Tensor, stream: Tensor, copies: int) -> Tensor:
-        """What the branch returns for `copies` other batches of inputs, (copies·B, T, d), beside the displaced stream that they belong to.
+        """What the branch returns for `copies` other batches, (copies·B, T, d); `stream` is what they were made from.
 
         Raises:
             InputError: something stands between the branch's modules that is not known here.

@@ -127,7 +127,7 @@ class Activation(NamedTuple):
 
 def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and (x.requires_grad or gradient.requires_grad)):
-        return torch.ops.aten.silu_backward(gradient, x)  # type: ignore[no-any-return]
+        return torch.ops.aten.silu_backward(gradient, x)
     sigmoid = torch.sigmoid(x)  # PyTorch's own operation has no derivative
     return gradient * sigmoid * (1 + x * (1 - sigmoid))
 
