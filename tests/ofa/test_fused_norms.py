@@ -26,6 +26,7 @@ from ofa_kernels import dispatch
 from ofa_kernels.ops import launching
 from tests import families
 from tests.device import DEVICE
+from tests.ofa.traces import EVERY
 
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 SCALE = 2.0**-8
@@ -274,14 +275,14 @@ def test_many_gradients_at_once_go_around_the_kernel() -> None:
         assert (jacobian.float() - expected).norm() <= 4 * 2**-11 * expected.norm()
 
 
-@pytest.mark.parametrize("estimator", ["jvp", "local_jvp", "exact", "hutchinson"])
-def test_regularizers_measure_what_they_did(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", EVERY)
+def test_regularizers_measure_what_they_did(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms of heads are inside of branches, which forward mode goes through."""
 
     def measured() -> tuple[Tensor, Tensor]:
         model = built("qwen3")
         scales = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with ofa.fused_regularizers(model, 1e-2, 1e-2, estimator=estimator) as reg:
+        with ofa.fused_regularizers(model, 1e-2, 1e-2, **EVERY[kind]) as reg:
             loss = model(**families.inputs("qwen3", sequences=1, tokens=4)).loss.float() + reg.penalty()
             found = torch.autograd.grad(SCALE * loss, scales)
         return loss.detach(), torch.cat(found)

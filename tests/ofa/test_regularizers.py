@@ -19,28 +19,31 @@ from tests.ofa import traces
 from tests.ofa.traces import gradients, hooks_of
 
 
-@pytest.mark.parametrize("granularity", ["sublayer", "layer"])
-@pytest.mark.parametrize("name", families.BUILDERS)
-def test_the_task_is_not_changed_by_being_measured(name: str, granularity: str) -> None:
-    """Each family: same loss, logits and gradients with the copies in the batch; after close(), the same bits."""
-    if (name, granularity) not in oracle.CASES:
-        granularity = "layer"
+# Copies in the batch reach every module of every family; those that run afterwards reach none of the model's own run.
+@pytest.mark.parametrize(
+    ("name", "granularity", "gradient"),
+    [*((*case, "full") for case in oracle.CASES), *((name, "layer", "preconditioner") for name in families.BUILDERS)],
+)
+def test_the_task_is_not_changed_by_being_measured(name: str, granularity: str, gradient: str) -> None:
+    """Each family: same loss, logits and gradients; after close(), the same bits and hooks."""
     model, given = oracle.model(name), oracle.batch(name)
     before_hooks = hooks_of(model)
+    options = {"estimator": "hutchinson", "granularity": granularity, "gradient": gradient, "samples": 2}
     with oracle.Float64():
         plain = model(**given)
         expected = gradients(model, plain.loss)
-        with ofa.fused_regularizers(model, granularity=granularity, samples=2) as reg:
+        with ofa.fused_regularizers(model, **options) as reg:
             measured = model(**given)
             actual = gradients(model, measured.loss)
             assert reg.penalty().isfinite()
             assert hooks_of(model) != before_hooks
         again = model(**given)
     # The same products in a wider batch may be summed in another order: some roundings of 2⁻⁵³ per layer.
-    torch.testing.assert_close(measured.logits, plain.logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(measured.loss, plain.loss, rtol=1e-9, atol=1e-9)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    close = {"rtol": 0, "atol": 0} if gradient == "preconditioner" else {"rtol": 1e-8, "atol": 1e-8}
+    for one, other in zip(
+        (measured.logits, measured.loss, *actual), (plain.logits, plain.loss, *expected), strict=True
+    ):
+        torch.testing.assert_close(one, other, **close)
     assert torch.equal(again.logits, plain.logits)
     assert hooks_of(model) == before_hooks
 
@@ -296,8 +299,11 @@ def test_dropout_kept_as_a_number_is_noticed() -> None:
         ({"sharpness": float("nan")}, "sharpness is a weight and must be a finite number of at least 0, not nan"),
         ({"sharpness": float("inf")}, "sharpness is a weight and must be a finite number of at least 0, not inf"),
         ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"steps": 0.0}, "steps is the share of measured steps, above 0 and at most 1, not 0.0"),
-        ({"steps": 1.5}, "steps is the share of measured steps, above 0 and at most 1, not 1.5"),
+        ({"gradient": "half"}, "gradient must be one of preconditioner, full, not 'half'"),
+        ({"radial": "some"}, "radial must be one of channels, exact, none, not 'some'"),
+        ({"every": 0}, "every counts optimizer steps and must be at least 1, not 0"),
+        ({"every": 2, "gradient": "full"}, "every > 1 uses a gradient again that was measured before, and"),
+        ({"estimator": "jvp"}, "estimator='jvp' differentiates through everything; add gradient='full'"),
         ({"epsilon": 0.0}, "epsilon must be above 0, not 0.0"),
     ],
     ids=str,
@@ -313,8 +319,8 @@ def test_an_option_out_of_range_is_refused_in_a_sentence(option: dict[str, Any],
 
 
 @pytest.mark.parametrize("tokens", ["all", "last"])
-@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "jvp", "local_jvp"])
-def test_rows_of_nothing_but_padding_are_no_sequences(estimator: str, tokens: str) -> None:
+@pytest.mark.parametrize("kind", traces.EVERY)
+def test_rows_of_nothing_but_padding_are_no_sequences(kind: str, tokens: str) -> None:
     """A batch filled up to a fixed size has the penalty, and its gradient, of the real rows alone."""
     model = traces.frozen("llama")
     ids = oracle.batch("llama")["input_ids"][:1]
@@ -322,7 +328,7 @@ def test_rows_of_nothing_but_padding_are_no_sequences(estimator: str, tokens: st
     filled = {"input_ids": torch.cat([ids, dummies]), "attention_mask": torch.cat([torch.ones_like(ids), 0 * dummies])}
     found = []
     for given in ({"input_ids": ids}, filled):
-        with oracle.Float64(), ofa.fused_regularizers(model, 1.0, 1.0, estimator=estimator, tokens=tokens) as reg:
+        with oracle.Float64(), ofa.fused_regularizers(model, 1.0, 1.0, tokens=tokens, **traces.EVERY[kind]) as reg:
             loss = model(**given).logits[0].square().mean() + reg.penalty()
             found.append([loss.detach(), *gradients(model, loss)])
     for one, other in zip(*found, strict=True):
@@ -349,7 +355,7 @@ def test_the_seed_decides_the_probes_and_each_pass_has_its_own() -> None:
     model, given = families.build("llama"), families.inputs("llama")
 
     def traces(seed: int) -> Tensor:
-        with ofa.fused_regularizers(model, seed=seed) as reg, torch.no_grad(), reg.measuring():
+        with ofa.fused_regularizers(model, estimator="hutchinson", seed=seed) as reg, torch.no_grad(), reg.measuring():
             measured = []
             for _ in range(2):
                 model(**given)

@@ -22,6 +22,15 @@ OTHERS = ("bert", "opt_post_norm")
 
 CLOSED = [name for name in families.BUILDERS if name not in OTHERS]
 
+EVERY: dict[str, dict[str, Any]] = {
+    "exact": {"estimator": "exact"},
+    "exact, full": {"estimator": "exact", "gradient": "full"},
+    "hutchinson": {"estimator": "hutchinson"},
+    "hutchinson, full": {"estimator": "hutchinson", "gradient": "full"},
+    "jvp": {"estimator": "jvp", "gradient": "full"},
+}
+"""Every estimator with every gradient that it has."""
+
 DENSE = {"rtol": 1e-8, "atol": 1e-9}
 """A softmax in float64 and some thousand products in another order; traces of single tokens are of size 1 to 100."""
 
