@@ -24,6 +24,7 @@ class Checkpoint:
     """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration, data and model.
 
     `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation.
+    `held` is the last measured sharpness and its gradient, where it is used in steps that do not measure it.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Checkpoint:
     scales: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     best: tuple[int, float, dict[str, Tensor]] | None = None
+    held: tuple[float, dict[str, Tensor]] | None = None
 
 
 def save(path: Path, state: Checkpoint) -> None:
@@ -46,6 +48,9 @@ def save(path: Path, state: Checkpoint) -> None:
     if state.best is not None:
         facts["best"] = state.best[:2]
         tensors |= {f"best/{name}": value for name, value in state.best[2].items()}
+    if state.held is not None:
+        facts["held"] = state.held[0]
+        tensors |= {f"held/{name}": value for name, value in state.held[1].items()}
     own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"layout": _LAYOUT, "state": json.dumps(facts)}
     write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata))
@@ -75,7 +80,8 @@ def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Ch
         raise InputError(f"the checkpoint {path} is of another model; resume with the model it was made with")
     best = (*facts["best"], groups["best"]) if "best" in facts else None
     moments = {name: groups[name] for name in _MOMENTS if name in groups}
-    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best)
+    held = (facts["held"], groups.get("held", {})) if "held" in facts else None
+    return Checkpoint(step, passes, seconds, saved, groups["scale"], moments, best, held)
 
 
 def recorded_threads(path: Path) -> int | None:

@@ -353,7 +353,7 @@ class BranchMeter:
         return replace_tensors(args, kwargs, widen)
 
     def _at_residual(self, module: nn.Module, args: Any) -> Any:
-        if self._busy or not self._traced or self._fed is None or not self.estimator.copies:  # type: ignore[union-attr]
+        if self._busy or not self._traced or self._fed is None:
             return None
         return (args[0], self._fed, *args[2:])
 

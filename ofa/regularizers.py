@@ -168,7 +168,7 @@ class Regularizers:
         self._without_grad = False
         self._dropouts = _dropouts(model)
         self._thread = OneThread()
-        self._schedule = Schedule(settings.every)
+        self.schedule = Schedule(settings.every)
         self._reminders = Reminders()
         self._preparing = False
         """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
@@ -281,7 +281,7 @@ class Regularizers:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._refuse_cache(given)
-        traced = self._settings.sharpness > 0 and self._schedule.measures(self._weights())
+        traced = self._settings.sharpness > 0 and self.schedule.measures(self._weights())
         self._refuse_dropout(traced)
         if traced and isinstance(self._trace_estimator, ForwardMode):
             check_branches(model, self.steps)
@@ -315,7 +315,7 @@ class Regularizers:
         self._set_pass(None)
         if current is None or output is None:  # None: the forward pass raised an exception, which goes its way
             return None
-        self._measured = self._schedule.complete(current.measurements(len(self.steps)), current.gradients)
+        self._measured = self.schedule.complete(current.measurements(len(self.steps)), current.gradients)
         values = self._measured.step_norms, self._measured.sharpness
         self._device = next(value.device for value in values if value is not None)
         return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None

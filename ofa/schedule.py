@@ -47,10 +47,19 @@ class Schedule:
             if self._every > 1:
                 self._add(found, measured.sharpness.detach())
             return replace(measured, sharpness=objectives.with_gradients(measured.sharpness, list(found.values())))
+        held = self.held()
+        return measured if held is None else replace(measured, sharpness=objectives.with_gradients(*held))
+
+    def held(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+        """The sharpness that passes between measured steps have, and its gradient beside the scale that it is of."""
         if self._value is None:
-            return measured
-        held = [(weight, gradient / self._passes) for weight, gradient in self._sums.values()]
-        return replace(measured, sharpness=objectives.with_gradients(self._value / self._passes, held))
+            return None
+        return self._value / self._passes, [(weight, gradient / self._passes) for weight, gradient in self._sums.values()]
+
+    def resume(self, steps: int, value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Continue as after `steps` optimizer steps, with what was held then."""
+        self._step, self._versions = steps - 1, None
+        self._value, self._sums, self._passes = value, add_up(gradients), 1
 
     def _add(self, found: dict[int, tuple[Tensor, Tensor]], value: Tensor) -> None:
         self._sums = add_up([*self._sums.values(), *found.values()])

@@ -266,6 +266,8 @@ class _Run:
         self.best: tuple[int, float, list[Tensor]] | None = None
         self.records: list[StepRecord] = []
         self.regularizers: Regularizers | None = None
+        self.held: tuple[float, dict[str, Tensor]] | None = None
+        """What a resumed run holds of the sharpness that was measured before."""
         # What must be the same for a checkpoint to continue this run.
         self.identity = {
             "config": config.model_dump(),
@@ -281,8 +283,13 @@ class _Run:
 
     def attach(self, regularizers: Regularizers | None) -> None:
         self.regularizers = regularizers
-        if regularizers is not None:
-            regularizers.passes = self.passes
+        if regularizers is None:
+            return
+        regularizers.passes = self.passes
+        if self.held is not None:
+            value, gradients = self.held
+            pairs = [(self.scales[name], gradient.to(self.scales[name].device)) for name, gradient in gradients.items()]
+            regularizers.schedule.resume(self.step, pairs[0][1].new_tensor(value), pairs)
 
     def begin(self) -> None:
         """Show the guidance, if there is one, the loss over all examples."""
@@ -420,8 +427,16 @@ class _Run:
             scales={name: scale.detach() for name, scale in self.scales.items()},
             moments=checkpoint.moments(self.optimizer, self.scales),
             best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
+            held=self._held(),
         )
         checkpoint.save(self.checkpoint_path, state)
+
+    def _held(self) -> tuple[float, dict[str, Tensor]] | None:
+        held = None if self.regularizers is None else self.regularizers.schedule.held()
+        if held is None:
+            return None
+        names = {id(scale): name for name, scale in self.scales.items()}
+        return held[0].item(), {names[id(weight)]: gradient for weight, gradient in held[1]}
 
     def resume(self) -> None:
         """Take up the folder's checkpoint; metrics behind it are dropped, they will be written again."""
@@ -431,6 +446,7 @@ class _Run:
         self._restore([state.scales[name] for name in self.scales])
         checkpoint.restore_moments(self.optimizer, self.scales, state)
         self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
+        self.held = state.held
         if state.best is not None:
             epoch, score, scales = state.best
             self.best = (epoch, score, [scales[name] for name in self.scales])

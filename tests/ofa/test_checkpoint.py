@@ -36,8 +36,9 @@ EXAMPLES = (
 # Five examples in batches of two: an epoch is three steps, the last one smaller; two epochs are six steps.
 PLAIN = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2, "step_ratio": 0.0, "sharpness": 0.0}
 BOTH = {**PLAIN, "step_ratio": 0.1, "sharpness": 0.05, "samples": 2}
-# Two passes of one or two examples make a step; half of the steps of the model are measured, drawn anew each pass.
-ACCUMULATED = {**PLAIN, "accumulation": 2, "epochs": 3, "step_ratio": 0.1, "sharpness": 0.05, "steps": 0.5}
+BOTH |= {"estimator": "hutchinson", "gradient": "full"}
+# Two passes of one or two examples make a step; the sharpness is measured in one of four, and epochs have two.
+ACCUMULATED = {**PLAIN, "accumulation": 2, "epochs": 3, "step_ratio": 0.1, "sharpness": 5.0, "every": 4}
 SETTINGS = {"norm tuning": PLAIN, "both terms": BOTH, "both terms, accumulated": ACCUMULATED}
 # The forward pass that never happens, counted from 1: before the first step, within an epoch, within a step (between
 # its two passes), right behind an epoch's end. With accumulation an epoch has 2 steps and 3 passes.
@@ -363,7 +364,9 @@ OTHER = {
     "epsilon": 1e-2,
     "probe": "gaussian",
     "convention": "algorithm1",
-    "steps": 0.5,
+    "gradient": "full",
+    "every": 2,
+    "radial": "exact",
     "tokens": "last",
 }
 

@@ -428,7 +428,7 @@ SETTINGS: dict[str, Case] = {
     "no epochs": (lambda b: b.fit("--epochs", 0), ("setting epochs=0", "greater than or equal to 1")),
     "negative weight": (lambda b: b.fit("--sharpness", -1), ("setting sharpness=-1.0", "greater than or equal to 0")),
     "infinite weight": (lambda b: b.fit("--step-ratio", "inf"), ("step_ratio", "finite number")),
-    "more than all steps": (lambda b: b.fit("--steps", 2), ("setting steps=2.0", "less than or equal to 1")),
+    "no steps": (lambda b: b.fit("--every", 0), ("setting every=0", "greater than or equal to 1")),
     "unknown probe": (lambda b: b.fit("--probe", "coin"), ("probe must be one of rademacher, gaussian", "'coin'")),
     "no configuration file": (
         lambda b: b.fit("--config", "none.yaml"),

@@ -15,7 +15,7 @@ import ofa
 from ofa import anatomy
 from tests import families, oracle
 from tests.device import DEVICE
-from tests.ofa.traces import OTHERS, assert_dense, own_blocks, probes_of
+from tests.ofa.traces import OTHERS, assert_dense, freeze, probes_of, solve, traces_of
 
 # PEFT says so of every norm, and then tunes it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
@@ -137,19 +137,19 @@ def assert_gradient_of_the_oracle(
     assert abs(slope) > 1e-2
 
 
-LIMITS = [("jvp", {}, 1e-9), ("hutchinson", {"epsilon": 1e-6}, 1e-3)]
+LIMITS = [("jvp", {"gradient": "full"}, 1e-9), ("hutchinson", {"gradient": "full", "epsilon": 1e-6}, 1e-3)]
 """Estimators of νᵀJPν with their errors: roundings of some thousand products; what F bends by in a step of ε, and its
 own rounding 10⁻¹⁶/ε of updates of length 10²."""
 
-FALLBACK = [(name, granularity) for name, granularity in oracle.CASES if name in OTHERS]
+FALLBACK = [case for case in oracle.CASES if case[0] in (*OTHERS, "gemma3", "olmo2", "falcon_alibi")]
 
 
 @pytest.mark.parametrize(("estimator", "options", "tolerance"), LIMITS, ids=[limit[0] for limit in LIMITS])
 @pytest.mark.parametrize(("name", "granularity"), FALLBACK)
-def test_families_without_a_closed_form_have_the_gradient_of_the_oracle(
-    name: str, granularity: str, estimator: str, options: dict[str, float], tolerance: float
+def test_probes_have_the_full_gradient_of_the_oracle(
+    name: str, granularity: str, estimator: str, options: dict[str, Any], tolerance: float
 ) -> None:
-    """Norms behind branches, sandwiches, OPT-350m's sum inside the norm, ALiBi: what "auto" falls back from."""
+    """Norms behind branches and sums, sandwiches, OPT-350m's sum inside the norm, ALiBi: probes need to know none."""
     with oracle.Float64():
         model, given = copy.deepcopy(oracle.model(name)), oracle.batch(name, sequences=1)
         assert_gradient_of_the_oracle(name, model, given, granularity, tolerance, estimator=estimator, **options)
@@ -167,10 +167,8 @@ def test_the_language_part_has_the_trace_of_dense_jacobians_with_images(name: st
     """Positions in three dimensions (Qwen2-VL) and images that attend both ways (PaliGemma) are in the closed form."""
     with oracle.Float64():
         model, given = in_float64(name)
-        ofa.tune_norms(model)
         steps = oracle.steps(BEHAVES_AS[name], model, given, "sublayer")
-        blocks = [own_blocks(step) for step in steps]
-        assert_dense(model, given, blocks)
+        assert_dense(model, given, solve(BEHAVES_AS[name], model, given))
         other = oracle.steps(BEHAVES_AS[name], model, {**given, "pixel_values": -given["pixel_values"]}, "sublayer")
     # The images are in the stream: with others it is another one.
     assert float((other[0].stream - steps[0].stream).abs().max()) > 1e-2
@@ -180,22 +178,17 @@ def test_the_language_part_has_the_trace_of_dense_jacobians_with_images(name: st
 def test_the_language_part_has_the_gradient_of_the_oracle_with_images(name: str) -> None:
     with oracle.Float64():
         model, given = in_float64(name)
-        assert_gradient_of_the_oracle(BEHAVES_AS[name], model, given, "sublayer", 1e-9, estimator="jvp")
+        assert_gradient_of_the_oracle(BEHAVES_AS[name], model, given, "sublayer", 1e-9, estimator="jvp", gradient="full")
 
 
 def test_batches_as_large_as_the_axes_of_a_position_are_widened_alike() -> None:
     """Qwen2-VL's positions have three axes; three sequences must not be taken for them, nor the axes for sequences."""
     model = families.vision_language("qwen2_vl")
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    ofa.tune_norms(model)
-    traces = []
-    for batch in (ids, *ids.split(1)):
-        with ofa.fused_regularizers(model, 0.0, 1.0) as reg:
-            model(input_ids=batch)
-            traces.append(reg.measurements.traces)
-    assert reg.estimator == "exact"
+    freeze(model)
+    traces = [traces_of(model, {"input_ids": batch}) for batch in (ids, *ids.split(1))]
     # The same sequences alone: sums of float32 in another order.
     torch.testing.assert_close(traces[0], torch.cat(traces[1:], 1), rtol=1e-4, atol=1e-4)
-    with ofa.fused_regularizers(model, 0.0, 1.0, estimator="hutchinson", samples=2) as reg:
-        model(input_ids=ids)
-        assert torch.isfinite(reg.penalty())
+    for gradient in ("preconditioner", "full"):
+        options = {"estimator": "hutchinson", "gradient": gradient, "samples": 2}
+        assert torch.isfinite(traces_of(model, {"input_ids": ids}, **options)).all()

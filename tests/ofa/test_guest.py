@@ -298,7 +298,11 @@ PLACES = (
 # What torch tells no hook of is cleared up by the next pass, wherever it came from.
 @pytest.mark.parametrize(
     ("path", "error"),
-    [*((f"model.{place}", OSError) for place in PLACES), ("lm_head", OSError), (f"model.{PLACES[-1]}", KeyboardInterrupt)],
+    [
+        *((f"model.{place}", OSError) for place in PLACES),
+        ("lm_head", OSError),
+        (f"model.{PLACES[-1]}", KeyboardInterrupt),
+    ],
 )
 def test_whatever_ends_a_forward_pass_leaves_the_next_one_right(
     kind: str, path: str, error: type[BaseException]

@@ -21,7 +21,7 @@ from tests import families, oracle
 from tests.device import DEVICE
 from tests.ofa.test_hutchinson import DENSE
 from tests.ofa.test_regularizers_checkpointing import gradients
-from tests.ofa.traces import Failing, own_token_trace, probes_of, spread, training_model
+from tests.ofa.traces import Failing, assert_gradient, own_token_trace, probes_of, spread, training_model
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 """Two orders of the same products in float64: some thousand roundings of 2⁻⁵³, and no ε that would magnify them."""
@@ -32,7 +32,7 @@ GRADIENTS += [(name, "layer") for name in ("llama", "gpt2", "bert", "opt_post_no
 
 def measuring(model: nn.Module, **options: Any) -> ofa.Regularizers:
     """Regularizers that measure the trace alone, by forward-mode differentiation."""
-    return ofa.fused_regularizers(model, **{"step_ratio": 0.0, "sharpness": 1.0, "estimator": "jvp", **options})
+    return ofa.fused_regularizers(model, **{"step_ratio": 0.0, "sharpness": 1.0, "estimator": "jvp", "gradient": "full", **options})
 
 
 def measure(model: nn.Module, given: dict[str, Tensor], *, passes: int = 1, **options: Any) -> Tensor:
@@ -128,36 +128,6 @@ def test_the_penalty_has_the_gradient_of_its_differences(name: str, granularity:
         assert_gradient(model, given, reg)
 
 
-def assert_gradient(model: nn.Module, given: dict[str, Tensor], reg: ofa.Regularizers) -> None:
-    """The penalty's gradient in every scale is what central differences give."""
-    h = 1e-5
-    generator = torch.Generator().manual_seed(0)
-    scales = oracle.scales(model)
-
-    def penalty() -> Tensor:
-        reg.passes = 0
-        model(**given)
-        return reg.penalty()
-
-    found = torch.autograd.grad(penalty(), list(scales.values()), allow_unused=True)
-    for (path, scale), gradient in zip(scales.items(), found, strict=True):
-        if gradient is None:  # the final norm stands behind the last step
-            assert path.rpartition(".")[0] == reg.anatomy.norms[-1].path
-            continue
-        direction = torch.randn(scale.shape, generator=generator).to(scale)
-        direction /= direction.norm()
-        original, values = scale.data, []
-        with torch.no_grad(), reg.measuring():
-            for factor in (1, -1):
-                scale.data = original + factor * h * direction
-                values.append(penalty())
-        scale.data = original
-        # The error is h² = 10⁻¹⁰ times a third derivative, and the rounding 2⁻⁵³/h = 10⁻¹¹ times a penalty of 10².
-        slope = (values[0] - values[1]) / (2 * h)
-        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-7, atol=1e-7, msg=path)
-        assert gradient.abs().max() > 1e-4, path
-
-
 class Normed(nn.Module):
     """An MLP behind one of PyTorch's own norms."""
 
@@ -238,16 +208,6 @@ def test_the_gradient_is_finite_with_padding(side: str, implementation: str) -> 
     model.set_attn_implementation(implementation)
     with oracle.Float64(), measuring(model) as reg:
         assert_gradient(model, padded(side), reg)
-
-
-def test_sampled_steps_are_measured_as_all_would_be() -> None:
-    """`steps=0.5` measures half of the steps with the probes they always have; the others are NaN."""
-    model, given = oracle.model("llama"), oracle.batch("llama")
-    with oracle.Float64():
-        whole, half = (measure(model, given, steps=share, samples=2)[0] for share in (1.0, 0.5))
-    seen = ~half.isnan()
-    assert seen.all(1).sum() == seen.any(1).sum() == 3
-    torch.testing.assert_close(half[seen], whole[seen], **CLOSE)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -349,7 +309,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(name: str, samples: int
     results = []
     for checkpointing in (False, True):
         model, losses = training_model(name, checkpointing=checkpointing), []
-        with measuring(model, step_ratio=1.0, samples=samples, steps=0.7, into_loss=True):
+        with measuring(model, step_ratio=1.0, samples=samples, into_loss=True):
             losses += [model(**oracle.batch(name, seed=seed)).loss for seed in (0, 1)]
             results.append([part for loss in losses for part in (loss.detach(), *gradients(model, loss))])
     for one, other in zip(*results, strict=True):

@@ -158,7 +158,11 @@ def test_checkpoints_may_be_elsewhere(name: str, kind: str) -> None:
 
 def test_offloaded_checkpoints_by_hand_need_gradients_of_inputs() -> None:
     """A constant that comes back as a copy is known by nothing: PyTorch stops, and the model's own switch helps."""
-    check(accumulated("llama", by_hand_with_gradients_of_inputs, SAVERS["copies"], kind="exact, full"), "llama", "exact, full")
+    check(
+        accumulated("llama", by_hand_with_gradients_of_inputs, SAVERS["copies"], kind="exact, full"),
+        "llama",
+        "exact, full",
+    )
     with pytest.raises(CheckpointError, match="different number of tensors"):
         accumulated("llama", by_hand, SAVERS["copies"], kind="exact, full")
 

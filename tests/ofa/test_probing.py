@@ -156,9 +156,8 @@ def test_the_sharpness_of_an_mlp_is_that_of_its_dense_jacobian(tiny_model):
         {},
         {"estimator": "hutchinson", "samples": 3, "convention": "algorithm1", "tokens": "last", "seed": 5},
         {"estimator": "jvp"},
-        {"estimator": "local_jvp"},
     ],
-    ids=["default", "every option", "forward mode", "local forward mode"],
+    ids=["default", "every option", "forward mode"],
 )
 def test_both_granularities_are_what_the_regularizers_measure(unchanged, options):
     """With the given options; a whole layer, which has no closed form, by hutchinson where the estimator needs one."""

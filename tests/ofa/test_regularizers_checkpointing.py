@@ -36,9 +36,7 @@ def gradients(model: nn.Module, loss: Tensor, **options: Any) -> list[Tensor]:
         *((name, (1.0, 1.0), "preconditioner") for name in ("llama", "phi", "bert")),
     ],
 )
-def test_accumulated_passes_recompute_their_own_probes(
-    name: str, weights: tuple[float, float], gradient: str
-) -> None:
+def test_accumulated_passes_recompute_their_own_probes(name: str, weights: tuple[float, float], gradient: str) -> None:
     """Two forwards of other lengths, an evaluation and failures, then both backwards, one twice: gradients as without.
 
     The second run of a layer happens when other passes have been measured, and must meet its own probes and mask.
