@@ -218,7 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--norm", nargs="+", choices=workload.NORMS, default=[*workload.NORMS], help="which norms")
     parser.add_argument("--samples", nargs="+", type=int, default=workload.SAMPLES, help="perturbed copies N")
     parser.add_argument("--head", nargs="*", type=int, default=workload.HEADS, help="channels of an attention head")
-    parser.add_argument("--variant", nargs="+", choices=workload.VARIANTS, default=workload.VARIANTS, help="of attention")
+    parser.add_argument(
+        "--variant", nargs="+", choices=workload.VARIANTS, default=workload.VARIANTS, help="of attention"
+    )
     parser.add_argument("--out", type=Path, help="folder to put the binaries in, as an installation ships them")
     parser.add_argument("--csv", type=Path, help="file to write the table to")
     return parser

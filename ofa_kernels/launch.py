@@ -1,7 +1,8 @@
 """How a kernel is launched: a pure function of the kernel, the row's width, the dtype and the architecture.
 
-All thresholds follow from register counts, which `python -m ofa_kernels.aot` prints: the kernels of rows have been timed
-as they are launched here, but not tuned, for which there is `benchmarks.tune_rows`; those of the curvature not yet timed.
+All thresholds follow from register counts, which `python -m ofa_kernels.aot` prints: the kernels of rows have been
+timed as they are launched here, but not tuned, for which there is `benchmarks.tune_rows`; those of the curvature have
+not been timed yet, for which there is `benchmarks.curvature_kernels`.
 """
 
 from __future__ import annotations
@@ -116,9 +117,7 @@ _TILES = {
 
 
 @cache
-def configure_tiles(
-    kernel: str, width: int, itemsize: int, architecture: str, crowded: bool = False
-) -> TileLaunch:
+def configure_tiles(kernel: str, width: int, itemsize: int, architecture: str, crowded: bool = False) -> TileLaunch:
     """The launch of a `kernel` of the curvature for heads of `width` channels, where it has any, of `itemsize` bytes.
 
     A sweep that is `crowded`, by norms on the heads or a move of their own, has more sums: half as many rows.
@@ -147,7 +146,7 @@ def widest_head(itemsize: int) -> int:
 
 
 WIDEST_READ = 16
-"""Rows of the last projection of an MLP that its change is read through at most; all of them are a product of its own."""
+"""Rows of an MLP's last projection that its change is read through at most; all of them are a product of its own."""
 
 SEQUENCES = 16
 """Sequences whose diagonals one read of an MLP's weights serves."""

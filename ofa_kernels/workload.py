@@ -119,7 +119,10 @@ class CurvatureCase:
             gamma[:heads] if capped else None,
             angle,
             angle,
-            *((q, gamma, k, gamma) if normed else (None,) * 4),
+            q if normed else None,
+            gamma if normed else None,
+            k if normed else None,
+            gamma if normed else None,
             moved,
             moved_key,
             seen,
@@ -139,7 +142,8 @@ class CurvatureCase:
         scale = _numbers(width) if shifted else None
         branch_diagonal.forward_trace(*given, *sums, _numbers(width), scale)
         if sequences == 1:
-            branch_diagonal.forward_diagonal(*given, *(x[0] for x in sums), scale)
+            first = sums[0][0], sums[1][0], sums[2][0]
+            branch_diagonal.forward_diagonal(*given, *first, scale)
 
     def _launch_mlp(self, sequences: int) -> None:
         width, inner, shifted = 1024, 4096, self.variant == "shifted"

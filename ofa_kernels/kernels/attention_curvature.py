@@ -1,7 +1,8 @@
 """Token sums of the own-token Jacobian of an attention in two sweeps over its scores; no matrix of them is ever made.
 
-The first sweep goes by queries: log-sum-exp, own weight and mean key of each. The second goes by keys: Σ_i w_i a_ij R_iᵀk_j
-from the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i. What is left are products of tokens by channels, in a third kernel.
+The first sweep goes by queries: log-sum-exp, own weight and mean key of each. The second goes by keys: Σ_i w_i a_ij
+R_iᵀk_j from the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i. What is left are products of tokens by channels, in a
+third kernel.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def attention_curvature_keys(
     column = first + tl.arange(0, BLOCK_COLUMNS)
     number = numbers + (sequence * heads + head) * tokens
     peak = 1.0
-    if STREAM == tl.float16:
+    if STREAM == tl.float16:  # noqa: SIM300
         # Weights of 1/(Nσ²) would be 0 in float16; their ratios to the largest are not.
         peak = _peak(weights, number, plane, sequence, tokens, NORMED)
     k = load_rows(key, sequence, shared, first, tokens, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
@@ -389,9 +390,8 @@ def attention_curvature_sums(
     start = sums + run * count * (2 * matrix + 1)
     at = tl.trans(depth) * HEAD + channel
     store(start + (for_keys * count + tile) * matrix, at, tl.trans(in_value) & in_head, total)
-    if for_keys == 1:
-        if (of_heads == 0) & (of_values == 0):
-            tl.store(start + 2 * count * matrix + tile, tl.sum(weight_sum))
+    if (for_keys == 1) & (of_heads == 0) & (of_values == 0):
+        tl.store(start + 2 * count * matrix + tile, tl.sum(weight_sum))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """What the sweeps over an attention's scores share: tiles of heads, products, and which keys a query attends to.
 
-Arguments come in groups: a tensor with heads is the tuple (pointer, strides of a sequence, of a head, of a row), its last
-dimension dense; a mask is the tuple (pointer, strides of a sequence, of a head, of a query, of a key), 0 where it is the
-same along one. Tiles are as wide as the next power of two; the channels behind a head's are 0 and add nothing.
+Arguments come in groups: a tensor with heads is the tuple (pointer, strides of a sequence, of a head, of a row), its
+last dimension dense; a mask is the tuple (pointer, strides of a sequence, of a head, of a query, of a key), 0 where it
+is the same along one. Tiles are as wide as the next power of two; the channels behind a head's are 0 and add nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def head_of(tensor, sequence, head):
 
 
 @triton.jit
-def load_rows(tensor, sequence, head, first, count, TYPE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def load_rows(
+    tensor, sequence, head, first, count,
+    TYPE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Rows first…first + ROWS − 1 of a head, 0 outside of its `count` rows and WIDTH channels.
 
     Widening and rounding cancel where the tensor has the wanted type, and the compiler then copies it as it is.
@@ -44,7 +47,9 @@ def load_rows(tensor, sequence, head, first, count, TYPE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def store_rows(tensor, sequence, head, first, count, values, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def store_rows(
+    tensor, sequence, head, first, count, values, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """Write what `load_rows` would read."""
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :]
     inside = (first + row < count) & (channel < WIDTH)
@@ -105,13 +110,17 @@ def slope_of_cap(score, softcap):
     # 1 − tanh = 2/(1 + e^2|x|) has lost its relative accuracy near 0, where five terms of the series have not.
     small = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - small) / (1.0 + small)
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0)))))  # fmt: skip
-    tanh = tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -large, large))
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+    series = 1.0 + square * (-1.0 / 3.0 + square * series)
+    tanh = tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0.0, -large, large))
     return cap * tanh, 1.0 - tanh * tanh
 
 
 @triton.jit
-def masked(score, row, column, tokens, sequence, head, mask, window, CAUSAL: tl.constexpr, ADDITIVE: tl.constexpr, PER_QUERY: tl.constexpr):  # fmt: skip
+def masked(
+    score, row, column, tokens, sequence, head, mask, window,
+    CAUSAL: tl.constexpr, ADDITIVE: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
     """Scores in units of ln 2 and what the mask adds to them, −inf where a query does not attend.
 
     `row` and `column` are the queries' and keys' numbers, whose shapes broadcast to that of the scores, so that both

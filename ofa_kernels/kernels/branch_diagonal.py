@@ -91,9 +91,7 @@ def mlp_diagonal_tiles(
         row = start + tl.arange(0, BLOCK_ROWS)
         in_inner = row < inner
         inside = in_inner[:, None] & in_width[None, :]
-        back = tl.trans(
-            weight_tile(down, 0, channel[:, None], row[None, :], in_width[:, None] & in_inner[None, :])
-        )
+        back = tl.trans(weight_tile(down, 0, channel[:, None], row[None, :], in_width[:, None] & in_inner[None, :]))
         for index in tl.static_range(PARTS):
             if index == 0:
                 own = weight_tile(gate, 0, row[:, None], channel[None, :], inside)

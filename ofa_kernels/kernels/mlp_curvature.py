@@ -39,7 +39,8 @@ def mlp_curvature_tokens(
 ):
     """Slopes of φ(g) ⊙ u summed over a run of tokens for one tile of channels, and what the tile adds to the change.
 
-        sums[run] = Σ_i w_i φ'(g_i) ⊙ u_i and Σ_i w_i φ(g_i),   moved[tile, i] = read · (φ' ⊙ u ⊙ (g − b_g) + φ ⊙ (u − b_u))_i
+        sums[run] = Σ_i w_i φ'(g_i) ⊙ u_i and Σ_i w_i φ(g_i)
+        moved[tile, i] = read · ( φ'(g_i) ⊙ u_i ⊙ (g_i − b_g) + φ(g_i) ⊙ (u_i − b_u) )
 
     Inputs: gate = g and up = u (or None: u = 1), groups (pointer, stride of a sequence, of a token); weights = w, the
     group (pointer, stride of a sequence); read, the group (pointer, stride of a sequence, of a row), or None; the

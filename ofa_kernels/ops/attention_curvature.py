@@ -1,4 +1,4 @@
-"""`attention_curvature` on a GPU: schema, shapes and launches; what it computes is in `reference.attention_curvature`."""
+"""`attention_curvature` on a GPU: schema, shapes and launches; see `reference.attention_curvature`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def attention_curvature(
     """
     given = (query, key, value, output, weights, attends)
     if refusal(query, value, query_norm, key_norm, move):
-        return reference.attention_curvature(
-            *given, rotary=rotary, query_norm=query_norm, key_norm=key_norm, move=move
-        )
+        return reference.attention_curvature(*given, rotary=rotary, query_norm=query_norm, key_norm=key_norm, move=move)
     check_heads(query, key, value, output)
     check_window(attends.window)
     check_shapes({"weights": (weights, (query.shape[0], query.shape[2]))})
@@ -185,7 +183,9 @@ def forward(
         "READ": read,
         "TURN": 0 if cosine is None else cosine.shape[-1],
     }
-    constants |= {f"{name}_TILE": launch.tile_width(max(1, constants[name])) for name in ("HEAD", "VALUE", "READ", "TURN")}
+    constants |= {
+        f"{name}_TILE": launch.tile_width(max(1, constants[name])) for name in ("HEAD", "VALUE", "READ", "TURN")
+    }
 
     crowded = query_entering is not None or move_query is not None
     config = tiles_of(attention_curvature_queries, query, widest, crowded=crowded)
@@ -200,15 +200,14 @@ def forward(
     tiles = -(-width // config.block_columns) * -(-depth // config.block_columns)
     blocks = 2 * sequences * heads * tiles
     runs = launch.shares(blocks, -(-tokens // config.block_rows), 2 * multiprocessors(query.device))
-    size, count = sequences * heads, sequences * heads * depth * width
-    sums = query.new_empty((runs, 2 * count + size), dtype=torch.float32)
+    count = sequences * heads * depth * width
+    sums = query.new_empty((runs, 2 * count + sequences * heads), dtype=torch.float32)
     start_by_names(
         attention_curvature_sums, blocks * runs, query, config, arguments | {"runs": runs, "sums": sums}, constants
     )
     total = sums[0] if runs == 1 else sums.sum(0)
-    to_query, to_key, to_value = total.split((count, count, size))
-    shape = sequences, heads, depth, width
-    return to_query.view(shape), to_key.view(shape), to_value.view(sequences, heads), moved
+    matrices = total[: 2 * count].view(2, sequences, heads, depth, width)
+    return matrices[0], matrices[1], total[2 * count :].view(sequences, heads), moved
 
 
 def empty(query: Tensor, key: Tensor, value: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

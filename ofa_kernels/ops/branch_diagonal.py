@@ -1,4 +1,4 @@
-"""`mlp_diagonal`, `attention_trace` and `attention_diagonal` on a GPU; what they compute is in `reference.branch_diagonal`."""
+"""`mlp_diagonal`, `attention_trace` and `attention_diagonal` on a GPU; see `reference.branch_diagonal`."""
 
 from __future__ import annotations
 
@@ -142,9 +142,7 @@ def forward_trace(
     return traces.sum(0)
 
 
-def empty_trace(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, query_sum: Tensor, *more: Any
-) -> Tensor:
+def empty_trace(query: Tensor, key: Tensor, value: Tensor, output: Tensor, query_sum: Tensor, *more: Any) -> Tensor:
     """The output, unwritten."""
     return query.new_empty(query_sum.shape[0], dtype=torch.float32)
 

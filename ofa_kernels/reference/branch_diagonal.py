@@ -37,7 +37,7 @@ def mlp_diagonal(
         ValueError: shapes that do not match.
     """
     check_mlp_weights(weights, down, sums)
-    width, dtype = weights[0].shape[1], sums[0].dtype
+    (inner, width), dtype = weights[0].shape, sums[0].dtype
     diagonal, image = sums[0].new_zeros(len(sums[0]), width), None
     for outer in _blocks(weights[0], slice(0, inner), TRANSPOSED):
         transposed = down[:, outer].mT.contiguous()
