@@ -22,6 +22,7 @@ from ofa.shared_prefix import SharedPrefix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ofa.tasks import Data, TaskData
     from ofa.tasks.task import Example, Task
 
 __all__ = ["CompletionMetrics", "Evaluation", "Metrics", "Scorer", "evaluate", "evaluating", "metrics"]
@@ -52,7 +53,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    examples: Sequence[Example],
+    examples: TaskData | Data,
     *,
     demonstrations: Sequence[Example] = (),
     batch_size: int = 16,
@@ -60,12 +61,15 @@ def evaluate(
 ) -> Evaluation:
     """Predict every example, optionally with demonstrations in context, and measure the predictions.
 
+    Examples may be anything that `load_task` takes: a list of (text, label), a DataFrame, a data set, a file.
     `progress(done, total)` is called after every batch of predictions. An open-ended task is measured by exact match of
     greedy completions and by the likelihood of the true ones. Raises InputError for no examples, empty texts, and
     labels the task does not have.
     """
+    from ofa.tasks import examples_from
+
     scorer = Scorer(model, tokenizer, task, demonstrations=demonstrations, batch_size=batch_size)
-    return scorer.evaluate(examples, progress=progress)
+    return scorer.evaluate(examples_from(examples, task), progress=progress)
 
 
 class Scorer:
