@@ -20,6 +20,7 @@ _LAZY = {
     "adapt": "ofa.adaptation",
     "Adaptation": "ofa.adaptation",
     "evaluate": "ofa.evaluation",
+    "probe": "ofa.probing",
     "Evaluation": "ofa.evaluation",
     "Scorer": "ofa.evaluation",
     "Task": "ofa.tasks",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ofa.evaluation import Scorer as Scorer
     from ofa.evaluation import evaluate as evaluate
     from ofa.models import load_model as load_model
+    from ofa.probing import probe as probe
     from ofa.publishing import push_to_hub as push_to_hub
     from ofa.regularizers import fused_regularizers as fused_regularizers
     from ofa.tasks import Example as Example

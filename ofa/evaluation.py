@@ -55,7 +55,7 @@ def evaluate(
     task: Task,
     examples: TaskData | Data,
     *,
-    demonstrations: Sequence[Example] = (),
+    demonstrations: TaskData | Data = (),
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -68,7 +68,8 @@ def evaluate(
     """
     from ofa.tasks import examples_from
 
-    scorer = Scorer(model, tokenizer, task, demonstrations=demonstrations, batch_size=batch_size)
+    shown = examples_from(demonstrations, task)
+    scorer = Scorer(model, tokenizer, task, demonstrations=shown, batch_size=batch_size)
     return scorer.evaluate(examples_from(examples, task), progress=progress)
 
 

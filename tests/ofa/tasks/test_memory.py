@@ -118,3 +118,5 @@ def test_adapt_and_evaluate_take_them(tiny_model):
     measured = adaptation.evaluate(frame)
     assert measured.metrics == ofa.evaluate(*tiny_model, adaptation.data.task, ROWS).metrics
     assert adaptation.training.best_epoch == 1
+    pairs = ofa.probe(*tiny_model, adaptation.data.task, ROWS, training=frame)
+    assert len(pairs.lens.accuracy) == len(pairs.lens.loss) > 1
