@@ -148,7 +148,9 @@ def _by_branch(model: nn.Module, batch: dict[str, Tensor], mode: str) -> list[tu
 def _random(name: str, extra: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name, **{**WIDE, "vocab_size": 256, "intermediate_size": 512, "pad_token_id": 0, **extra})
+    config = AutoConfig.for_model(
+        name, **{**WIDE, "vocab_size": 256, "intermediate_size": 512, "pad_token_id": 0, **extra}
+    )
     model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
     return model
 

@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import attention, constants
+from benchmarks import curvature_kernels
 from benchmarks.implementations import Case, passes
-from ofa_kernels.ops import attention_trace, displace, norm_trace
-from ofa_kernels.ops import constants as kernels
+from ofa_kernels.ops import branch_diagonal, displace
 
 SIZES = ((5, 96), (3, 1100))
 """Rows and columns; the second takes more than one block of columns."""
@@ -36,34 +35,22 @@ def launch(device: torch.device) -> Iterator[str]:
             scale = torch.rand(width, device=device, requires_grad=True)
             displace.displace(stream, scale, samples=3, epsilon=0.1, seed=7).sum().backward()
             yield f"displace {rows}x{width} {dtype}"
-            # Centred, with a shift, and of two dtypes, which no operation that is timed is.
-            image, trace = (torch.randn(*shape, device=device) for shape in ((rows, width), (rows,)))
-            given = stream, scale, image, trace
-            norm_trace.norm_trace(*given, eps=1e-5, kind="layer", shift=scale.detach()).sum().backward()
-            yield f"norm_trace {rows}x{width} {dtype}"
-    for width in HEADS:
+    with torch.no_grad():
+        yield from _curvature(device)
+
+
+def _curvature(device: torch.device) -> Iterator[str]:
+    for head in HEADS:
         for dtype in DTYPES:
-            case = replace(attention.TINY, width=width, tokens=37, dtype=dtype)
-            given = attention.draw(case, device)
-            leaves = [tensor.requires_grad_() for tensor in given.tensors]
-            settings = {"scale": width**-0.5, "causal": True, "rotary": given.rotary}
-            shifts = {
-                f"{name}_shift": torch.randn(heads.shape[1], width, device=device)
-                for name, heads in zip(("query", "key", "value"), leaves, strict=False)
-            }
-            for words, options in (("", settings), (" with shifts", settings | shifts)):
-                results = attention_trace.attention_trace(*leaves, **options)
-                torch.autograd.grad(results, leaves, [torch.randn_like(result) for result in results])
-                yield f"attention_trace heads of {width} {dtype}{words}"
-    for branch in constants.BRANCHES:
-        for dtype in DTYPES:
-            for centred in (False, True):
-                case = replace(constants.TINY, width=70, inner=37, head=24, dtype=dtype)
-                for call in constants.directions(
-                    kernels, branch, constants.draw(branch, case, device), centred
-                ).values():
-                    call()
-                yield f"{branch}_constants {'layer' if centred else 'rms'} {dtype}"
+            case = replace(curvature_kernels.TINY, width=70, inner=37, head=head, tokens=37, dtype=dtype)
+            for name, (call, _) in curvature_kernels.calls(curvature_kernels.kernels(), case, device).items():
+                call()
+                yield f"{name} heads of {head} {dtype}"
+            # What a LayerNorm needs besides.
+            weights = [torch.randn(37, 70, device=device).to(dtype), torch.randn(70, 37, device=device).to(dtype)]
+            sums, scale = torch.randn(2, 37, device=device), torch.randn(70, device=device)
+            branch_diagonal.mlp_diagonal(weights[:1], weights[1], [sums], scale)
+            yield f"mlp_diagonal with an image {dtype}"
 
 
 def main() -> None:

@@ -10,9 +10,8 @@
 #   step       training steps of 7B and 8B layers and of a whole Llama-2-7B: times, ratios to plain, memory
 #   replays    the same steps, plain and with the closed form, as replayed CUDA graphs
 #   launches   which kernels a step launches, and how long they run
-#   attention  the trace of attention beside flash attention
-#   constants  the constants of frozen weights beside a copy of as many bytes
-#   kernels    those of norms and MLPs beside eager, torch.compile, Liger-Kernel and QuACK
+#   curvature  the kernels of the curvature beside eager, flash attention and a copy of the weights
+#   kernels    those of norms beside eager, torch.compile, Liger-Kernel and QuACK
 #   probes     those of the probes beside eager
 #   memcheck   a memory checker over every kernel, where compute-sanitizer is installed
 # And if it is named:
@@ -25,7 +24,7 @@ if [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
-parts="ceilings tests step replays launches attention constants kernels probes memcheck tune"
+parts="ceilings tests step replays launches curvature kernels probes memcheck tune"
 for name in "${@:2}"; do
   if [[ " $parts " != *" $name "* ]]; then
     echo "benchmarks/gpu.sh: there is no part $name; the parts are $parts" >&2
@@ -73,11 +72,10 @@ part 150 tests "$python" -m pytest -q -n "$workers" -p no:cacheprovider "${tests
 part 100 step "$python" -m benchmarks.gpu_step --out "$out/step_gpu.csv"
 part 35 replays "$python" -m benchmarks.gpu_step --what replays --out "$out/replays_gpu.csv"
 part 30 launches "$python" -m benchmarks.gpu_profile --out "$out/step_profile_gpu.csv"
-part 40 attention "$python" -m benchmarks.attention --out "$out/attention_gpu.csv"
-part 20 constants "$python" -m benchmarks.constants --out "$out/constants_gpu.csv"
+part 60 curvature "$python" -m benchmarks.curvature_kernels --out "$out/curvature_gpu.csv"
 rows=(--rows 8192 --widths 4096 --samples 4 --repeats 30)
 part 60 kernels "$python" -m benchmarks.kernels --out "$out/kernels_gpu.csv" "${rows[@]}" --operations \
-  {norm_step,add_norm,mlp_trace,norm_trace}_{forward,backward}
+  {norm_step,add_norm}_{forward,backward}
 # Compiling the probes' integers takes longer than everything else here.
 part 30 probes "$python" -m benchmarks.kernels --out "$out/probes_gpu.csv" "${rows[@]}" --operations \
   {step_boundary,contract,perturb}_{forward,backward} --variants eager triton

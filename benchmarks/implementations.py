@@ -1,8 +1,8 @@
 """What the kernels are compared in: the operations, the tensors they get, and everyone who computes them.
 
-Norms are RMS without a shift, with a float32 scale; MLPs are gated by SiLU, their vectors float32. "eager" is the
-reference, "compile" the reference compiled, and "library" what PyTorch's own fused functions offer. Liger and QuACK
-know no ‖update‖², so that they are compared in `add_norm`, the norm step without it.
+Norms are RMS without a shift, with a float32 scale. "eager" is the reference, "compile" the reference compiled, and
+"library" what PyTorch's own fused functions offer. Liger and QuACK know no ‖update‖², so that they are compared in
+`add_norm`, the norm step without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import traffic
 from benchmarks.traffic import Size, Traffic
 from ofa_kernels import reference
-from ofa_kernels.ops import contract, mlp_trace, norm_step, norm_trace, perturb, step_boundary
+from ofa_kernels.ops import contract, norm_step, perturb, step_boundary
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
@@ -30,7 +30,6 @@ VARIANTS = ("eager", "library", "compile", "triton", "liger", "quack")
 
 _EPS, _EPSILON = 1e-6, 0.1
 _SEED, _STEP, _GAUSSIAN = 7, 3, False
-_ACTIVATION = "silu"
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Pass:
 def passes(samples: Sequence[int]) -> list[Pass]:
     """Both directions of all operations, of those with probes once for each number of samples."""
     probed = [make(n) for make in (_contract, _perturb, _step_boundary) for n in samples]
-    chosen = _norm_step(), _add_norm(), *probed, _mlp_trace(), _norm_trace()
+    chosen = _norm_step(), _add_norm(), *probed
     return [Pass(one, way) for one in chosen for way in ("forward", "backward")]
 
 
@@ -210,36 +209,6 @@ def _step_boundary(samples: int) -> Operation:
         eager=call(reference.step_boundary),
         triton=Implementation(call(step_boundary.step_boundary), _step_boundary_backward),
         samples=samples,
-    )
-
-
-def _mlp_trace() -> Operation:
-    def call(function: Callable[..., Any]) -> Function:
-        return partial(function, activation=_ACTIVATION)
-
-    return Operation(
-        "mlp_trace",
-        inputs=lambda case: (_rows(case), _rows(case), _scale(case), _scale(case)),
-        gradients=lambda case: (_rows(case, 2), _scalars(case)),
-        forward=traffic.mlp_trace_forward,
-        backward=traffic.mlp_trace_backward,
-        eager=call(reference.mlp_trace),
-        triton=Implementation(call(mlp_trace.mlp_trace), _mlp_trace_backward),
-    )
-
-
-def _norm_trace() -> Operation:
-    def call(function: Callable[..., Any]) -> Function:
-        return lambda stream, weight, image, trace: (function(stream, weight, image, trace, eps=_EPS),)
-
-    return Operation(
-        "norm_trace",
-        inputs=lambda case: (_rows(case), _scale(case), _rows(case), _scalars(case)),
-        gradients=lambda case: (_scalars(case),),
-        forward=traffic.norm_trace_forward,
-        backward=traffic.norm_trace_backward,
-        eager=call(reference.norm_trace),
-        triton=Implementation(call(norm_trace.norm_trace), _norm_trace_backward),
     )
 
 
@@ -337,13 +306,3 @@ def _step_boundary_backward(inputs: Tensors, gradients: Tensors) -> Call:
     stream = torch.ops.ofa_kernels.step_boundary(residual, update, copies, weight, None, *settings)[0]
     arguments = stream, update, weight, *gradients, len(copies), _EPS, False, 0.0, _EPSILON, _SEED, _STEP, _GAUSSIAN
     return lambda: torch.ops.ofa_kernels.step_boundary_backward(*arguments, False)[:4]
-
-
-def _mlp_trace_backward(inputs: Tensors, gradients: Tensors) -> Call:
-    shifts = None, None
-    return lambda: torch.ops.ofa_kernels.mlp_trace_backward(*inputs, *shifts, *gradients, _ACTIVATION)
-
-
-def _norm_trace_backward(inputs: Tensors, gradients: Tensors) -> Call:
-    _, saved = torch.ops.ofa_kernels.norm_trace(*inputs, None, _EPS, False, 0.0)
-    return lambda: torch.ops.ofa_kernels.norm_trace_backward(*inputs, None, saved, *gradients, False, 0.0)

@@ -23,7 +23,7 @@ WIDTH, SAMPLES = 4096, 4
 OVER_ROWS = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
 """Kernels whose programs take one row after the other; those of the others have one each."""
 KERNELS = (
-    *("norm_step_forward", "perturb_forward", "step_boundary_forward", "norm_trace_forward"),
+    *("norm_step_forward", "perturb_forward", "step_boundary_forward"),
     *("contract_forward", "contract_backward"),
     *OVER_ROWS,
 )

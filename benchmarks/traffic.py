@@ -2,12 +2,11 @@
 
 The model: every element of every row that goes in is read once and every element that comes out is written once, in
 the stream's dtype; numbers per row, `displace`'s preconditioner and its gradient are float32; γ and β are read once
-and their gradients written once for all rows together, and so are the vectors of `mlp_trace` and the shift of
-`norm_trace`, which are as long. All gradients arrive and all are wanted.
+and their gradients written once for all rows together. All gradients arrive and all are wanted.
 
 What a kernel moves beyond that is left out, because it comes from a cache or is small beside the rows:
 
-- γ, β and such vectors, which every row reads again;
+- γ and β, which every row reads again;
 - a tile that `perturb` and `step_boundary` read again for every probe, and the second read of its gradients;
 - a row of several tiles, read again behind its moments;
 - the sums of their gradients that each program of a backward pass writes, and the sum over the programs.
@@ -148,36 +147,4 @@ def step_boundary_backward(size: Size) -> Traffic:
     return Traffic(
         reads=(4 + size.samples) * size.stream + (1 + size.samples) * size.scalars + size.scale,
         writes=(2 + size.samples) * size.stream + size.scale_and_shift,
-    )
-
-
-def mlp_trace_forward(size: Size, *, gated: bool = True) -> Traffic:
-    """gate, up, c_g, c_u and, if biased, b_g, b_u → stack, trace; a plain MLP has the first of each pair."""
-    return Traffic(
-        reads=(1 + gated) * (size.stream + size.scale_and_shift),
-        writes=2 * size.stream + size.scalars,
-    )
-
-
-def mlp_trace_backward(size: Size, *, gated: bool = True) -> Traffic:
-    """The same inputs and the gradients of stack and trace → gradients of gate, up, c_g, c_u."""
-    return Traffic(
-        reads=(1 + gated) * (size.stream + size.scale_and_shift) + 2 * size.stream + size.scalars,
-        writes=(1 + gated) * (size.stream + size.scale),
-    )
-
-
-def norm_trace_forward(size: Size) -> Traffic:
-    """stream, image, trace, γ and, if biased, the shift → trace behind the norm, 1/σ, a; centred, μ and mean(h) too."""
-    return Traffic(
-        reads=2 * size.stream + size.scalars + size.scale_and_shift,
-        writes=(3 + 2 * size.centred) * size.scalars,
-    )
-
-
-def norm_trace_backward(size: Size) -> Traffic:
-    """The same inputs, what the forward pass kept, and the result's gradient → gradients of stream, γ, image, trace."""
-    return Traffic(
-        reads=2 * size.stream + (4 + 2 * size.centred) * size.scalars + size.scale_and_shift,
-        writes=2 * size.stream + size.scalars + size.scale,
     )

@@ -25,12 +25,12 @@ from benchmarks.kernels import TOLERANCE, relative_error
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 from ofa_kernels import launch
 from ofa_kernels.disassembly import usage
-from ofa_kernels.launch import WALKING, Launch
+from ofa_kernels.launch import Launch
 from ofa_kernels.ops import launching
 
 SAMPLES = 4
 DTYPE = torch.bfloat16
-OPERATIONS = ("norm_step", "perturb", "step_boundary", "contract", "norm_trace", "mlp_trace")
+OPERATIONS = ("norm_step", "perturb", "step_boundary", "contract")
 KERNELS = tuple(f"{operation}_{way}" for operation in OPERATIONS for way in ("forward", "backward"))
 ROWS = {"cuda": (8192, 512), "cpu": (3,)}
 WIDTH = {"cuda": 4096, "cpu": 256}
@@ -40,8 +40,6 @@ THREADS = ((4, 128), (4, 255), (8, 64), (8, 128), (8, 255), (16, 64), (16, 128))
 """Warps and registers for each of their threads: from 8 to 32 columns of 4096, one to four programs at once."""
 STAGED = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
 STAGES = (1, 2)
-SUMMED = (*STAGED, "norm_trace_backward", "mlp_trace_backward")
-"""Kernels whose programs have a partial sum each."""
 PROGRAMS = (1, 2, 4)
 
 
@@ -123,16 +121,13 @@ class Row:
 
 
 def candidates(kernel: str, width: int) -> list[Candidate]:
-    """What is tried besides the library's own launch: whole rows, or for those that walk through a row tiles of it."""
+    """What is tried besides the library's own launch; programs that are staged have a partial sum each."""
     block = max(128, 1 << (width - 1).bit_length())
-    tiles = (min(block, 1024), min(block, 2048)) if kernel in WALKING else (block,)
     launches = [
-        Launch(tile // 32, -(-width // tile), warps, registers, stages)
-        for tile, (warps, registers), stages in product(
-            dict.fromkeys(tiles), THREADS, STAGES if kernel in STAGED else (1,)
-        )
+        Launch(block // 32, 1, warps, registers, stages)
+        for (warps, registers), stages in product(THREADS, STAGES if kernel in STAGED else (1,))
     ]
-    return [Candidate(*both) for both in product(launches, PROGRAMS if kernel in SUMMED else (None,))]
+    return [Candidate(*both) for both in product(launches, PROGRAMS if kernel in STAGED else (None,))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,8 +19,16 @@ _LAZY = {
     "push_to_hub": "ofa.publishing",
     "adapt": "ofa.adaptation",
     "Adaptation": "ofa.adaptation",
+    "evaluate": "ofa.evaluation",
+    "probe": "ofa.probing",
+    "Evaluation": "ofa.evaluation",
+    "Scorer": "ofa.evaluation",
     "Task": "ofa.tasks",
+    "TaskData": "ofa.tasks",
     "Example": "ofa.tasks",
+    "FewShot": "ofa.tasks",
+    "few_shot": "ofa.tasks",
+    "class_balanced": "ofa.tasks",
     "load_task": "ofa.tasks",
     "load_model": "ofa.models",
 }
@@ -34,11 +42,19 @@ if TYPE_CHECKING:
     from ofa.adapters import load_adapter as load_adapter
     from ofa.adapters import merge as merge
     from ofa.adapters import save_adapter as save_adapter
+    from ofa.evaluation import Evaluation as Evaluation
+    from ofa.evaluation import Scorer as Scorer
+    from ofa.evaluation import evaluate as evaluate
     from ofa.models import load_model as load_model
+    from ofa.probing import probe as probe
     from ofa.publishing import push_to_hub as push_to_hub
     from ofa.regularizers import fused_regularizers as fused_regularizers
     from ofa.tasks import Example as Example
+    from ofa.tasks import FewShot as FewShot
     from ofa.tasks import Task as Task
+    from ofa.tasks import TaskData as TaskData
+    from ofa.tasks import class_balanced as class_balanced
+    from ofa.tasks import few_shot as few_shot
     from ofa.tasks import load_task as load_task
     from ofa.tuning import restore_norms as restore_norms
     from ofa.tuning import tune_norms as tune_norms

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ofa.adapters import save_adapter
 from ofa.errors import InputError
+from ofa.evaluation import Evaluation
 from ofa.methods import Predictor, ofa
-from ofa.tasks import Example, FewShot, Shots, TaskData, few_shot, load_task
+from ofa.tasks import Data, FewShot, Shots, TaskData, examples_from, few_shot, load_task
 from ofa.trainer import StepRecord, TrainingResult, checked_config
 
 
@@ -41,6 +42,10 @@ class Adaptation:
     def predict_proba(self, texts: Sequence[str]) -> Tensor:
         """Probability of each label in the task's order, (texts, labels), float32."""
         return self.predictor.predict_proba(texts)
+
+    def evaluate(self, data: TaskData | Data) -> Evaluation:
+        """Predict labelled examples of any kind that `load_task` takes, and measure the predictions."""
+        return self.predictor.evaluate(examples_from(data, self.data.task))
 
     def save(self, folder: str | Path, *, overwrite: bool = False, **details: Any) -> Path:
         """Write the adapter folder, see `adapters.save_adapter`; `details` go into its `ofa_config.json`.
@@ -76,20 +81,26 @@ class Adaptation:
 def adapt(
     model: Any,
     tokenizer: Any,
-    task: TaskData | str | Path,
+    task: TaskData | Data,
     shots: Shots = 5,
     seed: int = 42,
     *,
+    template: str | None = None,
+    labels: Sequence[str] = (),
+    text_column: str = "",
+    label_column: str = "",
     folder: str | Path | None = None,
     resume: bool = False,
-    validation: Sequence[Example] = (),
+    validation: TaskData | Data = (),
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
 ) -> Adaptation:
     """Tune the norm scales of a Hugging Face model on a few examples per class with OFA's regularizers.
 
     Args:
-        task: task and examples, the name of a known task, or a folder with task.json.
+        task: task and examples, or anything that `load_task` makes them of: the name of a known task, a folder with
+            task.json, a file, a DataFrame, a data set, a list of (text, label) or of mappings.
+        template, labels, text_column, label_column: of data that does not bring them, see `load_task`.
         shots: examples per class, drawn from the task's training examples by `seed`, or "all".
         folder: where metrics and checkpoints go while it trains; None keeps nothing on disk.
         resume: continue from the folder's checkpoint.
@@ -99,7 +110,7 @@ def adapt(
     Raises:
         InputError: the task, the number of shots or a setting cannot be used.
     """
-    data = task if isinstance(task, TaskData) else load_task(task)
+    data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)
     if not data.train:
         raise InputError(f'the task "{data.task.name}" has no training examples; add a train file')
     drawn = few_shot(data.train, data.task.labels, shots, seed)
@@ -111,7 +122,7 @@ def adapt(
         seed,
         folder=folder,
         resume=resume,
-        validation=validation,
+        validation=examples_from(validation, data.task),
         progress=progress,
         **settings,
     )

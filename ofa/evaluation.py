@@ -22,6 +22,7 @@ from ofa.shared_prefix import SharedPrefix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ofa.tasks import Data, TaskData
     from ofa.tasks.task import Example, Task
 
 __all__ = ["CompletionMetrics", "Evaluation", "Metrics", "Scorer", "evaluate", "evaluating", "metrics"]
@@ -52,20 +53,24 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    examples: Sequence[Example],
+    examples: TaskData | Data,
     *,
-    demonstrations: Sequence[Example] = (),
+    demonstrations: TaskData | Data = (),
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Predict every example, optionally with demonstrations in context, and measure the predictions.
 
+    Examples may be anything that `load_task` takes: a list of (text, label), a DataFrame, a data set, a file.
     `progress(done, total)` is called after every batch of predictions. An open-ended task is measured by exact match of
     greedy completions and by the likelihood of the true ones. Raises InputError for no examples, empty texts, and
     labels the task does not have.
     """
-    scorer = Scorer(model, tokenizer, task, demonstrations=demonstrations, batch_size=batch_size)
-    return scorer.evaluate(examples, progress=progress)
+    from ofa.tasks import examples_from
+
+    shown = examples_from(demonstrations, task)
+    scorer = Scorer(model, tokenizer, task, demonstrations=shown, batch_size=batch_size)
+    return scorer.evaluate(examples_from(examples, task), progress=progress)
 
 
 class Scorer:

@@ -118,7 +118,7 @@ def sharpness_slopes(traces: Tensor, real: Tensor | None = None) -> Tensor:
     if real is None:
         return slopes / len(traces)
     real = real.to(traces.device)
-    return slopes * real / real.sum().clamp_min(1)
+    return torch.where(real, slopes, 0) / real.sum().clamp_min(1)
 
 
 def with_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -31,6 +31,7 @@ from ofa.shared_prefix import accepted_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ofa.tasks import Data, TaskData
     from ofa.tasks.task import Example, Task
 
 
@@ -38,10 +39,10 @@ def probe(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    examples: Sequence[Example],
+    examples: TaskData | Data,
     *,
-    training: Sequence[Example] = (),
-    demonstrations: Sequence[Example] = (),
+    training: TaskData | Data = (),
+    demonstrations: TaskData | Data = (),
     estimator: str = "auto",
     samples: int = 1,
     convention: str = "theory",
@@ -57,6 +58,7 @@ def probe(
     prompts at both granularities ("layer" alone where a family has no boundary between its sublayers).
 
     Args:
+        examples: of any kind that `load_task` takes, as are the others.
         training: examples to train the linear probe on, every label among them; without them there is none.
         demonstrations: examples to put in front of every prompt.
         estimator, samples, convention, tokens, seed: see `fused_regularizers`. A whole layer has no closed form:
@@ -68,6 +70,10 @@ def probe(
             model whose steps are not recognized, an option out of range, or weights that give no numbers.
     """
     refuse_encoder(model.config)
+    from ofa.tasks import examples_from
+
+    examples, training = examples_from(examples, task), examples_from(training, task)
+    demonstrations = examples_from(demonstrations, task)
     _check_examples(task, examples, training)
     start = time.perf_counter()
     anatomy = _anatomy(model)

@@ -44,7 +44,8 @@ class TrainingConfig(BaseModel):
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
     `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps` goes
-    before `epochs`; without both see `total_steps`.
+    before `epochs`; without both see `total_steps`. `stop_loss` ends a run after the epoch whose mean loss is below it;
+    `label_loss` weighs the loss over the label words. Both are in study and off (docs/studies.md).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,8 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
+    label_loss: float = Field(0.0, ge=0)
+    stop_loss: float | None = Field(None, gt=0)
     batch_size: int = Field(4, ge=1)
     accumulation: int = Field(1, ge=1)
     seed: int = 42
@@ -192,7 +195,7 @@ def train(
         raise InputError("a guided run keeps no folder and takes neither accumulation nor regularizers; leave them out")
     folder = None if folder is None else claim_folder(folder, overwrite=True)
     seed_everything(config.seed)
-    data = [encode_example(encoder, example) for example in examples]
+    data = [encode_example(encoder, example, config.label_loss) for example in examples]
     run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
     claimed = nullcontext() if folder is None else claimed_folder(folder, overwrite=True)
     with (
@@ -300,13 +303,20 @@ class _Run:
     def steps(self) -> Iterator[StepRecord]:
         """Take every step that is left; after each epoch validate and save."""
         started = time.perf_counter() - self.seconds
-        while self.step < self.total:
+        while self.step < self.total and not self._has_learned():
             record = self._take_step(started)
             self.records.append(record)
             self._log(record)
             if self.step % self.steps_per_epoch == 0 or self.step == self.total:
                 self._end_epoch(record.epoch)
             yield record
+
+    def _has_learned(self) -> bool:
+        """Whether the epoch that has just ended says that there is nothing left to learn."""
+        if self.config.stop_loss is None or self.step == 0 or self.step % self.steps_per_epoch:
+            return False
+        losses = [record.loss for record in self.records[-self.steps_per_epoch :]]
+        return sum(losses) / len(losses) < self.config.stop_loss
 
     def finish(self, truncated: int) -> TrainingResult:
         """Put the best epoch's scales in place, if there was a choice, and sum up."""

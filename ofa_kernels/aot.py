@@ -32,7 +32,7 @@ FEW_SPILLS = 80
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Bytes of shared memory that a program may have, which no compiler checks and every launch does."""
 
-AnyCase = workload.Case | workload.AttentionCase | workload.WeightsCase
+AnyCase = workload.Case | workload.CurvatureCase
 
 
 @dataclass(frozen=True)
@@ -48,32 +48,17 @@ class Built:
     entry: binaries.Entry
 
     @property
-    def _may_spill(self) -> bool:
-        return self.architecture == "sm_90" and self.kernel in MAY_SPILL
-
-    @property
     def complaint(self) -> str | None:
         """What is wrong with it; None where nothing is."""
         if self.usage.float64:
             return f"computes in float64 ({self.usage.float64} instructions)"
-        if self.usage.spills > FEW_SPILLS and self.width <= NO_SPILLS_UP_TO and not self._may_spill:
+        if self.usage.spills > FEW_SPILLS and self.width <= NO_SPILLS_UP_TO:
             return f"spills ({self.usage.spills})"
         if not self.usage.wide:
             return "has no 16-byte access"
         if self.usage.shared > SHARED.get(self.architecture, self.usage.shared):
             return f"does not fit: {self.usage.shared} bytes of shared memory"
         return None
-
-
-MAY_SPILL = {
-    "attention_moments_forward",
-    "attention_moments_backward_rows",
-    "attention_moments_backward_values",
-    "attention_trace_backward_tokens",
-    "attention_trace_backward_constants",
-    "attention_constants_forward",
-}
-"""Kernels whose large tiles are the fastest on sm_90 although a few registers of theirs go to memory there."""
 
 
 class DoesNotCompile(Exception):
@@ -107,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write what was asked for; 1 where a kernel fails, 2 where the call does."""
     options = _parser().parse_args(arguments)
     cases: list[AnyCase] = [*workload.cases(options.width, options.dtype, options.norm, options.samples)]
-    cases += workload.attention_cases(options.head, options.dtype)
-    cases += workload.weights_cases(options.head, options.dtype, options.norm)
+    cases += workload.curvature_cases(options.head, options.dtype, options.variant)
     if find_spec("triton") is None:
         print('ofa_kernels.aot: Triton is not installed; pip install "ofa-adapt[cuda]"', file=sys.stderr)
         return 2
@@ -234,6 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--norm", nargs="+", choices=workload.NORMS, default=[*workload.NORMS], help="which norms")
     parser.add_argument("--samples", nargs="+", type=int, default=workload.SAMPLES, help="perturbed copies N")
     parser.add_argument("--head", nargs="*", type=int, default=workload.HEADS, help="channels of an attention head")
+    parser.add_argument(
+        "--variant", nargs="+", choices=workload.VARIANTS, default=workload.VARIANTS, help="of attention"
+    )
     parser.add_argument("--out", type=Path, help="folder to put the binaries in, as an installation ships them")
     parser.add_argument("--csv", type=Path, help="file to write the table to")
     return parser

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.launch import MAX_WIDTH
+from ofa_kernels.ops import attention_curvature as attention_curvature_op
+from ofa_kernels.ops import branch_diagonal
 from ofa_kernels.ops import contract as contract_op
 from ofa_kernels.ops import displace as displace_op
+from ofa_kernels.ops import mlp_curvature as mlp_curvature_op
 from ofa_kernels.ops import norm_step as norm_step_op
 from ofa_kernels.ops import perturb as perturb_op
 from ofa_kernels.ops import step_boundary as step_boundary_op
@@ -184,3 +187,19 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 }
 for _operation, _function in _KERNELS.items():
     register(_operation, Implementation("triton", _function, _kernels_take))
+
+
+def _held(tensor: Tensor) -> bool:
+    """Whether the kernels of the curvature can: they have no derivative, and are for where it is held fixed."""
+    return not torch.is_grad_enabled() and _kernels_take(tensor)
+
+
+_HELD_KERNELS: dict[str, Callable[..., Any]] = {
+    "mlp_curvature": mlp_curvature_op.mlp_curvature,
+    "mlp_diagonal": branch_diagonal.mlp_diagonal,
+    "attention_curvature": attention_curvature_op.attention_curvature,
+    "attention_trace": branch_diagonal.attention_trace,
+    "attention_diagonal": branch_diagonal.attention_diagonal,
+}
+for _operation, _function in _HELD_KERNELS.items():
+    register(_operation, Implementation("triton", _function, _held))

@@ -1,9 +1,8 @@
 """How a kernel is launched: a pure function of the kernel, the row's width, the dtype and the architecture.
 
-The tiles of attention and of the constants on sm_90 are the fastest of those that were timed, by
-`benchmarks.tune_attention` for the sweeps. All other thresholds follow from register counts, which `python -m
-ofa_kernels.aot` prints: the kernels of rows have been timed as they are launched here, but not tuned, for which there
-is `benchmarks.tune_rows`.
+All thresholds follow from register counts, which `python -m ofa_kernels.aot` prints: the kernels of rows have been
+timed as they are launched here, but not tuned, for which there is `benchmarks.tune_rows`; those of the curvature have
+not been timed yet, for which there is `benchmarks.curvature_kernels`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ MAX_WIDTH = 65536
 HEAVY = ("perturb_backward", "step_boundary_backward")
 """Kernels that hold several tiles at once: the row, γ, the gradient, the sum of the weight's gradient."""
 
-WALKING = ("mlp_trace_forward", "mlp_trace_backward", "norm_trace_backward")
-"""Kernels that need no row as a whole and hold no tile while they work on the next."""
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -31,7 +27,7 @@ class Launch:
     max_registers: int | None
     """Per thread, on NVIDIA; without a limit the assembler sets one of its own, and spills to keep it."""
     stages: int = 1
-    """See `AttentionLaunch`; 1 where the loop over rows or samples loads a tile when it needs it."""
+    """See `TileLaunch`; 1 where the loop over rows or samples loads a tile when it needs it."""
 
 
 @cache
@@ -57,9 +53,6 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
             tile, threads = 2048, 256
         else:
             stages = 2
-    if kernel in WALKING:
-        tile = min(block, 2048)
-        threads = max(64, tile // 8)
     # AMD's data-centre chips, gfx9…, have 64 threads to a warp, its others 32 as NVIDIA's.
     warp = 64 if architecture.startswith("gfx9") else 32
     return Launch(
@@ -82,105 +75,64 @@ def programs(rows: int, multiprocessors: int) -> int:
 
 
 @dataclass(frozen=True)
-class AttentionLaunch:
-    """Tiles and threads of one launch of an attention kernel: `block_rows` queries by `block_columns` keys at once."""
+class TileLaunch:
+    """Tiles and threads of one launch of a kernel of the curvature; what rows and columns are is the kernel's."""
 
     block_rows: int
     block_columns: int
     num_warps: int
     num_stages: int
     """How many of the tiles that the inner loop reads are under way at once."""
-    max_registers: int | None
-    """See `Launch`."""
 
 
-_HALF_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
-    "attention_moments_forward": {64: (64, 32, 4, 255), 128: (32, 32, 4, 255), 256: (32, 16, 8, 255)},
-    "attention_moments_backward_rows": {64: (32, 32, 4, 255), 128: (32, 32, 8, 255), 256: (32, 16, 8, 255)},
-    "attention_moments_backward_keys": {64: (32, 32, 4, 255), 128: (16, 32, 8, 255), 256: (16, 16, 8, 240)},
-    "attention_moments_backward_values": {64: (32, 64, 4, 255), 128: (32, 32, 4, 255), 256: (16, 32, 4, 255)},
-    "attention_trace_features": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
-    "attention_trace_combine": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
-    "attention_trace_backward_own": {64: (32, 16, 4, 255), 128: (16, 16, 8, 255)},
-    "attention_trace_backward_tokens": {64: (16, 16, 4, 255), 128: (16, 16, 8, 255)},
-    "attention_trace_backward_constants": {64: (32, 16, 4, 255), 128: (32, 16, 8, 255)},
+_SWEEPS = {
+    # Queries by keys. The sums of a program are as wide as a head, and a thread of four warps has 255 registers.
+    "attention_curvature_queries": {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 16, 8)},
+    "attention_curvature_keys": {64: (32, 64, 4), 128: (32, 64, 8), 256: (16, 32, 8)},
 }
-"""Queries, keys, warps and registers of each attention kernel in 16 bits, up to a tile's width in channels."""
+"""Rows, columns and warps of the sweeps in 16 bits, up to a tile's width in channels."""
 
-_SHIFTED_TILES: dict[str, dict[int, tuple[int, int, int, int | None]]] = {
-    "attention_trace_combine": {64: (16, 16, 4, 255)},
-    "attention_trace_backward_own": {64: (16, 16, 4, 255)},
+_HOPPER_SWEEPS = {
+    # Products want 64 rows of the outer side for each four warps: the tiles that were measured to be the fastest of
+    # sweeps with as many sums as these, on an H200.
+    "attention_curvature_queries": {64: (64, 64, 4), 128: (128, 64, 8)},
+    "attention_curvature_keys": {64: (64, 64, 4), 128: (32, 64, 4)},
 }
-"""Where heads have shifts, on NVIDIA: sm_100 spills with 32 rows, of 252 registers without; 16 have 112 and 148."""
+"""The same on sm_90."""
 
-_HOPPER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
-    # 1 x 2048 tokens of 32 heads of 128: 0.27 ms, where 128 x 32 takes 0.31, 64 x 32 on four warps 0.34, 32 x 32 0.63.
-    "attention_moments_forward": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2)},
-    # 0.35 ms; 64 x 32 on four warps 0.37, two stages instead of three 0.41, one 0.51, 32 x 32 0.67.
-    "attention_moments_backward_rows": {64: (64, 64, 4, 2), 128: (128, 32, 8, 3)},
-    # 0.35 ms; with a second loop for what is not masked 0.47, and then 32 x 128 on eight warps 0.50, 64 x 64 0.67.
-    "attention_moments_backward_keys": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2)},
-    # 0.24 ms, and 0.084 for 4 x 512 tokens; 64 x 128 on eight warps 0.23 and 0.093, 32 x 128 0.25 and 0.092.
-    "attention_moments_backward_values": {64: (64, 64, 4, 2), 128: (32, 64, 4, 3)},
-    "attention_trace_features": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
-    "attention_trace_combine": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
-    "attention_trace_backward_own": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
-    "attention_trace_backward_tokens": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
-    "attention_trace_backward_constants": {64: (64, 16, 4, 2), 128: (64, 16, 8, 2)},
+_TILES = {
+    # Tokens by channels of both sides: 64 × 64 sums, and four tiles that are read for them.
+    "attention_curvature_sums": ((32, 64, 4, 2), (16, 32, 4, 1)),
+    # Tokens by inner channels: a row of the tile is a line of the cache, 128 bytes.
+    "mlp_curvature_tokens": ((32, 64, 4, 1), (32, 32, 4, 1)),
+    # Inner channels by the norm's: both weights' tiles have lines of 128 bytes, one of them read across.
+    "mlp_diagonal_tiles": ((64, 64, 8, 1), (32, 32, 4, 1)),
+    # Channels of a head by the norm's.
+    "attention_trace_tiles": ((32, 64, 4, 2), (16, 32, 4, 1)),
+    "attention_diagonal_tiles": ((32, 64, 8, 2), (16, 32, 8, 1)),
+    # The norm's channels by inner ones.
+    "image_rows": ((16, 128, 4, 1), (16, 64, 4, 1)),
 }
-"""Queries, keys, warps and stages of the sweeps in 16 bits on sm_90, the fastest of `benchmarks.tune_attention`.
-
-Its products want 64 rows of the outer side for each four warps. Measured on an H200, PyTorch 2.11, Triton 3.6.
-"""
+"""Rows, columns, warps and stages of what is no sweep, in 16 bits and in float32."""
 
 
 @cache
-def configure_attention(
-    kernel: str, width: int, itemsize: int, architecture: str, crowded: bool = False
-) -> AttentionLaunch:
-    """The launch of an attention `kernel` whose widest tensor has heads of `width` channels of `itemsize` bytes.
+def configure_tiles(kernel: str, width: int, itemsize: int, architecture: str, crowded: bool = False) -> TileLaunch:
+    """The launch of a `kernel` of the curvature for heads of `width` channels, where it has any, of `itemsize` bytes.
 
-    A thread holds a share of every sum over the other side and of five tiles of scores. Each entry above is the largest
-    found at which no architecture that is compiled ahead of time spills one of them, but on sm_90, where what was
-    measured to be fastest is taken, spills or none. In float32 products are made by multiply-adds of single numbers, 16
-    by 16, the smallest tile there is. Two stages copy a tile into shared memory while the last one is worked on,
-    without going through registers, and in 99 KiB, which sm_86 has; gfx942 has 64. A mask of every pair or a tangent
-    of the queries' own (`crowded`) is one more tile of each sweep, for which the large ones of sm_90 leave no room; to
-    what goes token by token, `crowded` are heads with shifts. Where no limit of registers is given, the assembler
-    spills less with one of its own.
+    A sweep that is `crowded`, by norms on the heads or a move of their own, has more sums: half as many rows.
+    In float32 products are made by multiply-adds of single numbers, whose operands fill the registers: small tiles.
+    AMD's warps have 64 threads, and programs 64 KiB of shared memory.
     """
-    sweeps = not kernel.startswith("attention_trace")
-    tile, warp, stages = tile_width(width), 64 if architecture.startswith("gfx9") else 32, 2
-    registers: int | None
-    measured = None
-    if architecture == "sm_90" and itemsize <= 2 and not (crowded and sweeps):
-        measured = _HOPPER_TILES.get(kernel, {}).get(max(64, tile))
-    if measured is not None:
-        (rows, columns, warps, stages), registers = measured, 255
-    elif itemsize <= 2:
-        shifted = _SHIFTED_TILES.get(kernel, {}) if crowded and architecture.startswith("sm_") else {}
-        rows, columns, warps, registers = {**_HALF_TILES[kernel], **shifted}[max(64, tile)]
-    elif kernel == "attention_moments_backward_keys":
-        # For heads of up to 64 eight warps have too few registers by some, and of 128 four: 1.5 kB for each thread go
-        # to memory on sm_90, and on eight none, but 80 bytes with a mask of every pair.
-        rows, columns, warps, registers = 16, 16, 4 if tile < 128 else 8, None
+    amd, tile = architecture.startswith("gfx"), tile_width(width)
+    if kernel in _SWEEPS:
+        hopper = architecture == "sm_90" and not crowded
+        tiles = _SWEEPS[kernel] | (_HOPPER_SWEEPS[kernel] if hopper else {})
+        rows, columns, warps = tiles[max(64, tile)] if itemsize <= 2 else (16, 16, 4)
+        rows, stages = max(16, rows // 2) if crowded else rows, 2
     else:
-        rows, columns, warps, registers = 16, 16, 8, 255
-    if architecture.startswith("gfx"):
-        # Eight warps of 64 threads would have 256 registers each, where four have 512.
-        warps, registers = 4, None
-    # A thread copies 16 bytes or more of the smaller tile; what goes token by token has rows alone.
-    smaller = min(rows, columns) if sweeps else rows
-    warps = min(warps, max(1, smaller * tile * itemsize // (16 * warp)))
-    return AttentionLaunch(rows, columns, warps, num_stages=stages, max_registers=registers)
-
-
-def attention_runs(blocks: int, heads: int, multiprocessors: int) -> int:
-    """How many runs share the blocks of rows that each head's gradients of M_q and M_k are summed over.
-
-    Two programs for each run and head: enough for two on every multiprocessor, and no run without a block.
-    """
-    return max(1, min(blocks, -(-multiprocessors // heads)))
+        rows, columns, warps, stages = _TILES[kernel][itemsize > 2]
+    return TileLaunch(rows, columns, min(warps, 4) if amd else warps, 1 if amd else stages)
 
 
 def tile_width(width: int) -> int:
@@ -193,70 +145,15 @@ def widest_head(itemsize: int) -> int:
     return 256 if itemsize <= 2 else 128
 
 
-WIDEST_WEIGHTS = 256
-"""Channels of the widest heads whose weights' constants the kernels compute."""
+WIDEST_READ = 16
+"""Rows of an MLP's last projection that its change is read through at most; all of them are a product of its own."""
 
-
-@dataclass(frozen=True)
-class ConstantsLaunch:
-    """Tiles and threads of one launch of a kernel of `kernels.constants`."""
-
-    block_rows: int
-    """Inner channels of an MLP, or channels of a head, at once."""
-    block_width: int
-    """Channels of the norm at once."""
-    num_warps: int
-    num_stages: int
-    """See `AttentionLaunch`."""
-    max_registers: int | None
-    """See `Launch`."""
-    waves: int
-    """How many programs there should be for each multiprocessor."""
-
-
-_HOPPER_CONSTANTS = {
-    # A layer of Llama-2-7B: 0.12 ms; eight warps 0.16 with any number of stages or programs.
-    "mlp_constants_forward": ConstantsLaunch(64, 64, 4, num_stages=1, max_registers=255, waves=8),
-    # 0.11 ms; 64 x 64 on four warps 0.11 to 0.13, on eight 0.22, 64 x 32 on eight 0.28.
-    "attention_constants_forward": ConstantsLaunch(128, 32, 8, num_stages=3, max_registers=255, waves=2),
-    # 0.097 ms; 128 x 64 on four warps 0.096 with spills, 32 x 64 on four 0.117, 64 x 64 0.14, 16 x 64 on eight 0.37.
-    "attention_constants_backward": ConstantsLaunch(64, 128, 8, num_stages=1, max_registers=255, waves=1),
-}
-"""Launches in 16 bits on sm_90, those of attention for heads of 128; H200, PyTorch 2.11, Triton 3.6."""
-
-
-def configure_constants(kernel: str, width: int, itemsize: int, architecture: str) -> ConstantsLaunch:
-    """The launch of a `kernel` of constants for weights of `itemsize` bytes; `width` is that of a head, if it has any.
-
-    Rows of a tile are 128 bytes long where they can be, a line of the cache, whichever dimension is dense. An MLP's
-    tiles are multiplied element by element, and a few programs of 128 registers share a multiprocessor, so that one
-    loads while another adds. An attention's forward kernel holds 64 by 64 of both products; 128 by 128 would spill. Its
-    backward kernel holds a block of L, as wide as a head, and reads M̄ anew for every block: the longer, the fewer. Each
-    is the largest found that spills on no architecture that is compiled ahead of time, in 64 KiB of shared memory. In
-    float32 products are made by multiply-adds of single numbers, whose operands fill the registers. On sm_90 what was
-    measured to be fastest is taken.
-    """
-    amd, half, tile = architecture.startswith("gfx"), itemsize <= 2, tile_width(width)
-    if architecture == "sm_90" and half and (kernel.startswith("mlp") or tile == 128) and kernel in _HOPPER_CONSTANTS:
-        return _HOPPER_CONSTANTS[kernel]
-    if kernel.startswith("mlp"):
-        rows, columns, warps, stages, registers, waves = (64, 64, 8, 1, 128, 8) if half else (32, 32, 4, 1, 128, 8)
-    elif kernel == "attention_constants_forward":
-        # With two stages the assembler of sm_80 spills what a LayerNorm needs besides.
-        rows, columns, stages = min(tile, 64), 32 if half else 16, 3 if half else 2
-        # A thread reads 16 bytes of a tile.
-        threads = rows * columns * itemsize // 16
-        warps, registers, waves = max(1, threads // (64 if amd else 32)), 255, 2
-    else:
-        rows, columns = (32 if tile < 128 else 16, 64 if tile <= 128 else 32) if half else (16, 32)
-        warps, stages, registers, waves = 8 if tile > 64 or not half else 4, 2, 255, 1
-    if amd:
-        return ConstantsLaunch(rows, columns, min(warps, 4), min(stages, 2), None, waves)
-    return ConstantsLaunch(rows, columns, warps, stages, registers, waves)
+SEQUENCES = 16
+"""Sequences whose diagonals one read of an MLP's weights serves."""
 
 
 def shares(blocks: int, tiles: int, programs: int) -> int:
-    """Into how many sums of neighbouring tiles that of `tiles` is split, so that `blocks` of them are `programs`.
+    """Into how many runs of neighbouring tiles that of `tiles` is split, so that `blocks` of them are `programs`.
 
     Fewer where they would be more than the tiles; each has a tile at least, and all but the last as many.
     """

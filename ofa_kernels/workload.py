@@ -12,16 +12,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ofa_kernels.launch import widest_head
 from ofa_kernels.ops import (
-    attention_moments,
-    attention_trace,
-    constants,
+    attention_curvature,
+    branch_diagonal,
     contract,
     displace,
-    mlp_trace,
+    mlp_curvature,
     norm_step,
-    norm_trace,
     perturb,
     step_boundary,
 )
@@ -32,8 +29,12 @@ WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
 Every other width of a configuration shares its binaries if 16 divides it.
 """
 
-HEADS = (32, 64, 128, 256)
-"""Channels of a head, one for each launch configuration of the attention kernels and the most usual of the smallest."""
+HEADS = (64, 128)
+"""Channels of a head: of nearly all models."""
+
+VARIANTS = ("plain", "masked", "normed", "shifted", "capped")
+"""Attention as in Llama; with padding; with norms on its heads as in Qwen 3; with biases behind a LayerNorm as in Phi;
+with soft-caps, a window, sinks and a mask that is added, as in Gemma 2 and gpt-oss."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NORMS = {"rms": ("rms", 0.0, False), "rms 1+w": ("rms", 1.0, False), "layer+bias": ("layer", 0.0, True)}
@@ -67,9 +68,6 @@ class Case:
         _launch_norm_step(z, weight, norm, biased)
         _launch_probes(z, weight, norm, biased, self.samples)
         _launch_step_boundary(z, weight, norm, biased, self.samples)
-        _launch_mlp_trace(z, weight, biased)
-        _launch_norm_trace(z, weight, norm, biased)
-        _launch_mlp_constants(z, weight, centred=norm[1])
 
 
 def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], samples: Sequence[int]) -> list[Case]:
@@ -78,105 +76,95 @@ def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], sa
 
 
 @dataclass(frozen=True)
-class AttentionCase:
-    """Causal attention with rotated heads, forward and backward: all keys, or those that a mask leaves."""
+class CurvatureCase:
+    """The curvature of an attention and of an MLP of one model, of one sequence and of two."""
 
     width: int
+    """Channels of a head."""
     dtype: str
-    masked: str
-    """"" for nothing, "padded" for a mask of keys, "pairwise" for one of every query and key, to be added."""
-    tangent: bool = False
-    """Whether queries move in a direction of their own, as where projections have biases: shifts, to a trace."""
+    variant: str
 
     @property
     def label(self) -> str:
         """The case in words."""
-        words = f"heads of {self.width}", self.dtype, self.masked, "tangent" if self.tangent else ""
-        return " ".join(filter(None, words))
+        return f"heads of {self.width} {self.dtype} {self.variant}"
 
     def launch(self) -> None:
-        """Call the registered implementation on heads that are views of (B, T, H, d), as projections leave them."""
-        sequences, rows, heads = 2, _ROWS, 8
+        """Call the registered implementations on heads that are views of (B, T, H, d), as projections leave them."""
+        for sequences in (1, 2):
+            self._launch_attention(sequences)
+            self._launch_mlp(sequences)
 
-        def per_head(count: int) -> Tensor:
-            shape = sequences, rows, count, self.width
-            return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
-
-        q, k = per_head(heads), per_head(heads // 4)
-        angle = torch.empty(1, rows, self.width, device="meta")
-        number = torch.empty(sequences, heads, rows, device="meta")
+    def _launch_attention(self, sequences: int) -> None:
+        heads, shared, width, read = 8, 2, 1024, 8
+        normed, shifted, capped = (self.variant == name for name in ("normed", "shifted", "capped"))
+        q, k = (self._empty(sequences, _ROWS, count, self.width).transpose(1, 2) for count in (heads, shared))
         masks = {
-            "padded": torch.empty(sequences, 1, 1, rows, dtype=torch.bool, device="meta"),
-            "pairwise": torch.empty(sequences, 1, rows, rows, device="meta"),
+            "masked": torch.empty(sequences, 1, 1, _ROWS, dtype=torch.bool, device="meta"),
+            "capped": torch.empty(sequences, 1, _ROWS, _ROWS, device="meta"),
         }
-        mask = masks.get(self.masked)
-        given = q, k, k, q, angle, q, q, q if self.tangent else None, mask
-        settings = self.width**-0.5, True, None
-        attention_moments.forward(*given, *settings)
-        attention_moments.backward(*given, number, number, number, q, *settings)
-        if q.element_size() == 2 and self.width <= attention_trace.WIDEST_HEAD:
-            shift = torch.empty(heads, self.width, device="meta") if self.tangent else None
-            self._launch_trace(q, k, number, shift, mask)
-
-    def _launch_trace(self, q: Tensor, k: Tensor, number: Tensor, shift: Tensor | None, mask: Tensor | None) -> None:
-        heads, rows = q.shape[1:3]
-        constant = torch.empty(heads, self.width, self.width, device="meta")
         # Views of the model's, which has every angle twice.
-        angle = torch.empty(1, rows, self.width, dtype=q.dtype, device="meta")[..., : self.width // 2]
-        features = torch.empty(q.shape, dtype=q.dtype, device="meta")
-        of_keys = None if shift is None else shift[: k.shape[1]]
-        shifts = shift, of_keys, of_keys
-        given = q, k, k, q, constant, constant, number[0, :, 0], *shifts, mask, angle, angle
-        settings = False, self.width**-0.5, True, None
-        attention_trace.forward(*given, *settings)
-        saved = features, features, features[:1, 0], number
-        attention_trace.backward(*given, *saved, q, number[:, 0], *settings)
+        angle = self._empty(1, _ROWS, self.width)[..., : self.width // 2]
+        gamma = self._empty(self.width)
+        moved = q.float() if normed or shifted else None
+        moved_key = None if moved is None else k.float()
+        seen = _numbers(sequences, heads, _ROWS, read)
+        sums = attention_curvature.forward(
+            q,
+            k,
+            k,
+            q,
+            _numbers(sequences, _ROWS),
+            masks.get(self.variant),
+            gamma[:heads] if capped else None,
+            angle,
+            angle,
+            q if normed else None,
+            gamma if normed else None,
+            k if normed else None,
+            gamma if normed else None,
+            moved,
+            moved_key,
+            seen,
+            seen,
+            seen,
+            self.width**-0.5,
+            True,
+            128 if capped else None,
+            50.0 if capped else None,
+            False,
+            1e-6,
+            1e-6,
+        )[:3]
+        weight, other = (self._empty(count, self.width, width) for count in (heads, shared))
+        output = self._empty(width, heads * self.width).unflatten(1, (heads, self.width)).transpose(0, 1)
+        given = weight, other, other, output
+        scale = _numbers(width) if shifted else None
+        branch_diagonal.forward_trace(*given, *sums, _numbers(width), scale)
+        if sequences == 1:
+            first = sums[0][0], sums[1][0], sums[2][0]
+            branch_diagonal.forward_diagonal(*given, *first, scale)
+
+    def _launch_mlp(self, sequences: int) -> None:
+        width, inner, shifted = 1024, 4096, self.variant == "shifted"
+        gate = self._empty(sequences, _ROWS, inner)
+        up, activation = (None, "gelu_tanh") if shifted else (gate, "silu")
+        shift = _numbers(inner) if shifted else None
+        limit = 7.0 if self.variant == "capped" else None
+        weights, read = _numbers(sequences, _ROWS), self._empty(sequences, 8, inner)
+        p_g, p_u, _ = mlp_curvature.forward(gate, up, weights, read, shift, None, activation, limit)
+        weight = self._empty(inner, width)
+        other, p_u = (None, None) if shifted else (weight, p_u)  # type: ignore[assignment]
+        down, scale = self._empty(width, inner), _numbers(width) if shifted else None
+        branch_diagonal.forward_mlp(weight, other, down, p_g, p_u, scale)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
 
 
-def attention_cases(heads: Sequence[int], dtypes: Sequence[str]) -> list[AttentionCase]:
-    """All combinations that the kernels take; with a tangent those that do not spill: 16 bits, up to 128 channels."""
-    found = []
-    for width, dtype in product(heads, dtypes):
-        size = DTYPES[dtype].itemsize
-        if width <= widest_head(size):
-            found += [AttentionCase(width, dtype, masked) for masked in ("", "padded", "pairwise")]
-        if width <= 128 and size == 2:
-            found.append(AttentionCase(width, dtype, "padded", tangent=True))
-    return found
-
-
-@dataclass(frozen=True)
-class WeightsCase:
-    """The constants of an attention's weights, each stored as a matrix of its own, forward and backward."""
-
-    width: int
-    dtype: str
-    centred: bool
-
-    @property
-    def label(self) -> str:
-        """The case in words."""
-        return f"weights of heads of {self.width} {self.dtype} {'layer' if self.centred else 'rms'}"
-
-    def launch(self) -> None:
-        """Call what the operations' registered implementations are; heads share keys, and stand beside each other."""
-        heads, shared, width = 8, 2, 1024
-
-        def weight(count: int) -> Tensor:
-            return torch.empty(count, self.width, width, dtype=DTYPES[self.dtype], device="meta")
-
-        output = torch.empty(width, heads * self.width, dtype=DTYPES[self.dtype], device="meta")
-        output = output.unflatten(1, (heads, self.width)).transpose(0, 1)
-        scale = torch.empty(width, device="meta")
-        given = weight(heads), weight(shared), weight(shared), output, scale
-        grads = constants.forward_attention(*given, self.centred)
-        constants.backward_attention(*given, *grads, self.centred)
-
-
-def weights_cases(heads: Sequence[int], dtypes: Sequence[str], norms: Sequence[str]) -> list[WeightsCase]:
-    """All combinations that differ to the kernels, which know of a norm only whether it centres."""
-    centred = dict.fromkeys(NORMS[norm][0] == "layer" for norm in norms)
-    return [WeightsCase(*values) for values in product(heads, dtypes, centred)]
+def curvature_cases(heads: Sequence[int], dtypes: Sequence[str], variants: Sequence[str]) -> list[CurvatureCase]:
+    """All combinations."""
+    return [CurvatureCase(*values) for values in product(heads, dtypes, variants)]
 
 
 def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
@@ -211,36 +199,13 @@ def _launch_step_boundary(
     step_boundary.backward(z, z, weight, *grads, samples, *norm, 0.1, *_PROBE, biased)
 
 
-def _launch_mlp_trace(z: Tensor, weight: Tensor, biased: bool) -> None:
-    """A gated and a plain MLP of this width, whose pre-activations have shifts if the norm in front of them has one."""
-    for up, activation in ((z, "silu"), (None, "gelu")):
-        gated = up is not None
-        traces = weight, weight if gated else None
-        shifts = weight if biased else None, weight if biased and gated else None
-        for hidden in (None, z):
-            mlp_trace.forward(z, up, *traces, *shifts, hidden, activation)
-        mlp_trace.backward(z, up, *traces, *shifts, _stack(z, 2), _row(z), activation)
-
-
-def _launch_norm_trace(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
-    """The product that made the image has a shift if the norm in front of the branch has one."""
-    given = z, weight, z, _row(z), weight if biased else None
-    _, saved = norm_trace.forward(*given, *norm)
-    norm_trace.backward(*given, saved, _row(z), norm[1], norm[2])
-
-
-def _launch_mlp_constants(z: Tensor, weight: Tensor, *, centred: bool) -> None:
-    """A gated and a plain MLP behind a norm of this width, whose weights are stored row by row."""
-    inner = 4 * z.shape[1]
-    gate, down = z.new_empty(inner, z.shape[1]), z.new_empty(z.shape[1], inner)
-    for up in (gate, None):
-        grads = constants.forward_mlp(gate, up, down, weight, centred)
-        constants.backward_mlp(gate, up, down, weight, grads[0], None if up is None else grads[1], centred)
-
-
 def _row(z: Tensor) -> Tensor:
     return torch.empty(_ROWS, dtype=torch.float32, device=z.device)
 
 
 def _stack(z: Tensor, samples: int) -> Tensor:
     return torch.empty(samples, *z.shape, dtype=z.dtype, device=z.device)
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")

@@ -94,9 +94,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "opt": _other("opt", **OPT),
     "opt_post_norm": _other("opt", do_layer_norm_before=False, **OPT),
     "mixtral": _llama_like("mixtral", **EXPERTS),
-    "qwen3_moe": _llama_like(
-        "qwen3_moe", head_dim=8, moe_intermediate_size=24, norm_topk_prob=False, **EXPERTS
-    ),
+    "qwen3_moe": _llama_like("qwen3_moe", head_dim=8, moe_intermediate_size=24, norm_topk_prob=False, **EXPERTS),
     "gpt_oss": _llama_like("gpt_oss", head_dim=8, sliding_window=4, swiglu_limit=0.5, **EXPERTS),
     "falcon": _other("falcon", new_decoder_architecture=False, parallel_attn=True, **FALCON),
     "falcon_alibi": _other("falcon", alibi=True, new_decoder_architecture=False, parallel_attn=True, **FALCON),

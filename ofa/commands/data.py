@@ -13,10 +13,11 @@ from ofa.tasks import (
     Task,
     TaskData,
     check_labels,
+    examples_from,
+    has_parts,
     is_known,
     is_table,
     load_task,
-    read_examples,
     unescape_template,
 )
 
@@ -71,13 +72,7 @@ def test_data(data: str, task: Task, *, separator: str | None, offline: bool) ->
     Raises:
         InputError: the data cannot be read, has labels the task does not know, or has no test part.
     """
-    if not _has_parts(data):
-        return _file(data, task, separator)
-    loaded = load_task(data, separator=separator, offline=offline)
-    if not loaded.test:
-        raise InputError(f"{data} has no test examples; add a test file to it")
-    check_labels(loaded.test, task, data)
-    return loaded.test
+    return examples_from(data, task, separator=separator, offline=offline)
 
 
 def demonstration_pool(data: str, task: Task, *, separator: str | None, offline: bool) -> tuple[Example, ...]:
@@ -86,8 +81,8 @@ def demonstration_pool(data: str, task: Task, *, separator: str | None, offline:
     Raises:
         InputError: the data cannot be read, or has labels the task does not know.
     """
-    if not _has_parts(data):
-        return _file(data, task, separator)
+    if not has_parts(data):
+        return examples_from(data, task, separator=separator, offline=offline)
     loaded = load_task(data, separator=separator, offline=offline)
     check_labels(loaded.train, task, data)
     return loaded.train
@@ -104,13 +99,3 @@ def data_origin(data: str) -> dict[str, str]:
     if Path(data).expanduser().exists() or is_table(data):
         return {"name": Path(data).expanduser().resolve().name, "origin": "local data"}
     return {"name": data, "hub_id": data}
-
-
-def _has_parts(data: str) -> bool:
-    return is_known(data) or Path(data).expanduser().is_dir()
-
-
-def _file(data: str, task: Task, separator: str | None) -> tuple[Example, ...]:
-    if not (Path(data).expanduser().is_file() or is_table(data)):
-        raise InputError(f"{data} is no file or folder; give a .jsonl or .csv file, or a folder with task.json")
-    return tuple(read_examples(data, task=task, separator=separator))

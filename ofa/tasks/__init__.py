@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ofa.errors import InputError
 from ofa.tasks.columns import did_you_mean
 from ofa.tasks.demo import DEMO_TASKS, load_demo_task
 from ofa.tasks.hub import HUB_TASKS, HubTask, load_hub_dataset, load_hub_task
 from ofa.tasks.local import check_labels, read_examples, read_file, read_task_folder, with_columns
+from ofa.tasks.memory import Data, is_path, settled
 from ofa.tasks.sampling import FewShot, Shots, class_balanced, few_shot, unused
 from ofa.tasks.tables import Table, is_table, located
 from ofa.tasks.task import Example, Task, TaskData
@@ -21,6 +23,7 @@ from ofa.tasks.template import unescape_template
 __all__ = [
     "DEMO_TASKS",
     "HUB_TASKS",
+    "Data",
     "Example",
     "FewShot",
     "HubTask",
@@ -31,7 +34,9 @@ __all__ = [
     "check_labels",
     "class_balanced",
     "did_you_mean",
+    "examples_from",
     "few_shot",
+    "has_parts",
     "is_known",
     "load_demo_task",
     "load_hub_dataset",
@@ -49,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_task(
-    name_or_path: str | os.PathLike[str],
+    data: str | os.PathLike[str] | TaskData | Data,
     *,
     template: str | None = None,
     labels: Sequence[str] = (),
@@ -60,13 +65,22 @@ def load_task(
 ) -> TaskData:
     """Load a demo task or a task of the paper by name, a folder with task.json, a file, or a data set of the hub.
 
+    Rows in memory are a task too: a DataFrame, a `datasets.Dataset` (of a `DatasetDict` the splits train and test), or
+    a list of (text, label) or of mappings. They take a template as files do. Task data is taken as it is.
+
     A folder with task.json wins over a task of its name, and that is said. A file takes a `template` and `labels`, and
     is read as pairs of prompt and completion without a template; a data set of the hub needs a template. `text_column`
     and `label_column` name columns of files and data sets, `separator` that of CSV files. With `offline` the hub is not
     asked. Raises `InputError` for anything else.
     """
-    name = os.fspath(name_or_path)
     columns = {"text_column": text_column, "label_column": label_column}
+    if isinstance(data, TaskData):
+        if template or labels or any(columns.values()):
+            raise InputError("task data brings its own template, labels and columns: leave them out")
+        return data
+    if not is_path(data):
+        return _in_memory(data, template, labels, **columns)
+    name = os.fspath(data)  # type: ignore[arg-type]
     if is_known(name) or located(name).is_dir():
         if template or labels:
             raise InputError(f"{name} brings its own template and labels: leave out --template and --labels")
@@ -89,6 +103,51 @@ def load_task(
     known = (*DEMO_TASKS, *HUB_TASKS)
     hint = did_you_mean(name, known) or ": use one of these names, a path, or a hub id with a template"
     raise InputError(f'there is no task or folder "{name}" (tasks: {", ".join(known)}){hint}')
+
+
+def examples_from(
+    data: TaskData | Data, task: Task, *, separator: str | None = None, offline: bool = False
+) -> tuple[Example, ...]:
+    """The examples to test a known task on: a file, rows in memory, or the test part of a folder or a task's name.
+
+    Raises:
+        InputError: they cannot be read, there is no test part, or they have labels that the task does not know.
+    """
+    if isinstance(data, TaskData) or has_parts(data):
+        loaded = load_task(data, separator=separator, offline=offline)
+        name = loaded.task.name if isinstance(data, TaskData) else str(data)
+        if not loaded.test:
+            raise InputError(f"{name} has no test examples; add a test file to it")
+        check_labels(loaded.test, task, name)
+        return loaded.test
+    if is_path(data):
+        if not (located(data).is_file() or is_table(data)):  # type: ignore[arg-type]
+            raise InputError(f"{data} is no file or folder; give a .jsonl or .csv file, or a folder with task.json")
+        return tuple(read_examples(data, task=task, separator=separator))
+    given = settled(data)
+    if isinstance(given, list) and all(isinstance(item, Example) for item in given):
+        return tuple(given)
+    return tuple(read_examples(given, task=task))
+
+
+def has_parts(data: object) -> bool:
+    """Whether data is a name or folder that has training and test examples apart."""
+    return is_path(data) and (is_known(str(data)) or located(data).is_dir())  # type: ignore[arg-type]
+
+
+def _in_memory(data: Any, template: str | None, labels: Sequence[str], **columns: str) -> TaskData:
+    is_split = hasattr(data, "keys") and type(data).__module__.startswith("datasets")
+    if is_split and "train" not in data:
+        raise InputError(f"the data set has no split train (it has {', '.join(data)}): give one of them, as data[name]")
+    train = settled(data["train"] if is_split else data)
+    if template is None and isinstance(train, list) and train and isinstance(train[0], list | tuple | Example):
+        raise InputError(
+            'pairs of text and label need a template, such as template="{text}\\nLabel:"; prompts and completions need '
+            'their names, as in {"prompt": …, "completion": …}'
+        )
+    loaded = read_file(train, template=template, labels=labels, **columns)
+    test = examples_from(data["test"], loaded.task) if is_split and "test" in data else ()
+    return TaskData(loaded.task, loaded.train, test)
 
 
 def is_known(name: str) -> bool:

@@ -10,16 +10,17 @@ from pathlib import Path
 from ofa.errors import InputError
 from ofa.tasks.columns import Columns, are_numbers, sorted_labels, unknown_label
 from ofa.tasks.duplicates import warn_of_alike_labels, warn_of_duplicates, warn_of_shared_texts
-from ofa.tasks.tables import SUFFIXES, FilePath, Row, Table, located, parse_json, read_text
+from ofa.tasks.memory import Data, is_path, table_of
+from ofa.tasks.tables import SUFFIXES, FilePath, Row, located, parse_json, read_text
 from ofa.tasks.task import TEXT_SLOT, Example, Task, TaskData
 
 logger = logging.getLogger(__name__)
 
 
 def read_examples(
-    path: FilePath, *, open_ended: bool = False, task: Task | None = None, separator: str | None = None
+    path: Data, *, open_ended: bool = False, task: Task | None = None, separator: str | None = None
 ) -> list[Example]:
-    """Read the examples of a file of any kind that `Table` reads, in file order.
+    """Read the examples of a file of any kind that `Table` reads, or of rows in memory, in their order.
 
     The columns are those of the `task`, and every label must be one of its labels; without a task they are text and
     label, or prompt and completion when `open_ended`. Others are ignored, and so is whitespace around a text. Rows
@@ -27,12 +28,13 @@ def read_examples(
     """
     pairs = task.open_ended if task else open_ended
     columns = task.columns if task else draft(TEXT_SLOT, pairs).columns
-    table = Table(path, separator)
-    return _checked(examples_of(table, columns, task.labels if task else (), table.class_names), columns, path)
+    table = table_of(path, columns, separator)
+    where = path if is_path(path) else str(table)
+    return _checked(examples_of(table, columns, task.labels if task else (), table.class_names), columns, where)
 
 
 def read_file(
-    path: FilePath,
+    path: Data,
     *,
     template: str | None = None,
     labels: Sequence[str] = (),
@@ -40,23 +42,24 @@ def read_file(
     label_column: str = "",
     separator: str | None = None,
 ) -> TaskData:
-    """Read a file as a task of the file's name, all of whose examples are training examples.
+    """Read a file, or rows in memory, as a task of its name ("data"), all of whose examples are training examples.
 
     Without a template they are prompt and completion pairs. Without labels it is those that occur. Raises `InputError`
     for whatever cannot be used.
     """
-    name = Path(located(path).name).name.split(".")[0] or "data"
+    name = (Path(located(path).name).name.split(".")[0] if is_path(path) else "") or "data"  # type: ignore[arg-type]
     if template is None:
         return _read_pairs(path, Task(name, TEXT_SLOT, (), text_column, label_column), separator)
     columns = draft(template, False, text_column, label_column).columns
-    table = Table(path, separator)
+    table = table_of(path, columns, separator)
+    where = path if is_path(path) else str(table)
     words = tuple(labels) or class_names_of(columns.label_column, table.class_names)
-    examples = _checked(examples_of(table, columns, words, table.class_names), columns, path)
+    examples = _checked(examples_of(table, columns, words, table.class_names), columns, where)
     found = words or sorted_labels(example.label for example in examples)
     if not words:
-        warn_of_alike_labels(examples, path)
+        warn_of_alike_labels(examples, where)
     if not words and are_numbers(found):
-        say_that_labels_are_numbers(path, found)
+        say_that_labels_are_numbers(where, found)
     return TaskData(Task(name, template, found, text_column, label_column), tuple(examples))
 
 
@@ -138,21 +141,22 @@ def say_that_labels_are_numbers(where: object, labels: Sequence[str]) -> None:
     logger.warning("the labels of %s are numbers (%s): --labels gives words for them, in their order", where, shown)
 
 
-def _read_pairs(path: FilePath, task: Task, separator: str | None) -> TaskData:
+def _read_pairs(path: Data, task: Task, separator: str | None) -> TaskData:
     try:
         return TaskData(task, tuple(read_examples(path, task=task, separator=separator)))
     except InputError as error:
+        what = path if is_path(path) else "the data"
         raise InputError(
-            f"{path} was read as prompt and completion pairs because there is no --template, and {error}; "
+            f"{what} was read as prompt and completion pairs because there is no --template, and {error}; "
             "for labelled texts give --template"
         ) from error
 
 
-def _checked(examples: list[Example], columns: Columns, path: FilePath) -> list[Example]:
+def _checked(examples: list[Example], columns: Columns, where: object) -> list[Example]:
     if not examples:
         wanted = " and ".join([*columns.names, columns.label_column])
-        raise InputError(f"{path} has no examples: add rows with {wanted}")
-    warn_of_duplicates(examples, path, pairs=columns.pairs)
+        raise InputError(f"{where} has no examples: add rows with {wanted}")
+    warn_of_duplicates(examples, where, pairs=columns.pairs)
     return examples
 
 

@@ -29,8 +29,8 @@ def differentiable_once(name: str) -> None:
 
     def refuse(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(
-            f"{name} has no derivative: the kernels are differentiable once; set OFA_KERNELS=reference in the "
-            "environment for second derivatives"
+            f"{name} has no derivative, as kernels are differentiable once or not at all; set OFA_KERNELS=reference in "
+            "the environment"
         )
 
     torch.library.register_autograd(f"ofa_kernels::{name}", refuse, lib=library)
@@ -166,7 +166,7 @@ def start_by_names(
     kernel: Any,
     programs: int,
     tensor: Tensor,
-    config: launch.AttentionLaunch,
+    config: launch.TileLaunch,
     arguments: dict[str, Any],
     constants: dict[str, Any],
 ) -> None:
@@ -177,7 +177,7 @@ def start_by_names(
     names = _names(kernel)
     given = {name: constants[name] for name in names.constants}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    start(kernel, programs, tensor, names.arguments(arguments), given, config.max_registers, **options)
+    start(kernel, programs, tensor, names.arguments(arguments), given, None, **options)
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,11 @@ _architecture: str | None = None
 def configuration(kernel: Any, tensor: Tensor, width: int) -> launch.Launch:
     """The launch configuration of a kernel for rows like those of `tensor`."""
     return launch.configure(kernel.fn.__name__, width, tensor.element_size(), target(tensor))
+
+
+def tiles_of(kernel: Any, tensor: Tensor, width: int = 1, *, crowded: bool = False) -> launch.TileLaunch:
+    """The launch configuration of a kernel of the curvature for tensors like this, with heads of `width` channels."""
+    return launch.configure_tiles(kernel.fn.__name__, width, tensor.element_size(), target(tensor), crowded)
 
 
 def target(tensor: Tensor) -> str:

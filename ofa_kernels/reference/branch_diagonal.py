@@ -36,11 +36,8 @@ def mlp_diagonal(
     Raises:
         ValueError: shapes that do not match.
     """
+    check_mlp_weights(weights, down, sums)
     (inner, width), dtype = weights[0].shape, sums[0].dtype
-    fits = all(w.shape == (inner, width) for w in weights) and all(p.shape[1] == inner for p in sums)
-    if down.shape != (width, inner) or not fits or len(weights) != len(sums):
-        shapes = [tuple(x.shape) for x in (*weights, down, *sums)]
-        raise ValueError(f"weights and sums of an MLP do not fit together: {shapes}")
     diagonal, image = sums[0].new_zeros(len(sums[0]), width), None
     for outer in _blocks(weights[0], slice(0, inner), TRANSPOSED):
         transposed = down[:, outer].mT.contiguous()
@@ -117,6 +114,15 @@ def attention_diagonal(
     diagonal = (inner * output.mT).sum((0, 1))
     image = None if scale is None else (output @ (inner @ scale).unsqueeze(-1)).sum(0).squeeze(-1)
     return diagonal, image
+
+
+def check_mlp_weights(weights: Sequence[Tensor], down: Tensor, sums: Sequence[Tensor]) -> None:
+    """Refuse, with a ValueError, weights of an MLP and sums that do not fit together."""
+    inner, width = weights[0].shape
+    fits = all(w.shape == (inner, width) for w in weights) and all(p.shape[1] == inner for p in sums)
+    if down.shape != (width, inner) or not fits or len(weights) != len(sums):
+        shapes = [tuple(x.shape) for x in (*weights, down, *sums)]
+        raise ValueError(f"weights and sums of an MLP do not fit together: {shapes}")
 
 
 def check_attention_weights(query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor | None) -> None:

@@ -6,22 +6,18 @@ import csv
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import (
-    attention,
     ceilings,
-    constants,
+    curvature_kernels,
     every_kernel,
     gpu_profile,
     gpu_step,
     machine_code,
-    tune_attention,
     tune_rows,
     tuning,
 )
@@ -62,49 +58,27 @@ def test_the_kernels_of_a_step_are_in_the_table_by_name(tmp_path):
     assert launches["aten::mm"] >= 1
 
 
-def test_the_trace_of_attention_is_timed_beside_flash_attention(tmp_path):
-    attention.main(["--out", str(tmp_path / "attention.csv"), "--repeats", "2"])
-    rows = read(tmp_path / "attention.csv")
-    ways = {f"attention_trace_{direction}" for direction in ("forward", "backward")}
-    assert {(row["benchmark"], row["variant"]) for row in rows} == {
-        (way, variant) for way in ways for variant in ("flash", "eager", "blocked")
-    }
-    assert {row["value"] for row in rows if row["variant"] == "flash" and row["metric"] == "flash_ratio"} == {"1.0"}
-
-
-def test_a_wrong_trace_is_refused_and_not_timed(tmp_path, monkeypatch, capsys):
-    def wrong(*tensors, **settings):
-        tangent, trace = attention.reference.attention_trace(*tensors, **settings)
-        return tangent, 1.2 * trace
-
-    monkeypatch.setattr(attention.blocked, "attention_trace", wrong)
-    attention.main(["--out", str(tmp_path / "attention.csv"), "--repeats", "2"])
-    rows = [row for row in read(tmp_path / "attention.csv") if row["variant"] == "blocked"]
-    assert [(row["metric"], round(float(row["value"]), 1)) for row in rows] == [("error", 0.2)]
-    assert "blocked refused: error 0.2" in capsys.readouterr().err
-
-
-def test_constants_are_timed_in_both_directions(tmp_path):
-    constants.main(["--out", str(tmp_path / "constants.csv"), "--repeats", "2"])
-    rows = read(tmp_path / "constants.csv")
-    ways = {f"{branch}_constants_{way}" for branch in constants.BRANCHES for way in ("forward", "backward")}
-    assert {(row["benchmark"], row["norm"]) for row in rows} == {
-        (way, norm) for way in ways for norm in ("rms", "layer")
-    }
-    assert {row["metric"] for row in rows} == {"time_median", "time_p20", "time_p80", "bandwidth", "copy_share"}
+def test_the_curvature_is_timed_beside_flash_attention(tmp_path):
+    curvature_kernels.main(["--out", str(tmp_path / "curvature.csv"), "--repeats", "2"])
+    rows = read(tmp_path / "curvature.csv")
+    assert {row["benchmark"] for row in rows} == set(curvature_kernels.OPERATIONS)
+    timed = {"time_median", "time_p20", "time_p80", "bandwidth", "copy_share"}
+    assert {row["metric"] for row in rows} == {*timed, "flash_ratio"}
     assert all(float(row["value"]) > 0 for row in rows)
 
 
-def test_wrong_constants_are_refused_and_not_timed(tmp_path, monkeypatch, capsys):
+def test_a_wrong_curvature_is_refused_and_not_timed(tmp_path, monkeypatch, capsys):
     def wrong(*given):
-        return tuple(1.2 * one for one in constants.reference.attention_constants(*given))
+        return 1.2 * curvature_kernels.reference.attention_trace(*given)
 
-    other = SimpleNamespace(**vars(constants.reference) | {"attention_constants": wrong})
-    monkeypatch.setattr(constants, "implementations", lambda device: {"other": other})
-    constants.main(["--out", str(tmp_path / "constants.csv"), "--repeats", "2"])
-    rows = [row for row in read(tmp_path / "constants.csv") if row["benchmark"] == "attention_constants_forward"]
-    assert [(row["metric"], round(float(row["value"]), 1)) for row in rows] == [("error", 0.2)] * 2
-    assert "attention forward other refused: error 0.2" in capsys.readouterr().err
+    own = curvature_kernels.implementations(CPU)["eager"]
+    both = {"eager": own, "other": own | {"attention_trace": wrong}}
+    monkeypatch.setattr(curvature_kernels, "implementations", lambda device: both)
+    curvature_kernels.main(["--out", str(tmp_path / "curvature.csv"), "--repeats", "2"])
+    rows = [row for row in read(tmp_path / "curvature.csv") if row["variant"] == "other"]
+    found = [(row["metric"], row["value"]) for row in rows if row["benchmark"] == "attention_trace"]
+    assert [(metric, round(float(value), 1)) for metric, value in found] == [("error", 0.2)]
+    assert "attention_trace other refused: error 0.2" in capsys.readouterr().err
 
 
 TUNED = ["--rows", "2", "--width", "128", "--repeats", "2"]
@@ -147,19 +121,12 @@ def test_what_a_call_does_not_launch_is_said():
         tuning.captured("norm_step_forward", lambda: None, "sm_90")
 
 
-@pytest.mark.parametrize("kernel", tune_attention.KERNELS)
-def test_a_candidate_of_a_sweep_is_what_it_is_launched_as(kernel):
-    config = tune_attention.candidates(kernel)[0]
-    case = replace(tune_attention.CASES[0], heads=2, shared=2, tokens=16)
-    *_, keywords = tune_attention._captured(kernel, case, config, CPU)
-    found = keywords["BLOCK_ROWS"], keywords["BLOCK_COLUMNS"], keywords["num_warps"], keywords["num_stages"]
-    assert found == (config.block_rows, config.block_columns, config.num_warps, config.num_stages)
-
-
 def test_the_memory_checker_sees_every_kernel():
     """Every kernel that is compiled ahead of time, which `ofa_kernels.workload` launches, is launched here too."""
-    ahead = workload.cases([64], ["fp32"], ["rms"], [1]) + workload.attention_cases([64], ["bf16", "fp32"])
-    ahead += workload.weights_cases([64], ["fp32"], ["rms"])
+    ahead = [
+        *workload.cases([64], ["fp32"], ["rms"], [1]),
+        *workload.curvature_cases([64], ["bf16"], workload.VARIANTS),
+    ]
     assert _launched(lambda: [case.launch() for case in ahead]) <= _launched(lambda: list(every_kernel.launch(CPU)))
 
 
@@ -173,8 +140,8 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     done = subprocess.run(["bash", SCRIPT, tmp_path / "out", "steps"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "benchmarks/gpu.sh: there is no part steps; the parts are ceilings tests step replays launches attention "
-        "constants kernels probes memcheck tune\n"
+        "benchmarks/gpu.sh: there is no part steps; the parts are ceilings tests step replays launches curvature "
+        "kernels probes memcheck tune\n"
     )
     assert not (tmp_path / "out").exists()
 

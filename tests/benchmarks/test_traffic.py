@@ -13,7 +13,7 @@ import torch
 from benchmarks import traffic
 from benchmarks.traffic import Size
 from ofa_kernels import launch
-from ofa_kernels.ops import contract, displace, launching, mlp_trace, norm_step, norm_trace, perturb, step_boundary
+from ofa_kernels.ops import contract, displace, launching, norm_step, perturb, step_boundary
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts what the interpreter does")
 
@@ -22,9 +22,9 @@ SIZES = [
     Size(5, 576, itemsize=2, samples=2, biased=True, centred=True),
 ]
 PROBE = 7, 3, False
-CACHED = ("weight", "bias", "gate_trace", "up_trace", "gate_shift", "up_shift", "shift")
+CACHED = ("weight", "bias")
 """Read again by every row: once in the model."""
-PARTIAL = ("partial_weight", "partial_bias", "partial_gate", "partial_up")
+PARTIAL = ("partial_weight", "partial_bias")
 """Not in the model; what is made of them is."""
 
 
@@ -109,36 +109,6 @@ def step_boundary_backward(size):
     return step_boundary.backward(*saved, *grads, *settings)
 
 
-def mlp_trace_forward(size, gated=True):
-    return mlp_trace.forward(*mlp(size, gated), None, "silu" if gated else "gelu")
-
-
-def mlp_trace_backward(size, gated=True):
-    return mlp_trace.backward(*mlp(size, gated), rows(size, 2), scalars(size), "silu" if gated else "gelu")
-
-
-def norm_trace_forward(size):
-    return norm_trace.forward(*normed(size), 1e-5, size.centred, 0.0)
-
-
-def norm_trace_backward(size):
-    saved = scalars(size, 4 if size.centred else 2)
-    return norm_trace.backward(*normed(size), saved, scalars(size), size.centred, 0.0)
-
-
-def normed(size):
-    """stream, γ, image, trace, shift."""
-    scale, shift = scale_and_shift(size)
-    return rows(size), scale, rows(size), scalars(size), shift
-
-
-def mlp(size, gated):
-    """gate, up, their traces, their shifts; without up, nothing of the second of each pair."""
-    (gate_trace, gate_shift), (up_trace, up_shift) = scale_and_shift(size), scale_and_shift(size)
-    pairs = (rows(size), rows(size)), (gate_trace, up_trace), (gate_shift, up_shift)
-    return [tensor for first, second in pairs for tensor in (first, second if gated else None)]
-
-
 def rows(size, *stacked):
     return torch.randn(*stacked, size.rows, size.width).to(torch.float32 if size.itemsize == 4 else torch.float16)
 
@@ -204,32 +174,6 @@ OPERATIONS = {
             "grad_sqnorm": 1,
             "grad_products": 1,
         },
-    ),
-    "mlp_trace_forward": (mlp_trace_forward, traffic.mlp_trace_forward, lambda n: {"gate": 1, "up": 1}),
-    "mlp_trace_forward plain": (
-        partial(mlp_trace_forward, gated=False),
-        partial(traffic.mlp_trace_forward, gated=False),
-        lambda n: {"gate": 1},
-    ),
-    "mlp_trace_backward": (
-        mlp_trace_backward,
-        traffic.mlp_trace_backward,
-        lambda n: {"gate": 1, "up": 1, "grad_stack": 1, "grad_trace": 1},
-    ),
-    "mlp_trace_backward plain": (
-        partial(mlp_trace_backward, gated=False),
-        partial(traffic.mlp_trace_backward, gated=False),
-        lambda n: {"gate": 1, "grad_stack": 1, "grad_trace": 1},
-    ),
-    "norm_trace_forward": (
-        norm_trace_forward,
-        traffic.norm_trace_forward,
-        lambda n: {"stream": 1, "image": 1, "trace": 1},
-    ),
-    "norm_trace_backward": (
-        norm_trace_backward,
-        traffic.norm_trace_backward,
-        lambda n: {"stream": 1, "image": 1, "trace": 1, "saved": 1, "grad": 1},
     ),
 }
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)

@@ -212,6 +212,15 @@ def test_the_best_epoch_survives_a_resume(tiny_model, tmp_path):
     assert_same_bits(scales, expected)
 
 
+def test_a_run_that_ended_early_is_not_taken_up_again(tiny_model, tmp_path):
+    """Any loss is below the bound, so that the first epoch is the last, for the run that resumes it too."""
+    settings = {**PLAIN, "stop_loss": 1e9}
+    _, scales = run(tiny_model, tmp_path, settings)
+    result, resumed = run(tiny_model, tmp_path, settings, resume=True)
+    assert [record.step for record in result.records] == [1, 2, 3]
+    assert_same_bits(resumed, scales)
+
+
 # The file
 
 
@@ -350,6 +359,8 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tiny_model, stopped, dam
 OTHER = {
     "epochs": 3,
     "max_steps": 5,
+    "label_loss": 1.0,
+    "stop_loss": 0.1,
     "learning_rate": 2e-2,
     "weight_decay": 0.0,
     "warmup": 0.5,

@@ -291,6 +291,57 @@ def test_the_loss_is_the_full_vocabulary_cross_entropy_at_the_labels_tokens(tiny
         assert record.loss == pytest.approx(loss_by_hand(tiny_model, task, examples, scales), abs=1e-5)
 
 
+def label_loss_by_hand(loaded, task, examples):
+    """Mean of −ln p of each target among the tokens that words of the same beginning have there; the bare model."""
+    model, tokenizer = loaded
+    end = {"mood": "", "colliding": "\n"}[task.name]
+    losses = []
+    for example in examples:
+        before = tokenizer(task.prompt(example.text))["input_ids"]
+        words = {
+            label: tokenizer(task.prompt(example.text) + task.target(label) + end)["input_ids"][len(before) :]
+            for label in task.labels
+        }
+        own = words[example.label][: 1 if task is TASK else None]
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([[*before, *own]], device=DEVICE)).logits[0].softmax(-1)
+        total = 0.0
+        for place, target in enumerate(own):
+            allowed = {word[place] for word in words.values() if word[:place] == own[:place]}
+            here = p[len(before) + place - 1]
+            total -= math.log(here[target] / sum(here[token] for token in allowed))
+        losses.append(total / len(own))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(
+    ("task", "examples"), [(TASK, EXAMPLES[:3]), (COLLIDING, COLLIDING_EXAMPLES[:4])], ids=["first token", "whole word"]
+)
+def test_the_loss_over_the_label_words_is_added_with_its_weight(tiny_model, task, examples):
+    settings = {**PLAIN, "batch_size": len(examples)}
+    plain, _ = run(tiny_model, examples, task, settings=settings)
+    both, _ = run(tiny_model, examples, task, settings={**settings, "label_loss": 2.0})
+    expected = label_loss_by_hand(tiny_model, task, examples)
+    assert expected > 0.1
+    assert both.records[0].loss - plain.records[0].loss == pytest.approx(2 * expected, abs=1e-5)
+
+
+def test_a_task_without_label_words_has_no_loss_over_them(tiny_model):
+    with pytest.raises(InputError, match="no label words"):
+        run(tiny_model, OPEN_EXAMPLES, OPEN, settings={**PLAIN, "label_loss": 1.0})
+
+
+def test_a_run_ends_after_the_epoch_that_taught_nothing(tiny_model):
+    """By the mean over the epoch's three steps, each of which may be above the bound; the rates are not squeezed."""
+    settings = {**PLAIN, "epochs": 4}
+    whole, _ = run(tiny_model, settings=settings)
+    means = [sum(record.loss for record in whole.records[start : start + 3]) / 3 for start in range(0, 12, 3)]
+    bound = (means[1] + means[2]) / 2
+    assert means[0] > means[1] > bound > means[2]
+    result, _ = run(tiny_model, settings={**settings, "stop_loss": bound})
+    assert [record.loss for record in result.records] == [record.loss for record in whole.records[:9]]
+
+
 # Accumulation
 
 SPLITS = [(2, 2), (1, 4)]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from ofa.closed_form.constants import MlpProducts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ofa
 from ofa.closed_form import interface
-from ofa.closed_form.constants import MlpProducts
 from ofa.estimators import exact
 from tests import families
 from tests.device import DEVICE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops import contract, displace, mlp_trace, norm_step, norm_trace, perturb, step_boundary
+from ofa_kernels.ops import contract, displace, norm_step, perturb, step_boundary
 from tests.device import DEVICE
 
 EPS = 1e-5
@@ -110,13 +110,6 @@ def call(
         return Call(contract.contract, reference.contract, (stream, stack), ("products", "base_sqnorm"), probes)
     if operation == "squared_norm":
         return Call(contract.squared_norm, reference.squared_norm, (stream,), ("sqnorm",))
-    if operation in ("mlp_trace gated", "mlp_trace plain"):
-        return _mlp_trace(stream, other if operation == "mlp_trace gated" else None, shifted=norm == "layer")
-    if operation == "norm_trace":
-        # A shift is a constant, so that it is a setting.
-        settings = norms if shift is None else {**norms, "shift": shift}
-        inputs = (stream, scale, other, draw(*shape[:-1], dtype=torch.float32, seed=5))
-        return Call(norm_trace.norm_trace, reference.norm_trace, inputs, ("trace",), settings)
     settings = {**norms, **probes, "samples": 3, "epsilon": 0.1}
     names = ("stream", "stack", "update_sqnorm", "products")
     inputs = (stream, other, stack, scale, shift)
@@ -132,22 +125,9 @@ OPERATIONS = (
     "contract",
     "squared_norm",
     "step_boundary",
-    "mlp_trace gated",
-    "mlp_trace plain",
-    "norm_trace",
 )
-NORMED = ("norm_step", "norm", "perturb", "perturb behind", "step_boundary", "norm_trace")
+NORMED = ("norm_step", "norm", "perturb", "perturb behind", "step_boundary")
 PROBED = ("perturb", "perturb behind", "displace", "contract", "step_boundary")
-
-
-def _mlp_trace(gate: Tensor, up: Tensor | None, shifted: bool) -> Call:
-    """A gated SiLU or a plain GELU; the shifts are constants, so that they are settings."""
-    gate_trace, up_trace, gate_shift, up_shift = (draw(gate.shape[-1], seed=i).float() for i in range(5, 9))
-    settings: dict[str, Any] = {"activation": "gelu" if up is None else "silu"}
-    if shifted:
-        settings |= {"gate_shift": gate_shift, "up_shift": None if up is None else up_shift}
-    inputs = gate, up, gate_trace, None if up is None else up_trace
-    return Call(mlp_trace.mlp_trace, reference.mlp_trace, inputs, ("stack", "trace"), settings)
 
 
 def _without_update(function: Callable[..., Any]) -> Callable[..., Any]:

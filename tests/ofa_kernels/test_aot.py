@@ -21,23 +21,22 @@ from ofa_kernels.disassembly import Usage
 from ofa_kernels.ops import launching
 
 ROOT = Path(aot.__file__).parent.parent
-FEW = ["--width", "576", "8192", "--dtype", "bf16", "--norm", "layer+bias", "--samples", "4", "--head", "128"]
-"""The heaviest launches of a narrow and a wide row, and the most usual heads."""
+ROWS = ["--width", "576", "--dtype", "bf16", "--samples", "1"]
+FEW = [*ROWS, "--norm", "layer+bias", "--head", "128", "--variant", "normed", "shifted"]
+"""The heaviest launches of a row, and attention with the most sums; `python -m ofa_kernels.aot` compiles them all."""
 
-FEWER = ["--width", "576", "--dtype", "bf16", "--norm", "rms", "--samples", "1", "--head", "64"]
-SWEEPS = ("forward", "backward_rows", "backward_keys", "backward_values")
-TOKENS = ("features", "combine", "backward_own", "backward_tokens", "backward_constants")
-ATTENTION = {f"attention_moments_{way}" for way in SWEEPS} | {f"attention_trace_{way}" for way in TOKENS}
-CONSTANTS = {f"{branch}_constants_{way}" for branch in ("mlp", "attention") for way in ("forward", "backward")}
-KERNELS = (
-    {
-        f"{name}_{way}"
-        for name in ("norm_step", "perturb", "displace", "contract", "step_boundary", "mlp_trace", "norm_trace")
-        for way in ("forward", "backward")
-    }
-    | ATTENTION
-    | CONSTANTS
-)
+FEWER = [*ROWS, "--norm", "rms", "--head", "64", "--variant", "plain"]
+ROW_KERNELS = {
+    f"{name}_{way}"
+    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary")
+    for way in ("forward", "backward")
+}
+CURVATURE = {f"attention_curvature_{part}" for part in ("queries", "keys", "sums")}
+CURVATURE |= {"mlp_curvature_tokens", "add_partials"}
+CURVATURE |= {f"{name}_tiles" for name in ("mlp_diagonal", "attention_trace", "attention_diagonal")}
+KERNELS = ROW_KERNELS | CURVATURE
+CENTRED = {"image_rows"}
+"""What a LayerNorm needs besides."""
 
 OFFERED = """
 import json, sys, torch
@@ -55,8 +54,7 @@ def compile_instead(kernel, grid, args, keywords):
     kernel.warmup(*args, grid=(grid,), **keywords)
 
 workload._ROWS = 250
-heads = *workload.attention_cases([64], ["bf16"]), *workload.weights_cases([64], ["bf16"], ["rms"])
-for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *heads]:
+for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *workload.curvature_cases([64], ["bf16"], ["plain"])]:
     with launching_by(compile_instead, "sm_90"):
         case.launch()
 print(json.dumps([aot.__file__, hits]))
@@ -91,24 +89,20 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
-    assert {row["kernel"] for row in compiled if row["architecture"] == architecture} == KERNELS
+    assert {row["kernel"] for row in compiled if row["architecture"] == architecture} == KERNELS | CENTRED
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_machine_code(compiled, architecture):
     """16-byte accesses, no float64, what fits; only scalars per row are moved in less than 16 bytes.
 
-    No spills up to 8192 columns but those of large tiles that were measured to be the fastest, on that chip alone.
-
-    Seven where a norm's trace has them; attention and constants have blocks of them, and AMD's chips read some operands
-    in the order of a product.
+    The kernels of the curvature have blocks of numbers, and AMD's chips read some operands in the order of a product.
     """
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
         assert int(row["float64"]) == 0, row
-        assert int(row["spills"]) == 0 or (architecture == "sm_90" and row["kernel"] in aot.MAY_SPILL), row
-        scalars = 7 if row["kernel"].startswith("norm_trace") else 4
-        assert int(row["narrow"]) <= scalars or row["kernel"] in ATTENTION | CONSTANTS, row
+        assert int(row["spills"]) == 0, row
+        assert int(row["narrow"]) <= 4 or row["kernel"] not in ROW_KERNELS, row
         assert int(row["shared"]) <= aot.SHARED[architecture], row
 
 

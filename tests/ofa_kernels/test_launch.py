@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from ofa_kernels.launch import HEAVY, MAX_WIDTH, WALKING, configure, programs
+from ofa_kernels.launch import _SWEEPS, _TILES, HEAVY, MAX_WIDTH, configure, configure_tiles, programs, shares
 from ofa_kernels.workload import WIDTHS as WIDTHS_AHEAD
 
-ROWS = "norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward", "norm_trace_forward"
+ROWS = "norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward"
 KERNELS = (*ROWS, *HEAVY)
 WIDTHS = [1, 2, 31, 127, 128, 129, 576, 1024, 4096, 4097, 8192, 11008, 16384, 16385, 32768, MAX_WIDTH]
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, *WALKING])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, width, architecture):
@@ -30,7 +28,7 @@ def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, width, archit
     assert config.num_warps & (config.num_warps - 1) == 0
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, *WALKING])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_what_is_compiled_ahead_of_time_serves_every_width(kernel, architecture):
     compiled = {configure(kernel, width, 2, architecture) for width in WIDTHS_AHEAD}
@@ -51,9 +49,23 @@ def test_no_more_programs_than_rows_and_few_partial_sums(rows, processors, expec
     assert programs(rows, processors) == expected
 
 
-@pytest.mark.parametrize("kernel", WALKING)
-@pytest.mark.parametrize("width", [1536, 4096, 11008, 14336, MAX_WIDTH])
-def test_rows_that_are_walked_through_differ_in_nothing_but_the_number_of_tiles(kernel, width):
-    """Widths of MLPs are many, and their kernels do not depend on that number."""
-    config = configure(kernel, width, 2, "sm_90")
-    assert replace(config, tiles=1) == configure(kernel, 2048, 2, "sm_90")
+@pytest.mark.parametrize("kernel", [*_SWEEPS, *_TILES])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_of_the_curvature_are_powers_of_two_that_a_product_takes(kernel, architecture, itemsize):
+    """For every width of a head that the kernels take, crowded or not."""
+    for width in (1, 48, 64, 80, 128, 256 if itemsize == 2 else 128):
+        for crowded in (False, True):
+            config = configure_tiles(kernel, width, itemsize, architecture, crowded)
+            for size in (config.block_rows, config.block_columns, config.num_warps):
+                assert size & (size - 1) == 0
+            assert min(config.block_rows, config.block_columns) >= 16
+            assert config.num_warps * (64 if architecture == "gfx942" else 32) <= 256
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "wanted", "expected"),
+    [(0, 5, 8, 1), (4, 0, 8, 1), (1, 10, 4, 4), (1, 10, 100, 10), (8, 10, 4, 1), (3, 7, 12, 4)],
+)
+def test_runs_of_tiles_are_no_more_than_wanted_and_have_a_tile_each(blocks, tiles, wanted, expected):
+    assert shares(blocks, tiles, wanted) == expected

@@ -1,0 +1,105 @@
+"""Rows that are in memory already: a DataFrame, a data set of `datasets`, or a list of pairs, mappings or examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ofa.errors import InputError
+from ofa.tasks.columns import Columns
+from ofa.tasks.tables import FilePath, Row, Table
+from ofa.tasks.task import Example
+
+Data = FilePath | Iterable[Any]
+"""What examples can be given as: a path, or rows in memory."""
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """Rows as `Table` gives them, each with where it stands; `name` is what they are called in messages."""
+
+    name: str
+    rows: Iterable[tuple[str, Row]]
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        """Each row as (where it stands, values by column)."""
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def is_path(data: object) -> bool:
+    """Whether data is named rather than given."""
+    return isinstance(data, str | os.PathLike) or hasattr(data, "joinpath")
+
+
+def settled(data: Any) -> Any:
+    """Rows in memory that can be gone through again: a DataFrame or data set as it is, anything else as a list.
+
+    Raises:
+        InputError: it is nothing that has rows.
+    """
+    if type(data).__module__.partition(".")[0] in ("pandas", "datasets") or isinstance(data, list):
+        return data
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise InputError(
+            f"examples cannot be read from a {type(data).__name__}: give a path, a DataFrame, a data set, or a list of "
+            '(text, label) or {"text": …, "label": …}'
+        )
+    return list(data)
+
+
+def table_of(data: Any, columns: Columns, separator: str | None = None) -> Table | MemoryTable:
+    """The rows of data of any kind. Pairs without names are the text and the label of the `columns`, in this order.
+
+    Raises:
+        InputError: it is nothing that has rows; a row is refused when it is read.
+    """
+    if is_path(data):
+        return Table(data, separator)
+    package = type(data).__module__.partition(".")[0]
+    if package == "pandas" and hasattr(data, "columns"):
+        records = data.astype(object).where(data.notna(), None).to_dict("records")
+        places = [f"row {index!r} of the DataFrame" for index in data.index]
+        return MemoryTable("the DataFrame", list(zip(places, map(_named, records), strict=True)))
+    if package == "datasets":
+        return MemoryTable("the data set", _numbered(data, columns, "row", "the data set"), _class_names(data))
+    return MemoryTable("the list", _numbered(settled(data), columns, "item", "the list"))
+
+
+def _numbered(items: Iterable[Any], columns: Columns, what: str, of: str) -> Iterator[tuple[str, Row]]:
+    for number, item in enumerate(items):
+        where = f"{what} {number} of {of}"
+        yield where, _row(item, columns, where)
+
+
+def _row(item: Any, columns: Columns, where: str) -> Row:
+    if isinstance(item, Mapping):
+        return _named(item)
+    pair = (item.text, item.label) if isinstance(item, Example) else item
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise InputError(f"{where} is {item!r:.60}: write (text, label), or a mapping of columns to values")
+    if len(columns.names) != 1:
+        raise InputError(
+            f"{where} has no names for the columns {', '.join(columns.names)} that the template asks for: write "
+            "mappings of columns to values"
+        )
+    return dict(zip((columns.names[0], columns.label_column), map(_plain, pair), strict=True))
+
+
+def _named(item: Mapping[Any, Any]) -> Row:
+    return {str(name): _plain(value) for name, value in item.items()}
+
+
+def _plain(value: Any) -> object:
+    """A number of numpy as one of Python."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
+
+
+def _class_names(data: Any) -> dict[str, tuple[str, ...]]:
+    features = getattr(data, "features", None) or {}
+    return {name: tuple(kind.names) for name, kind in features.items() if type(kind).__name__ == "ClassLabel"}
