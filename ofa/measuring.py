@@ -366,6 +366,11 @@ class BranchMeter:
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
+        if self.current.with_grad and self.norm_module.weight.requires_grad and not leaving.requires_grad:
+            raise InputError(
+                f"{self.branch.exit} returns nothing that gradients could follow to {self.branch.norm.path}, whose scale "
+                "would not train; a layer in it is for inference only, so load the model in a form that can be trained"
+            )
         sqnorm = trace = None
         assert stream is not None
         # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.

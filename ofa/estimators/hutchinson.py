@@ -33,7 +33,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ofa import sharding, trial
 from ofa.anatomy import Branch, NormView, Step
-from ofa.errors import InputError
 from ofa.estimators import Handle, Leaving, Probe
 from ofa.estimators.replay import Replay
 from ofa.module_io import hidden_input
@@ -222,16 +221,7 @@ class FullHutchinson(_Differences):
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
     ) -> Leaving:
-        """The real output, and the mean of νᵀΔ over the probes and tokens of each sequence.
-
-        Raises:
-            InputError: the branch is to be trained, and its output has no gradient.
-        """
-        if torch.is_grad_enabled() and norm.weight.requires_grad and not leaving.requires_grad:
-            raise InputError(
-                f"{branch.exit} returns nothing that gradients could follow to {branch.norm.path}, whose scale would "
-                "not train; a layer in it is for inference only, so load the model in a form that can be trained"
-            )
+        """The real output, and the mean of νᵀΔ over the probes and tokens of each sequence."""
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
         real, copies = outputs[0], outputs[1:]
         keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}

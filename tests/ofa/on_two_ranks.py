@@ -30,6 +30,7 @@ from ofa import sharding
 from ofa.adapters import fingerprints
 from ofa.tuning import base_parameters
 from tests.families import build, inputs
+from tests.ofa.traces import EVERY
 
 RANKS = 2
 STEPS = 3
@@ -140,10 +141,10 @@ def refused(*words: str) -> Iterator[None]:
 
 
 @cases(
-    *({"estimator": "exact", "order": order} for order in ("tune attach wrap", "tune wrap attach")),
-    *({"estimator": estimator, "order": "tune wrap attach"} for estimator in ("hutchinson", "jvp")),
+    *({"kind": "exact", "order": order} for order in ("tune attach wrap", "tune wrap attach")),
+    *({"kind": kind, "order": "tune wrap attach"} for kind in EVERY if kind != "exact"),
 )
-def ddp_trains_as_one_process(estimator: str, order: str) -> None:
+def ddp_trains_as_one_process(kind: str, order: str) -> None:
     model = trained = model_of("llama")
     reg: Any = None
     for what in order.split():
@@ -152,8 +153,9 @@ def ddp_trains_as_one_process(estimator: str, order: str) -> None:
         elif what == "wrap":
             trained = DistributedDataParallel(model)
         else:
-            reg = ofa.fused_regularizers(trained, **WEIGHTS, estimator=estimator, seed=dist.get_rank())
-    oracle = joined("llama") if estimator == "exact" else averaged("llama", estimator=estimator)
+            reg = ofa.fused_regularizers(trained, **WEIGHTS, **EVERY[kind], seed=dist.get_rank())
+    together = kind.startswith("exact")
+    oracle = joined("llama", **EVERY[kind]) if together else averaged("llama", **EVERY[kind])
     assert_same(train(trained, reg, "llama", rows_of(dist.get_rank())), oracle)
 
 
@@ -255,18 +257,22 @@ def fsdp_trains_as_one_process(units: str, order: str) -> None:
     *({"name": name} for name in ("gpt2", "bert", "vit", "gpt_neox", "qwen3")),
     {"name": "opt_post_norm", "granularity": "layer"},
     *(
-        {"name": "llama", "estimator": estimator, "granularity": granularity, "checkpointing": checkpointing}
-        for estimator, granularity, checkpointing in (
+        {"name": "llama", "kind": kind, "granularity": granularity, "checkpointing": checkpointing}
+        for kind, granularity, checkpointing in (
             ("exact", "sublayer", True),
+            ("exact, full", "sublayer", True),
             ("hutchinson", "sublayer", True),
+            ("hutchinson, full", "sublayer", True),
             ("hutchinson", "layer", True),
             ("jvp", "sublayer", False),
             ("jvp", "layer", False),
-            ("local_jvp", "sublayer", False),
         )
     ),
 )
-def fsdp_averages_the_gradients_of_the_ranks(name: str, checkpointing: bool = False, **options: Any) -> None:
+def fsdp_averages_the_gradients_of_the_ranks(
+    name: str, kind: str | None = None, checkpointing: bool = False, **options: Any
+) -> None:
+    options |= {} if kind is None else EVERY[kind]
     model = model_of(name, checkpointing=checkpointing)
     ofa.tune_norms(model)
     sharded(model, "layers")
@@ -291,6 +297,18 @@ def fsdp_accumulates(folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert_same(scales_of(model), joined("llama"))
+
+
+@cases({"launcher": "ddp"}, {"launcher": "fsdp"})
+def one_of_two_steps_is_measured(launcher: str) -> None:
+    """Ranks notice the same steps, also by the versions of scales that are in parts between passes."""
+    model = model_of("llama")
+    ofa.tune_norms(model)
+    trained = DistributedDataParallel(model) if launcher == "ddp" else sharded(model, "layers")
+    reg = ofa.fused_regularizers(trained, **WEIGHTS, every=2)
+    found = train(trained, reg, "llama", rows_of(dist.get_rank()))
+    assert_same(found, joined("llama", every=2))
+    assert (found - joined("llama")).abs().max() > 1e-6
 
 
 @cases({"mixed": False}, {"mixed": True})

@@ -104,7 +104,8 @@ def test_recomputed_tensors_are_let_go(name: str, gradient: str, weights: tuple[
         model(**oracle.batch(name))
         forward = len(seen)
         reg.penalty().backward()
-        assert len(seen) > forward
+        # A held gradient of the sharpness needs no second run.
+        assert (len(seen) > forward) == (gradient == "full" or weights[0] > 0)
         gc.collect()
         assert all(storage.expired() for storage in seen[forward:])
 

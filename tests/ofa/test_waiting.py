@@ -1,6 +1,6 @@
 """A measured step asks nothing of the device: an answer would be waited for, and cannot be had in a CUDA graph.
 
-A CPU answers at once; what shows here is that nobody asks.
+A CPU answers at once; what shows here is whether anything asks.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from ofa.closed_form.constants import MlpProducts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ofa
-from ofa.closed_form import interface
-from ofa.estimators import exact
+from ofa.closed_form import attention_interface
 from tests import families
 from tests.device import DEVICE
+from tests.ofa.traces import EVERY
 
 QUESTIONS = ("equal", "_local_scalar_dense", "is_nonzero", "item", "nonzero", "allclose", "unique", "masked_select")
 """Operations whose results depend on data, or are it."""
@@ -51,30 +50,36 @@ def asked(model: nn.Module, given: dict[str, Any], reg: Any = None) -> Counter[s
     return mode.found
 
 
-CASES = {
-    "exact": {"estimator": "exact"},
-    "some steps": {"estimator": "exact", "steps": 0.5},
-    "step ratio": {"sharpness": 0.0},
-    "last token": {"estimator": "exact", "tokens": "last"},
-    "hutchinson": {"estimator": "hutchinson", "samples": 2},
-}
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "granite"])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_a_measured_step_asks_nothing_of_the_device(name: str, padded: bool, case: str) -> None:
-    """Behind an optimizer's step, which changes the scales; nothing but what the model asks of its own accord."""
+def tuned(name: str, padded: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A family's model whose norms are tuned, and a batch without labels."""
     model = families.build(name)
-    scales = ofa.tune_norms(model)
-    given = families.inputs(name, sequences=2, tokens=4)
+    ofa.tune_norms(model)
+    given = {**families.inputs(name, sequences=2, tokens=4), "use_cache": False}
     given.pop("labels")
-    given["use_cache"] = False
     if padded:
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         given["attention_mask"][1, -1] = 0
+    return model, given
+
+
+CASES = {
+    **{kind: options for kind, options in EVERY.items() if kind != "jvp"},
+    "every step of three": {"estimator": "exact", "every": 3},
+    "no radial term": {"estimator": "exact", "radial": "none"},
+    "step ratio": {"sharpness": 0.0},
+    "last token": {"estimator": "exact", "tokens": "last"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "padded"), [("llama", False), ("llama", True), ("gpt2", True), ("granite", False), ("gemma2", True)]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_measured_step_asks_nothing_of_the_device(name: str, padded: bool, case: str) -> None:
+    """After an optimizer's step, which changes the scales; nothing but what the model asks of its own accord."""
+    model, given = tuned(name, padded)
     own = asked(model, given)
-    optimizer = torch.optim.AdamW(scales, lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     with ofa.fused_regularizers(model, **CASES[case]) as reg:
         for times in range(3):
             found = asked(model, given, reg)
@@ -83,48 +88,20 @@ def test_a_measured_step_asks_nothing_of_the_device(name: str, padded: bool, cas
             optimizer.step()
 
 
-def test_scales_that_no_version_tells_of_are_asked_for_once() -> None:
-    """Micro-batches between two optimizer steps: one question for all norms."""
-    model = families.build("llama")
-    ofa.tune_norms(model)
-    given = families.inputs("llama", sequences=2, tokens=4)
-    given.pop("labels")
-    given["use_cache"] = False
-    own = asked(model, given)
-    with ofa.fused_regularizers(model, estimator="exact") as reg:
-        asked(model, given, reg)
-        assert asked(model, given, reg) - own == Counter(equal=1)
-
-
 @pytest.mark.parametrize("padded", [False, True])
-def test_while_a_graph_is_captured_nobody_asks_at_all(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Constants are computed in every pass, so that they are in the graph; and anew behind it, in memory of their own.
-
-    The mask is one that the model was given, of which nothing is known.
-    """
-    model = families.build("llama")
-    ofa.tune_norms(model)
-    given = {**families.inputs("llama", sequences=2, tokens=4), "use_cache": False}
-    given.pop("labels")
+def test_while_a_graph_is_captured_nothing_is_asked_at_all(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a mask that the model was given, of which nothing is known: it is not taken for causal then."""
+    model, given = tuned("llama", padded=False)
     if padded:
         given["attention_mask"] = torch.ones(2, 1, 4, 4, device=DEVICE).tril().bool()
     own = asked(model, given)
-    computed: list[int] = []
-    forward = MlpProducts.forward
-    monkeypatch.setattr(MlpProducts, "forward", lambda *args: computed.append(1) or forward(*args))
     with ofa.fused_regularizers(model, estimator="exact") as reg:
-        expected = []
-        for times in range(2):
-            with monkeypatch.context() as patch:
-                patch.setattr(exact, "capturing", lambda tensor: True)
-                patch.setattr(interface, "capturing", lambda tensor: True)
-                assert asked(model, given, reg) - own == Counter()
-            expected.append(reg.penalty().detach())
-            assert len(computed) == 3 * (times + 1)
-        for _ in range(2):
-            asked(model, given, reg)
-            torch.testing.assert_close(reg.penalty().detach(), expected[0])
-        assert len(computed) == 9
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_interface, "capturing", lambda tensor: True)
+            assert asked(model, given, reg) - own == Counter()
+        captured = reg.penalty().detach()
+        asked(model, given, reg)
+        torch.testing.assert_close(reg.penalty().detach(), captured)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -132,19 +109,17 @@ def test_what_is_remembered_of_a_mask_is_what_one_would_see(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padding on either side, and a mask that is not causal."""
-    model = families.build("llama")
-    ofa.tune_norms(model)
-    model.set_attn_implementation(implementation)
-    given = families.inputs("llama", sequences=2, tokens=4)
+    model, given = tuned("llama", padded=False)
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
     given["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]], device=DEVICE)
-    own, found = interface._is_causal, []
+    own, found = attention_interface._is_causal, []
 
     def both(mask: Tensor) -> bool:
         # Nothing is known of a copy.
         found.append((own(mask), own(mask.clone())))
         return found[-1][0]
 
-    monkeypatch.setattr(interface, "_is_causal", both)
+    monkeypatch.setattr(attention_interface, "_is_causal", both)
     with ofa.fused_regularizers(model, estimator="exact"):
         model(**given)
         assert found
