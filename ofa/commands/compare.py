@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from ofa.commands.console import is_quiet, notice, reports_errors, set_quiet, show_json, warn, was_interrupted
 from ofa.commands.options import (
@@ -22,6 +22,7 @@ from ofa.commands.options import (
     TrustOption,
 )
 from ofa.errors import InputError
+from ofa.files import at_home
 
 if TYPE_CHECKING:
     from ofa.comparison.engines.machines import Machines
@@ -35,7 +36,7 @@ class _Wishes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    out: Path
+    out: Annotated[Path, AfterValidator(at_home)]
     retry_failed: bool = False
     drop_demonstrations: bool = False
     dry_run: bool = False

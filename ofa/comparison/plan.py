@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ofa.comparison.arguments import Material, check_settings, material_for
 from ofa.comparison.grid import Grid, Row
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
+from ofa.files import at_home
 from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, load_task
 
 TEST_SEED = 42
@@ -232,7 +232,7 @@ def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:
 
 def _folder_of(name: str) -> str:
     """The folder of a file that belongs to a task; any other name as it is."""
-    path = Path(name)
+    path = at_home(name)
     if path.is_file() and (path.parent / "task.json").is_file():
         return str(path.parent)
     return name

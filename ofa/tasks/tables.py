@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ofa.errors import InputError
+from ofa.files import at_home
 
 FilePath = str | os.PathLike[str] | Traversable
 Row = dict[str, object]
@@ -104,7 +105,7 @@ class Table:
 
 def located(path: FilePath) -> Traversable:
     """A path of any kind as one that can be opened; ~ is the home folder."""
-    return Path(path).expanduser() if isinstance(path, str | os.PathLike) else path
+    return at_home(path) if isinstance(path, str | os.PathLike) else path
 
 
 def suffix_of(path: FilePath) -> str:
