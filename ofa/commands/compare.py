@@ -16,9 +16,12 @@ from ofa.commands.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LabelColumnOption,
     ModelOption,
     OfflineOption,
     QuietOption,
+    SeparatorOption,
+    TextColumnOption,
     TrustOption,
 )
 from ofa.errors import InputError
@@ -69,6 +72,9 @@ def compare(
         str,
         typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or each in turn."),
     ] = "prompt,demonstrations",
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    separator: SeparatorOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
