@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,17 @@ class Adaptation:
         assert self.predictor.training is not None
         return self.predictor.training
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The most probable label of each text."""
-        return self.predictor.predict(texts)
+    def predict(self, texts: Sequence[str | Mapping[str, object]]) -> list[str]:
+        """The most probable label of each text; where the template has several columns, of each row of them by name.
 
-    def predict_proba(self, texts: Sequence[str]) -> Tensor:
-        """Probability of each label in the task's order, (texts, labels), float32."""
-        return self.predictor.predict_proba(texts)
+        Raises:
+            InputError: a text is empty, or a row lacks a column.
+        """
+        return self.predictor.predict(self._texts(texts))
+
+    def predict_proba(self, texts: Sequence[str | Mapping[str, object]]) -> Tensor:
+        """Probability of each label in the task's order, (texts, labels), float32; of texts or rows as in `predict`."""
+        return self.predictor.predict_proba(self._texts(texts))
 
     def evaluate(self, data: TaskData | Data) -> Evaluation:
         """Predict labelled examples of any kind that `load_task` takes, and measure the predictions."""
@@ -72,6 +76,9 @@ class Adaptation:
             "seconds": round(self.training.seconds, 2),
             "threads": torch.get_num_threads(),
         }
+
+    def _texts(self, rows: Sequence[str | Mapping[str, object]]) -> list[str]:
+        return [self.data.task.text_of(row, f"text {number}") for number, row in enumerate(rows, start=1)]
 
     def close(self) -> None:
         """Leave the model as it was before it was adapted."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ofa.errors import InputError
+from ofa.files import at_home
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -24,7 +25,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the folder is none, or holds another kind of adapter.
     """
-    path = Path(folder).expanduser()
+    path = at_home(folder)
     config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
     if config.get("peft_type") != "LN_TUNING":
         raise InputError(
@@ -39,7 +40,7 @@ def read_details(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read.
     """
-    file = Path(folder).expanduser() / DETAILS
+    file = at_home(folder) / DETAILS
     return _read_json(file, "") if file.exists() else {}
 
 

@@ -21,7 +21,7 @@ from ofa import __version__, sharding
 from ofa.adapter_folder import CARD, CONFIG, DETAILS, WEIGHTS, read_config, read_details
 from ofa.base_weights import difference, weight_digests
 from ofa.errors import InputError
-from ofa.files import WRITE_ERRORS, claimed_folder, json_writer, reason, text_writer, write_together
+from ofa.files import WRITE_ERRORS, at_home, claimed_folder, json_writer, reason, text_writer, write_together
 from ofa.model_card import model_card
 from ofa.tuning import base_parameters, hold_norms
 
@@ -79,10 +79,10 @@ def save_adapter(
     tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
 
     def write() -> None:
-        _write(model, Path(folder), base, tensors, base_model=base_model, details=details, overwrite=overwrite)
+        _write(model, at_home(folder), base, tensors, base_model=base_model, details=details, overwrite=overwrite)
 
     sharding.on_first_rank(f"writing {folder}", _exact_digest(tensors), write)
-    return Path(folder)
+    return at_home(folder)
 
 
 def _write(
@@ -135,7 +135,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises:
         InputError: it is not an LN-tuning folder, offers a pickle, or its tensors are damaged.
     """
-    path = Path(folder).expanduser()
+    path = at_home(folder)
     config = read_config(path)
     tensors = _read_tensors(path)
     strange = [key for key in tensors if not (key.startswith(_PREFIX) and _LAYER in key)]

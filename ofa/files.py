@@ -27,13 +27,19 @@ _owners: dict[Path, int] = {}
 """Folders that this process has to itself, and the thread that claimed each."""
 
 
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """A path in which ~ is the home folder; a shell leaves it alone after = and in a file of options."""
+    # Path.expanduser raises where there is no such user; a name that begins with ~ is a name.
+    return Path(os.path.expanduser(path))
+
+
 def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     """The folder, made if need be, proven writable, and empty unless `overwrite`.
 
     Raises:
         InputError: it cannot be written, it is a file, or it holds something and `overwrite` is off.
     """
-    path = Path(folder)
+    path = at_home(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -60,7 +66,7 @@ def claimed_folder(folder: str | Path, *, overwrite: bool = False, shared: bool 
     Raises:
         InputError: see `claim_folder` and `sole_writer`.
     """
-    path = Path(folder)
+    path = at_home(folder)
     made = [place for place in (path, *path.parents) if not place.exists()]
     try:
         claim_folder(path, overwrite=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ofa.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, first_sentence, read_gguf
 from ofa.errors import InputError
+from ofa.files import at_home
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +199,7 @@ def _locate(model: str | None, offline: bool, progress: Callable[[str], None] | 
 
 
 def _path(model: str) -> Path:
-    return Path(model).expanduser().absolute()
+    return at_home(model).absolute()
 
 
 def _check_path(model: str) -> None:

@@ -54,7 +54,9 @@ class Schedule:
         """The sharpness that passes between measured steps have, and its gradient beside the scale that it is of."""
         if self._value is None:
             return None
-        return self._value / self._passes, [(weight, gradient / self._passes) for weight, gradient in self._sums.values()]
+        return self._value / self._passes, [
+            (weight, gradient / self._passes) for weight, gradient in self._sums.values()
+        ]
 
     def resume(self, steps: int, value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Continue as after `steps` optimizer steps, with what was held then."""

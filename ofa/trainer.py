@@ -59,7 +59,7 @@ class TrainingConfig(BaseModel):
     stop_loss: float | None = Field(None, gt=0)
     batch_size: int = Field(4, ge=1)
     accumulation: int = Field(1, ge=1)
-    seed: int = 42
+    seed: int = Field(42, ge=-(2**63), lt=2**63)
     step_ratio: float = Field(1e-2, ge=0)
     sharpness: float = Field(1.0, ge=0)
     estimator: str = "auto"

@@ -10,6 +10,7 @@ from typing import Any
 from ofa.adapter_folder import WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
 from ofa.errors import InputError
+from ofa.files import at_home
 from ofa.tasks import Task, with_columns
 
 
@@ -60,7 +61,7 @@ def base_of(folder: Path, model: str | None) -> str:
 
 def adapter_digest(folder: Path) -> str:
     """SHA-256 of an adapter's scales."""
-    return hashlib.sha256((folder.expanduser() / WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((at_home(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
 def open_adapter(

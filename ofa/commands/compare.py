@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from ofa.commands.console import is_quiet, notice, reports_errors, set_quiet, show_json, warn, was_interrupted
 from ofa.commands.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LabelColumnOption,
     ModelOption,
     OfflineOption,
     QuietOption,
+    SeparatorOption,
+    TextColumnOption,
     TrustOption,
 )
 from ofa.errors import InputError
+from ofa.files import at_home
 
 if TYPE_CHECKING:
     from ofa.comparison.engines.machines import Machines
@@ -35,7 +39,7 @@ class _Wishes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    out: Path
+    out: Annotated[Path, AfterValidator(at_home)]
     retry_failed: bool = False
     drop_demonstrations: bool = False
     dry_run: bool = False
@@ -68,6 +72,9 @@ def compare(
         str,
         typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or each in turn."),
     ] = "prompt,demonstrations",
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    separator: SeparatorOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",

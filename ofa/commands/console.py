@@ -11,12 +11,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from ofa.errors import InputError
+from ofa.files import at_home
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,7 +94,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         quiet_libraries()
         try:
-            return command(*args, **kwargs)
+            return command(*args, **{name: _at_home(value) for name, value in kwargs.items()})
         except InputError as error:
             fail(error)
         except KeyboardInterrupt as error:
@@ -108,6 +110,13 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise SystemExit(1) from error
 
     return run
+
+
+def _at_home(value: Any) -> Any:
+    """Paths among the options, with the home folder for ~."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return at_home(value) if isinstance(value, Path) else value
 
 
 def was_interrupted(error: BaseException) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
 from ofa.errors import InputError
+from ofa.files import at_home
 from ofa.tasks import (
     DEMO_TASKS,
     HUB_TASKS,
@@ -96,6 +96,6 @@ def data_origin(data: str) -> dict[str, str]:
             "name": data,
             **({"origin": "a demo task of ofa"} if in_package else {"hub_id": HUB_TASKS[data].hub_id}),
         }
-    if Path(data).expanduser().exists() or is_table(data):
-        return {"name": Path(data).expanduser().resolve().name, "origin": "local data"}
+    if at_home(data).exists() or is_table(data):
+        return {"name": at_home(data).resolve().name, "origin": "local data"}
     return {"name": data, "hub_id": data}

@@ -204,7 +204,7 @@ def fit(
     if as_json:
         show_json(summary)
     else:
-        _tell(summary)
+        _tell(summary, several=len(given.task.columns.names) > 1)
 
 
 def _refuse_stopped(folder: Path, decided: bool) -> None:
@@ -266,7 +266,7 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **detail
     }
 
 
-def _tell(summary: dict[str, Any]) -> None:
+def _tell(summary: dict[str, Any], *, several: bool) -> None:
     notice(
         f"{summary['used']:,} of {summary['examples']:,} examples used; "
         f"{summary['trainable_parameters']:,} norm scales tuned in {summary['steps']} steps, "
@@ -279,4 +279,5 @@ def _tell(summary: dict[str, Any]) -> None:
         where = "the test examples" if left is None else f"{which} of the {left:,} examples that were not used"
         notice(f"accuracy {accuracy:.3f} on {where}")
     notice(f"adapter: {summary['folder']} ({summary['adapter_bytes'] / 1000:.0f} kB)")
-    notice(f'try: ofa predict {summary["folder"]} --text "…"')
+    how = "--data FILE --out LABELLED.csv" if several else '--text "…"'
+    notice(f"try: ofa predict {summary['folder']} {how}")

@@ -11,6 +11,7 @@ import typer
 
 from ofa.commands.console import notice, set_quiet
 from ofa.errors import InputError
+from ofa.files import at_home
 from ofa.tasks.sampling import Shots
 from ofa.threads import use_threads
 
@@ -178,7 +179,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(at_home(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the configuration {path} cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

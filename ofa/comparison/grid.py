@@ -50,6 +50,10 @@ class Grid(BaseModel):
     test_size: int = Field(500, ge=1)
     contexts: tuple[Literal["prompt", "demonstrations"], ...] = ("prompt", "demonstrations")
     """What may stand in front of a tested text; a method that is tested in none of these has its own."""
+    text_column: str | None = None
+    label_column: str | None = None
+    separator: str | None = None
+    """The columns, and what separates them, of tasks that are the user's own files."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     order: Literal["slow-first", "quick-first"] = "slow-first"
     """Of the methods of a task: no worker is left with a slow one at the end, or most are done if time runs out."""

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ofa.comparison.arguments import Material, check_settings, material_for
 from ofa.comparison.grid import Grid, Row
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
-from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, load_task
+from ofa.files import at_home
+from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, is_known, load_task
 
 TEST_SEED = 42
 """Draws the test subset of a task: the same one for all methods and all seeds, so that cells differ by nothing else."""
@@ -215,7 +215,10 @@ def _quickness(row: Row) -> int:
 
 
 def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:
-    data = load_task(_folder_of(name), offline=offline)
+    place = _folder_of(name)
+    columns = {"text_column": grid.text_column, "label_column": grid.label_column}
+    own = {} if is_known(place) else {option: column for option, column in columns.items() if column}
+    data = load_task(place, **own, separator=grid.separator, offline=offline)
     task = data.task
     if task.open_ended:
         raise InputError(f'the task "{task.name}" has no labels to choose from: compare needs label words in task.json')
@@ -232,7 +235,7 @@ def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:
 
 def _folder_of(name: str) -> str:
     """The folder of a file that belongs to a task; any other name as it is."""
-    path = Path(name)
+    path = at_home(name)
     if path.is_file() and (path.parent / "task.json").is_file():
         return str(path.parent)
     return name

@@ -12,7 +12,7 @@ from typing import Any
 
 from ofa.comparison.records import PROTOCOL, Record
 from ofa.errors import InputError
-from ofa.files import claim_folder, reason, sole_writer, write_json
+from ofa.files import at_home, claim_folder, reason, sole_writer, write_json
 
 RESULTS = "results.jsonl"
 RUN = "run.json"
@@ -28,7 +28,7 @@ def read_records(folder: str | Path) -> list[Record]:
     Raises:
         InputError: there are no results, or a line is damaged or of another version of the protocol.
     """
-    path = Path(folder) / RESULTS
+    path = at_home(folder) / RESULTS
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -99,7 +99,7 @@ def opened(folder: str | Path) -> Iterator[ResultsFile]:
         InputError: the folder cannot be written, holds something else, or another run is at work in it, or its results
             are damaged or of another version of the protocol.
     """
-    path = Path(folder) / RESULTS
+    path = at_home(folder) / RESULTS
     claim_folder(folder, overwrite=True)
     with sole_writer(path.parent):
         claim_folder(folder, overwrite=path.is_file())

@@ -40,12 +40,20 @@ Shots = int | Literal["all"]
 """Examples per class, or all that there are."""
 
 
+def check_seed(seed: int) -> int:
+    """A seed that every generator of random numbers takes, or an `InputError`."""
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"the seed {seed} has more than 64 bits: give one of at most 18 digits")
+    return seed
+
+
 def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: Shots, seed: int) -> FewShot:
     """Draw `shots` examples per class without replacement and shuffle them; without labels, `shots` in all.
 
     Examples with a label not among `labels` are never drawn. Raises `InputError` where a class has too few, none where
     all are asked for.
     """
+    check_seed(seed)
     if shots != "all" and (not isinstance(shots, int) or shots < 1):
         raise InputError(f"the number of shots must be at least 1, or all, not {shots!r}: ask for more")
     drawn = []
@@ -76,6 +84,7 @@ def class_balanced(examples: Sequence[Example], labels: Sequence[str], size: int
     A class that runs out leaves its share to the others, so the result is smaller than `size` only where the examples
     themselves are. A remainder goes to the labels that come first by name.
     """
+    check_seed(seed)
     if size < 1:
         raise InputError(f"the size of the test set must be at least 1, not {size}: ask for more")
     pools = [pool for pool, _ in _pools(examples, labels, seed)]

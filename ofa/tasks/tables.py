@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ofa.errors import InputError
+from ofa.files import at_home
 
 FilePath = str | os.PathLike[str] | Traversable
 Row = dict[str, object]
@@ -104,7 +105,7 @@ class Table:
 
 def located(path: FilePath) -> Traversable:
     """A path of any kind as one that can be opened; ~ is the home folder."""
-    return Path(path).expanduser() if isinstance(path, str | os.PathLike) else path
+    return at_home(path) if isinstance(path, str | os.PathLike) else path
 
 
 def suffix_of(path: FilePath) -> str:
@@ -177,26 +178,27 @@ def _readable(file: Traversable) -> Iterator[None]:
     if not file.is_file():
         raise InputError(f"{file} does not exist or is not a file: check the path")
     try:
-        yield
-    except UnicodeDecodeError as error:
-        where, encoding = _undecodable(file, error)
-        raise InputError(f"{where} is not {encoding} text: save the file with UTF-8 encoding") from error
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            where = _undecodable(file) if error.encoding.startswith("utf-8") else str(file)
+            encoding = error.encoding.upper()
+            raise InputError(f"{where} is not {encoding} text: save the file with UTF-8 encoding") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{file} is no whole gzip file ({error}): copy or compress it again") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror or error}): check its permissions") from error
 
 
-def _undecodable(file: Traversable, error: UnicodeDecodeError) -> tuple[str, str]:
-    if not error.encoding.startswith("utf-8"):
-        return str(file), error.encoding.upper()
+def _undecodable(file: Traversable) -> str:
+    """The first line that is not UTF-8."""
     with _stream(file) as stream:
         for line, content in enumerate(stream, start=1):
             try:
                 content.decode()
             except UnicodeDecodeError:
-                return f"{file}, line {line}", "UTF-8"
-    return str(file), "UTF-8"
+                return f"{file}, line {line}"
+    return str(file)
 
 
 def _stream(file: Traversable) -> io.BufferedReader:

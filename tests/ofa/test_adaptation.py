@@ -56,6 +56,18 @@ def test_a_label_whose_tokens_begin_another_one_s_can_be_told_from_it(tiny_model
     assert adaptation.predictor.evaluate(data.train).metrics.accuracy == 1.0
 
 
+def test_rows_of_several_columns_are_predicted_by_name(tiny_model):
+    """What a template of several columns is trained on is what it predicts; a bare text is refused."""
+    task = Task("nli", "{premise} / {text}:", ("yes", "no"))
+    rows = [{"premise": f"p{n}", "text": f"h{n}", "label": task.labels[n % 2]} for n in range(4)]
+    data = TaskData(task, tuple(Example(task.text_of(row), row["label"]) for row in rows))
+    adaptation = adapted(tiny_model, data, epochs=1)
+    by_row = adaptation.predict_proba(rows)
+    torch.testing.assert_close(by_row, adaptation.predictor.predict_proba([f"p{n} / h{n}" for n in range(4)]))
+    with pytest.raises(InputError, match="text 1 is one text, but the template asks for the columns premise, text"):
+        adaptation.predict(["h0"])
+
+
 # The task
 
 

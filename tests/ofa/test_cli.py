@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 import ofa as ofa_package
 from ofa.commands import doctor as doctor_module
+from ofa.commands.data import split_labels
 from ofa.commands.fit import fit
 from ofa.evaluation import Scorer
 from ofa.models import load_model
@@ -253,6 +255,28 @@ def test_config_file_equals_flags(fitted: Round, tmp_path: Path) -> None:
     summary = done("fit", "--config", config).json
     assert weights(tmp_path / "out") == weights(fitted.folder)
     assert set(summary["scores"]) >= {"accuracy", "count", "unused"}
+
+
+def test_paths_may_begin_at_home_and_labels_may_have_commas(
+    fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file of options, where no shell looks at them: every path, and a list of labels as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(write_rows(tmp_path / "elsewhere" / "none.jsonl", []).parent)
+    rows = [(text, "yes, sir" if label == "subjective" else "no") for text, label in TRAIN]
+    write_rows(tmp_path / "train.jsonl", rows, ("Review", "kind"))
+    (tmp_path / "model").symlink_to(fitted.model)
+    run = {"data": "~/train.jsonl", "test": "~/train.jsonl", "model": "~/model", "out": "~/out", "template": TEMPLATE}
+    run |= {"labels": ["yes, sir", "no"], "text_column": "review", "label-column": "Kind", "shots": 2, "epochs": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    done("fit", "--config=~/run.yaml")
+    task = details(tmp_path / "out")["task"]
+    assert (task["labels"], task["text_column"], task["columns"]) == (["yes, sir", "no"], "review", ["review"])
+    out = ["--data=~/train.jsonl", "--out=~/labelled.csv"]
+    done("predict", "~/out", *out)
+    assert done("evaluate", "~/out", "--data=~/train.jsonl", "--json").json["count"] == len(TRAIN)
+    assert {file.name for file in tmp_path.iterdir()} >= {"labelled.csv", "out"}
+    assert split_labels('"yes, sir",no') == ("yes, sir", "no")
 
 
 def test_flags_win_over_the_config_file(fitted: Round, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     train = write_rows(folder / "train.jsonl", rows, ("premise", "text", "label"))
     given = ["--data", train, "--model", tiny_folder, "--shots", 2, "--epochs", 1]
     done("fit", *given, "--template", TEMPLATE, "--out", folder / "one")
-    done("fit", *given, "--template", r"{premise}\nHypothesis: {text}\nLabel:", "--out", folder / "two")
+    told = done("fit", *given, "--template", r"{premise}\nHypothesis: {text}\nLabel:", "--out", folder / "two").err
+    assert f"try: ofa predict {folder / 'two'} --data FILE" in told
     return folder
 
 

@@ -198,6 +198,24 @@ DATA: dict[str, Case] = {
         lambda b: b.fit(template="{text} {label}:"),
         ("{label}, the column of the answer", "leave it out"),
     ),
+    "seed of more than 64 bits": (lambda b: b.fit("--seed", 10**30), ("the seed", "64 bits", "18 digits")),
+    "seed of more than 64 bits to evaluate with": (
+        lambda b: b.evaluate("--size", 2, "--seed", 10**30),
+        ("the seed", "64 bits", "18 digits"),
+    ),
+    "bytes that are not UTF-8 in a template": (
+        lambda b: b.fit(template="{text}\udcff:"),
+        ("\\udcff", "bytes that are not UTF-8", "rename the file"),
+    ),
+    "bytes that are not UTF-8 in a text": (
+        lambda b: ["predict", b.good, "--text", "caf\udce9"],
+        ("caf\\udce9", "bytes that are not UTF-8", "write it in UTF-8"),
+    ),
+    "half of a pair in the configuration": (
+        lambda b: b.fit("--config", b.file("run.yaml", r'labels: ["\ud83d", b]')),
+        ("run.yaml", "\\ud83d"),
+    ),
+    "home of nobody": (lambda b: b.fit(data="~nobody-of-that-name/data.csv"), ("~nobody-of-that-name/data.csv",)),
     "label with an open quote": (lambda b: b.fit("--labels", 'a,"b'), ("the labels a,", "double quotes")),
     "class with fewer examples than shots": (
         lambda b: b.fit("--shots", 4),

@@ -178,7 +178,9 @@ def test_the_language_part_has_the_trace_of_dense_jacobians_with_images(name: st
 def test_the_language_part_has_the_gradient_of_the_oracle_with_images(name: str) -> None:
     with oracle.Float64():
         model, given = in_float64(name)
-        assert_gradient_of_the_oracle(BEHAVES_AS[name], model, given, "sublayer", 1e-9, estimator="jvp", gradient="full")
+        assert_gradient_of_the_oracle(
+            BEHAVES_AS[name], model, given, "sublayer", 1e-9, estimator="jvp", gradient="full"
+        )
 
 
 def test_batches_as_large_as_the_axes_of_a_position_are_widened_alike() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import ofa
 from ofa import InputError
 from ofa.regularizers import Regularizers, attached
 from tests.families import build, inputs
-from tests.ofa.traces import EVERY, hooks_of, traces_of
+from tests.ofa.traces import EVERY, hooks_of
 
 ANY_MODEL = ("hutchinson", "hutchinson, full", "jvp")
 """Estimators that need not know what is inside of a branch."""

@@ -32,7 +32,9 @@ GRADIENTS += [(name, "layer") for name in ("llama", "gpt2", "bert", "opt_post_no
 
 def measuring(model: nn.Module, **options: Any) -> ofa.Regularizers:
     """Regularizers that measure the trace alone, by forward-mode differentiation."""
-    return ofa.fused_regularizers(model, **{"step_ratio": 0.0, "sharpness": 1.0, "estimator": "jvp", "gradient": "full", **options})
+    return ofa.fused_regularizers(
+        model, **{"step_ratio": 0.0, "sharpness": 1.0, "estimator": "jvp", "gradient": "full", **options}
+    )
 
 
 def measure(model: nn.Module, given: dict[str, Tensor], *, passes: int = 1, **options: Any) -> Tensor:

@@ -208,6 +208,9 @@ def test_quantized_layers_are_stepped_over_farther() -> None:
     branch = next(branch for branch, one in found.items() if one.at_least == INT8_DELTA)
     stream, first = torch.zeros(1, 4, 32, device=DEVICE), next(iter(found))
     # Without γ in it a displacement is shorter by the scale's size.
-    for estimator, factors in ((FullHutchinson(reach=found), (1.0, 1.0)), (Hutchinson(reach=found), (found[branch].scale, found[first].scale))):
+    for estimator, factors in (
+        (FullHutchinson(reach=found), (1.0, 1.0)),
+        (Hutchinson(reach=found), (found[branch].scale, found[first].scale)),
+    ):
         for one, delta, factor in zip((branch, first), (INT8_DELTA, DELTA[torch.float32]), factors, strict=True):
             assert estimator._epsilon(one, stream) == pytest.approx(delta * found[one].epsilon * factor, rel=1e-12)
