@@ -162,6 +162,9 @@ class Regularizers:
         self._settings = settings
         self._model = weakref.ref(model, _forgetting(self))
         self._signature = inspect.signature(model.forward)
+        # PEFT hands what it does not know on to the model that it holds.
+        held = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._takes_cache = "use_cache" in inspect.signature(held.forward).parameters
         self._pass: Pass | None = None
         self._measured: objectives.Measurements | None = None
         self._device = torch.device("cpu")
@@ -303,7 +306,7 @@ class Regularizers:
             )
         )
         self.passes += 1
-        if "use_cache" in self._signature.parameters and given.get("use_cache") is None:
+        if self._takes_cache and given.get("use_cache") is None:
             return args, {**kwargs, "use_cache": False}
         return None
 

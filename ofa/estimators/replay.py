@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
 
 from ofa import trial
 from ofa.anatomy import Branch
@@ -84,6 +85,8 @@ class Replay:
             return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if batched else tensor
 
         args, kwargs = replace_tensors(call.args, call.kwargs, other)
+        # A cache of keys and values would grow by those of the copies.
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         # Not the module itself: its hooks belong to the model's own run.
         return hidden_output(module.forward(*args, **kwargs))
 

@@ -183,6 +183,19 @@ def test_the_language_part_has_the_gradient_of_the_oracle_with_images(name: str)
         )
 
 
+def test_copies_enter_no_cache_of_keys_and_values() -> None:
+    """LLaVA hides `use_cache` behind **kwargs, and makes a cache in training; a branch that runs again must not use it."""
+    found = []
+    for asked in ({}, {"use_cache": False}):
+        model, given = families.vision_language("llava"), families.images_and_text("llava")
+        ofa.tune_norms(model)
+        with ofa.fused_regularizers(model, 0.0, 1.0, estimator="hutchinson", epsilon=1e-3) as reg:
+            model(**given, **asked)
+            found.append(reg.measurements.traces)
+    # Masks may be made otherwise beside a cache: some roundings of 2⁻²⁴, divided by ε = 10⁻³.
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
 def test_batches_as_large_as_the_axes_of_a_position_are_widened_alike() -> None:
     """Qwen2-VL's positions have three axes; three sequences must not be taken for them, nor the axes for sequences."""
     model = families.vision_language("qwen2_vl")
