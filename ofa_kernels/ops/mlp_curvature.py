@@ -16,7 +16,7 @@ library.define(
     "str activation, float? limit) -> (Tensor gate_sum, Tensor up_sum, Tensor moved)"
 )
 
-_BLOCK = 512
+_BLOCK = 1024
 """Numbers that a program adds up over their partial sums."""
 
 
