@@ -196,8 +196,8 @@ def _measure(case: Case, device: torch.device, repeats: int, copied: float) -> I
 
 def _flash(case: Case, device: torch.device) -> Call:
     shape = case.sequences, case.heads, case.tokens, case.head
-    heads = [torch.randn(shape, device=device).to(case.dtype) for _ in range(3)]
-    return partial(F.scaled_dot_product_attention, *heads, is_causal=True)
+    query, key, value = (torch.randn(shape, device=device).to(case.dtype) for _ in range(3))
+    return partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)
 
 
 def _nbytes(*tensors: Tensor) -> int:

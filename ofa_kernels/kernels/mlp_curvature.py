@@ -45,7 +45,7 @@ def mlp_curvature_tokens(
     Inputs: gate = g and up = u (or None: u = 1), groups (pointer, stride of a sequence, of a token); weights = w, the
     group (pointer, stride of a sequence); read, the group (pointer, stride of a sequence, of a row), or None; the
     shifts b_g and b_u (width,), or None; limit, the clamp of φ(min(g, limit)) ⊙ (u clamped to ±limit, and 1), or None.
-    Outputs: sums, (runs, B, 1 or 2, width), and moved, (tiles, B, tokens, READ), in float32.
+    Outputs: sums, (runs, 1 or 2, B, width), and moved, (tiles, B, tokens, READ), in float32.
     """
     STREAM: tl.constexpr = tl.bfloat16 if gate[0].dtype.element_ty == tl.bfloat16 else tl.float32
     program = tl.program_id(0).to(tl.int64)
@@ -95,10 +95,10 @@ def mlp_curvature_tokens(
             target = moved + ((tile * sequences + sequence) * tokens) * READ
             store(target, at * READ + reading, within & (reading < READ), found)
     PARTS: tl.constexpr = 1 if up is None else 2
-    target = sums + (run * sequences + sequence) * PARTS * width
+    target = sums + (run * PARTS * sequences + sequence) * width
     store(target, channel, inside, tl.sum(gate_sum, 0)[None, :])
     if up is not None:
-        store(target + width, channel, inside, tl.sum(up_sum, 0)[None, :])
+        store(target + sequences * width, channel, inside, tl.sum(up_sum, 0)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_count", "second_count"])

@@ -187,7 +187,7 @@ def forward(
         f"{name}_TILE": launch.tile_width(max(1, constants[name])) for name in ("HEAD", "VALUE", "READ", "TURN")
     }
 
-    crowded = query_entering is not None or move_query is not None
+    crowded = query_entering is not None or move_query is not None or read > launch.WIDEST_READ
     config = tiles_of(attention_curvature_queries, query, widest, crowded=crowded)
     programs = sequences * heads * -(-tokens // config.block_rows)
     start_by_names(attention_curvature_queries, programs, query, config, arguments, constants)

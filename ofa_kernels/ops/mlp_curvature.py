@@ -16,7 +16,7 @@ library.define(
     "str activation, float? limit) -> (Tensor gate_sum, Tensor up_sum, Tensor moved)"
 )
 
-_BLOCK = 512
+_BLOCK = 1024
 """Numbers that a program adds up over their partial sums."""
 
 
@@ -60,7 +60,7 @@ def forward(
     config = tiles_of(mlp_curvature_tokens, gate)
     tiles = -(-width // config.block_columns)
     runs = launch.shares(sequences * tiles, -(-tokens // config.block_rows), 4 * multiprocessors(gate.device))
-    sums = gate.new_empty((runs, sequences, parts, width), dtype=torch.float32)
+    sums = gate.new_empty((runs, parts, sequences, width), dtype=torch.float32)
     moved = gate.new_empty((tiles, sequences, tokens, lines), dtype=torch.float32)
     arguments: dict[str, Any] = {
         "gate": _tokens_of(gate),
@@ -91,7 +91,7 @@ def forward(
         blocks = sum(-(-size // _BLOCK) for size in sizes)
         args = sums, total, sizes[0], runs, moved if lines else None, change if lines else None, sizes[1], tiles
         start(add_partials, blocks, gate, args, {"BLOCK": _BLOCK}, None, num_warps=4)
-    return total[:, 0], total[:, 1] if up is not None else sums.new_empty(0), change
+    return total[0], total[1] if up is not None else sums.new_empty(0), change
 
 
 def empty(

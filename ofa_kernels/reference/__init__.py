@@ -1,9 +1,8 @@
 """The specification of every operation, in plain differentiable PyTorch.
 
-It is the oracle of the kernels' tests and the baseline of the benchmarks, and on the CPU it is what runs, except for
-the traces: theirs would keep many times what a training step may keep, so that `ofa_kernels.fused` has them for every
-device. Tensors may have any leading shape; a row is everything but the last dimension. Arithmetic is float32
-(float64 for float64 inputs) from the load to one cast at the store.
+It is the oracle of the kernels' tests and the baseline of the benchmarks, and on the CPU it is what runs. Tensors may
+have any leading shape; a row is everything but the last dimension. Arithmetic is float32 (float64 for float64 inputs)
+from the load to one cast at the store.
 """
 
 from ofa_kernels.reference.attention_curvature import (

@@ -101,7 +101,7 @@ def test_machine_code(compiled, architecture):
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
         assert int(row["float64"]) == 0, row
-        assert int(row["spills"]) == 0, row
+        assert int(row["spills"]) <= aot.FEW_SPILLS, row
         assert int(row["narrow"]) <= 4 or row["kernel"] not in ROW_KERNELS, row
         assert int(row["shared"]) <= aot.SHARED[architecture], row
 

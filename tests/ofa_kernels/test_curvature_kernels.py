@@ -340,7 +340,7 @@ def _pair(diagonal, image):
 
 def layer(dtype=torch.float32, tokens=17):
     """The five operations of a Llama layer, as `ofa` calls them: those of its attention and those of its MLP."""
-    (projections, down, slopes), factor = mlp_weights(True, 2, 70, 50, dtype)
+    (projections, down, _), factor = mlp_weights(True, 2, 70, 50, dtype)
     weights, _ = attention_weights(2, dtype, head=32, value=32)
     query, key = (draw(2, count, tokens, 32, dtype=dtype, seed=i) for i, count in enumerate((4, 2)))
     share, seen = draw(2, tokens, dtype=torch.float32).abs(), draw(2, 4, tokens, 8, dtype=torch.float32)
@@ -362,7 +362,7 @@ def layer(dtype=torch.float32, tokens=17):
         trace = dispatch.attention_trace(*weights, (found.query, found.key, found.value), factor)
         diagonal, _ = dispatch.attention_diagonal(*weights, first)
         to_gate, to_up, moved = dispatch.mlp_curvature(gate, gate, share, activation="silu", read=read)
-        other, _ = dispatch.mlp_diagonal(projections, down, slopes)
+        other, _ = dispatch.mlp_diagonal(projections, down, (to_gate, to_up))
         return [found.query, found.key, found.value, found.moved, trace, diagonal, to_gate, to_up, moved, other]
 
     return run
