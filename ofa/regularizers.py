@@ -163,7 +163,7 @@ class Regularizers:
         self._model = weakref.ref(model, _forgetting(self))
         self._signature = inspect.signature(model.forward)
         # PEFT hands what it does not know on to the model that it holds.
-        held = model.get_base_model() if hasattr(model, "get_base_model") else model
+        held: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._takes_cache = "use_cache" in inspect.signature(held.forward).parameters
         self._pass: Pass | None = None
         self._measured: objectives.Measurements | None = None

@@ -184,7 +184,7 @@ def test_the_language_part_has_the_gradient_of_the_oracle_with_images(name: str)
 
 
 def test_copies_enter_no_cache_of_keys_and_values() -> None:
-    """LLaVA hides `use_cache` behind **kwargs, and makes a cache in training; a branch that runs again must not use it."""
+    """LLaVA hides `use_cache` in **kwargs and makes a cache in training; a branch that runs again must not use it."""
     found = []
     for asked in ({}, {"use_cache": False}):
         model, given = families.vision_language("llava"), families.images_and_text("llava")

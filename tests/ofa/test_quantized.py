@@ -48,7 +48,9 @@ def train(model: nn.Module) -> list[Tensor]:
     with ofa.fused_regularizers(model, 1e-2, 1e-3) as reg:
         # Rounding what it reads to 8 bits is more than the recognition of a float32 model takes for rounding.
         rounds = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-        assert reg.estimator == ("hutchinson" if rounds and next(model.parameters()).dtype == torch.float32 else "exact")
+        assert reg.estimator == (
+            "hutchinson" if rounds and next(model.parameters()).dtype == torch.float32 else "exact"
+        )
         for _ in range(3):
             loss = model(**batch()).loss + reg.penalty()
             loss.backward()
