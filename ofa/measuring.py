@@ -369,7 +369,8 @@ class BranchMeter:
         if self.current.with_grad and self.norm_module.weight.requires_grad and not leaving.requires_grad:
             raise InputError(
                 f"{self.branch.exit} returns nothing that gradients could follow to {self.branch.norm.path}, whose "
-                "scale would not train; a layer in it is for inference only, so load the model in a form that can be trained"
+                "scale would not train; a layer in it is for inference only, so load the model in a form that can be "
+                "trained"
             )
         sqnorm = trace = None
         assert stream is not None
