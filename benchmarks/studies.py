@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ofa.commands.options import read_mapping
+from ofa.comparison import grid as grids
 from ofa.comparison.grid import Grid
 from ofa.comparison.outcomes import Draw, Outcome, Row, by_row, metric
 from ofa.comparison.records import CONTEXTS
 from ofa.comparison.store import RESULTS, read_records
 from ofa.report.formatting import NOTHING, percent, points, points_interval, seconds
-from ofa.statistics import Difference, Interval, paired_difference
+from ofa.statistics import FEWEST_PAIRS, Difference, Interval, paired_difference
 
 STUDIES, RECORDS, PAGE = Path("studies"), Path("studies/records"), Path("docs/studies.md")
 FIGURES = Path("docs/figures")
@@ -55,10 +56,9 @@ def filled(page: str) -> str:
     return _PLACE.sub(lambda place: _section(place["name"]), page)
 
 
-def study(rows: Mapping[Row, Mapping[Draw, Outcome]], method: str, settings: Mapping[str, str]) -> list[Line]:
-    """The lines of one context: the row of this method and these settings first, then the others by their gain."""
-    base = next(row for row in rows if row.method == method and row.settings == frozenset(settings.items()))
-    others = [_line(row, rows[row], rows[base]) for row in rows if row != base]
+def study(rows: Mapping[Row, Mapping[Draw, Outcome]], base: Row) -> list[Line]:
+    """The lines of one table: the baseline first, then the others that share draws with it by their gain."""
+    others = [_line(row, rows[row], rows[base]) for row in rows if row != base and rows[row].keys() & rows[base].keys()]
     return [_line(base, rows[base], None), *sorted(others, key=lambda line: -line.gained.mean if line.gained else 0.0)]
 
 
@@ -96,13 +96,13 @@ def _section(name: str) -> str:
     records = read_records(RECORDS / name) if (RECORDS / name / RESULTS).is_file() else []
     rows = by_row(records)
     first = grid.methods[0]
-    settings = {key: str(value) for key, value in first.settings.items()}
     parts = [f"<!-- study {name} -->"]
-    for context in CONTEXTS:
-        chosen = {row: outcomes for row, outcomes in rows.items() if row.context == context}
-        if not any(row.method == first.method for row in chosen):
-            continue
-        lines = study(chosen, first.method, settings)
+    told = [context for context in CONTEXTS if any(_is(row, first, context) for row in rows)]
+    for context in told:
+        # In-context learning has demonstrations always, and is set against what has none.
+        alone = {row.name for row in rows} - {row.name for row in rows if row.context in told}
+        chosen = {row: part for row, part in rows.items() if row.context == context or row.name in alone}
+        lines = study(chosen, next(row for row in chosen if _is(row, first, context)))
         path = FIGURES / f"study_{name}_{context}.png"
         figure(lines, path)
         words = "Nothing in front of a text" if context == "prompt" else "Demonstrations in front of every text"
@@ -112,6 +112,11 @@ def _section(name: str) -> str:
     return "\n".join([*parts, "", "```bash", command, "```", "<!-- end -->"])
 
 
+def _is(row: Row, wanted: grids.Row, context: str) -> bool:
+    settings = frozenset((key, str(value)) for key, value in wanted.settings.items())
+    return (row.method, row.settings, row.context) == (wanted.method, settings, context)
+
+
 _GRID = frozenset(Grid.model_fields)
 
 
@@ -119,14 +124,19 @@ def _line(row: Row, outcomes: Mapping[Draw, Outcome], base: Mapping[Draw, Outcom
     shared = outcomes if base is None else {draw: outcomes[draw] for draw in outcomes if draw in base}
     accuracy, likelihood = metric(shared), metric(shared, "negative_log_likelihood")
     return Line(
-        label=row.name,
+        label=row.label,
         accuracy=_mean(accuracy),
         likelihood=_mean(likelihood),
         calibration=_mean(metric(shared, "expected_calibration_error")),
         fit_seconds=float(np.mean([outcome.record.fit_seconds for outcome in shared.values()])),
-        gained=paired_difference(accuracy, metric(base)) if base else None,
-        spared=paired_difference(likelihood, metric(base, "negative_log_likelihood")) if base else None,
+        gained=_difference(accuracy, metric(base)) if base else None,
+        spared=_difference(likelihood, metric(base, "negative_log_likelihood")) if base else None,
     )
+
+
+def _difference(values: Mapping[Draw, float], base: Mapping[Draw, float]) -> Difference | None:
+    found = paired_difference(values, base)
+    return replace(found, interval=None) if found and found.pairs < FEWEST_PAIRS else found
 
 
 def _mean(values: Mapping[Draw, float]) -> float:
@@ -137,7 +147,7 @@ def _row(line: Line) -> str:
     told = [line.label, percent(line.accuracy), f"{line.likelihood:.3f}", f"{line.calibration:.3f}"]
     if line.gained is None or line.spared is None:
         return f"| {' | '.join([*told, NOTHING, NOTHING, NOTHING, seconds(line.fit_seconds)])} |"
-    spared = f"{line.spared.mean:+.3f}".replace("-", "−")
+    spared = f"{line.spared.mean:+.3f}".replace("-", "−").replace("+0.000", "0.000")
     ends = line.spared.interval
     within = f" [{ends.low:+.3f}, {ends.high:+.3f}]".replace("-", "−") if ends else ""
     gained = f"{points(line.gained.mean)} {points_interval(line.gained.interval)}".strip()

@@ -18,7 +18,7 @@ methods:
 """
 
 
-def record(method, settings, task, seed, accuracy, likelihood):
+def record(method, settings, task, seed, accuracy, likelihood, context="prompt"):
     cell = Cell("m", task, "0", method, seed, 5, 10, settings)
     metrics = {
         "accuracy": accuracy,
@@ -26,18 +26,22 @@ def record(method, settings, task, seed, accuracy, likelihood):
         "expected_calibration_error": 0.125,
         "confusion": [[1]],
     }
-    return Record(cell, scores={"prompt": Score(metrics, (0,), (0,), 0.01, 0)}, fit_seconds=30.0)
+    return Record(cell, scores={context: Score(metrics, (0,), (0,), 0.01, 0)}, fit_seconds=30.0)
 
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """A page with a place for one study, whose second row lost a cell."""
+    """A page with a place for one study: a row lost a cell, another has a context and a task of its own."""
     folder = tmp_path / "records" / "steps"
     folder.mkdir(parents=True)
-    base = {(task, seed): (0.5 + 0.1 * (task == "b"), 0.9) for task in "ab" for seed in (1, 2)}
+    base = {(task, seed): (0.5 + 0.1 * (task == "b"), 0.9) for task in "ab" for seed in (1, 2, 3)}
     kept = [record("norm-tuning", {"max_steps": 60}, *draw, *values) for draw, values in base.items()]
-    kept += [record("norm-tuning", {}, *draw, acc - 0.02, nll + 0.1) for draw, (acc, nll) in base.items()][:3]
+    kept += [record("norm-tuning", {}, *draw, acc - 0.02, nll + 0.1) for draw, (acc, nll) in base.items()][:5]
     kept += [record("zero-shot", {}, *draw, acc + 0.04, nll - 0.2) for draw, (acc, nll) in base.items()]
+    kept += [
+        record("icl", {}, "a", 1, 0.5, 0.9, "demonstrations"),
+        record("icl", {}, "c", 1, 0.1, 9.0, "demonstrations"),
+    ]
     (folder / RESULTS).write_text("".join(one.to_line() + "\n" for one in kept))
     (tmp_path / "steps.yaml").write_text(GRID)
     for name, path in {"STUDIES": "", "RECORDS": "records", "FIGURES": "figures"}.items():
@@ -46,11 +50,13 @@ def page(tmp_path, monkeypatch):
 
 
 def test_differences_are_paired_with_the_first_row_and_the_best_row_is_on_top(page, tmp_path):
+    """With intervals from six pairs on; a row that has demonstrations always is set against the bare prompt."""
     rows = [line for line in studies.filled(page).splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| norm-tuning (max_steps=60) | 55.0 | 0.900 | 0.125 | – | – | – | 30 s |",
-        "| zero-shot | 59.0 | 0.700 | 0.125 | +4.0 [+4.0, +4.0] | −0.200 [−0.200, −0.200] | 4 / 0 of 4 | 30 s |",
-        "| norm-tuning | 51.3 | 1.000 | 0.125 | −2.0 [−2.0, −2.0] | +0.100 [+0.100, +0.100] | 0 / 3 of 3 | 30 s |",
+        "| zero-shot | 59.0 | 0.700 | 0.125 | +4.0 [+4.0, +4.0] | −0.200 [−0.200, −0.200] | 6 / 0 of 6 | 30 s |",
+        "| icl + demonstrations | 50.0 | 0.900 | 0.125 | 0.0 | 0.000 | 0 / 0 of 1 | 30 s |",
+        "| norm-tuning | 52.0 | 1.000 | 0.125 | −2.0 | +0.100 | 0 / 5 of 5 | 30 s |",
     ]
     assert (tmp_path / "figures" / "study_steps_prompt.png").stat().st_size > 1000
 
