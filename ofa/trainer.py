@@ -40,7 +40,7 @@ STEPS, EPOCHS = 60, 7
 
 class TrainingConfig(BaseModel):
     """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options) but for its
-    length, 60 epochs in the paper.
+    length, 60 epochs in the paper, and for the sharpness, weighed by 1e-3 and differentiated through everything there.
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
     `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps` goes

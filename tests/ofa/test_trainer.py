@@ -161,11 +161,12 @@ def test_the_learning_rate_warms_up_over_a_share_of_the_steps_and_falls_to_0_by_
     assert learning_rate(step, total, config) == pytest.approx(0.02 * share, rel=1e-12, abs=1e-17)
 
 
-def test_the_defaults_are_the_papers():
-    """METHODS: lr 1e-3, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2, λ₂ = 1e-3; the length is our own."""
+def test_the_defaults_are_the_papers_but_for_length_and_sharpness():
+    """METHODS: lr 1e-3, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2; λ₂ = 1 belongs to the gradient in P."""
     config = TrainingConfig()
     assert (config.learning_rate, config.weight_decay, config.warmup) == (1e-3, 1e-3, 0.05)
-    assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 1e-2, 1e-3)
+    assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 1e-2, 1.0)
+    assert config.gradient == "preconditioner"
 
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.5])
