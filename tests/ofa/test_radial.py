@@ -60,7 +60,7 @@ def test_the_more_is_left_out_the_larger_the_error(name: str) -> None:
 
 
 def test_a_few_massive_channels_are_nearly_all_of_it() -> None:
-    """Three channels a hundred times as large as the others, as in trained models: a fiftieth is left out, not a seventh."""
+    """Three channels a hundred times as large as the others: a fiftieth is left out, not a seventh."""
     model, given = _massive(), oracle.batch("llama")
     with oracle.Float64():
         exact, some, none = (trace_gradients(model, given, radial=radial) for radial in ("exact", "channels", "none"))
