@@ -58,6 +58,8 @@ class Linear:
 
     path: str
     module: nn.Module
+    plain: bool
+    """Whether the weight is stored as it is; `torch.compile` cannot look at a tensor's class by name."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +72,7 @@ class Linear:
 
     def weight(self) -> Tensor:
         """W, (outputs, inputs), in the dtype that it is stored in; a view where the module holds it as it is."""
-        return _effective_weight(self.module)
+        return _effective_weight(self.module, plain=self.plain)
 
     def image(self, rows: Tensor) -> Tensor:
         """W x + b of every row, in float32 or wider."""
@@ -308,9 +310,10 @@ def _linear(path: str, module: nn.Module) -> Linear:
         raise NoClosedForm(f"{path} is a {type(base).__module__}.{type(base).__name__}, not a plain linear map")
     if reason := _unknown_adapter(module):
         raise NoClosedForm(f"{path} has {reason}, whose effective weight is not known here")
-    if not _is_plain(base.weight) and not _can_dequantize(base):  # type: ignore[arg-type]
+    plain = _is_plain(base.weight)  # type: ignore[arg-type]
+    if not plain and not _can_dequantize(base):
         raise NoClosedForm(f"the weight of {path} is quantized in a way that is not known here")
-    return Linear(path, module)
+    return Linear(path, module, plain)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -359,9 +362,9 @@ def _dequantized(base: nn.Module) -> Tensor:
     return dequantize_module_weight(base).detach()
 
 
-def _effective_weight(module: Any) -> Tensor:
+def _effective_weight(module: Any, *, plain: bool) -> Tensor:
     base: Any = _base(module)
-    if _is_plain(base.weight):
+    if plain:
         weight = sharding.whole(base.weight).detach()
         weight = weight.mT if sharding.own_class(base).__name__ == "Conv1D" else weight
     else:

@@ -171,6 +171,7 @@ def test_both_granularities_are_what_the_regularizers_measure(unchanged, options
     names = {"sublayer": asked, "layer": asked if asked in ("hutchinson", "jvp") else "hutchinson"}
     for granularity, name in names.items():
         given = {**options, "estimator": name, "granularity": granularity}
+        given["gradient"] = "full" if name == "jvp" else "preconditioner"
         with fused_regularizers(model, 1.0, 1.0, **given) as regularizers, torch.no_grad(), regularizers.measuring():
             model(input_ids=ids, attention_mask=mask)
         steps, expected = measured.steps[granularity], regularizers.measurements
