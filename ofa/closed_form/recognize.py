@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofa import trial
+from ofa import sharding, trial
 from ofa.anatomy import Anatomy, Branch, Norm, Step
 from ofa.closed_form.attention_interface import AttentionCall, AttentionCapture
 from ofa.closed_form.modules import (
@@ -335,7 +335,7 @@ def head_norm(spec: AttentionSpec, norm: nn.Module | None, heads: Tensor | None)
     if norm is None or heads is None:
         return None
     weight: Any = norm.weight
-    scale = widen(weight) + spec.norm_offset
+    scale = widen(sharding.whole(weight)) + spec.norm_offset
     return HeadNorm(
         heads, scale if len(scale) == spec.shape.width else scale.view(-1, 1, spec.shape.width), spec.norm_eps
     )
