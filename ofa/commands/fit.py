@@ -70,6 +70,8 @@ def fit(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    label_loss: Annotated[float, typer.Option(help="Weight of the loss over the label words alone.")] = 0.0,
+    stop_loss: Annotated[float | None, typer.Option(help="End after the epoch whose mean loss is below this.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     step_ratio: Annotated[
@@ -137,6 +139,8 @@ def fit(
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "warmup": warmup,
+        "label_loss": label_loss,
+        "stop_loss": stop_loss,
         "batch_size": batch_size,
         "accumulation": accumulation,
         "step_ratio": step_ratio,

@@ -87,9 +87,9 @@ def predict(
     from ofa.models import check_source
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
-    check_source(base_of(adapter, model), dtype=dtype, device=device)
     if out is not None:
         check_out(out)
+    check_source(base_of(adapter, model), dtype=dtype, device=device)
     task = read_task(adapter, text_column)
     if data is None or suffix_of(data) in TEXT_SUFFIXES:
         task = _of_texts(task, data)

@@ -48,9 +48,9 @@ def test_whole_layers_with_the_norm_behind_the_branch(name):
 def test_probes_change_from_pass_to_pass_alike():
     model, batch = double("llama"), inputs("llama")
     options = {"granularity": "layer", "epsilon": 1e-4, "seed": 7}
-    with PlainLoop(model, **options) as loop:
+    with PlainLoop(model, **WEIGHTS, **options) as loop:
         expected = values_of_two_passes(loop, model, batch)
-    with ofa.fused_regularizers(model, estimator="hutchinson", **options) as batched:
+    with ofa.fused_regularizers(model, **WEIGHTS, estimator="hutchinson", gradient="full", **options) as batched:
         assert values_of_two_passes(batched, model, batch) == pytest.approx(expected, rel=1e-9)
     assert expected[0] != expected[1]
 
@@ -70,7 +70,7 @@ def batched_and_plain(name, dtype, batch, **options):
     """(value, gradient in all norm scales) by the batched regularizers, and by the plain loop."""
     model = double(name) if dtype == torch.float64 else build(name)
     scales = ofa.tune_norms(model)
-    with ofa.fused_regularizers(model, **WEIGHTS, estimator="hutchinson", **options) as batched:
+    with ofa.fused_regularizers(model, **WEIGHTS, estimator="hutchinson", gradient="full", **options) as batched:
         got = value_and_gradient(batched, model, scales, batch)
     with PlainLoop(model, **WEIGHTS, **options) as loop:
         return got, value_and_gradient(loop, model, scales, batch)

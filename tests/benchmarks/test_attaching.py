@@ -34,12 +34,15 @@ def test_nothing_is_attached_where_nothing_is_weighted(rows: dict[tuple[str, ...
 
 
 def test_bytes_are_counted_to_the_byte(rows: dict[tuple[str, ...], float]) -> None:
-    """The step ratio keeps what each branch adds to the stream, in float32, and of the rest only numbers per row."""
+    """The step ratio keeps what each branch adds to the stream, in float32, and of the rest only numbers per row.
+
+    The sharpness keeps nothing, with a gradient in P.
+    """
     saved = {variant: rows["memory", variant, "saved_bytes", "False"] for variant in attaching.MEASURED}
     updates = BRANCHES * SEQUENCES * TOKENS * WIDTH * 4
     # Lengths and ratios: some float32 numbers per step, sequence and token.
     assert 0 <= saved["step_ratio"] - saved["plain"] - updates <= 16 * 4 * BRANCHES * SEQUENCES * TOKENS
-    assert saved["plain"] < saved["exact"] < saved["hutchinson_n1"] < saved["hutchinson_n4"]
+    assert saved["step_ratio"] == saved["exact"] == saved["hutchinson_n1"] == saved["hutchinson_n4"]
 
 
 def test_checkpoints_lower_the_peak_of_every_variant(rows: dict[tuple[str, ...], float]) -> None:

@@ -228,7 +228,7 @@ def test_the_folder_says_how_it_was_made_and_holds_no_training_text(tiny_model, 
     assert (details["shots"], details["seed"]) == (2, 3)
     assert details["indices"] == list(adaptation.drawn.indices)
     assert details["method"] == name
-    expected = {**QUICK, "step_ratio": 1e-2, "sharpness": 1e-3, "weight_decay": 1e-3, "estimator": "auto", **settings}
+    expected = {**QUICK, "step_ratio": 1e-2, "sharpness": 1.0, "weight_decay": 1e-3, "estimator": "auto", **settings}
     assert {key: details["settings"][key] for key in expected} == expected
     assert details["scores"] == {"accuracy": 0.5}
     assert details["seconds"] >= 0

@@ -426,7 +426,7 @@ OUTPUTS: dict[str, Case] = {
     ),
     "resume with other settings": (
         lambda b: b.interrupted("--sharpness", 0.5),
-        ("was made with sharpness=0.001, not 0.5", "same settings or start anew with --overwrite"),
+        ("was made with sharpness=1.0, not 0.5", "same settings or start anew with --overwrite"),
     ),
     "resume with other examples": (
         lambda b: b.interrupted("--shots", 1),
