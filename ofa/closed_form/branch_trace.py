@@ -33,6 +33,7 @@ from ofa.closed_form.recognize import (
     rotary_of,
 )
 from ofa.closed_form.taps import AttentionSeen, ExpertsSeen, MlpSeen
+from ofa.errors import InputError
 from ofa.objectives import BranchTrace
 from ofa_kernels import dispatch
 from ofa_kernels.reference import AttentionSums, HeadNorm, Move, Rotary, per_query_head
@@ -450,9 +451,15 @@ def observed(modules: AttentionModules, spec: AttentionSpec, seen: AttentionSeen
 
     Raises:
         RuntimeError: it could be observed when the regularizers were attached, and was not called.
+        InputError: it is called with something now that the closed form does not know.
     """
     rotary = rotary_of(spec.rotary, seen.positions) if getattr(modules.module, "use_rope", True) else None
     if seen.call is not None:
+        if seen.call.unusual:
+            raise InputError(
+                f"{modules.path} attends with {seen.call.unusual} in this pass, which the exact trace does not know; "
+                "use estimator='hutchinson', or leave it out"
+            )
         return seen.call, rotary
     if seen.projected is None:
         raise RuntimeError(

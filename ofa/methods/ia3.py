@@ -26,7 +26,7 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 
 
 def config_for(model: Any) -> Any:
-    """PEFT's configuration of these scales for a model.
+    """PEFT's configuration of these scales for a model; of a mixture of experts keys and values alone.
 
     Raises:
         InputError: the projections are not found.

@@ -16,7 +16,7 @@ from ofa.errors import InputError
 class Projections:
     """Paths of the query, key, value and down projections of all layers, in model order.
 
-    A fused projection stands in every place that it serves.
+    A fused projection stands in every place that it serves. Mixtures of experts have no down projections of their own.
     """
 
     query: tuple[str, ...]
@@ -33,11 +33,12 @@ def find_projections(model: Any) -> Projections:
     """
     attention = list(_with_children(model, ATTENTION_NAMES))
     mlp = list(_with_children(model, MLP_NAMES))
-    for what, found in (("an attention", attention), ("an MLP", mlp)):
+    experts = any(name.endswith(".experts") for name, _ in _decoder_modules(model))
+    for what, found in (("an attention", attention), ("an MLP", mlp or experts)):
         if not found:
             raise InputError(
                 f"no projections of {what} were found by name in a {type(model).__name__}; add their names to "
-                "ofa/closed_form/parts.py"
+                "ofa/closed_form/modules.py"
             )
     query, key, value = (tuple(paths[place] for paths in attention) for place in range(3))
     return Projections(query, key, value, tuple(paths[-1] for paths in mlp))

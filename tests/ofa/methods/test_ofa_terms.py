@@ -11,7 +11,7 @@ from tests.ofa.given_back import SHOTS, TASK
 QUICK = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
 OTHER = {"ofa-step-ratio": "sharpness", "ofa-sharpness": "step_ratio"}
 OWN = {"ofa-step-ratio": "step_ratio", "ofa-sharpness": "sharpness"}
-WEIGHTS = {"step_ratio": 1e-2, "sharpness": 1e-3}
+WEIGHTS = {"step_ratio": 1e-2, "sharpness": 1.0}
 
 
 def records(loaded, name, **options):
@@ -29,7 +29,7 @@ def test_one_term_is_ofa_with_the_other_weight_at_0(tiny_model, name):
         measured = {"step_ratio": step_ratio, "sharpness": sharpness}
         assert measured[OTHER[name]] is None
         assert penalty == pytest.approx(WEIGHTS[OWN[name]] * measured[OWN[name]], rel=1e-6)
-    assert records(tiny_model, name, **{OWN[name]: 1.0}) != expected
+    assert records(tiny_model, name, **{OWN[name]: 3.0}) != expected
 
 
 @pytest.mark.parametrize("name", OTHER)
