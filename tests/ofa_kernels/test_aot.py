@@ -53,13 +53,17 @@ driver.set_active(aot._NoDevice(aot._target("sm_90")))
 def compile_instead(kernel, grid, args, keywords):
     kernel.warmup(*args, grid=(grid,), **keywords)
 
-workload._ROWS = 250
-for case in [*workload.cases([640], ["bf16"], ["rms"], [1]), *workload.curvature_cases([64], ["bf16"], ["plain"])]:
-    with launching_by(compile_instead, "sm_90"):
-        case.launch()
+for rows, cases in (
+    (250, workload.cases([640], ["bf16"], ["rms"], [1])),
+    (240, workload.curvature_cases([64], ["bf16"], ["plain"])),  # Triton specializes a stride of the tokens' weights
+):
+    workload._ROWS = rows
+    for case in cases:
+        with launching_by(compile_instead, "sm_90"):
+            case.launch()
 print(json.dumps([aot.__file__, hits]))
 """
-"""What the run time does for 250 rows of 640 columns and heads of 64, but for the launch: offer the binaries, look up.
+"""What the run time does for 250 rows of 640 columns, and 240 tokens of heads of 64, but for the launch: offer the binaries, look up.
 
 They were compiled for 256 rows and, of the widths, 576.
 """
