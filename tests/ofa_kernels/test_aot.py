@@ -63,7 +63,8 @@ for rows, cases in (
             case.launch()
 print(json.dumps([aot.__file__, hits]))
 """
-"""What the run time does for 250 rows of 640 columns, and 240 tokens of heads of 64, but for the launch: offer the binaries, look up.
+"""What the run time does for 250 rows of 640 columns, and 240 tokens of heads of 64, but for the launch: offer the
+binaries, look up.
 
 They were compiled for 256 rows and, of the widths, 576.
 """
