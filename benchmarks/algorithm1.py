@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofa import anatomy
-from ofa.module_io import hidden_input, hidden_output, replace_tensors
+from ofa.anatomy.module_io import hidden_input, hidden_output, replace_tensors
 from ofa_kernels.philox import probes
 
 SIGNS = {"theory": -1.0, "algorithm1": 1.0}

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 import ofa
 from benchmarks.table import commit, cpu, significant, writing
 from benchmarks.workloads import PLAIN, SMOLLM2_135M, Attach, Workload, batch, build, loss, regularized, step
-from ofa.models import load_model
+from ofa.models.load import load_model
 
 ROUNDS = 20
 EMBEDDED = "embedded"

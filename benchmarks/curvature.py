@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import ofa
 from benchmarks.table import commit, cpu, significant, writing
-from ofa.closed_form import branch_trace
+from ofa.regularizers.closed_form import branch_trace
 from ofa.tasks import load_task
 
 TASKS = ("reviews", "questions")
@@ -139,7 +139,7 @@ def _by_branch(model: nn.Module, batch: dict[str, Tensor], mode: str) -> list[tu
         return trace
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ofa.estimators.exact.branch_trace", watched)
+        patch.setattr("ofa.regularizers.estimators.exact.branch_trace", watched)
         with ofa.fused_regularizers(model, 0.0, 1.0, estimator="exact", radial=mode):
             model(**batch)
     return found

@@ -3,7 +3,8 @@
     python -m benchmarks.encoder FOLDER studies/baselines.yaml studies/records/baselines
 
 FOLDER is a model that transformers' AutoModel opens, such as all-MiniLM-L6-v2. Texts are embedded without the prompt by
-the mean of the last hidden states over their tokens; `ofa.linear_probe` learns the shots. Cells that are there already
+the mean of the last hidden states over their tokens; `ofa.probing.linear_probe` learns the shots. Cells that are there
+already
 are left alone.
 """
 
@@ -23,8 +24,8 @@ from ofa.comparison.grid import Grid
 from ofa.comparison.plan import TaskPlan, read_tasks
 from ofa.comparison.records import Cell, Record, Score
 from ofa.comparison.store import opened
-from ofa.linear_probe import linear_probe
-from ofa.metrics import metrics
+from ofa.evaluation.scores import metrics
+from ofa.probing.linear_probe import linear_probe
 from ofa.tasks import Example
 
 Embed = Callable[[Sequence[str]], Tensor]

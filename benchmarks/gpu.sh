@@ -55,14 +55,14 @@ part() { # part SECONDS NAME COMMAND...: run a command within so many seconds, i
 # Whatever puts its tensors where tests/device.py says. Not what needs other packages, a network, a browser or several
 # processes, and not compiling ahead of time, which needs no GPU.
 tests=(
-  tests/ofa/test_{exact,closed_form,hutchinson,jvp,objectives,anatomy,tuning,guest,precision,compiled}.py
-  tests/ofa/test_regularizers{,_numbers,_checkpointing,_kernels}.py
-  tests/ofa/test_{memory_savers,families_dropin,adapters,trainer_integration,waiting,fused_norms}.py
-  tests/ofa/test_{evaluation,probing,logit_lens}.py tests/benchmarks/test_algorithm1.py
+  tests/ofa/regularizers/test_{exact,closed_form,hutchinson,jvp,objectives,guest,precision,compiled}.py tests/ofa/anatomy/test_steps.py tests/ofa/tuning/test_norms.py
+  tests/ofa/regularizers/test_{attach,numbers,recompute,kernels}.py
+  tests/ofa/regularizers/test_{memory_savers,transformers_trainer,waiting}.py tests/ofa/anatomy/test_families_dropin.py tests/ofa/adapters/test_save_and_load.py tests/ofa/tuning/test_fused_norms.py
+  tests/ofa/evaluation/test_scorer.py tests/ofa/probing/test_{layerwise,logit_lens}.py tests/benchmarks/test_algorithm1.py
   tests/ofa_kernels --ignore=tests/ofa_kernels/test_aot.py
 )
 if "$python" -c "import peft, pydantic" 2>/dev/null; then
-  tests+=(tests/ofa/test_{trainer,checkpoint,adaptation,methods,guidance}.py tests/ofa/methods)
+  tests+=(tests/ofa/training/test_{loop,checkpoint}.py tests/ofa/test_adaptation.py tests/ofa/methods/test_{interface,structured_guidance}.py tests/ofa/methods)
   tests+=(tests/ofa/comparison/test_{cell,fingerprint}.py)
 fi
 workers=$(("$(nproc)" < 16 ? $(nproc) : 16))

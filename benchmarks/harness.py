@@ -28,7 +28,6 @@ import torch
 from torch.optim import optimizer
 
 from benchmarks.table import commit, cpu, significant, writing
-from ofa.commands.console import quiet_libraries
 from ofa.comparison.cell import CellRunner
 from ofa.comparison.engines import Placement, Source
 from ofa.comparison.engines.local import LocalEngine
@@ -37,9 +36,11 @@ from ofa.comparison.plan import Job, Plan, read_tasks
 from ofa.comparison.records import Cell, Record
 from ofa.comparison.run import run_cells
 from ofa.comparison.store import opened
-from ofa.encoding import Encoder, batches_by_length, collate, model_window
+from ofa.evaluation.encoding import Encoder, batches_by_length, collate
+from ofa.logs import quiet_libraries
 from ofa.methods import method
-from ofa.models import load_model
+from ofa.models.introspection import model_window
+from ofa.models.load import load_model
 
 METHODS = ("zero-shot", "icl", "norm-tuning", "ofa")
 TESTED = ("zero-shot", "norm-tuning")

@@ -29,7 +29,7 @@ from transformers import __version__ as transformers_version
 
 import ofa
 from benchmarks.table import commit, cpu, significant, writing
-from ofa.estimators import hutchinson
+from ofa.regularizers.estimators import hutchinson
 from ofa.tasks import load_task
 
 GROUPS = {"small": {"all": range(6)}, "smollm2_135m_instruct": {"1-3": range(2, 8), "10-19": range(20, 40)}}

@@ -83,7 +83,7 @@ def tiny_model(folder: Path) -> Path:
 def save_adapter(model: Path, folder: Path) -> Path:
     """The model's own scales as an adapter of the task."""
     import ofa
-    from ofa.models import load_model
+    from ofa.models.load import load_model
 
     loaded = load_model(str(model))
     ofa.tune_norms(loaded.model)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import ofa
 from benchmarks.table import commit, cpu, significant, writing
-from ofa.models import load_model
+from ofa.models.load import load_model
 
 ROUNDS = 20
 BASE, SECOND_BASE, MERGED, OFA, PEFT = "base", "base_again", "merged", "adapter_ofa", "adapter_peft"

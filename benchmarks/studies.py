@@ -22,7 +22,7 @@ from ofa.comparison.outcomes import Draw, Outcome, Row, by_row, metric
 from ofa.comparison.records import CONTEXTS
 from ofa.comparison.store import RESULTS, read_records
 from ofa.report.formatting import NOTHING, percent, points, points_interval, seconds
-from ofa.statistics import FEWEST_PAIRS, Difference, Interval, paired_difference
+from ofa.report.statistics import FEWEST_PAIRS, Difference, Interval, paired_difference
 
 STUDIES, RECORDS, PAGE = Path("studies"), Path("studies/records"), Path("docs/studies.md")
 FIGURES = Path("docs/figures")

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import DataCollatorForSeq2Seq
 
 import ofa
-from ofa.encoding import Encoder, model_window
+from ofa.evaluation.encoding import Encoder
+from ofa.models.introspection import model_window
 from ofa.tasks import few_shot
 
 
@@ -69,7 +70,7 @@ def meet() -> torch.device:
     return device
 
 
-def batches_of(loaded: ofa.models.LoadedModel, options: argparse.Namespace) -> DataLoader:
+def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
     """A rank's part of the batches of prompt and label, with the label's tokens alone in `labels`."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))

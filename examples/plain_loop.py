@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 import ofa
-from ofa.encoding import Encoder, model_window
+from ofa.evaluation.encoding import Encoder
+from ofa.models.introspection import model_window
 from ofa.tasks import few_shot
 
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"saved {ofa.save_adapter(model, options.out)}")
 
 
-def batches_of(loaded: ofa.models.LoadedModel, options: argparse.Namespace) -> DataLoader:
+def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
     """Batches of prompt and label, with the label's tokens alone in `labels`."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))

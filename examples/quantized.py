@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
 
 import ofa
-from ofa.encoding import Encoder, model_window
+from ofa.evaluation.encoding import Encoder
+from ofa.models.introspection import model_window
 from ofa.tasks import few_shot
 
 QUANTIZED = {

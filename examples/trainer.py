@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import ofa
-from ofa.encoding import Encoder, model_window
+from ofa.evaluation.encoding import Encoder
+from ofa.models.introspection import model_window
 from ofa.tasks import few_shot
 
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     return trainer
 
 
-def rows_of(loaded: ofa.models.LoadedModel, options: argparse.Namespace) -> list[dict[str, list[int]]]:
+def rows_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Prompt and label of every shot, with the label's tokens alone in `labels`."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))

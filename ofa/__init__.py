@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ofa._lazy import on_first_use
+from ofa._version import __version__ as __version__
 from ofa.errors import InputError
 
-__version__ = "0.1.0"
-
 _LAZY = {
-    "fused_regularizers": "ofa.regularizers",
-    "tune_norms": "ofa.tuning",
-    "restore_norms": "ofa.tuning",
-    "save_adapter": "ofa.adapters",
-    "load_adapter": "ofa.adapters",
-    "merge": "ofa.adapters",
-    "push_to_hub": "ofa.publishing",
+    "fused_regularizers": "ofa.regularizers.attach",
+    "tune_norms": "ofa.tuning.norms",
+    "restore_norms": "ofa.tuning.norms",
+    "save_adapter": "ofa.adapters.save_and_load",
+    "load_adapter": "ofa.adapters.save_and_load",
+    "merge": "ofa.adapters.save_and_load",
+    "push_to_hub": "ofa.adapters.push",
     "adapt": "ofa.adaptation",
     "Adaptation": "ofa.adaptation",
-    "evaluate": "ofa.evaluation",
-    "probe": "ofa.probing",
-    "Evaluation": "ofa.evaluation",
-    "Scorer": "ofa.evaluation",
+    "evaluate": "ofa.evaluation.scorer",
+    "probe": "ofa.probing.layerwise",
+    "Evaluation": "ofa.evaluation.scorer",
+    "Scorer": "ofa.evaluation.scorer",
     "Task": "ofa.tasks",
     "TaskData": "ofa.tasks",
     "Example": "ofa.tasks",
@@ -30,25 +29,26 @@ _LAZY = {
     "few_shot": "ofa.tasks",
     "class_balanced": "ofa.tasks",
     "load_task": "ofa.tasks",
-    "load_model": "ofa.models",
+    "load_model": "ofa.models.load",
 }
 """Public name → module; loaded on first use, so that `import ofa` costs neither torch nor transformers."""
 
-__all__ = ["InputError", *_LAZY]
+_names, __getattr__, __dir__ = on_first_use(__name__, _LAZY)
+__all__ = ["InputError", *_names]
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation as Adaptation
     from ofa.adaptation import adapt as adapt
-    from ofa.adapters import load_adapter as load_adapter
-    from ofa.adapters import merge as merge
-    from ofa.adapters import save_adapter as save_adapter
-    from ofa.evaluation import Evaluation as Evaluation
-    from ofa.evaluation import Scorer as Scorer
-    from ofa.evaluation import evaluate as evaluate
-    from ofa.models import load_model as load_model
-    from ofa.probing import probe as probe
-    from ofa.publishing import push_to_hub as push_to_hub
-    from ofa.regularizers import fused_regularizers as fused_regularizers
+    from ofa.adapters.push import push_to_hub as push_to_hub
+    from ofa.adapters.save_and_load import load_adapter as load_adapter
+    from ofa.adapters.save_and_load import merge as merge
+    from ofa.adapters.save_and_load import save_adapter as save_adapter
+    from ofa.evaluation.scorer import Evaluation as Evaluation
+    from ofa.evaluation.scorer import Scorer as Scorer
+    from ofa.evaluation.scorer import evaluate as evaluate
+    from ofa.models.load import load_model as load_model
+    from ofa.probing.layerwise import probe as probe
+    from ofa.regularizers.attach import fused_regularizers as fused_regularizers
     from ofa.tasks import Example as Example
     from ofa.tasks import FewShot as FewShot
     from ofa.tasks import Task as Task
@@ -56,17 +56,5 @@ if TYPE_CHECKING:
     from ofa.tasks import class_balanced as class_balanced
     from ofa.tasks import few_shot as few_shot
     from ofa.tasks import load_task as load_task
-    from ofa.tuning import restore_norms as restore_norms
-    from ofa.tuning import tune_norms as tune_norms
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'ofa' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    from ofa.tuning.norms import restore_norms as restore_norms
+    from ofa.tuning.norms import tune_norms as tune_norms

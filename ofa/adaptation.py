@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa.adapters import save_adapter
+from ofa.adapters.save_and_load import save_adapter
 from ofa.errors import InputError
-from ofa.evaluation import Evaluation
-from ofa.methods import Predictor, ofa
+from ofa.evaluation.scorer import Evaluation
+from ofa.methods import Predictor
+from ofa.methods.norm_tuning import fit_ofa
 from ofa.tasks import Data, FewShot, Shots, TaskData, examples_from, few_shot, load_task
-from ofa.trainer import StepRecord, TrainingResult, checked_config
+from ofa.training.config import checked_config
+from ofa.training.records import StepRecord, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Adaptation:
         return self.predictor.evaluate(examples_from(data, self.data.task))
 
     def save(self, folder: str | Path, *, overwrite: bool = False, **details: Any) -> Path:
-        """Write the adapter folder, see `adapters.save_adapter`; `details` go into its `ofa_config.json`.
+        """Write the adapter folder, see `adapters.save_and_load.save_adapter`; `details` go into its `ofa_config.json`.
 
         Raises:
             InputError: the folder cannot be written, or is not empty and `overwrite` is off.
@@ -112,7 +114,7 @@ def adapt(
         folder: where metrics and checkpoints go while it trains; None keeps nothing on disk.
         resume: continue from the folder's checkpoint.
         validation: examples to choose the best epoch by; without them the last epoch is kept.
-        settings: fields of `trainer.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`.
+        settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`.
 
     Raises:
         InputError: the task, the number of shots or a setting cannot be used.
@@ -121,7 +123,7 @@ def adapt(
     if not data.train:
         raise InputError(f'the task "{data.task.name}" has no training examples; add a train file')
     drawn = few_shot(data.train, data.task.labels, shots, seed)
-    predictor = ofa.fit(
+    predictor = fit_ofa(
         model,
         tokenizer,
         data.task,

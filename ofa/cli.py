@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ofa import __version__
+from ofa._version import __version__
 from ofa.commands.compare import compare
 from ofa.commands.console import fail
 from ofa.commands.demo import demo

@@ -19,3 +19,9 @@ class InputError(ValueError):
         line = message.translate(_LINE_ENDS).encode(errors="backslashreplace").decode()
         half = _LONGEST // 2
         super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}")
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's text, without its full stop, to be quoted inside another sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".: ") if lines else type(error).__name__

@@ -58,7 +58,7 @@ def is_unit(module: nn.Module) -> bool:
     return is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether this rank holds a part of a tensor, or its own copy of one that belongs to all ranks: a DTensor."""
     return is_a(tensor, "torch.distributed.tensor", "DTensor")
 
@@ -72,19 +72,19 @@ def own_class(module: nn.Module) -> type:
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Put every parameter back into its shards: behind a forward pass some stay whole until the backward pass."""
     for module in filter(is_unit, model.modules()):
         module.reshard()  # type: ignore[operator]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all its parts, gathered from the ranks that hold them; a plain tensor as it is.
 
     Raises:
         InputError: a rank did not take part.
     """
-    if not is_part(tensor):
+    if not is_dtensor(tensor):
         return tensor
     local: Any = tensor.detach()
     try:
@@ -98,9 +98,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
+def copy_to_shards(parameter: Tensor, value: Tensor) -> None:
     """Write a whole value into a parameter, of which each rank keeps its own part; nothing is communicated."""
-    if is_part(parameter):
+    if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         sharded: Any = parameter

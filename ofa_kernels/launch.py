@@ -13,7 +13,7 @@ from functools import cache
 MAX_WIDTH = 65536
 """Columns of the widest row that the kernels take."""
 
-HEAVY = ("perturb_backward", "step_boundary_backward")
+REGISTER_HEAVY = ("perturb_backward", "step_boundary_backward")
 """Kernels that hold several tiles at once: the row, γ, the gradient, the sum of the weight's gradient."""
 
 
@@ -47,7 +47,7 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
     """
     block = max(128, 1 << (width - 1).bit_length())
     tile, threads, registers, stages = min(block, 16384), min(512, max(64, block // 16)), 128, 1
-    if kernel in HEAVY:
+    if kernel in REGISTER_HEAVY:
         registers = 255
         if block > 4096:
             tile, threads = 2048, 256

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ofa.adapter_folder import WEIGHTS, read_config, read_details
+from ofa.adapters.folder import WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
 from ofa.errors import InputError
 from ofa.files import at_home
@@ -82,11 +82,11 @@ def open_adapter(
     Raises:
         InputError: the folder is no adapter of ours, or does not fit the model.
     """
-    from ofa.adapters import load_adapter, read_adapter
+    from ofa.adapters.save_and_load import load_adapter, read_adapter
 
     task = read_task(folder, text_column, label_column)
     adapter = read_adapter(folder)
-    from ofa.models import load_model
+    from ofa.models.load import load_model
 
     loaded = load_model(
         base_of(folder, model),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ofa.comparison.records import Record
 
 
-class _Wishes(BaseModel):
+class RunOptions(BaseModel):
     """What to do with the results."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -150,26 +150,30 @@ def compare(
     from ofa.comparison.engines.machines import Machines, check_machines
     from ofa.comparison.grid import Grid, checked_part
     from ofa.comparison.plan import read_tasks
-    from ofa.models import check_source
+    from ofa.models.load import check_source
 
     values = _merged(context, config)
     set_quiet(values["quiet"])
-    grid, machines, wishes = checked_part(Grid, values), checked_part(Machines, values), checked_part(_Wishes, values)
+    grid, machines, run_options = (
+        checked_part(Grid, values),
+        checked_part(Machines, values),
+        checked_part(RunOptions, values),
+    )
     check_source(grid.model, dtype=grid.dtype, device=machines.device)
     task_plans = read_tasks(grid, offline=machines.offline)
     check_machines(machines)
-    plan, sizes = _plan(grid, task_plans, machines, wishes)
+    plan, sizes = _plan(grid, task_plans, machines, run_options)
     from ofa.commands.compared import show_scores, summary
 
-    if wishes.dry_run:
-        _foresee(plan, sizes, machines, wishes)
+    if run_options.dry_run:
+        _dry_run(plan, sizes, machines, run_options)
         return
-    records = _run(plan, machines, wishes)
-    if wishes.as_json:
-        show_json(summary(plan, records, str(wishes.out)))
+    records = _run(plan, machines, run_options)
+    if run_options.as_json:
+        show_json(summary(plan, records, str(run_options.out)))
     else:
         show_scores(records)
-        notice(f"try: ofa report {wishes.out}")
+        notice(f"try: ofa report {run_options.out}")
     failed = sum(not record.done for record in records)
     if failed:
         warn(f"{failed} of {len(records)} cells failed; the same command with --retry-failed runs them again")
@@ -200,18 +204,18 @@ def _merged(context: typer.Context, config: Path | None) -> dict[str, Any]:
 
 
 def _plan(
-    grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, wishes: _Wishes
+    grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, run_options: RunOptions
 ) -> tuple[Plan, Mapping[str, Size]]:
     """The cells, after everything was checked that can be without the weights."""
     from ofa.comparison.plan import Plan, check_window, sizes
-    from ofa.encoding import model_window
-    from ofa.models import load_tokenizer
+    from ofa.models.introspection import model_window
+    from ofa.models.load import load_tokenizer
 
     loaded: Any = load_tokenizer(
         grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
     )
     measured = sizes(tasks, loaded.tokenizer)
-    if not wishes.drop_demonstrations:
+    if not run_options.drop_demonstrations:
         check_window(measured, model_window(loaded))
     for name, task in tasks.items():
         if len(task.tested) < grid.test_size:
@@ -219,16 +223,16 @@ def _plan(
     return Plan(grid, loaded.name, tasks), measured
 
 
-def _run(plan: Plan, machines: Machines, wishes: _Wishes) -> tuple[Record, ...]:
+def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Record, ...]:
     """Run what is missing; the records of all cells of the plan."""
     from ofa.comparison.engines.machines import open_engine
     from ofa.comparison.progress import Tally, shown
     from ofa.comparison.run import run_cells
     from ofa.comparison.store import opened
 
-    with opened(wishes.out) as results:
+    with opened(run_options.out) as results:
         plan.check_against(results.records)
-        cells = plan.missing(results.records, retry_failed=wishes.retry_failed)
+        cells = plan.missing(results.records, retry_failed=run_options.retry_failed)
         notice(f"ofa: {len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there, {len(cells)} to run")
         if cells:
             # A path must mean the same to workers elsewhere; a hub id is no path, and the default has both.
@@ -266,13 +270,13 @@ def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
     }
 
 
-def _foresee(plan: Plan, sizes: Mapping[str, Size], machines: Machines, wishes: _Wishes) -> None:
+def _dry_run(plan: Plan, sizes: Mapping[str, Size], machines: Machines, run_options: RunOptions) -> None:
     """List the cells, and what they may take; nothing is written."""
     from ofa.commands.compared import show_plan
     from ofa.comparison.engines.machines import foreseen_workers
     from ofa.comparison.store import RESULTS, read_records
 
-    records = read_records(wishes.out) if (wishes.out / RESULTS).is_file() else []
+    records = read_records(run_options.out) if (run_options.out / RESULTS).is_file() else []
     plan.check_against(records)
-    cells = plan.missing(records, retry_failed=wishes.retry_failed)
-    show_plan(plan, cells, records, sizes, foreseen_workers(machines), wishes.as_json)
+    cells = plan.missing(records, retry_failed=run_options.retry_failed)
+    show_plan(plan, cells, records, sizes, foreseen_workers(machines), run_options.as_json)

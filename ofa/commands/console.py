@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from ofa.errors import InputError
 from ofa.files import at_home
+from ofa.logs import quiet_libraries
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,17 +165,3 @@ def _lines_now_and_then(description: str) -> Callable[[int, int, str], None]:
             notice(f"ofa: {description}: {done:,} of {total:,}{f', {remark}' if remark else ''}, {left} left")
 
     return update
-
-
-def quiet_libraries() -> None:
-    """Our own warnings as plain lines on standard error; other libraries' bars and advice off."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels for a CPU wherever it is imported
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("ofa: %(message)s"))
-    logger = logging.getLogger("ofa")
-    logger.handlers = [handler]
-    logger.propagate = False

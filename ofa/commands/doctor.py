@@ -38,8 +38,8 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """Everything `ofa doctor` tells, as JSON values."""
-    from ofa import __version__
-    from ofa.embedded import embedded_cache_dir, embedded_is_cached
+    from ofa._version import __version__
+    from ofa.models.embedded import embedded_cache_dir, embedded_is_cached
 
     versions: dict[str, str | None] = {"ofa-adapt": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}

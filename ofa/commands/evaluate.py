@@ -32,8 +32,8 @@ from ofa.errors import InputError
 
 if TYPE_CHECKING:
     from ofa.commands.adapted import Adapted
-    from ofa.evaluation import Evaluation
-    from ofa.models import LoadedModel
+    from ofa.evaluation.scorer import Evaluation
+    from ofa.models.load import LoadedModel
     from ofa.tasks import Example, Shots, Task
 
 
@@ -78,7 +78,7 @@ def evaluate(
     """
     from ofa.commands.adapted import base_of
     from ofa.commands.data import data_origin, test_data
-    from ofa.models import check_source
+    from ofa.models.load import check_source
     from ofa.tasks import class_balanced
 
     columns = {"text_column": text_column, "label_column": label_column}
@@ -88,7 +88,7 @@ def evaluate(
     if size is not None:
         examples = class_balanced(examples, task.labels, size, seed)
     shown = _demonstrations(demonstrations, task, details, shots, seed, separator, offline)
-    from ofa.evaluation import evaluate as measure
+    from ofa.evaluation.scorer import evaluate as measure
 
     set_threads(threads)
     where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
@@ -130,7 +130,7 @@ def _task(
     offline: bool,
 ) -> tuple[Task, dict[str, Any]]:
     """What is asked, by the adapter or by the options, and what the adapter says of itself."""
-    from ofa.adapter_folder import read_details
+    from ofa.adapters.folder import read_details
     from ofa.commands.adapted import read_task
     from ofa.commands.data import training_data
 
@@ -143,7 +143,7 @@ def _task(
 
 def _subject(adapter: Path | None, model: str | None, where: dict[str, Any]) -> Adapted | LoadedModel:
     from ofa.commands.adapted import open_adapter
-    from ofa.models import load_model
+    from ofa.models.load import load_model
 
     return open_adapter(adapter, model, **where) if adapter else load_model(model, progress=notice, **where)
 

@@ -34,7 +34,7 @@ from ofa.errors import InputError
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
     from ofa.tasks import Example
-    from ofa.trainer import StepRecord
+    from ofa.training.records import StepRecord
 
 
 _UNUSED_TESTED = 200
@@ -127,7 +127,7 @@ def fit(
     """
     from ofa.commands.data import data_origin, test_data, training_data
     from ofa.files import claimed_folder
-    from ofa.models import check_source
+    from ofa.models.load import check_source
     from ofa.tasks import class_balanced, few_shot, unused
     from ofa.tasks.duplicates import warn_of_shared_texts
 
@@ -177,9 +177,9 @@ def fit(
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
         _check_settings(settings)
         from ofa.adaptation import adapt
-        from ofa.checkpoint import recorded_threads
-        from ofa.models import load_model
-        from ofa.trainer import CHECKPOINT
+        from ofa.adapters.folder import CHECKPOINT
+        from ofa.models.load import load_model
+        from ofa.training.checkpoint import recorded_threads
 
         # The same bits come of the same number of threads.
         set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
@@ -213,7 +213,7 @@ def fit(
 
 def _refuse_stopped(folder: Path, decided: bool) -> None:
     """Say what to do with a run that was stopped, before its folder is found not to be empty."""
-    from ofa.adapter_folder import CHECKPOINT
+    from ofa.adapters.folder import CHECKPOINT
 
     if not decided and (folder / CHECKPOINT).is_file():
         raise InputError(
@@ -224,8 +224,8 @@ def _refuse_stopped(folder: Path, decided: bool) -> None:
 
 def _check_settings(settings: dict[str, Any]) -> None:
     """Refuse settings that cannot be used, before anything slow begins."""
-    from ofa.regularizers import check_options
-    from ofa.trainer import checked_config
+    from ofa.regularizers.options import check_options
+    from ofa.training.config import checked_config
 
     check_options(**checked_config(**settings).regularizer_options)
 
@@ -244,9 +244,8 @@ def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, An
 
 
 def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **details: Any) -> dict[str, Any]:
-    from ofa.adapters import WEIGHTS
-    from ofa.figures import training_figure
-    from ofa.trainer import CHECKPOINT
+    from ofa.adapters.folder import CHECKPOINT, WEIGHTS
+    from ofa.training.figure import training_figure
 
     adaptation.save(folder, overwrite=True, scores=scores, **details)
     training_figure({"training": adaptation.training.records}, folder / "training.png")

@@ -17,7 +17,7 @@ from ofa.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from ofa.anatomy import Anatomy, Step
+    from ofa.anatomy.steps import Anatomy, Step
 
 
 @reports_errors
@@ -35,10 +35,10 @@ def inspect(
 
     Example: ofa inspect Qwen/Qwen3-0.6B
     """
-    from ofa.models import check_source, load_model
+    from ofa.models.load import check_source, load_model
 
     check_source(model, dtype=dtype)
-    from ofa import anatomy
+    from ofa.anatomy import steps as anatomy
 
     loaded = load_model(
         model,
@@ -98,7 +98,7 @@ def _step(step: Step) -> dict[str, Any]:
 
 def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
     """Each estimator, whether it applies, and why not; `auto` takes the first that does of exact and hutchinson."""
-    from ofa.closed_form.recognize import why_not
+    from ofa.regularizers.closed_form.recognize import why_not
 
     sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
     reason = why_not(model, anatomy)

@@ -41,13 +41,13 @@ def merge(
     """
     from ofa.commands.adapted import base_of
     from ofa.files import claimed_folder
-    from ofa.models import check_source, load_model
+    from ofa.models.load import check_source, load_model
 
     base = base_of(adapter, model)
     check_source(base, dtype=dtype)
     with claimed_folder(out, overwrite=overwrite) as target:
-        from ofa.adapters import merge as write_merged
-        from ofa.adapters import read_adapter
+        from ofa.adapters.save_and_load import merge as write_merged
+        from ofa.adapters.save_and_load import read_adapter
 
         read_adapter(adapter)  # before a base is fetched for it
         loaded = load_model(

@@ -30,7 +30,7 @@ from ofa.errors import InputError
 
 if TYPE_CHECKING:
     from ofa.commands.predictions import Naming, PredictionFile, Survey
-    from ofa.evaluation import Scorer
+    from ofa.evaluation.scorer import Scorer
     from ofa.tasks import Task
     from ofa.tasks.tables import Row, Table
 
@@ -84,7 +84,7 @@ def predict(
     """
     from ofa.commands.adapted import adapter_digest, base_of, open_adapter, read_task
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
-    from ofa.models import check_source
+    from ofa.models.load import check_source
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
     if out is not None:
@@ -101,7 +101,7 @@ def predict(
         if not one.strip():
             raise InputError(f"--text number {position} is nothing but blanks: give it some words, or leave it out")
     where: dict[str, Any] = {"device": device, "offline": offline, "trust_remote_code": trust_remote_code}
-    from ofa.evaluation import Scorer
+    from ofa.evaluation.scorer import Scorer
 
     set_threads(threads)
     subject = open_adapter(adapter, model, dtype=dtype, **where)

@@ -35,10 +35,10 @@ from ofa.commands.options import (
 from ofa.errors import InputError
 
 if TYPE_CHECKING:
-    from ofa.adapters import Adapter
+    from ofa.adapters.save_and_load import Adapter
     from ofa.commands.adapted import Adapted
-    from ofa.models import LoadedModel
-    from ofa.probe_results import Probe
+    from ofa.models.load import LoadedModel
+    from ofa.probing.results import Probe
     from ofa.tasks import Example, Task
 
 BASE = "base model"
@@ -100,7 +100,7 @@ def probe(
     from ofa.commands.adapted import base_of
     from ofa.commands.data import data_origin, demonstration_pool, test_data
     from ofa.files import claimed_folder
-    from ofa.models import check_source
+    from ofa.models.load import check_source
     from ofa.tasks import few_shot
 
     folders = adapters or []
@@ -120,7 +120,7 @@ def probe(
         how |= {"seed": seed, "batch_size": batch_size}
         how["training"] = _at_most(linear_size, pool, task, seed)
         how["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
-        from ofa.adapters import read_adapter
+        from ofa.adapters.save_and_load import read_adapter
 
         read = [read_adapter(one) for one in folders]
         set_threads(threads)
@@ -194,7 +194,7 @@ def _task(
 
 
 def _check_options(**how: Any) -> None:
-    from ofa.regularizers import check_options
+    from ofa.regularizers.options import check_options
 
     fixed = {"epsilon": None, "probe": "rademacher", "gradient": "full", "every": 1, "radial": "exact"}
     check_options(**how, **fixed, step_ratio=1, sharpness=1, granularity="layer")
@@ -203,8 +203,8 @@ def _check_options(**how: Any) -> None:
 def _subject(folders: list[Path], model: str | None, where: dict[str, Any]) -> Adapted | LoadedModel:
     """The base model, without any adapter in it."""
     from ofa.commands.adapted import open_adapter
-    from ofa.models import load_model
-    from ofa.tuning import restore_norms
+    from ofa.models.load import load_model
+    from ofa.tuning.norms import restore_norms
 
     if not folders:
         return load_model(model, progress=notice, **where)
@@ -221,9 +221,9 @@ def _probe_all(
     how: dict[str, Any],
 ) -> dict[str, Probe]:
     """The base and then every adapter in it; that all of them fit is known before the first is measured."""
-    from ofa.adapters import load_adapter
-    from ofa.probing import probe as measure
-    from ofa.tuning import restore_norms
+    from ofa.adapters.save_and_load import load_adapter
+    from ofa.probing.layerwise import probe as measure
+    from ofa.tuning.norms import restore_norms
 
     model = subject.model
     for adapter in adapters.values():
@@ -245,7 +245,7 @@ def _probe_all(
 
 def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, Any]:
     """What was found, as JSON values."""
-    from ofa.adapters import versions
+    from ofa.adapters.save_and_load import versions
 
     first = next(iter(probes.values()))
     return {
@@ -278,7 +278,7 @@ def _model(name: str, probe: Probe, folder: Path | None) -> dict[str, Any]:
 
 def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[str, Any]) -> None:
     from ofa.files import json_writer, text_writer, write_together
-    from ofa.probe_figures import probe_figure
+    from ofa.probing.figures import probe_figure
 
     figure = probe_figure(probes, title)
     write_together(
@@ -291,7 +291,7 @@ def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[st
 
 
 def _long_form(probes: dict[str, Probe]) -> str:
-    from ofa.probe_results import Value
+    from ofa.probing.results import Value
 
     text = io.StringIO()
     writer = csv.DictWriter(text, ["model", *(field.name for field in fields(Value))], lineterminator="\n")

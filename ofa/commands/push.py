@@ -34,10 +34,10 @@ def push(
 
     Example: ofa push adapter me/reviews-ofa
     """
-    from ofa.adapter_folder import read_config
+    from ofa.adapters.folder import read_config
 
     read_config(adapter)
-    from ofa.publishing import push_to_hub
+    from ofa.adapters.push import push_to_hub
 
     page = push_to_hub(
         adapter, repo_id, private=private or None, base_model=base_model, overwrite=overwrite, metrics=metrics

@@ -1,6 +1,7 @@
 """What a method can be given, read off its `fit`: settings from the grid, and examples beside the shots.
 
-The signature is the declaration. An argument that has the name of a field of `Material` asks for it; every other one is
+The signature is the declaration. An argument that has the name of a field of `MethodInputs` asks for it; every other
+one is
 a setting, and `**settings` stands for the fields of `TrainingConfig`.
 """
 
@@ -20,7 +21,7 @@ _OF_SINGLE_RUNS = {"folder", "resume", "validation", "progress"}
 
 
 @dataclass(frozen=True)
-class Material:
+class MethodInputs:
     """What a method may ask for beside the shots of its task."""
 
     pool: Sequence[Example]
@@ -29,10 +30,10 @@ class Material:
     """The other tasks of the grid, each with its shots of the same seed."""
 
 
-MATERIAL = frozenset(field.name for field in fields(Material))
+MATERIAL = frozenset(field.name for field in fields(MethodInputs))
 
 
-def material_for(name: str, material: Material) -> dict[str, Any]:
+def material_for(name: str, material: MethodInputs) -> dict[str, Any]:
     """The parts of the material that the method of this name asks for, by argument."""
     return {part: getattr(material, part) for part in sorted(MATERIAL & _parameters(method(name)).keys())}
 
@@ -56,8 +57,8 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_training(name: str, settings: Mapping[str, Any]) -> None:
-    from ofa.regularizers import check_options
-    from ofa.trainer import checked_config
+    from ofa.regularizers.options import check_options
+    from ofa.training.config import checked_config
 
     try:
         check_options(**checked_config(**settings).regularizer_options)
@@ -75,7 +76,7 @@ def _own_settings(fit: Callable[..., Any]) -> set[str]:
 def _training_settings(fit: Callable[..., Any]) -> set[str]:
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in _parameters(fit).values()):
         return set()
-    from ofa.trainer import TrainingConfig
+    from ofa.training.config import TrainingConfig
 
     return set(TrainingConfig.model_fields) - {"seed"}
 

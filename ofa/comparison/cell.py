@@ -19,9 +19,9 @@ from ofa.comparison.fingerprint import Fingerprint
 from ofa.comparison.plan import Job
 from ofa.comparison.records import Record, Score
 from ofa.errors import InputError
-from ofa.evaluation import Evaluation
+from ofa.evaluation.scorer import Evaluation
 from ofa.methods import Predictor, method
-from ofa.models import LoadedModel
+from ofa.models.load import LoadedModel
 from ofa.tasks import Example
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from ofa import __version__
+from ofa._version import __version__
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 

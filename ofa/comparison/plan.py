@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ofa.comparison.arguments import Material, check_settings, material_for
+from ofa.comparison.arguments import MethodInputs, check_settings, material_for
 from ofa.comparison.grid import Grid, Row
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
@@ -107,7 +107,7 @@ class Plan:
         """What a worker needs for one of the cells."""
         plan = self.tasks[cell.task]
         others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
-        material = material_for(cell.method, Material(plan.data.train, others))
+        material = material_for(cell.method, MethodInputs(plan.data.train, others))
         return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material, self.grid.contexts)
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
@@ -197,7 +197,7 @@ def check_window(sizes: Mapping[str, Size], window: int | None) -> None:
 
 
 def _size(task: TaskPlan, tokenizer: Any) -> Size:
-    from ofa.encoding import Encoder
+    from ofa.evaluation.encoding import Encoder
 
     encoder = Encoder(tokenizer, task.task, None)
     prompts = [len(ids) for ids in encoder.encode_prompts([example.text for example in task.tested])]

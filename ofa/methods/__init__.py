@@ -14,12 +14,12 @@ from ofa.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ofa.evaluation import Evaluation, Progress, Scorer
+    from ofa.evaluation.scorer import Evaluation, Progress, Scorer
     from ofa.tasks.task import Example
-    from ofa.trainer import TrainingResult
+    from ofa.training.records import TrainingResult
 
 METHODS = {
-    "zero-shot": "ofa.methods.zero_shot",
+    "zero-shot": "ofa.methods.in_context:fit_zero_shot",
     "icl": "ofa.methods.in_context",
     "icl-calibrated": "ofa.methods.calibrated_in_context",
     "linear-probe": "ofa.methods.linear_probe",
@@ -29,17 +29,17 @@ METHODS = {
     "task-vector": "ofa.methods.task_vector",
     "ia3": "ofa.methods.ia3",
     "lora": "ofa.methods.lora",
-    "lora-r1": "ofa.methods.lora_r1",
+    "lora-r1": "ofa.methods.lora:fit_rank_one",
     "i2cl": "ofa.methods.i2cl",
-    "norm-tuning": "ofa.methods.norm_tuning",
-    "ofa": "ofa.methods.ofa",
-    "ofa-step-ratio": "ofa.methods.ofa_step_ratio",
-    "ofa-sharpness": "ofa.methods.ofa_sharpness",
+    "norm-tuning": "ofa.methods.norm_tuning:fit_norm_tuning",
+    "ofa": "ofa.methods.norm_tuning:fit_ofa",
+    "ofa-step-ratio": "ofa.methods.norm_tuning:fit_ofa_step_ratio",
+    "ofa-sharpness": "ofa.methods.norm_tuning:fit_ofa_sharpness",
     "guided": "ofa.methods.guided",
-    "guided-finite-difference": "ofa.methods.guided_finite_difference",
-    "guided-first-order": "ofa.methods.guided_first_order",
+    "guided-finite-difference": "ofa.methods.guided:fit_finite_difference",
+    "guided-first-order": "ofa.methods.guided:fit_first_order",
 }
-"""Method name → module with its `fit`; modules are imported on use."""
+"""Method name → "module" with its `fit`, or "module:function"; modules are imported on use."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Predictor:
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Predict the examples and measure the predictions, as `evaluation.evaluate` does, in the method's own way.
+        """Predict the examples and measure the predictions, as `evaluation.scorer.evaluate` does, in the method's own
+        way.
 
         Demonstrations and batch size are the scorer's where they are not given.
         """
@@ -111,7 +112,8 @@ def method(name: str) -> Callable[..., Predictor]:
     if name not in METHODS:
         hint = did_you_mean(name, tuple(METHODS)) or f": use one of {', '.join(METHODS)}"
         raise InputError(f'there is no method "{name}"{hint}')
-    return import_module(METHODS[name]).fit
+    module, _, function = METHODS[name].partition(":")
+    return getattr(import_module(module), function or "fit")
 
 
 def nothing_to_release() -> None:

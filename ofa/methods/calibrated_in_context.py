@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ofa.evaluation import Progress, Scorer
+from ofa.evaluation.scorer import Progress, Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.tasks.task import Example, Task
 

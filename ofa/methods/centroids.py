@@ -23,7 +23,8 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 
 
 def train(states: Tensor, classes: Tensor) -> tuple[Classifier, int]:
-    """softmax_c(−‖z − μ_c‖² / 2s²) on standardized states z, as for `ofa.linear_probe`, and the number of weights.
+    """softmax_c(−‖z − μ_c‖² / 2s²) on standardized states z, as for `ofa.probing.linear_probe`, and the number of
+    weights.
 
     s² is the mean ‖z − μ_c‖² of the shots to their own centroids without its bias, n/(n − C), so that probabilities
     do not depend on the width; with one shot per class, where it is not known, that of all shots to their mean.

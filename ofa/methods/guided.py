@@ -1,20 +1,35 @@
-"""Structured gradient guidance of norm tuning, its gradient exact by a second backward pass (docs/theory.md)."""
+"""Structured gradient guidance of norm tuning: exact, by a finite difference, or of first order (docs/theory.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ofa.encoding import Encoder, model_window
+import torch
+from torch import nn
+
 from ofa.errors import InputError
-from ofa.guidance import ExactGuidance, Loss, StructuredGuidance, Weights, check_attention
-from ofa.loss import cross_entropy_in_parts, encode_example
+from ofa.evaluation.encoding import Encoder
 from ofa.methods import Predictor
-from ofa.methods.norm_scales import fit_norm_scales
+from ofa.methods.norm_tuning import fit_norm_scales
 from ofa.methods.options import special_case
+from ofa.methods.structured_guidance import (
+    ExactGuidance,
+    FiniteDifferenceGuidance,
+    FirstOrderGuidance,
+    Loss,
+    StructuredGuidance,
+    Weights,
+    check_attention,
+)
+from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, checked_config
+from ofa.training.config import checked_config
+from ofa.training.loss import cross_entropy_in_parts, encode_example
+from ofa.training.records import StepRecord
+from ofa.tuning.norms import restore_norms, tune_norms
 
 DIRECTION = 1e-2
 """λ_d, ours."""
@@ -45,7 +60,8 @@ def fit(
         options: as for `fit_guided`.
 
     Raises:
-        InputError: a setting is wrong, or the model's attention has no second derivative; see also `trainer.train`.
+        InputError: a setting is wrong, or the model's attention has no second derivative; see also
+        `training.loop.train`.
     """
     check_attention(model)
     weights = Weights(direction, magnitude, alignment)
@@ -74,7 +90,7 @@ def fit_guided(
     names of the other tasks; without it those are not looked at.
 
     Raises:
-        InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `trainer.train`.
+        InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `training.loop.train`.
     """
     config = checked_config(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
     others = other_tasks if weights.alignment > 0 else ()
@@ -106,3 +122,89 @@ def source_losses(
 
 def _divided(loss: Loss, count: int) -> Loss:
     return lambda: loss() / count
+
+
+def fit_first_order(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    *,
+    direction: float = 0.1,
+    magnitude: float = 1.0,
+    alignment: float = 0.0,
+    other_tasks: Sequence[tuple[Task, Sequence[Example]]] = (),
+    **options: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots along gradients changed by projection, mixing and clipping.
+
+    Args:
+        direction: a, the share of the average gradient that is mixed in; 0 also leaves conflicts with it alone.
+        magnitude: share of the excess of ‖g‖ over τ that is taken off; 1 clips to τ.
+        alignment: share of a conflict with the source tasks that is taken out; 1 projects.
+        other_tasks: each with its shots, which s is the gradient of.
+        options: as for `fit_guided`.
+
+    Raises:
+        InputError: a setting is wrong, the shares must lie between 0 and 1; see also `training.loop.train`.
+    """
+    shares, name = Weights(direction, magnitude, alignment), "guided-first-order"
+    return fit_guided(name, FirstOrderGuidance, shares, model, tokenizer, task, shots, seed, other_tasks, **options)
+
+
+def fit_finite_difference(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    *,
+    direction: float = DIRECTION,
+    magnitude: float = MAGNITUDE,
+    alignment: float = 0.0,
+    other_tasks: Sequence[tuple[Task, Sequence[Example]]] = (),
+    **options: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots; arguments as for `fit`.
+
+    A difference of two gradients is lost in the rounding of half precision: a model in bfloat16 or float16 computes in
+    float32 while it is tuned, which takes 4 bytes more per weight, and is given back in its own dtype.
+
+    Raises:
+        InputError: a setting is wrong, or the model is quantized; see also `training.loop.train`.
+    """
+    _refuse_quantized(model)
+    weights, name = Weights(direction, magnitude, alignment), "guided-finite-difference"
+    try:
+        tune_norms(model)
+        with _frozen_weights_in_float32(model):
+            return fit_guided(
+                name, FiniteDifferenceGuidance, weights, model, tokenizer, task, shots, seed, other_tasks, **options
+            )
+    except BaseException:
+        restore_norms(model)
+        raise
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise InputError(
+                f"{name} is quantized, and a difference of two gradients is lost in its rounding; load the model "
+                "unquantized, or use guided or guided-first-order"
+            )
+
+
+@contextmanager
+def _frozen_weights_in_float32(model: nn.Module) -> Iterator[None]:
+    """Compute in float32; behind it the weights are the very tensors they were."""
+    narrow = [p for p in model.parameters() if not p.requires_grad and p.dtype.itemsize < torch.float32.itemsize]
+    own = [parameter.data for parameter in narrow]
+    try:
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, data in zip(narrow, own, strict=True):
+            parameter.data = data

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa.encoding import collate
 from ofa.errors import InputError
-from ofa.evaluation import Progress, Scorer, evaluating
+from ofa.evaluation.encoding import collate
+from ofa.evaluation.scorer import Progress, Scorer
 from ofa.methods import Predictor, nothing_to_release
-from ofa.shared_prefix import accepted_arguments
+from ofa.models.introspection import accepted_arguments, evaluating
 from ofa.tasks.task import Example, Task
 
 Classifier = Callable[[Tensor], Tensor]

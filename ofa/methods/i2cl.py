@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ofa import anatomy
-from ofa.encoding import Encoder
+from ofa.anatomy.module_io import hidden_output, replace_hidden_output
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.methods.last_token import last_token_outputs
 from ofa.methods.options import special_case
-from ofa.module_io import hidden_output, replace_hidden_output
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, TrainingResult, checked_config, train
+from ofa.training.config import checked_config
+from ofa.training.loop import train
+from ofa.training.records import StepRecord, TrainingResult
 
 SETTINGS = {"learning_rate": 0.01, "epochs": 100, "batch_size": 2}
 """Where the method's own settings differ from `TrainingConfig`."""
@@ -66,7 +68,7 @@ def fit(
 
     Raises:
         InputError: a setting is wrong, no demonstration fits the window, or the model's branches are not recognized;
-            see also `trainer.train`.
+            see also `training.loop.train`.
     """
     settings = special_case("i2cl", {**SETTINGS, **settings}, step_ratio=0.0, sharpness=0.0)
     config = checked_config(seed=seed, **settings)

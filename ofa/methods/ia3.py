@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ofa.anatomy.projections import find_projections, stored_transposed
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
-from ofa.methods.projections import find_projections, stored_transposed
 from ofa.tasks.task import Example, Task
 
 SETTINGS = {"learning_rate": 3e-3}

@@ -1,11 +1,11 @@
-"""In-context learning: every demonstration before the prompt, computed once and shared by all queries."""
+"""The model as it is, with no example in front of a text (zero-shot) or with the shots (in-context learning)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ofa.evaluation import Scorer
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.tasks.task import Example, Task
 
@@ -14,3 +14,8 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
     """Score the label words after the demonstrations, in the order of `shots`, and the prompt."""
     scorer = Scorer(model, tokenizer, task, demonstrations=shots)
     return Predictor(scorer, nothing_to_release, contexts=("demonstrations",))
+
+
+def fit_zero_shot(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
+    """Score the label words after the bare prompt; the shots are not used."""
+    return Predictor(Scorer(model, tokenizer, task), nothing_to_release, contexts=("prompt",))

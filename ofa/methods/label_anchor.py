@@ -18,18 +18,19 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from ofa.encoding import Encoder, model_window
 from ofa.errors import InputError
-from ofa.evaluation import Scorer, evaluating
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.prefix_cache import PrefixCache
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor, nothing_to_release
-from ofa.shared_prefix import SharedPrefix
+from ofa.models.introspection import evaluating, model_window
 from ofa.tasks.task import Example, Task
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words of prompts that attend to the anchors of the demonstrations, in the order of `shots`.
 
-    Positions and what fits the window are as with all demonstrations in context, see `SharedPrefix` and `Encoder`. The
+    Positions and what fits the window are as with all demonstrations in context, see `PrefixCache` and `Encoder`. The
     notes tell how many anchors there are, special tokens not counted.
 
     Raises:
@@ -56,9 +57,9 @@ class LabelAnchorScorer(Scorer):
         super().__init__(model, tokenizer, task, demonstrations=demonstrations)
         self.encoder: AnchorEncoder = AnchorEncoder(tokenizer, task, model_window(model))
 
-    def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
+    def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
         """As the plain scorer's, but for the dropped keys and values of the demonstrations encoded last."""
-        return SharedPrefix(self.model, demonstrations, self.encoder.pad_id, kept=self.encoder.anchors)
+        return PrefixCache(self.model, demonstrations, self.encoder.pad_id, kept=self.encoder.anchors)
 
 
 class AnchorEncoder(Encoder):

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ofa.evaluation import evaluating
-from ofa.module_io import hidden_output
-from ofa.shared_prefix import SharedPrefix
+from ofa.anatomy.module_io import hidden_output
+from ofa.evaluation.prefix_cache import PrefixCache
+from ofa.models.introspection import evaluating
 
 
 def last_token_outputs(model: Any, paths: Sequence[str], ids: Sequence[int]) -> list[Tensor]:
@@ -28,5 +28,5 @@ def last_token_outputs(model: Any, paths: Sequence[str], ids: Sequence[int]) -> 
     with ExitStack() as hooks, evaluating(model):
         for path in paths:
             hooks.callback(model.get_submodule(path).register_forward_hook(recorder(path)).remove)
-        SharedPrefix(model, (), pad_id=0).last_logits([ids])
+        PrefixCache(model, (), pad_id=0).last_logits([ids])
     return [outputs[path] for path in paths]

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ofa import linear_probe
 from ofa.methods import Predictor
 from ofa.methods.hidden_states import Classifier, fit_classifier
+from ofa.probing import linear_probe
 from ofa.tasks.task import Example, Task
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
-    """Fit `ofa.linear_probe` to the shots: one weight per label and channel, and a bias.
+    """Fit `ofa.probing.linear_probe` to the shots: one weight per label and channel, and a bias.
 
     Raises:
         InputError: the task is open-ended, or a label has no shot.

@@ -1,14 +1,119 @@
-"""Norm tuning: the same norm scales as OFA, by cross-entropy alone."""
+"""Norm scales tuned by cross-entropy (norm tuning), plus λ₁ step ratio + λ₂ sharpness (OFA, arXiv 2505.19107)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ofa.methods import Predictor, ofa
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.scorer import Scorer
+from ofa.methods import Predictor
+from ofa.methods.options import special_case
+from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
+from ofa.training.config import TrainingConfig, checked_config
+from ofa.training.loop import train
+from ofa.training.records import StepRecord
+from ofa.tuning.norms import restore_norms
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
-    """Tune every norm scale on the shots without regularizers; options as for `ofa.fit`."""
-    return ofa.fit(model, tokenizer, task, shots, seed, **{**options, "step_ratio": 0.0, "sharpness": 0.0})
+def fit_norm_tuning(
+    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
+) -> Predictor:
+    """Tune every norm scale on the shots without regularizers; options as for `fit_ofa`."""
+    return fit_ofa(model, tokenizer, task, shots, seed, **{**options, "step_ratio": 0.0, "sharpness": 0.0})
+
+
+def fit_norm_scales(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    config: TrainingConfig,
+    *,
+    validation: Sequence[Example] = (),
+    **options: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots; `options` are those of `training.loop.train`.
+
+    With `validation` examples the scales of the epoch with the best accuracy on them are kept.
+    A run that fails or is interrupted leaves the model as it was.
+
+    Raises:
+        InputError: see `training.loop.train`.
+    """
+    scorer = Scorer(model, tokenizer, task)
+    validate = (lambda: scorer.accuracy(validation)) if validation else None
+    try:
+        encoder = Encoder(tokenizer, task, model_window(model))
+        result = train(model, encoder, shots, config, validate=validate, **options)
+    except BaseException:
+        restore_norms(model)
+        raise
+    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Predictor(
+        scorer,
+        lambda: restore_norms(model),
+        trainable_parameters=sum(parameter.numel() for parameter in tuned),
+        training=result,
+        stored_bytes=sum(parameter.nbytes for parameter in tuned),
+    )
+
+
+def fit_ofa(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    validation: Sequence[Example] = (),
+    progress: Callable[[StepRecord, int], None] | None = None,
+    **settings: Any,
+) -> Predictor:
+    """Tune every norm scale on the shots; `settings` are fields of `TrainingConfig`.
+
+    With `validation` examples the scales of the epoch with the best accuracy on them are kept.
+    A run that fails or is interrupted leaves the model as it was.
+
+    Raises:
+        InputError: a setting is wrong, see `TrainingConfig` and `training.loop.train`.
+    """
+    return fit_norm_scales(
+        model,
+        tokenizer,
+        task,
+        shots,
+        checked_config(seed=seed, **settings),
+        folder=folder,
+        resume=resume,
+        validation=validation,
+        progress=progress,
+    )
+
+
+def fit_ofa_step_ratio(
+    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
+) -> Predictor:
+    """Tune every norm scale on the shots without the sharpness term; other options as for `fit_ofa`.
+
+    Raises:
+        InputError: the options ask for the sharpness term, or for no step-ratio term.
+    """
+    chosen = special_case("ofa-step-ratio", options, term="step_ratio", sharpness=0.0)
+    return fit_ofa(model, tokenizer, task, shots, seed, **chosen)
+
+
+def fit_ofa_sharpness(
+    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
+) -> Predictor:
+    """Tune every norm scale on the shots without the step-ratio term; other options as for `fit_ofa`.
+
+    Raises:
+        InputError: the options ask for the step-ratio term, or for no sharpness term.
+    """
+    chosen = special_case("ofa-sharpness", options, term="sharpness", step_ratio=0.0)
+    return fit_ofa(model, tokenizer, task, shots, seed, **chosen)

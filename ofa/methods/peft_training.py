@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ofa.encoding import Encoder, model_window
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
+from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
-from ofa.trainer import StepRecord, TrainingConfig, checked_config, train
+from ofa.training.config import TrainingConfig, checked_config
+from ofa.training.loop import train
+from ofa.training.records import StepRecord
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,7 +54,7 @@ def fit_adapter(
 
     Raises:
         InputError: a setting is wrong, the model is no causal language model, has an adapter already, or PEFT cannot
-            adapt it; see also `trainer.train`.
+            adapt it; see also `training.loop.train`.
     """
     config = _training_config(seed, settings)
     _check_model(model)

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
+from ofa.evaluation.prefix_cache import PrefixCache
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
-from ofa.shared_prefix import SharedPrefix
 from ofa.tasks.task import Example, Task
 
 SETTINGS = {"learning_rate": 0.1, "epochs": 50}
@@ -38,13 +38,13 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 class SoftPromptScorer(Scorer):
     """Scores labels behind the vector, whose keys and values are computed once, with those of the demonstrations."""
 
-    def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
+    def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
         """The base model behind the vector and the ids of demonstrations; PEFT's where no cache can be continued."""
         base: Any = self.model.get_base_model()
         vectors = self.model.get_prompt(1)
         places = [self.encoder.pad_id] * vectors.shape[1]
         with _embedded_first(base.get_input_embeddings(), vectors):
-            shared = SharedPrefix(base, [*places, *demonstrations], self.encoder.pad_id)
+            shared = PrefixCache(base, [*places, *demonstrations], self.encoder.pad_id)
         return shared if shared.reuses_cache else super().shared_prefix(demonstrations)
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ofa import anatomy
-from ofa.encoding import Encoder, model_window
+from ofa.anatomy.module_io import hidden_output, replace_hidden_output
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.prefix_cache import PrefixCache
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.methods.last_token import last_token_outputs
-from ofa.module_io import hidden_output, replace_hidden_output
-from ofa.shared_prefix import SharedPrefix
+from ofa.models.introspection import model_window
 from ofa.tasks.sampling import class_balanced
 from ofa.tasks.task import Example, Task
 
@@ -92,9 +93,9 @@ class TaskVectorScorer(Scorer):
         self._layer = model.get_submodule(layer)
         self._state = state
 
-    def shared_prefix(self, demonstrations: Sequence[int]) -> SharedPrefix:
+    def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
         """As the plain scorer's, but for the overwritten state."""
-        return SharedPrefix(self.model, demonstrations, self.encoder.pad_id, intervention=self._overwriting)
+        return PrefixCache(self.model, demonstrations, self.encoder.pad_id, intervention=self._overwriting)
 
     @contextmanager
     def _overwriting(self, columns: Tensor) -> Iterator[None]:

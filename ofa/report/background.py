@@ -9,8 +9,8 @@ from ofa.comparison.records import CONTEXTS
 from ofa.report import formatting as shown
 from ofa.report.content import Comparison, Content
 from ofa.report.paper import PaperFigure, paper_figures
+from ofa.report.statistics import Spread
 from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
-from ofa.statistics import Spread
 
 
 def gaps(comparison: Comparison) -> Table:

@@ -20,7 +20,7 @@ from ofa.comparison.outcomes import (
 )
 from ofa.comparison.records import Cell, Record
 from ofa.report.runs import NO_RUNS, Runs
-from ofa.statistics import (
+from ofa.report.statistics import (
     Confusion,
     Cost,
     Difference,

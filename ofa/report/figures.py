@@ -15,9 +15,9 @@ from ofa.comparison.outcomes import Row
 from ofa.comparison.records import CONTEXTS
 from ofa.report.content import NORM_TUNING, OFA, TERMS, Comparison, Line
 from ofa.report.labels import label_points
+from ofa.report.statistics import Cost, Interval
 from ofa.report.svg import COLORS, themed_svg
 from ofa.report.table import WITH
-from ofa.statistics import Cost, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from ofa.statistics import Interval, Spread
+from ofa.report.statistics import Interval, Spread
 
 NOTHING = "–"
 

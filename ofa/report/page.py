@@ -13,8 +13,8 @@ from ofa.report import background, tables, verdicts
 from ofa.report.content import NORM_TUNING, OFA, Comparison, Content
 from ofa.report.figures import figures, role
 from ofa.report.formatting import moment
+from ofa.report.statistics import Confusion
 from ofa.report.table import Table
-from ofa.statistics import Confusion
 
 
 @dataclass(frozen=True)

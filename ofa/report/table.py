@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ofa.comparison.outcomes import Row
 from ofa.report import formatting as shown
-from ofa.statistics import Spread
+from ofa.report.statistics import Spread
 
 WITH = {"prompt": "without demonstrations", "demonstrations": "with demonstrations"}
 

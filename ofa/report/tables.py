@@ -9,8 +9,8 @@ from ofa.comparison.outcomes import Problem, Row
 from ofa.comparison.records import CONTEXTS
 from ofa.report import formatting as shown
 from ofa.report.content import NORM_TUNING, OFA, TERMS, Comparison, Contrast, Line
+from ofa.report.statistics import FEWEST_PAIRS, Interval
 from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
-from ofa.statistics import FEWEST_PAIRS, Interval
 
 _SHORT = {"prompt": "without", "demonstrations": "with demonstrations"}
 _GLANCE, _MOST_TERMS = 5, 6

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ofa.comparison.records import CONTEXTS
 from ofa.report import formatting as shown
 from ofa.report.content import NORM_TUNING, OFA, Comparison, Content, Contrast, Line, Winner
+from ofa.report.statistics import FEWEST_PAIRS
 from ofa.report.table import WITH
-from ofa.statistics import FEWEST_PAIRS
 
 NOT_IN_PAPER = "No figure of the paper is known for this model, so that none stand beside these."
 NOTHING_TO_COMPARE = "There are no two rows with a pair of task and seed in common."

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ofa import hub
-from ofa.embedded import first_sentence
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 from ofa.hub import quiet_client
 from ofa.tasks.demo import DEMO_TASKS
 

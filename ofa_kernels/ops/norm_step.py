@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, library, operation, run
-from ofa_kernels.reference.stream import moments, widen
+from ofa_kernels.reference.stream import moments, upcast
 
 library.define(
     "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset) "
@@ -259,12 +259,12 @@ def _gradients_written_out(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `backward`, from plain operations; 1/σ and μ are computed anew, since the kernel's are constants."""
-    z = widen(stream)
+    z = upcast(stream)
     mu, own_rstd = moments(z, eps, "layer" if centred else "rms")
     r = own_rstd.unsqueeze(-1)
     hat = (z if mu is None else z - mu.unsqueeze(-1)) * r
-    g = torch.zeros_like(z) if grad_normalized is None else widen(grad_normalized)
-    h = g * (widen(weight) + offset)
+    g = torch.zeros_like(z) if grad_normalized is None else upcast(grad_normalized)
+    h = g * (upcast(weight) + offset)
     along = (h * hat).mean(-1, keepdim=True)
     if grad_rstd is not None:
         along = along + grad_rstd.unsqueeze(-1) * r / z.shape[-1]
@@ -273,7 +273,7 @@ def _gradients_written_out(
         grad = grad + grad_stream
     grad_update = grad.new_empty(0)
     if grad_sqnorm is not None and update is not None:
-        grad_update = grad + 2.0 * grad_sqnorm.unsqueeze(-1) * widen(update)
+        grad_update = grad + 2.0 * grad_sqnorm.unsqueeze(-1) * upcast(update)
     sums = ((g * hat).reshape(-1, z.shape[-1]).sum(0), g.reshape(-1, z.shape[-1]).sum(0))
     return grad.to(stream.dtype), grad_update.to(stream.dtype), *(one.to(weight.dtype) for one in sums)  # type: ignore[return-value]
 

@@ -31,7 +31,7 @@ from ofa_kernels.reference.attention_heads import (
     check_window,
     per_query_head,
 )
-from ofa_kernels.reference.stream import widen
+from ofa_kernels.reference.stream import upcast
 
 BLOCK = 1 << 21
 """Scores that are held at a time: 8 MB in float32."""
@@ -111,9 +111,9 @@ def attention_curvature(
     check_window(attends.window)
     (sequences, heads, tokens, _), shared = query.shape, key.shape[1]
     check_shapes({"weights": (weights, (sequences, tokens))})
-    q, k, v, o = (widen(x) for x in (query, key, value, output))
+    q, k, v, o = (upcast(x) for x in (query, key, value, output))
     values = per_query_head(v, heads)
-    w = widen(weights).unsqueeze(1)
+    w = upcast(weights).unsqueeze(1)
     query_weights = attends.scale * (w if query_norm is None else w * query_norm.hat()[1].squeeze(-1))
     angles = _angles(query_weights, rotary, q)
     alpha = q.new_zeros(sequences, heads, tokens, angles.shape[-1])
@@ -129,8 +129,8 @@ def attention_curvature(
         if move is not None:
             scores = raw
             if move.query is not None:
-                scores = _scores(attends.scale * widen(move.query)[:, :, rows], keys)
-            read = widen(move.read_value)[:, :, columns], widen(move.read_output)[:, :, rows]
+                scores = _scores(attends.scale * upcast(move.query)[:, :, rows], keys)
+            read = upcast(move.read_value)[:, :, columns], upcast(move.read_output)[:, :, rows]
             moves.append(_covariance(slope * scores, *read))
     weight, own_slope = torch.cat(own, -1).unbind()
     gap = values - o
@@ -142,7 +142,7 @@ def attention_curvature(
     key_weights = attends.scale * w * own_slope
     query_pull = key_pull = None
     if query_norm is not None:
-        query_sum = query_sum * widen(query_norm.weight)
+        query_sum = query_sum * upcast(query_norm.weight)
         query_pull = torch.cat(pulls, 2) * (query_weights / attends.scale).unsqueeze(-1)
         if not query_norm.joint:
             query_sum = query_sum - query_pull.mT @ query_norm.hat()[0] / query_norm.width
@@ -150,7 +150,7 @@ def attention_curvature(
     if key_norm is not None:
         hat, rstd = key_norm.hat()
         key_weights = key_weights * per_query_head(rstd.expand(-1, shared, -1, -1), heads).squeeze(-1)
-        gamma = per_query_head(widen(key_norm.weight).expand(1, shared, 1, -1), heads)
+        gamma = per_query_head(upcast(key_norm.weight).expand(1, shared, 1, -1), heads)
         along = (q * per_query_head(k, heads)).sum(-1) * key_weights
         key_pull = gap * along.unsqueeze(-1)
         key_sum = _outer(gap * key_weights.unsqueeze(-1), turned * gamma)
@@ -182,7 +182,7 @@ def attention_adjoint(
     Returns:
         Three tensors per query head, (B, H, T, d) twice and (B, H, T, e).
     """
-    q, k, v, o, t = (widen(x) for x in (query, key, value, output, pulled))
+    q, k, v, o, t = (upcast(x) for x in (query, key, value, output, pulled))
     to_query, own = [], []
     for rows, columns, raw, a, slope in score_blocks(q, k, attends):
         along = _scores(t[:, :, rows], v[:, :, columns]) - (t[:, :, rows] * o[:, :, rows]).sum(-1, keepdim=True)
@@ -225,7 +225,7 @@ def _softmax(scores: Tensor, attends: Attends, rows: slice, columns: slice) -> T
     scores = torch.where(some, scores, 0.0)
     if sinks is None:
         return torch.softmax(scores, -1) * some
-    total = torch.logaddexp(torch.logsumexp(scores, -1, keepdim=True), widen(sinks).view(1, -1, 1, 1))
+    total = torch.logaddexp(torch.logsumexp(scores, -1, keepdim=True), upcast(sinks).view(1, -1, 1, 1))
     return torch.exp(scores - total) * some
 
 
@@ -261,7 +261,7 @@ def _angles(weights: Tensor, rotary: Rotary | None, heads: Tensor) -> Tensor:
     column = weights.unsqueeze(-1)
     if rotary is None:
         return column
-    turned = torch.cat((widen(rotary.cos), widen(rotary.sin)), -1).unsqueeze(1) * column
+    turned = torch.cat((upcast(rotary.cos), upcast(rotary.sin)), -1).unsqueeze(1) * column
     unturned = heads.shape[-1] > 2 * rotary.cos.shape[-1]
     return torch.cat((turned, column), -1) if unturned else turned
 
@@ -280,7 +280,7 @@ def _transposed_turns(alpha: Tensor, key: Tensor, rotary: Rotary | None) -> Tens
 def _own_move(move: Move, q: Tensor, k: Tensor, weight: Tensor, own_slope: Tensor, scale: float) -> Tensor:
     """What the token's own key and value add to δo_i."""
     heads = q.shape[1]
-    key = k if move.key is None else widen(move.key)
+    key = k if move.key is None else upcast(move.key)
     score = own_slope * scale * (q * per_query_head(key, heads)).sum(-1)
-    gap = per_query_head(widen(move.read_value), heads) - widen(move.read_output)
-    return score.unsqueeze(-1) * gap + weight.unsqueeze(-1) * per_query_head(widen(move.value), heads)
+    gap = per_query_head(upcast(move.read_value), heads) - upcast(move.read_output)
+    return score.unsqueeze(-1) * gap + weight.unsqueeze(-1) * per_query_head(upcast(move.value), heads)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ofa_kernels.reference.stream import widen
+from ofa_kernels.reference.stream import upcast
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rotary:
 
     def turn(self, heads: Tensor, sign: float = 1.0) -> Tensor:
         """R_i of every row of (B, H, T, d); its transpose R_iᵀ for `sign=-1`."""
-        cos, sin = widen(self.cos).unsqueeze(1), sign * widen(self.sin).unsqueeze(1)
+        cos, sin = upcast(self.cos).unsqueeze(1), sign * upcast(self.sin).unsqueeze(1)
         x, y, rest = self.pairs(heads)
         return self.join(x * cos - y * sin, y * cos + x * sin, rest)
 
@@ -72,23 +72,23 @@ class HeadNorm:
 
     def hat(self) -> tuple[Tensor, Tensor]:
         """(q̂, 1/σ), (B, H, T, d) and (B, H or 1, T, 1)."""
-        wide = widen(self.entering)
+        wide = upcast(self.entering)
         rstd = torch.rsqrt(wide.square().mean((1, 3) if self.joint else -1, keepdim=True) + self.eps)
         return wide * rstd, rstd
 
     def normalized(self) -> Tensor:
         """γ ⊙ q̂."""
-        return widen(self.weight) * self.hat()[0]
+        return upcast(self.weight) * self.hat()[0]
 
     def push(self, direction: Tensor) -> Tensor:
         """J x for J = Γ(I − q̂q̂ᵀ/width)/σ, the norm's Jacobian at each row."""
         hat, rstd = self.hat()
-        return widen(self.weight) * self._project(hat, direction) * rstd
+        return upcast(self.weight) * self._project(hat, direction) * rstd
 
     def pull(self, gradient: Tensor) -> Tensor:
         """Jᵀ x, the norm's backward pass."""
         hat, rstd = self.hat()
-        return self._project(hat, widen(self.weight) * gradient) * rstd
+        return self._project(hat, upcast(self.weight) * gradient) * rstd
 
     def _project(self, hat: Tensor, rows: Tensor) -> Tensor:
         return rows - hat * (hat * rows).mean((1, 3) if self.joint else -1, keepdim=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ofa_kernels.reference.stream import check_same_shape, widen
+from ofa_kernels.reference.stream import check_same_shape, upcast
 
 BLOCK = 1 << 16
 """Pre-activations that are worked on at a time on a CPU: what is made of them stays in a cache."""
@@ -53,14 +53,14 @@ def mlp_curvature(
     sums: list[tuple[Tensor, ...]] = []
     moved: list[Tensor] = []
     for tokens in _blocks(gate):
-        w = widen(weights[:, tokens]).unsqueeze(1)
+        w = upcast(weights[:, tokens]).unsqueeze(1)
         slope, phi, change = _slopes(
             gate[:, tokens], None if up is None else up[:, tokens], activation, limit, gate_shift, up_shift, read
         )
         sums.append(tuple((w @ part).squeeze(1) for part in (slope, phi) if part is not None))
         if read is not None:
             assert change is not None
-            moved.append(change @ widen(read).mT)
+            moved.append(change @ upcast(read).mT)
     totals = [torch.stack(parts).sum(0) if len(sums) > 1 else parts[0] for parts in zip(*sums, strict=True)]
     return totals[0], totals[1] if up is not None else None, torch.cat(moved, 1) if read is not None else None
 
@@ -94,19 +94,19 @@ def _slopes(
     read: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """φ'(g) ⊙ u, φ(g) and the change along the input, each with the factors of the clamp."""
-    g, phi = widen(gate), ACTIVATIONS[activation]
-    from_gate = g if gate_shift is None else g - widen(gate_shift)
+    g, phi = upcast(gate), ACTIVATIONS[activation]
+    from_gate = g if gate_shift is None else g - upcast(gate_shift)
     clamped = g if limit is None else g.clamp(max=limit)
     if up is None:
         slope = phi.backward(torch.ones_like(g), clamped)
         return slope, None, slope * from_gate if read is not None else None
-    u = widen(up)
-    from_up = u if up_shift is None else u - widen(up_shift)
+    u = upcast(up)
+    from_up = u if up_shift is None else u - upcast(up_shift)
     if limit is not None:
         u = u.clamp(-limit, limit) + 1
     slope, factor = phi.backward(u, clamped), phi.forward(clamped)
     if limit is not None:
-        slope, factor = slope * (g <= limit), factor * (widen(up).abs() <= limit)
+        slope, factor = slope * (g <= limit), factor * (upcast(up).abs() <= limit)
     change = torch.addcmul(slope * from_gate, factor, from_up) if read is not None else None
     return slope, factor, change
 

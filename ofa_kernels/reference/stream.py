@@ -44,12 +44,12 @@ def norm_step(
     """
     check_norm(residual, weight, bias, kind)
     if update is None:
-        update_sqnorm = torch.zeros(residual.shape[:-1], dtype=wide_dtype(residual.dtype), device=residual.device)
+        update_sqnorm = torch.zeros(residual.shape[:-1], dtype=opmath_dtype(residual.dtype), device=residual.device)
     else:
         check_same_shape("update", update, "residual", residual)
         update_sqnorm = squared_norm(update)
-        residual = (widen(residual) + widen(update)).to(residual.dtype)
-    normalized, rstd = _normalize(widen(residual), weight, bias, eps, kind, offset)
+        residual = (upcast(residual) + upcast(update)).to(residual.dtype)
+    normalized, rstd = _normalize(upcast(residual), weight, bias, eps, kind, offset)
     return residual, normalized.to(residual.dtype), update_sqnorm, rstd
 
 
@@ -72,7 +72,7 @@ def normalize(
 
 def squared_norm(update: Tensor) -> Tensor:
     """‖update‖² of each row: (..., d) → (...), float32."""
-    return torch.linalg.vector_norm(widen(update), dim=-1).square()
+    return torch.linalg.vector_norm(upcast(update), dim=-1).square()
 
 
 def perturb(
@@ -111,9 +111,9 @@ def perturb(
     check_norm(stream, weight, bias, kind)
     if undisturbed is not None:
         check_same_shape("undisturbed", undisturbed, "stream", stream)
-    wide = widen(stream)
+    wide = upcast(stream)
     rstd = moments(wide, eps, kind)[1]
-    direction = (widen(weight) + offset) * rstd.unsqueeze(-1)
+    direction = (upcast(weight) + offset) * rstd.unsqueeze(-1)
     moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
     copies = _normalize(moved, weight, bias, eps, kind, offset)[0]
     if undisturbed is None:
@@ -136,8 +136,8 @@ def displace(
     For steps whose branch reads the stream itself. `preconditioner` is the diagonal p, broadcast against (..., d).
     Returns (samples, ..., d) in the stream's dtype.
     """
-    moves = epsilon * widen(preconditioner) * _probes_like(stream, samples, seed, step, probe)
-    return (widen(stream) + moves).to(stream.dtype)
+    moves = epsilon * upcast(preconditioner) * _probes_like(stream, samples, seed, step, probe)
+    return (upcast(stream) + moves).to(stream.dtype)
 
 
 def contract(
@@ -157,7 +157,7 @@ def contract(
     """
     check_stack(base, copies)
     nu = _probes_like(base, copies.shape[0], seed, step, probe)
-    return (nu * (widen(copies) - widen(base))).sum(-1), squared_norm(base)
+    return (nu * (upcast(copies) - upcast(base))).sum(-1), squared_norm(base)
 
 
 def step_boundary(
@@ -208,7 +208,7 @@ def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:
         ValueError: unknown `kind`.
     """
     _check_kind(kind)
-    return moments(widen(stream), eps, kind)[1]
+    return moments(upcast(stream), eps, kind)[1]
 
 
 def _normalize(
@@ -216,8 +216,8 @@ def _normalize(
 ) -> tuple[Tensor, Tensor]:
     mean, rstd = moments(wide, eps, kind)
     centred = wide if mean is None else wide - mean.unsqueeze(-1)
-    normalized = centred * rstd.unsqueeze(-1) * (widen(weight) + offset)
-    return (normalized if bias is None else normalized + widen(bias)), rstd
+    normalized = centred * rstd.unsqueeze(-1) * (upcast(weight) + offset)
+    return (normalized if bias is None else normalized + upcast(bias)), rstd
 
 
 def moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor]:
@@ -230,7 +230,7 @@ def moments(wide: Tensor, eps: float, kind: str) -> tuple[Tensor | None, Tensor]
 def _probes_like(stream: Tensor, samples: int, seed: int, step: int, probe: str) -> Tensor:
     rows, width = stream.numel() // max(stream.shape[-1], 1), stream.shape[-1]
     nu = probes(rows, width, samples=samples, seed=seed, step=step, probe=probe, device=stream.device)
-    return nu.view(samples, *stream.shape).to(wide_dtype(stream.dtype))
+    return nu.view(samples, *stream.shape).to(opmath_dtype(stream.dtype))
 
 
 def check_norm(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
@@ -258,11 +258,11 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
 
 
-def widen(tensor: Tensor) -> Tensor:
-    return tensor.to(wide_dtype(tensor.dtype))
+def upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(opmath_dtype(tensor.dtype))
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     # PyTorch sends this question through its dispatcher, and it is asked of every tensor.
     return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)
 

@@ -13,7 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 import ofa
-from ofa.evaluation import evaluate
+from ofa.evaluation.scorer import evaluate
 from tests.examples.test_loops import example
 
 # PEFT says so of every norm, and then tunes it all the same.

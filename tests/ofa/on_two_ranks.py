@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ofa
 from ofa import sharding
-from ofa.adapters import fingerprints
-from ofa.tuning import base_parameters
+from ofa.adapters.save_and_load import fingerprints
+from ofa.tuning.norms import base_parameters
 from tests.families import build, inputs
 from tests.ofa.traces import EVERY
 
@@ -84,8 +84,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def scales_of(model: nn.Module) -> Tensor:
-    sharding.settle(model)
-    return torch.cat([sharding.whole(p).detach() for p in model.parameters() if p.requires_grad])
+    sharding.reshard(model)
+    return torch.cat([sharding.full_tensor(p).detach() for p in model.parameters() if p.requires_grad])
 
 
 def train(trained: nn.Module, reg: Any, name: str, rows: slice) -> Tensor:
@@ -341,7 +341,7 @@ def attaching_leaves_a_sharded_model_as_it_was(folder: Path) -> None:
     sharded(model, "as accelerate does")
     with torch.no_grad():
         logits = model(**batch("llama", 0)).logits
-    sharding.settle(model)
+    sharding.reshard(model)
     before = state()
     ofa.fused_regularizers(model, **WEIGHTS).close()
     assert state() == before
@@ -402,14 +402,16 @@ def a_sharded_model_is_saved_once_and_loaded_anywhere(folder: Path) -> None:
 @check
 def scales_tuned_in_their_shards_are_restored(folder: Path) -> None:
     model = sharded(model_of("llama", torch.float32), "layers")
-    before = {name: sharding.whole(parameter).clone() for name, parameter in model.named_parameters()}
+    before = {name: sharding.full_tensor(parameter).clone() for name, parameter in model.named_parameters()}
     ofa.tune_norms(model)
     train(model, ofa.fused_regularizers(model), "llama", rows_of(dist.get_rank()))
     ofa.save_adapter(model, folder / "adapter")  # refuses to load where the base's fingerprint is another
     assert torch.equal(saved_scales(folder / "adapter"), scales_of(model))
     ofa.restore_norms(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(sharding.whole(parameter), before[name]) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(sharding.full_tensor(parameter), before[name]) for name, parameter in model.named_parameters()
+    )
 
 
 @check

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ofa
-from ofa.adapters import DETAILS
+from ofa.adapters.folder import DETAILS
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import method
 from ofa.tasks import few_shot, load_task
 from ofa.tasks.task import Example, Task, TaskData

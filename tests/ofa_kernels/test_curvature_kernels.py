@@ -165,7 +165,7 @@ def eager() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("attention_heads", "attention_curvature"):
             # The package has a function of the second name.
-            patch.setattr(import_module(f"ofa_kernels.reference.{name}"), "widen", lambda x: x)
+            patch.setattr(import_module(f"ofa_kernels.reference.{name}"), "upcast", lambda x: x)
         yield
 
 

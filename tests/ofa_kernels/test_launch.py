@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ofa_kernels.launch import _SWEEPS, _TILES, HEAVY, MAX_WIDTH, configure, configure_tiles, programs, shares
+from ofa_kernels.launch import _SWEEPS, _TILES, MAX_WIDTH, REGISTER_HEAVY, configure, configure_tiles, programs, shares
 from ofa_kernels.workload import WIDTHS as WIDTHS_AHEAD
 
 ROWS = "norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward"
-KERNELS = (*ROWS, *HEAVY)
+KERNELS = (*ROWS, *REGISTER_HEAVY)
 WIDTHS = [1, 2, 31, 127, 128, 129, 576, 1024, 4096, 4097, 8192, 11008, 16384, 16385, 32768, MAX_WIDTH]
 
 

@@ -54,23 +54,23 @@ def run_crew(
     cells: Sequence[Cell],
     job: Callable[[Cell], Job],
     placements: Sequence[Placement],
-    hire: Callable[[Placement], W],
-    await_news: Callable[[list[W]], list[W]],
+    spawn: Callable[[Placement], W],
+    wait_any: Callable[[list[W]], list[W]],
 ) -> Iterator[Event]:
     """Run all cells on one worker for each placement.
 
-    `hire` starts a worker; `await_news` waits until some have something to say or have died, and returns them, or none
+    `spawn` starts a worker; `wait_any` waits until some have something to say or have died, and returns them, or none
     of them after a while.
 
     Raises:
         InputError: the workers refuse, or die before they have loaded the model.
     """
-    crew = _Crew(cells, job, hire)
+    crew = _Crew(cells, job, spawn)
     try:
         for placement in placements[: len(cells)]:
-            crew.engage(placement)
+            crew.add_worker(placement)
         while crew.workers:
-            heard = await_news(list(crew.workers))
+            heard = wait_any(list(crew.workers))
             yield from crew.silence() if not heard else ()
             for worker in heard:
                 yield from crew.hear(worker)
@@ -82,18 +82,18 @@ def run_crew(
 class _Crew(Generic[W]):
     """The workers, each with the cell it runs, and the cells that nobody works on yet."""
 
-    def __init__(self, cells: Sequence[Cell], job: Callable[[Cell], Job], hire: Callable[[Placement], W]) -> None:
+    def __init__(self, cells: Sequence[Cell], job: Callable[[Cell], Job], spawn: Callable[[Placement], W]) -> None:
         self.workers: dict[W, Cell | None] = {}
         self._loaded: set[W] = set()
         self._backlog = deque(cells)
-        self._job, self._hire = job, hire
+        self._job, self._spawn = job, spawn
         self._deaths: Counter[str] = Counter()
         self._failed_starts = 0
         self._told_of_silence = False
 
-    def engage(self, placement: Placement) -> None:
+    def add_worker(self, placement: Placement) -> None:
         """Start a worker."""
-        self.workers[self._hire(placement)] = None
+        self.workers[self._spawn(placement)] = None
 
     def silence(self) -> Iterator[Event]:
         """Say once that nobody can begin."""
@@ -105,7 +105,7 @@ class _Crew(Generic[W]):
         """Act on what a worker has to say."""
         message = worker.receive()
         if message is None:
-            yield from self._bury(worker)
+            yield from self._on_exit(worker)
         elif isinstance(message, Refused):
             raise message
         elif isinstance(message, Ready):
@@ -119,7 +119,7 @@ class _Crew(Generic[W]):
 
     def _give_next(self, worker: W) -> Iterator[Event]:
         if not self._backlog:
-            self._dismiss(worker)
+            self._retire(worker)
             return
         cell = self.workers[worker] = self._backlog.popleft()
         worker.give(self._job(cell))
@@ -127,12 +127,12 @@ class _Crew(Generic[W]):
 
     def _replace(self, worker: W) -> Iterator[Event]:
         """Its model is no longer what it was."""
-        self._dismiss(worker)
+        self._retire(worker)
         if self._backlog:
             yield Notice("a method did not give the model back as it was; the worker loads it anew")
-            self.engage(worker.placement)
+            self.add_worker(worker.placement)
 
-    def _bury(self, worker: W) -> Iterator[Event]:
+    def _on_exit(self, worker: W) -> Iterator[Event]:
         cell, why = self.workers.pop(worker), worker.end_in_words()
         if cell is not None:
             yield self._lost(cell, why)
@@ -147,7 +147,7 @@ class _Crew(Generic[W]):
                     "choose a smaller model"
                 )
         if self._backlog:
-            self.engage(worker.placement)
+            self.add_worker(worker.placement)
 
     def _lost(self, cell: Cell, why: str) -> Event:
         self._deaths[cell.key] += 1
@@ -157,6 +157,6 @@ class _Crew(Generic[W]):
         self._backlog.appendleft(cell)
         return Notice(f"the worker that ran {cell.row} on {cell.task}, seed {cell.seed}, {why}; the cell runs again")
 
-    def _dismiss(self, worker: W) -> None:
+    def _retire(self, worker: W) -> None:
         del self.workers[worker]
         worker.kill()

@@ -32,7 +32,7 @@ def load(source: Source, placement: Placement) -> CellRunner:
     import torch
 
     from ofa.comparison.cell import CellRunner
-    from ofa.models import load_model
+    from ofa.models.load import load_model
 
     torch.set_num_threads(placement.threads)
     try:

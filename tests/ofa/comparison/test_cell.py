@@ -10,9 +10,9 @@ import torch
 from ofa.comparison.cell import CellRunner
 from ofa.comparison.records import Record
 from ofa.errors import InputError
-from ofa.evaluation import Scorer, evaluate
+from ofa.evaluation.scorer import Scorer, evaluate
 from ofa.methods import Predictor, method, nothing_to_release
-from ofa.models import LoadedModel
+from ofa.models.load import LoadedModel
 from tests.device import DEVICE
 from tests.ofa.comparison.conftest import QUICK
 
@@ -223,7 +223,7 @@ def test_texts_that_lost_their_beginning_are_counted(runner, make_plan, tmp_path
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: what a GPU says of its memory")
 def test_peak_memory_of_a_gpu_is_that_of_the_cell(tiny_folder, make_plan):
-    from ofa.models import load_model
+    from ofa.models.load import load_model
 
     runner = CellRunner(load_model(str(tiny_folder), device="cuda"))
     torch.empty(2**28, dtype=torch.uint8, device="cuda")

@@ -6,7 +6,7 @@ import pytest
 
 from ofa.comparison.cell import CellRunner
 from ofa.errors import InputError
-from ofa.models import load_model
+from ofa.models.load import load_model
 from tests.ofa.comparison.conftest import QUICK, but_for_times
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from ofa.comparison.arguments import Material, check_settings, material_for
+from ofa.comparison.arguments import MethodInputs, check_settings, material_for
 from ofa.comparison.grid import Grid, checked_part
 from ofa.errors import InputError
 from ofa.methods import METHODS
@@ -165,7 +165,7 @@ def test_settings_that_a_method_does_not_take_are_refused_before_anything_runs(n
 def test_a_method_gets_the_material_that_its_signature_names():
     pool = (Example("a", "b"),)
     others = ((Task("t"), pool),)
-    material = Material(pool, others)
+    material = MethodInputs(pool, others)
     assert material_for("takes-all", material) == {"pool": pool, "other_tasks": others}
     assert material_for("takes-one", material) == {"pool": pool}
     assert material_for("takes-none", material) == {}

@@ -12,10 +12,11 @@ from transformers import AutoTokenizer
 
 from ofa.comparison.plan import SLOW_FIRST, check_window, sizes
 from ofa.comparison.records import Record
-from ofa.encoding import Encoder, model_window
 from ofa.errors import InputError
+from ofa.evaluation.encoding import Encoder
 from ofa.methods import METHODS
-from ofa.models import load_model, load_tokenizer
+from ofa.models.introspection import model_window
+from ofa.models.load import load_model, load_tokenizer
 from ofa.tasks import few_shot, load_task
 from tests.ofa.comparison.conftest import write_task
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
-from ofa.linear_probe import linear_probe
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import centroids, method
 from ofa.methods.calibrated_in_context import CONTENT_FREE
 from ofa.methods.hidden_states import last_hidden_states
+from ofa.probing.linear_probe import linear_probe
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, state
 from tests.ofa.label_models import OPEN, ROUNDING, build
 

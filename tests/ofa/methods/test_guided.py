@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import signal
 from copy import deepcopy
-from importlib import import_module
 
 import pytest
 import torch
 
-from ofa.encoding import Encoder, model_window
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
-from ofa.guidance import ExactGuidance, Weights
-from ofa.loss import cross_entropy, encode_example
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import method
 from ofa.methods.guided import source_losses
+from ofa.methods.structured_guidance import ExactGuidance, Weights
+from ofa.models.introspection import model_window
 from ofa.tasks import few_shot, load_demo_task
-from ofa.trainer import Diverged, Interrupted
-from ofa.tuning import restore_norms, tune_norms
+from ofa.training.loop import Diverged, Interrupted
+from ofa.training.loss import cross_entropy, encode_example
+from ofa.tuning.norms import restore_norms, tune_norms
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, at_step_2, state
 
 EXACT, DIFFERENCE, FIRST_ORDER = VARIANTS = ("guided", "guided_finite_difference", "guided_first_order")
@@ -33,7 +33,7 @@ STRONG = {
 
 
 def fit_of(name):
-    return import_module(f"ofa.methods.{name}").fit
+    return method(name.replace("_", "-"))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_finite_difference_follows_the_exact_gradient(unchanged):
     for fit, options in ((EXACT, OFF), (EXACT, STRONG[EXACT]), (DIFFERENCE, STRONG[DIFFERENCE])):
         trained(unchanged, fit_of(fit), progress=progress, **options)
     plain, exact, difference = gradients
-    # Some √ε of the product, as in tests/ofa/test_guidance.py.
+    # Some √ε of the product, as in tests/ofa/methods/test_structured_guidance.py.
     assert (difference - exact).norm() < 1e-2 * (exact - plain).norm()
 
 

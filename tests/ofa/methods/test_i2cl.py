@@ -9,10 +9,11 @@ import torch
 
 from ofa import anatomy
 from ofa.errors import InputError
-from ofa.evaluation import Scorer, evaluating
+from ofa.evaluation.scorer import Scorer
 from ofa.methods.i2cl import NOISE, Mixture, context_vectors, fit, recompute, similarity, transfer
+from ofa.models.introspection import evaluating
 from ofa.tasks.task import Example
-from ofa.trainer import Diverged, Interrupted
+from ofa.training.loop import Diverged, Interrupted
 from tests import families
 from tests.device import DEVICE
 from tests.ofa.given_back import at_step_2, state

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ofa.encoding import Encoder, label_token_ids
 from ofa.errors import InputError
-from ofa.evaluation import Scorer, evaluating
+from ofa.evaluation.encoding import Encoder, label_token_ids
+from ofa.evaluation.prefix_cache import PrefixCache
+from ofa.evaluation.scorer import Scorer
 from ofa.methods.label_anchor import AnchorEncoder, fit
-from ofa.shared_prefix import SharedPrefix
+from ofa.models.introspection import evaluating
 from ofa.tasks.task import Example, Task
 from tests import families
 from tests.device import DEVICE
@@ -119,10 +120,10 @@ def test_a_part_of_a_prefix_is_a_mask_over_the_rest(name):
     prefix, kept, prompts, word = ids[:12], [0, 1, 5, 6, 11], [ids[12:18], ids[18:21]], ids[21:]
     start = len(kept) if name in ("gpt2", "opt") else len(prefix)
     with evaluating(model):
-        shared = SharedPrefix(model, prefix, 0, kept=kept)
+        shared = PrefixCache(model, prefix, 0, kept=kept)
         last = shared.last_logits(prompts)
         words = shared.word_log_likelihoods(prompts, [word])[:, 0]
-        everything = SharedPrefix(model, prefix, 0).last_logits(prompts)
+        everything = PrefixCache(model, prefix, 0).last_logits(prompts)
     assert shared.cached_bytes == cache_bytes(model, len(kept))
     assert (everything - last).abs().max() > 0.01, "what is dropped must matter for this to be a test"
     for row, prompt in enumerate(prompts):

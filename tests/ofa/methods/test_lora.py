@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ofa.anatomy.projections import find_projections
 from ofa.errors import InputError
 from ofa.methods import lora, method
-from ofa.methods.projections import find_projections
 from tests import families, oracle
 from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ofa.encoding import Encoder
 from ofa.errors import InputError
-from ofa.evaluation import Scorer, evaluating
+from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import ia3, lora, method, soft_prompt
 from ofa.methods.peft_training import trainable
+from ofa.models.introspection import evaluating
 from ofa.tasks.task import Example, Task
-from ofa.trainer import Interrupted
+from ofa.training.loop import Interrupted
 from tests import families
 from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, state

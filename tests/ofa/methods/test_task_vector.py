@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ofa.encoding import label_token_ids
 from ofa.errors import InputError
-from ofa.evaluation import Scorer
+from ofa.evaluation.encoding import label_token_ids
+from ofa.evaluation.scorer import Scorer
 from ofa.methods import task_vector
 from ofa.methods.task_vector import TaskVectorScorer, draw, fit
 from ofa.tasks.task import Example

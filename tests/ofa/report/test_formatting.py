@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ofa.report import formatting as shown
-from ofa.statistics import Interval, Spread
+from ofa.report.statistics import Interval, Spread
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""Public names of a package that are imported on first use, so that importing the package costs no library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def on_first_use(
+    package: str, modules: Mapping[str, str]
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """`__all__`, `__getattr__` and `__dir__` of a package, from the module of every public name."""
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(modules[name]), name)
+        vars(sys.modules[package])[name] = value
+        return value
+
+    return list(modules), get, lambda: sorted({*vars(sys.modules[package]), *modules})

@@ -1,0 +1,31 @@
+"""The tuned norm scales on disk: save, read, load, merge, push."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ofa._lazy import on_first_use
+
+if TYPE_CHECKING:
+    from ofa.adapters.push import push_to_hub as push_to_hub
+    from ofa.adapters.save_and_load import Adapter as Adapter
+    from ofa.adapters.save_and_load import fingerprints as fingerprints
+    from ofa.adapters.save_and_load import load_adapter as load_adapter
+    from ofa.adapters.save_and_load import merge as merge
+    from ofa.adapters.save_and_load import read_adapter as read_adapter
+    from ofa.adapters.save_and_load import save_adapter as save_adapter
+    from ofa.adapters.save_and_load import versions as versions
+
+__all__, __getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "push_to_hub": "ofa.adapters.push",
+        "Adapter": "ofa.adapters.save_and_load",
+        "fingerprints": "ofa.adapters.save_and_load",
+        "load_adapter": "ofa.adapters.save_and_load",
+        "merge": "ofa.adapters.save_and_load",
+        "read_adapter": "ofa.adapters.save_and_load",
+        "save_adapter": "ofa.adapters.save_and_load",
+        "versions": "ofa.adapters.save_and_load",
+    },
+)

@@ -1,0 +1,210 @@
+"""An adapter folder on the Hugging Face hub: its own files, with a base model that others can have too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
+from ofa.adapters.model_card import HERE, model_card, named, usage
+from ofa.adapters.save_and_load import Adapter, read_adapter
+from ofa.errors import InputError, first_sentence
+from ofa.hub import is_hub_id, quiet_client
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+METRICS = ("metrics.jsonl", "training.png")
+_MESSAGE = "Norm scales tuned with ofa"
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    metrics: bool = False,
+    message: str = _MESSAGE,
+    token: str | None = None,
+) -> str:
+    """Put an adapter on the hub, in one commit; returns the page's address.
+
+    Scales, PEFT's configuration, `ofa_config.json` and the model card are sent, in which the repository's name stands
+    for the folder's; nothing else of the folder is, such as a checkpoint.
+
+    Args:
+        repo_id: "owner/name", or a name alone for one's own.
+        private: None leaves it to the owner's settings; an existing repository stays what it is.
+        base_model: hub id of the base, where the adapter was made from a folder or a file.
+        overwrite: commit to a repository that exists.
+        metrics: send the records and the figure of the training run too.
+        token: of a user who may write; None takes HF_TOKEN or what `hf auth login` keeps.
+
+    Raises:
+        InputError: the folder is no adapter, its base is on this machine alone, there is no token or it may not write,
+            the repository exists and `overwrite` is off, or the hub cannot be reached.
+    """
+    adapter = read_adapter(folder)
+    _check_name(repo_id)
+    contents = _contents(adapter, repo_id, _public_base(adapter, base_model))
+    if metrics:
+        contents |= {name: file.read_bytes() for name in METRICS if (file := adapter.folder / name).is_file()}
+    return _upload(contents, _Target(repo_id, private, overwrite, _token(token), message))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The repository, and how to write to it."""
+
+    repo_id: str
+    private: bool | None
+    overwrite: bool
+    token: str = field(repr=False)
+    message: str
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(
+            f"{repo_id!r} is no name for a repository of the hub; write owner/name, of letters, digits, -, _ and ."
+        ) from error
+
+
+def _public_base(adapter: Adapter, given: str | None) -> str:
+    """The base's hub id: what is only a folder or a file on this machine would leave others with scales of nothing."""
+    if given is not None:
+        if not is_hub_id(given):
+            raise InputError(f"{given!r} is no hub id; give the base model as --base-model owner/name")
+        return given
+    base = adapter.base
+    if base is None or not is_hub_id(base) or Path(base).exists():
+        known = f"was made for {base}, which is only on this machine" if base else "does not say its base model"
+        raise InputError(
+            f"{adapter.folder} {known}, so that nobody else could use it; say which model of the hub that is with "
+            "--base-model HUB_ID, or push the base first"
+        )
+    return base
+
+
+def _token(given: str | None) -> str:
+    from huggingface_hub import get_token
+
+    token = given or get_token()
+    if token is None:
+        raise InputError(
+            "there is no token of the hub on this machine; log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may write (https://huggingface.co/settings/tokens)"
+        )
+    return token
+
+
+def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
+    """The files as they are to lie in the repository; those of the folder stay as they are."""
+    config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    files: dict[str, Any] = {CONFIG: {**config, "base_model_name_or_path": base}}
+    if adapter.details:
+        files[DETAILS] = {**adapter.details, "base_model": base}
+    card = _card(adapter, repo_id, base, config.get("task_type"))
+    return {
+        WEIGHTS: (adapter.folder / WEIGHTS).read_bytes(),
+        **{name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in files.items()},
+        **({CARD: card.encode()} if card else {}),
+    }
+
+
+def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> str | None:
+    """The folder's own card, whatever was added to it, for readers who have the repository and not the folder."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    file = adapter.folder / CARD
+    if file.is_file():
+        text = file.read_text(encoding="utf-8").replace(named(adapter.base), named(base))
+    elif adapter.details:
+        text = model_card({**adapter.details, "base_model": base}, task_type)
+    else:
+        return None
+    try:
+        card = ModelCard(_published(text, repo_id, task_type, adapter.base))
+    except (ValueError, YAMLError) as error:
+        raise InputError(
+            f"the front matter of {file} cannot be read ({first_sentence(error)}); correct it, or delete the file and "
+            "it will be written anew"
+        ) from error
+    card.data.base_model, card.data.base_model_relation = base, "adapter"
+    return str(card)
+
+
+def _published(text: str, repo_id: str, task_type: str | None, local_base: str | None) -> str:
+    for base in (local_base, None):  # the folder's own card, or one written anew for the base's name on the hub
+        own = usage(HERE, task_type, published=False, base=base)
+        text = text.replace(own, usage(repo_id, task_type, published=True))
+    return text
+
+
+def _upload(contents: dict[str, bytes], target: _Target) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=target.token)
+    with quiet_client():
+        with _explained(target):
+            page = api.create_repo(target.repo_id, private=target.private, exist_ok=target.overwrite)
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        with _explained(target):
+            _commit(api, page.repo_id, operations, target.message)
+    return str(page)
+
+
+def _commit(api: HfApi, repo_id: str, operations: list[Any], message: str) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # less than a megabyte
+    try:
+        api.create_commit(repo_id, operations, commit_message=message)
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def _explained(target: _Target) -> Iterator[None]:
+    """Turn what the hub answers into a sentence; the token is in none of them."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise InputError(_refusal(target, error)) from error
+    except Exception as error:  # the network errors of the hub's client have no base class of their own
+        raise InputError(
+            f"the hub cannot be reached ({first_sentence(error)}); connect, and run the same again with --overwrite if "
+            f"{target.repo_id} was created already"
+        ) from error
+
+
+def _refusal(target: _Target, error: Any) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return (
+            "the hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN to one that may write"
+        )
+    if status == 403:
+        return (
+            f"the token may not write to {target.repo_id}; take a name of your own, or a token with write access "
+            "(https://huggingface.co/settings/tokens)"
+        )
+    if status == 409:
+        return f"{target.repo_id} exists on the hub already; choose another name, or commit to it with --overwrite"
+    return f"the hub refused {target.repo_id} ({status}: {first_sentence(error)}); try again later or report it there"

@@ -1,0 +1,310 @@
+"""The tuned norm scales on disk: a PEFT LN-tuning folder that opens in PEFT and transformers as it is.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `ofa_config.json` says what the adapter was made from
+(task, shots, seed, versions, scores, a fingerprint of the base), `README.md` is the model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa import sharding
+from ofa._version import __version__
+from ofa.adapters.base_weights import difference, weight_digests
+from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS, read_config, read_details
+from ofa.adapters.model_card import model_card
+from ofa.errors import InputError
+from ofa.files import WRITE_ERRORS, at_home, claimed_folder, json_writer, reason, text_writer, write_together
+from ofa.tuning.norms import base_parameters, hold_norms
+
+_PREFIX = "base_model.model."
+_LAYER = ".ln_tuning_layers."
+
+_told_of: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
+"""Adapters that a model was told to be another base for."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder read into memory: norm parameters by path, its base, and what `ofa_config.json` says."""
+
+    folder: Path
+    base: str | None
+    parameters: dict[str, Tensor]
+    details: dict[str, Any]
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    details: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
+
+    In several processes rank 0 writes. Call it on every rank, and all return when the folder is whole; a model that
+    is not sharded may instead be saved by rank 0 alone, every time.
+
+    Args:
+        base_model: hub id or folder of the base; the model's own name when None.
+        details: what to keep in `ofa_config.json` besides versions and the base's fingerprint.
+        overwrite: write into a folder that already holds something.
+
+    Raises:
+        InputError: a scale is not finite, or the folder cannot be written, or is not empty and `overwrite` is off; a
+            rank holds other scales than rank 0.
+    """
+    model = sharding.unwrapped(model)
+    sharding.reshard(model)
+    base = base_parameters(model)
+    current = {path: sharding.full_tensor(model.get_parameter(path)).detach() for path in base}
+    broken = _not_finite(current)
+    if broken:
+        raise InputError(
+            f"{broken} is not finite, so no adapter was written to {folder}; the training diverged: repeat it with a "
+            "lower learning rate"
+        )
+    tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
+
+    def write() -> None:
+        _write(model, at_home(folder), base, tensors, base_model=base_model, details=details, overwrite=overwrite)
+
+    sharding.on_first_rank(f"writing {folder}", _exact_digest(tensors), write)
+    return at_home(folder)
+
+
+def _write(
+    model: nn.Module,
+    folder: Path,
+    base: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    *,
+    base_model: str | None,
+    details: dict[str, Any] | None,
+    overwrite: bool,
+) -> None:
+    from peft import LNTuningConfig
+    from safetensors.torch import save_file
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    scales = {path: value for path, value in base.items() if path.endswith(".weight")}
+    name = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
+    is_causal = sharding.own_class(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    config = LNTuningConfig(
+        target_modules=[path.removesuffix(".weight") for path in scales],
+        task_type="CAUSAL_LM" if is_causal else None,
+        base_model_name_or_path=name,
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    known = {
+        **(details or {}),
+        "base_model": name,
+        **_fingerprints(base),
+        "base_weights": weight_digests(model),
+        "parameters": sum(scale.numel() for scale in scales.values()),
+        "versions": versions(),
+    }
+    with claimed_folder(folder, overwrite=overwrite) as target:
+        write_together(
+            {
+                target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                target / DETAILS: json_writer(known),
+                target / CARD: text_writer(model_card(known, config["task_type"])),
+                # Last, because this is the file by which a folder counts as an adapter.
+                target / CONFIG: json_writer(config),
+            }
+        )
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and check an adapter folder; safetensors only.
+
+    Raises:
+        InputError: it is not an LN-tuning folder, offers a pickle, or its tensors are damaged.
+    """
+    path = at_home(folder)
+    config = read_config(path)
+    tensors = _read_tensors(path)
+    strange = [key for key in tensors if not (key.startswith(_PREFIX) and _LAYER in key)]
+    if strange or not tensors:
+        what = f"holds {strange[0]}, which is no norm scale" if strange else "holds no tensors"
+        raise InputError(f"{path / WEIGHTS} {what}; save the adapter again")
+    parameters = {key.removeprefix(_PREFIX).replace(_LAYER, "."): value for key, value in tensors.items()}
+    broken = _not_finite(parameters)
+    if broken:
+        raise InputError(f"{path / WEIGHTS} is damaged: {broken} is not finite; save the adapter again")
+    return Adapter(path, config.get("base_model_name_or_path"), parameters, read_details(path))
+
+
+def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
+    """Put an adapter's scales into its base model; `restore_norms` takes them out again.
+
+    Nothing is changed unless everything fits.
+
+    Raises:
+        InputError: the folder cannot be read, or belongs to another base or another width.
+    """
+    adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
+    _check_fit(sharding.unwrapped(model), adapter)
+    hold_norms(model)
+    model = sharding.unwrapped(model)
+    for path, value in adapter.parameters.items():
+        sharding.copy_to_shards(model.get_parameter(path), value)
+    return adapter
+
+
+def merge(
+    model: nn.Module | str, adapter: str | Path, out: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write a full checkpoint of the base with the adapter's scales in place of its own.
+
+    Args:
+        model: the base, or its hub id or folder, to be loaded in its own dtype. A loaded model is left as it was, tuned
+            scales included.
+        tokenizer: saved beside the model when given; that of the base, as it came, when `model` is a name.
+
+    Raises:
+        InputError: the adapter does not fit, or the folder cannot be written.
+    """
+    if isinstance(model, str):
+        from ofa.models.load import load_model
+
+        loaded = load_model(model, dtype="auto", tokenizer_as_it_came=True)
+        return merge(loaded.model, adapter, out, tokenizer=tokenizer or loaded.tokenizer, overwrite=overwrite)
+    if sharding.is_sharded(model):
+        raise InputError(
+            "a sharded model cannot be merged; save the adapter and merge it with the base's name or folder"
+        )
+    read = read_adapter(adapter)
+    _check_fit(model, read)
+    with claimed_folder(out, overwrite=overwrite) as target:
+        staging = target / ".partial"
+        try:
+            model.save_pretrained(staging, state_dict=_merged_state(model, read))  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            for file in sorted(staging.iterdir()):
+                shutil.move(file, target / file.name)
+        except WRITE_ERRORS as error:
+            raise InputError(f"the checkpoint {target} cannot be written ({reason(error)}); free its disk") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of the base's own norm parameters in bfloat16; two models of one base agree in at least one of them.
+
+    The second is of the values rounded to float16 first. A base loaded in float32 agrees with itself loaded in
+    bfloat16 in the first, and with itself loaded in float16 in the second.
+    """
+    return _fingerprints(base_parameters(model))
+
+
+def _fingerprints(base: dict[str, Tensor]) -> dict[str, str]:
+    return {
+        "base_fingerprint": _digest(base, torch.float32),
+        "base_fingerprint_float16": _digest(base, torch.float16),
+    }
+
+
+def _digest(parameters: dict[str, Tensor], first: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for path, value in parameters.items():
+        digest.update(path.encode())
+        digest.update(value.to("cpu", first).to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _exact_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in tensors.values():
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an adapter."""
+    from importlib.metadata import version
+
+    return {"ofa-adapt": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def _merged_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The base's tensors with the adapter's scales, in the base's dtype; the model itself is not touched."""
+    base = base_parameters(model)
+    scales = {path: value.to(base[path]) for path, value in adapter.parameters.items()}
+    return {**model.state_dict(), **base, **scales}
+
+
+def _check_fit(model: nn.Module, adapter: Adapter) -> None:
+    own = base_parameters(model)
+    name = adapter.base or "another model"
+    unknown = next((path for path in adapter.parameters if path not in own), None)
+    if unknown:
+        raise InputError(
+            f"{adapter.folder} was made for {name}: this model has no norm {unknown}; load that base instead"
+        )
+    for path, value in adapter.parameters.items():
+        if value.shape != own[path].shape:
+            raise InputError(
+                f"{adapter.folder} was made for {name} of another width: {path} has {own[path].numel()} channels here "
+                f"and {value.numel()} in the adapter; load that base instead"
+            )
+    actual = fingerprints(model)
+    expected = {adapter.details[name] for name in actual if name in adapter.details}
+    if expected and expected.isdisjoint(actual.values()):
+        raise InputError(
+            f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
+        )
+    told = _told_of.setdefault(model, set())
+    differing = difference(adapter.details.get("base_weights", {}), model)
+    if differing is not None and adapter.folder not in told:
+        told.add(adapter.folder)
+        logger.warning(
+            "%s was made for %s: this model has its norms, but other weights (%s); it may answer otherwise, so load "
+            "that base, or measure it here with `ofa evaluate`",
+            adapter.folder,
+            name,
+            differing,
+        )
+
+
+def _not_finite(parameters: dict[str, Tensor]) -> str | None:
+    """The first parameter that holds a NaN or an infinity."""
+    return next((name for name, value in parameters.items() if not torch.isfinite(value).all()), None)
+
+
+def _key(path: str) -> str:
+    norm, _, name = path.rpartition(".")
+    return f"{_PREFIX}{norm}{_LAYER}{name}"
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        if pickles:
+            raise InputError(f"{pickles[0]} is a pickle, which can run code when it is read; convert it to {WEIGHTS}")
+        raise InputError(f"{folder} has no {WEIGHTS}; give the folder that `ofa fit` wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error

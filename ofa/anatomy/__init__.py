@@ -1,0 +1,33 @@
+"""The steps of a model: which norm preconditions which branch, found by a table and a trial run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ofa._lazy import on_first_use
+
+if TYPE_CHECKING:
+    from ofa.anatomy.steps import GRANULARITIES as GRANULARITIES
+    from ofa.anatomy.steps import Anatomy as Anatomy
+    from ofa.anatomy.steps import Branch as Branch
+    from ofa.anatomy.steps import Norm as Norm
+    from ofa.anatomy.steps import NormView as NormView
+    from ofa.anatomy.steps import Step as Step
+    from ofa.anatomy.steps import find as find
+    from ofa.anatomy.steps import tuned_norms as tuned_norms
+    from ofa.anatomy.steps import view_norm as view_norm
+
+__all__, __getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "Anatomy": "ofa.anatomy.steps",
+        "Branch": "ofa.anatomy.steps",
+        "GRANULARITIES": "ofa.anatomy.steps",
+        "Norm": "ofa.anatomy.steps",
+        "NormView": "ofa.anatomy.steps",
+        "Step": "ofa.anatomy.steps",
+        "find": "ofa.anatomy.steps",
+        "tuned_norms": "ofa.anatomy.steps",
+        "view_norm": "ofa.anatomy.steps",
+    },
+)

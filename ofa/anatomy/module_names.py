@@ -1,0 +1,37 @@
+"""What models call the modules of a branch: projections, head norms, routers, activations."""
+
+from __future__ import annotations
+
+MLP_NAMES = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "gate_up_proj", "down_proj"),
+    ("fc1", None, "fc2"),
+    ("c_fc", None, "c_proj"),
+    ("fc_in", None, "fc_out"),
+    ("dense_h_to_4h", None, "dense_4h_to_h"),
+)
+"""Gate, up and down projections of an MLP, relative to its module; the same name twice is one fused projection."""
+
+
+ATTENTION_NAMES = tuple(
+    (*projections, output)
+    for projections in (
+        ("q_proj", "k_proj", "v_proj"),
+        ("qkv_proj",) * 3,
+        ("c_attn",) * 3,
+        ("query_key_value",) * 3,
+    )
+    for output in ("o_proj", "out_proj", "dense", "c_proj")
+)
+"""Query, key, value and output projections of an attention, likewise."""
+
+
+HEAD_NORMS = ("q_norm", "k_norm")
+
+
+ROUTER_NAMES = ("gate", "router")
+"""What mixtures of experts call the linear map that chooses experts."""
+
+
+ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation")
+"""What modules call the activation that they apply between projections."""

@@ -1,0 +1,288 @@
+"""Label-word scoring of a causal language model, and what its predictions are worth on a set of examples."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ofa.errors import InputError
+from ofa.evaluation.encoding import Encoder, batches_by_length, collate, scores_whole_words
+from ofa.evaluation.prefix_cache import PrefixCache
+from ofa.evaluation.scores import CompletionMetrics, Metrics, metrics
+from ofa.models.introspection import evaluating, model_window
+from ofa.models.load import refuse_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ofa.tasks import Data, TaskData
+    from ofa.tasks.task import Example, Task
+
+
+__all__ = ["CompletionMetrics", "Evaluation", "Metrics", "Scorer", "evaluate", "metrics"]
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["first token", "whole word", "completion"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The predictions of a model on a set of examples, in their order, and what they are worth.
+
+    `probabilities` is (n, number of labels), float32, on the CPU; n × 0 for an open-ended task. `truncated` counts the
+    texts that were cut to fit the window, `mode` says what was scored, `seconds` is the wall-clock time it took.
+    """
+
+    metrics: Metrics | CompletionMetrics
+    predictions: tuple[str, ...]
+    probabilities: Tensor
+    seconds: float
+    truncated: int
+    mode: Mode
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: TaskData | Data,
+    *,
+    demonstrations: TaskData | Data = (),
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Predict every example, optionally with demonstrations in context, and measure the predictions.
+
+    Examples may be anything that `load_task` takes: a list of (text, label), a DataFrame, a data set, a file.
+    `progress(done, total)` is called after every batch of predictions. An open-ended task is measured by exact match of
+    greedy completions and by the likelihood of the true ones. Raises InputError for no examples, empty texts, and
+    labels the task does not have.
+    """
+    from ofa.tasks import examples_from
+
+    shown = examples_from(demonstrations, task)
+    scorer = Scorer(model, tokenizer, task, demonstrations=shown, batch_size=batch_size)
+    return scorer.evaluate(examples_from(examples, task), progress=progress)
+
+
+class Scorer:
+    """Scores the label words of a task, or completes its prompts, with one model; results are in input order.
+
+    Texts are batched by length; neither the batch nor its padding changes a score. The weights are read anew at every
+    call, and the model is left in the mode it was in. `demonstrations` are put in front of every prompt; they are
+    computed once per call, so that one call with many texts is faster than many calls.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        demonstrations: Sequence[Example] = (),
+        batch_size: int = 16,
+    ) -> None:
+        refuse_encoder(model.config)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.task = task
+        self.demonstrations = tuple(demonstrations)
+        self.batch_size = batch_size
+        self.encoder = Encoder(tokenizer, task, model_window(model))
+        self.mode: Mode = "completion" if task.open_ended else "first token"
+        if scores_whole_words(self.encoder.labels):
+            self.mode = "whole word"
+            _say_that_words_are_scored_whole(task.name)
+
+    @property
+    def truncated(self) -> int:
+        """How many texts were cut so far to fit the model's window."""
+        return self.encoder.truncated
+
+    def log_probabilities(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
+        """Log-probabilities (n, number of labels) of the labels, float32, on the CPU, normalised over the labels.
+
+        A label is scored at the last token of the prompt by its first token, or by the whole word and the line end that
+        ends it where two labels share their first token: log p summed over the tokens, not divided by their number.
+        Raises InputError for an empty text, and for a task without labels.
+        """
+        if self.task.open_ended:
+            raise InputError(f"task {self.task.name!r} has no labels to choose from: call generate instead")
+        words = list(self.encoder.labels.values())
+        firsts = torch.tensor([word[0] for word in words])
+        demonstrations, prompts = self._encode(texts)
+        scores = torch.empty(len(texts), len(words))
+        with evaluating(self.model):
+            shared = self.shared_prefix(demonstrations)
+            for batch in self.batches(prompts, progress):
+                chosen = [prompts[index] for index in batch]
+                if self.mode == "whole word":
+                    scores[batch] = shared.word_log_likelihoods(chosen, words).cpu()
+                else:
+                    scores[batch] = shared.last_logits(chosen).cpu()[:, firsts]
+        _refuse_nan(scores)
+        return scores.log_softmax(dim=1)
+
+    def predict_proba(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
+        """Probabilities (n, number of labels) of the labels, float32, on the CPU; every row sums to 1."""
+        return self.log_probabilities(texts, progress=progress).exp()
+
+    def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> list[str]:
+        """The most probable label of every text; for an open-ended task the completion that `generate` gives."""
+        if self.task.open_ended:
+            return self.generate(texts, progress=progress)
+        best = self.log_probabilities(texts, progress=progress).argmax(dim=1)
+        return [self.task.labels[index] for index in best.tolist()]
+
+    def generate(
+        self, texts: Sequence[str], max_new_tokens: int = 32, *, progress: Progress | None = None
+    ) -> list[str]:
+        """Greedy completions of the prompts as they follow them, blanks included, up to the end-of-text token."""
+        demonstrations, prompts = self._encode(texts, room=max_new_tokens)
+        prompts = [[*demonstrations, *prompt] for prompt in prompts]
+        completions = [""] * len(texts)
+        with evaluating(self.model):
+            for batch in self.batches(prompts, progress):
+                new = self._greedy([prompts[index] for index in batch], max_new_tokens)
+                texts_of_batch = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+                for index, text in zip(batch, texts_of_batch, strict=True):
+                    completions[index] = text
+        return completions
+
+    def evaluate(self, examples: Sequence[Example], *, progress: Progress | None = None) -> Evaluation:
+        """Predict the examples and measure the predictions, as the function `evaluate` does."""
+        if not examples:
+            raise InputError(f"there is not one example of task {self.task.name!r} to evaluate on: give at least one")
+        start, cut_before = time.perf_counter(), self.truncated
+        if self.task.open_ended:
+            return _evaluate_completions(self, examples, progress, start)
+        truth = [example.label for example in examples]
+        for label in truth:
+            self.encoder.encode_target(label)
+        probabilities = self.predict_proba([example.text for example in examples], progress=progress)
+        return Evaluation(
+            metrics=metrics(probabilities, truth, self.task.labels),
+            predictions=tuple(self.task.labels[index] for index in probabilities.argmax(1).tolist()),
+            probabilities=probabilities,
+            seconds=time.perf_counter() - start,
+            truncated=self.truncated - cut_before,
+            mode=self.mode,
+        )
+
+    def accuracy(self, examples: Sequence[Example]) -> float:
+        """Share of the examples whose label is predicted, or whose completion is matched, as `evaluate` measures it."""
+        return self.evaluate(examples).metrics.accuracy
+
+    def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
+        """The model behind the ids of demonstrations, as it scores prompts; methods that change that override it."""
+        return PrefixCache(self.model, demonstrations, self.encoder.pad_id)
+
+    def completion_log_likelihood(self, examples: Sequence[Example]) -> Tensor:
+        """Mean log-likelihood per token (n,), float32, on the CPU, of each example's own label or completion."""
+        totals, counts = self.completion_totals(examples)
+        return totals / counts
+
+    def completion_totals(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Log-likelihood (n,) of each example's own label or completion, float32, and its number of tokens (n,)."""
+        targets = [self.encoder.encode_target(example.label, example.text) for example in examples]
+        room = max((len(target) for target in targets), default=0)
+        demonstrations, prompts = self._encode([example.text for example in examples], room=room)
+        totals = torch.empty(len(examples))
+        with evaluating(self.model):
+            shared = self.shared_prefix(demonstrations)
+            whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
+            for batch in self.batches(whole, None):
+                behind = [targets[index] for index in batch]
+                totals[batch] = shared.completion_log_likelihoods([prompts[i] for i in batch], behind).cpu()
+        _refuse_nan(totals)
+        return totals, torch.tensor([len(target) for target in targets])
+
+    def _encode(self, texts: Sequence[str], room: int | None = None) -> tuple[list[int], list[list[int]]]:
+        demonstrations = self.encoder.encode_demonstrations(self.demonstrations, texts=texts, room=room)
+        return demonstrations, self.encoder.encode_prompts(texts, demonstrations=demonstrations, room=room)
+
+    def batches(self, sequences: Sequence[Sequence[int]], progress: Progress | None) -> Iterator[list[int]]:
+        """Indices of sequences of similar lengths, a batch at a time; `progress` hears of each that was done."""
+        done = 0
+        for batch in batches_by_length([len(sequence) for sequence in sequences], self.batch_size):
+            yield batch
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(sequences))
+
+    def _greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
+        # The new tokens follow the last column, so that here, and only here, the padding is on the left.
+        flipped = collate([prompt[::-1] for prompt in prompts], self.encoder.pad_id)
+        device = next(self.model.parameters()).device
+        input_ids, attention_mask = (part.flip(1).to(device) for part in flipped)
+        # Everything a model's own generation settings might bend is set to what leaves the scores alone.
+        tokens = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.encoder.pad_id,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+        )
+        return tokens[:, input_ids.shape[1] :]
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise InputError(
+            "the model gave scores that are not numbers: its weights have diverged, or its dtype is too narrow; "
+            "train with a lower learning rate, or use float32"
+        )
+
+
+def _evaluate_completions(
+    scorer: Scorer, examples: Sequence[Example], progress: Progress | None, start: float
+) -> Evaluation:
+    truth = [example.label.strip() for example in examples]
+    cut_before = scorer.truncated
+    # One token more than the longest truth, so that an answer which runs on is not taken for a match.
+    longest = max(len(scorer.encoder.encode_target(example.label, example.text)) for example in examples)
+    generated = scorer.generate([example.text for example in examples], longest + 1, progress=progress)
+    truncated = scorer.truncated - cut_before
+    predictions = tuple(_first_lines(text, like) for text, like in zip(generated, truth, strict=True))
+    totals, counts = scorer.completion_totals(examples)
+    matches = sum(prediction == like for prediction, like in zip(predictions, truth, strict=True))
+    return Evaluation(
+        metrics=CompletionMetrics(
+            exact_match=matches / len(examples),
+            negative_log_likelihood=-float(totals.sum() / counts.sum()),
+            count=len(examples),
+        ),
+        predictions=predictions,
+        probabilities=torch.empty(len(examples), 0),
+        seconds=time.perf_counter() - start,
+        truncated=truncated,
+        mode=scorer.mode,
+    )
+
+
+def _first_lines(text: str, like: str) -> str:
+    """As many lines of `text` as `like` has, without blanks at the ends: a newline ends a demonstration's answer."""
+    return "\n".join(text.strip().split("\n")[: like.count("\n") + 1]).strip()
+
+
+@functools.cache
+def _say_that_words_are_scored_whole(task: str) -> None:
+    logger.warning(
+        "two labels of task %r share their first token: all its labels are scored by the whole word and its line end",
+        task,
+    )

@@ -1,0 +1,336 @@
+"""Structured gradient guidance: consistent direction, controlled magnitude and cross-task alignment of the gradient.
+
+The abstract of arXiv 2506.00726 asks for these three; its equations are not public, and the formulation here is ours
+(docs/theory.md, "Structured gradient guidance"). With θ what is tuned, g = ∇CE(θ), ĝ = g/‖g‖ and the constants r, τ, s
+of a `Reference`,
+
+    L = CE + λ_d (1 − ⟨ĝ, r̂⟩) + λ_m max(0, ‖g‖ − τ)² − λ_a ⟨ĝ, ŝ⟩
+
+All added terms depend on θ through g alone, so that ∇L = g + H u with H the Hessian of CE and u their gradient in g.
+Gradients of all parameters together are vectors (n,) here, in float64 on the CPU: what is tuned is small, 1/‖g‖ is not.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ofa.errors import InputError
+
+Loss = Callable[[], Tensor]
+
+DECAY = 0.9
+"""β of the moving average of gradients: r ← β r + (1 − β) g behind every step."""
+
+TWICE_DIFFERENTIABLE = ("sdpa", "eager")
+"""Attention implementations with a second derivative; that of sdpa takes its plain path for it."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms: λ_d, λ_m, λ_a, any number from 0; for the first-order variant shares from 0 to 1.
+
+    Raises:
+        InputError: a weight is negative or not finite.
+    """
+
+    direction: float
+    magnitude: float
+    alignment: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the weights."""
+        for name, value in vars(self).items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"the setting {name}={value!r} is not usable: it must be a number that is at least 0")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a gradient is compared with, all of it constant in θ: r (n,), τ and s (n,); None where there is none yet."""
+
+    average: Tensor
+    threshold: float | None = None
+    source: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GuidedStep:
+    """‖g‖ of one step, and the cosines of g with that of the step before (None in the first) and with r."""
+
+    gradient_norm: float
+    to_previous: float | None
+    to_average: float
+
+
+def added_terms(gradient: Tensor, reference: Reference, weights: Weights) -> Tensor:
+    """λ_d (1 − ⟨ĝ, r̂⟩) + λ_m max(0, ‖g‖ − τ)² − λ_a ⟨ĝ, ŝ⟩ of a gradient (n,) ≠ 0, a scalar; differentiable in g."""
+    norm = gradient.norm()
+    unit = gradient / norm
+    terms = weights.direction * (1 - unit @ _unit(reference.average))
+    if reference.threshold is not None:
+        terms = terms + weights.magnitude * (norm - reference.threshold).clamp(min=0) ** 2
+    if reference.source is not None:
+        terms = terms - weights.alignment * (unit @ _unit(reference.source))
+    return terms
+
+
+def outer_gradient(gradient: Tensor, reference: Reference, weights: Weights) -> Tensor:
+    """u, the gradient of `added_terms` in g, (n,).
+
+    u = 2 λ_m max(0, ‖g‖ − τ) ĝ − (λ_d/‖g‖)(r̂ − ⟨ĝ, r̂⟩ ĝ) − (λ_a/‖g‖)(ŝ − ⟨ĝ, ŝ⟩ ĝ)
+
+    It is 0 where g is: there a gradient has no direction, and its length is not too large.
+    """
+    norm = float(gradient.norm())
+    result = torch.zeros_like(gradient)
+    if norm == 0:
+        return result
+    unit = gradient / norm
+    if reference.threshold is not None:
+        result += 2 * weights.magnitude * max(0.0, norm - reference.threshold) * unit
+    result -= weights.direction / norm * _beside(_unit(reference.average), unit)
+    if reference.source is not None:
+        result -= weights.alignment / norm * _beside(_unit(reference.source), unit)
+    return result
+
+
+def first_order_gradient(gradient: Tensor, reference: Reference, shares: Weights) -> Tensor:
+    """The gradient (n,) changed towards what the terms ask for, without a second derivative.
+
+    1. direction a > 0: where ⟨g, r⟩ < 0, r is projected out of g; elsewhere g becomes (1 − a) g + a ‖g‖ r̂ with the
+       length it had.
+    2. alignment: where ⟨g, s⟩ < 0, that share of the part along s is taken out of g.
+    3. magnitude: that share of what ‖g‖ exceeds τ by is taken off.
+    """
+    if shares.direction > 0:
+        gradient = _turned(gradient, _unit(reference.average), shares.direction)
+    if reference.source is not None:
+        source = _unit(reference.source)
+        gradient = gradient - shares.alignment * (gradient @ source).clamp(max=0) * source
+    if reference.threshold is not None and (norm := float(gradient.norm())) > reference.threshold:
+        gradient = gradient * (1 - shares.magnitude * (1 - reference.threshold / norm))
+    return gradient
+
+
+class StructuredGuidance(ABC):
+    """The guidance of one run (see `ofa.training.loop.Guidance`): its moving average, its threshold and its log.
+
+    - r starts as the gradient on all shots, and g joins it behind its own step.
+    - τ is the median of ‖g‖ over the first epoch; until that is over there is none, and no magnitude term.
+    - s is the gradient of the source loss at the start of each epoch.
+
+    `source` are losses that sum to that of the source tasks; they are computed only where alignment has a weight.
+    """
+
+    def __init__(self, weights: Weights, source: Sequence[Loss] = ()) -> None:
+        if weights.alignment > 0 and not source:
+            raise InputError(
+                f"alignment={weights.alignment} aligns with other tasks, and there are none: give some or leave it out"
+            )
+        self.weights, self.steps = weights, list[GuidedStep]()
+        self._source_losses = source
+        self._source: Tensor | None = None
+        self._previous: Tensor | None = None
+        self._threshold: float | None = None
+
+    def begin(self, parameters: Sequence[nn.Parameter], losses: Sequence[Loss]) -> None:
+        """Start r from the losses, as many as an epoch has steps, that sum to the loss over all shots."""
+        self._parameters, self._steps_per_epoch = tuple(parameters), len(losses)
+        self._average = _gradient(losses, self._parameters)
+
+    def backward(self, loss: Loss) -> float:
+        """Fill the gradients of one step, and return its loss in nats."""
+        if self.weights.alignment > 0 and len(self.steps) % self._steps_per_epoch == 0:
+            self._source = _gradient(self._source_losses, self._parameters)
+        reference = Reference(self._average, self._threshold, self._source)
+        value, gradient, guided = self._guide(loss, reference)
+        for parameter, part in zip(self._parameters, _split(guided, self._parameters), strict=True):
+            parameter.grad = part
+        self._remember(gradient)
+        return value
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The log as JSON values: per step ‖g‖ and the cosines of `GuidedStep`; the deviation of ‖g‖; τ."""
+        norms = [step.gradient_norm for step in self.steps]
+        return {
+            "gradient_norm": [_digits(norm) for norm in norms],
+            "cosine_to_previous": [_digits(step.to_previous) for step in self.steps],
+            "cosine_to_average": [_digits(step.to_average) for step in self.steps],
+            "gradient_norm_std": _digits(statistics.pstdev(norms)) if norms else None,
+            "gradient_norm_threshold": _digits(self._threshold),
+        }
+
+    @abstractmethod
+    def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
+        """The loss, its gradient g and the gradient to step along."""
+
+    def _remember(self, gradient: Tensor) -> None:
+        previous = None if self._previous is None else _cosine(gradient, self._previous)
+        self.steps.append(GuidedStep(float(gradient.norm()), previous, _cosine(gradient, self._average)))
+        self._previous = gradient
+        self._average = DECAY * self._average + (1 - DECAY) * gradient
+        if len(self.steps) == self._steps_per_epoch:
+            self._threshold = statistics.median(step.gradient_norm for step in self.steps)
+
+
+class ExactGuidance(StructuredGuidance):
+    """∇L = g + H u, H u by a second backward pass."""
+
+    def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
+        curved = _has_terms(self.weights, reference)
+        with sdpa_kernel(SDPBackend.MATH) if curved else nullcontext():
+            value = loss()
+            parts = torch.autograd.grad(value, self._parameters, create_graph=curved, materialize_grads=True)
+            gradient = _flat(parts)
+            outer = outer_gradient(gradient, reference, self.weights)
+            if not outer.any():
+                return value.item(), gradient, gradient
+            size = outer.norm()
+            # Along a unit vector, since u itself may be too large for the parameters' dtype.
+            directions = _split(outer / size, self._parameters)
+            inner = torch.stack([(g * d).sum().cpu() for g, d in zip(parts, directions, strict=True)]).sum()
+            product = _flat(torch.autograd.grad(inner, self._parameters, materialize_grads=True))
+        return value.item(), gradient, gradient + size * product
+
+
+class FiniteDifferenceGuidance(StructuredGuidance):
+    """∇L = g + H u, H u by a forward difference of g: H û ≈ (g(θ + δ û) − g(θ)) / δ with δ of `difference_step`.
+
+    Where an activation has a kink (ReLU), g jumps when the displacement crosses it. The difference sees that, H does
+    not.
+    """
+
+    def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
+        value = loss()
+        gradient = _flat(torch.autograd.grad(value, self._parameters, materialize_grads=True))
+        outer = outer_gradient(gradient, reference, self.weights)
+        if not outer.any():
+            return value.item(), gradient, gradient
+        size, step = outer.norm(), difference_step(self._parameters, value.item(), float(gradient.norm()))
+        with _displaced(self._parameters, step * outer / size):
+            product = (_gradient([loss], self._parameters) - gradient) / step
+        return value.item(), gradient, gradient + size * product
+
+
+class FirstOrderGuidance(StructuredGuidance):
+    """`first_order_gradient` of every step; all weights are shares.
+
+    Raises:
+        InputError: a weight is larger than 1.
+    """
+
+    def __init__(self, weights: Weights, source: Sequence[Loss] = ()) -> None:
+        super().__init__(weights, source)
+        for name, value in vars(weights).items():
+            if value > 1:
+                raise InputError(f"the setting {name}={value!r} is not usable: here it is a share, at most 1")
+
+    def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
+        value = loss()
+        gradient = _flat(torch.autograd.grad(value, self._parameters, materialize_grads=True))
+        return value.item(), gradient, first_order_gradient(gradient, reference, self.weights)
+
+
+def difference_step(parameters: Sequence[nn.Parameter], loss: float, gradient_norm: float) -> float:
+    """δ = ½ √(ε ‖(θ, 1)‖ CE/‖g‖), how far θ moves for a difference of gradients; ε is the epsilon of θ's dtype.
+
+    Rounding acts as if θ were known up to ε/4 (the mean square error of rounding to nearest) of its length, a scale
+    below 1 counting as 1, which makes the difference wrong by that over δ. The curve of g makes it wrong by δ over the
+    length on which H changes, for which CE/‖g‖ stands: on it the linear model of the loss falls to 0, and logits move
+    by about one. The sum is smallest at their geometric mean.
+    """
+    theta, precision = _flat(parameters), torch.finfo(parameters[0].dtype).eps
+    length = math.hypot(float(theta.norm()), math.sqrt(theta.numel()))
+    # A loss that was rounded to 0 may have a gradient.
+    return 0.5 * math.sqrt(precision * length * max(loss, precision) / gradient_norm)
+
+
+def check_attention(model: nn.Module) -> None:
+    """Refuse attention that has no second derivative.
+
+    Raises:
+        InputError: the model is configured for an attention implementation that is not in `TWICE_DIFFERENTIABLE`.
+    """
+    for module in model.modules():
+        used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if used is not None and used not in TWICE_DIFFERENTIABLE:
+            raise InputError(
+                f"exact guidance differentiates attention twice, which {used!r} does not allow; load the model with "
+                "attn_implementation='sdpa' or 'eager', or use guided-finite-difference"
+            )
+
+
+def _has_terms(weights: Weights, reference: Reference) -> bool:
+    magnitude = 0.0 if reference.threshold is None else weights.magnitude
+    return weights.direction > 0 or weights.alignment > 0 or magnitude > 0
+
+
+def _turned(gradient: Tensor, average: Tensor, share: float) -> Tensor:
+    along, norm = gradient @ average, gradient.norm()
+    if along < 0:
+        return gradient - along * average
+    mixed = (1 - share) * gradient + share * norm * average
+    return mixed if norm == 0 else mixed * (norm / mixed.norm())
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """The vector at length 1; 0 stays 0."""
+    norm = vector.norm()
+    return vector if norm == 0 else vector / norm
+
+
+def _beside(vector: Tensor, unit: Tensor) -> Tensor:
+    """The part of the vector that is orthogonal to a unit vector."""
+    return vector - (unit @ vector) * unit
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float(_unit(one) @ _unit(other))
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _gradient(losses: Sequence[Loss], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The gradient of the sum of the losses, (n,)."""
+    gradients = (_flat(torch.autograd.grad(loss(), parameters, materialize_grads=True)) for loss in losses)
+    return torch.stack(list(gradients)).sum(0)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.detach().cpu().double().flatten() for part in parts])
+
+
+def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    parts = vector.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(own).to(own.device, own.dtype) for part, own in zip(parts, parameters, strict=True)]
+
+
+@contextmanager
+def _displaced(parameters: Sequence[nn.Parameter], displacement: Tensor) -> Iterator[None]:
+    """Parameters moved by a vector (n,), and put back to the bit."""
+    originals = [parameter.detach().clone() for parameter in parameters]
+    moved = _split(_flat(parameters) + displacement, parameters)
+    try:
+        _assign(parameters, moved)
+        yield
+    finally:
+        _assign(parameters, originals)
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

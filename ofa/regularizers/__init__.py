@@ -1,0 +1,27 @@
+"""The two regularizers of OFA in any training loop: attach, measure, penalty, detach."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ofa._lazy import on_first_use
+
+if TYPE_CHECKING:
+    from ofa.regularizers.attach import Regularizers as Regularizers
+    from ofa.regularizers.attach import attached as attached
+    from ofa.regularizers.attach import fused_regularizers as fused_regularizers
+    from ofa.regularizers.options import CONVENTIONS as CONVENTIONS
+    from ofa.regularizers.options import TOKENS as TOKENS
+    from ofa.regularizers.options import check_options as check_options
+
+__all__, __getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "Regularizers": "ofa.regularizers.attach",
+        "attached": "ofa.regularizers.attach",
+        "fused_regularizers": "ofa.regularizers.attach",
+        "CONVENTIONS": "ofa.regularizers.options",
+        "TOKENS": "ofa.regularizers.options",
+        "check_options": "ofa.regularizers.options",
+    },
+)

@@ -1,0 +1,405 @@
+"""The two regularizers of OFA in any training loop: attach, measure, penalty, detach.
+
+Every measured forward pass yields J (step ratio) and H (sharpness) as tensors with a graph; `penalty()` is λ₁J + λ₂H.
+The copies of the finite differences travel in the batch of the real pass, so that a step costs one forward and one
+backward pass of a wider batch, not N more passes per layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ofa import anatomy as anatomies
+from ofa.errors import InputError
+from ofa.regularizers import objectives
+from ofa.regularizers.branch_hooks import BranchHooks
+from ofa.regularizers.estimators import Handle, TraceEstimator
+from ofa.regularizers.estimators.choice import EstimatorOptions, choose
+from ofa.regularizers.estimators.hutchinson import FullHutchinson
+from ofa.regularizers.estimators.jvp import ForwardMode, check_branches
+from ofa.regularizers.guards import DeepcopyGuard, ModuleIdentityGuard, ThreadGuard, unwrap
+from ofa.regularizers.into_loss import add_penalty
+from ofa.regularizers.measured_pass import MeasuredPass
+from ofa.regularizers.options import CONVENTIONS, check_options
+from ofa.regularizers.recompute import RecomputeTracker
+from ofa.regularizers.reminders import Reminders
+from ofa.regularizers.schedule import Schedule
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Regularizers]] = weakref.WeakKeyDictionary()
+"""By every norm that they read, and by the model itself. The model's hooks hold them; nothing else needs to."""
+
+
+def fused_regularizers(
+    model: nn.Module,
+    step_ratio: float = 1e-2,
+    sharpness: float = 1.0,
+    estimator: str = "auto",
+    granularity: str = "sublayer",
+    samples: int = 1,
+    epsilon: float | None = None,
+    probe: str = "rademacher",
+    convention: str = "theory",
+    gradient: str = "preconditioner",
+    every: int = 1,
+    radial: str = "channels",
+    into_loss: bool = False,
+    seed: int = 0,
+    tokens: str = "all",
+) -> Regularizers:
+    """Attach the step-ratio and sharpness regularizers of OFA (arXiv 2505.19107) to a Hugging Face model.
+
+    Loss = CE + λ₁ J + λ₂ H with J = Σ_t ‖Z_{t+1} − Z_t‖/‖Z_t − Z_{t−1}‖ and H = Σ_t softplus(h_t), h_t the trace of the
+    preconditioned Hessian per token. A term of weight 0 is not measured. Only forward passes with gradients enabled
+    are measured; see `Regularizers.measuring` for the others.
+
+    Args:
+        model: the model whose `forward` is called in training.
+        step_ratio, sharpness: the weights λ₁ and λ₂, ≥ 0.
+        estimator: "exact" (closed form: no probes, no noise), "hutchinson" (probes and finite differences: any model),
+            "jvp" (probes and forward-mode differentiation: no ε, unfused attention; a diagnostic, for gradient="full"),
+            or "auto": exact where the model's branches are known, else hutchinson, which is logged.
+        granularity: "sublayer" (a step is one branch) or "layer" (a step is one decoder layer, as in the paper).
+        samples: probes N per step.
+        epsilon: finite-difference step of "hutchinson", the same for all branches; None chooses one per branch, by the
+            dtype and by how long its tokens are.
+        probe: "rademacher" or "gaussian".
+        convention: sign of the trace, "theory" or "algorithm1" (the paper's Algorithm 1 as printed).
+        gradient: how H is differentiated. "preconditioner": in γ alone, curvature and tokens held fixed; computed in
+            the forward pass. "full": through everything, as the paper's Algorithm 1 under autograd; "exact" then needs
+            frozen weights and memory for its graph.
+        every: the sharpness is measured in one optimizer step of `every`, and its last gradient is used in between. A
+            step is noticed by the version counters of the scales, which every optimizer in `torch.optim` moves.
+        radial: how "exact" computes the terms that need every token's own Jacobian when it trains: "channels" (through
+            the 8 channels that hold most of them), "exact" or "none". Passes without gradients always have them exact.
+        into_loss: add the penalty to the model's own `loss` (for `transformers.Trainer` and TRL).
+        seed: of the probes.
+        tokens: "all" real tokens or only the "last" one count for the step ratio.
+
+    Raises:
+        InputError: an option is out of range, the model's steps are not recognized, or it is already regularized.
+    """
+    check_options(
+        step_ratio=step_ratio,
+        sharpness=sharpness,
+        estimator=estimator,
+        granularity=granularity,
+        samples=samples,
+        epsilon=epsilon,
+        probe=probe,
+        convention=convention,
+        gradient=gradient,
+        every=every,
+        radial=radial,
+        tokens=tokens,
+    )
+    model = unwrap(model)
+    if attached(model) is not None:
+        raise InputError(
+            "this model, or one that it shares modules with, already has regularizers attached; close() them before "
+            "attaching others (ofa.regularizers.attached(model) finds them)"
+        )
+    found = anatomies.find(model)
+    chosen: TraceEstimator = FullHutchinson()  # which attaches nothing, where nothing is traced
+    if sharpness > 0:
+        wanted = EstimatorOptions(estimator, gradient, granularity, radial, samples, epsilon, probe)
+        chosen = choose(wanted, model, found)
+    settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], every, into_loss, seed, tokens == "last")
+    return Regularizers(model, found, found.steps(granularity), chosen, settings)
+
+
+def attached(model: nn.Module) -> Regularizers | None:
+    """The regularizers that a model has, also one that holds it, is a part of it, or shares layers with it; or None."""
+    for module in model.modules():
+        reference = _attached.get(module)
+        found = None if reference is None else reference()
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    step_ratio: float
+    sharpness: float
+    sign: float
+    every: int
+    into_loss: bool
+    seed: int
+    last_token_only: bool
+
+
+class Regularizers:
+    """The attached regularizers; made by `fused_regularizers`. Also a context manager that closes itself."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: anatomies.Anatomy,
+        steps: tuple[anatomies.Step, ...],
+        estimator: TraceEstimator,
+        settings: _Settings,
+    ) -> None:
+        self.anatomy = anatomy
+        self.steps = steps
+        self.estimator = estimator.name
+        self._trace_estimator = estimator
+        self.passes = 0
+        """Measured forward passes so far: with the seed, all that the next pass's probes depend on."""
+        self._settings = settings
+        self._model = weakref.ref(model, _forgetting(self))
+        self._signature = inspect.signature(model.forward)
+        # PEFT hands what it does not know on to the model that it holds.
+        held: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._takes_cache = "use_cache" in inspect.signature(held.forward).parameters
+        self._pass: MeasuredPass | None = None
+        self._measured: objectives.Measurements | None = None
+        self._device = torch.device("cpu")
+        self._without_grad = False
+        self._dropouts = _dropouts(model)
+        self._thread = ThreadGuard()
+        self.schedule = Schedule(settings.every)
+        self._reminders = Reminders()
+        self._preparing = False
+        """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
+        active = settings.step_ratio > 0 or settings.sharpness > 0
+        self._layers = {step.layer: RecomputeTracker() for step in steps}
+        firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
+        self._meters = [
+            BranchHooks(
+                model, index, step, branch, estimator, self._layers[step.layer], first=index == firsts[step.layer]
+            )
+            for index, step in enumerate(steps if active else ())
+            for branch in step.branches
+        ]
+        self._handles: list[Handle] = [handle for meter in self._meters for handle in meter.handles]
+        if settings.sharpness > 0:
+            self._handles += estimator.attach()
+        branches = [meter.branch for meter in self._meters]
+        ends = {path for branch in branches for path in (branch.entry, branch.exit)}
+        if active:
+            # The second run of a checkpointed layer may end in the middle, far from the model's own hook.
+            for module in map(model.get_submodule, sorted(ends)):
+                self._handles.append(module.register_forward_hook(self._at_failure, always_call=True))
+            self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+            self._handles.append(DeepcopyGuard(model, (h for h in self._handles if isinstance(h, RemovableHandle))))
+        norms = [branch.norm.path for branch in branches]
+        self._places = ModuleIdentityGuard(
+            model, [*norms, *sorted(ends), *(estimator.relies_on if settings.sharpness > 0 else ())]
+        )
+        for module in (model, *map(model.get_submodule, norms)):
+            _attached[module] = weakref.ref(self)
+
+    @property
+    def measurements(self) -> objectives.Measurements:
+        """What the last measured forward pass measured, with its graph.
+
+        Raises:
+            RuntimeError: no forward pass has been measured yet.
+        """
+        self._reminders.used = True
+        if self._measured is None:
+            raise RuntimeError(
+                "no forward pass has been measured: call the model with gradients enabled, or inside measuring()"
+            )
+        return self._measured
+
+    def penalty(self) -> Tensor:
+        """λ₁ J + λ₂ H of the last measured forward pass, a float32 scalar with its graph.
+
+        Raises:
+            RuntimeError: no forward pass has been measured, or the last one ended in an exception.
+        """
+        if not self._meters:
+            return torch.zeros(())
+        weights = self._settings.step_ratio, self._settings.sharpness
+        return objectives.penalty(self.measurements, *weights, self._device)
+
+    @contextmanager
+    def measuring(self) -> Iterator[Regularizers]:
+        """Also measure forward passes without gradients, for as long as this context lasts."""
+        before, self._without_grad = self._without_grad, True
+        try:
+            yield self
+        finally:
+            self._without_grad = before
+
+    def forget(self) -> None:
+        """Let go of the last measurement and its graph, which `penalty()` would return."""
+        self._measured = None
+
+    def close(self) -> None:
+        """Detach: every hook is removed and the model is what it was before. Closing twice does nothing."""
+        self._reminders.at_end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._set_pass(None)
+        for module in [module for module, reference in _attached.items() if reference() is self]:
+            del _attached[module]
+
+    def __deepcopy__(self, memo: Any) -> Regularizers:
+        raise InputError(
+            "a part of a model with regularizers attached cannot be copied; copy the whole model, whose copy has none, "
+            "or close() them before"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "a model with regularizers attached cannot be pickled or sent to another process; close() them before, or "
+            "save its state_dict()"
+        )
+
+    def __enter__(self) -> Regularizers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.compiler.disable
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._preparing:
+            return None
+        self._thread.check()
+        self._set_pass(None)
+        if not torch.is_grad_enabled() and not self._without_grad:
+            return None
+        self._measured = None
+        if torch.is_grad_enabled():
+            self._reminders.before_pass(model)
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        self._refuse_cache(given)
+        traced = self._settings.sharpness > 0 and self.schedule.measures(self._weights())
+        self._refuse_dropout(traced)
+        if traced and isinstance(self._trace_estimator, ForwardMode):
+            check_branches(model, self.steps)
+        self._places.check()
+        if traced:
+            self._prepare()
+        self._thread.begin()
+        settings = self._settings
+        self._set_pass(
+            MeasuredPass(
+                seed=self._pass_seed(),
+                with_grad=torch.is_grad_enabled(),
+                lengths=settings.step_ratio > 0,
+                last_token_only=settings.last_token_only,
+                traced=traced,
+                held=self._trace_estimator.held,
+                sign=settings.sign,
+                mask=_padding_mask(given.get("attention_mask")),
+            )
+        )
+        self.passes += 1
+        if self._takes_cache and given.get("use_cache") is None:
+            return args, {**kwargs, "use_cache": False}
+        return None
+
+    @torch.compiler.disable
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._thread.elsewhere:  # this one was refused
+            return None
+        current = self._pass
+        self._set_pass(None)
+        if current is None or output is None:  # None: the forward pass raised an exception, which goes its way
+            return None
+        self._measured = self.schedule.complete(current.measurements(len(self.steps)), current.gradients)
+        values = self._measured.step_norms, self._measured.sharpness
+        self._device = next(value.device for value in values if value is not None)
+        return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None
+
+    def _weights(self) -> list[Tensor]:
+        return [meter.norm_module.weight for meter in self._meters]  # type: ignore[misc]
+
+    def _prepare(self) -> None:
+        branches = [branch for step in self.steps for branch in step.branches]
+        self._preparing = True
+        try:
+            self._trace_estimator.begin(branches)
+        finally:
+            self._preparing = False
+
+    def _abandon(self) -> None:
+        """Make sure that nothing is left of a branch that was entered, whatever ended it."""
+        self._trace_estimator.abandon()
+        for meter in self._meters:
+            meter.abandon()
+
+    def _at_failure(self, module: nn.Module, args: Any, output: Any) -> None:
+        if output is None:  # the module raised an exception, which goes its way
+            self._abandon()
+
+    def _set_pass(self, current: MeasuredPass | None) -> None:
+        self._abandon()
+        self._pass = current
+        if current is None:
+            self._thread.end()
+        again = current and current.again()
+        for layer in self._layers.values():
+            if current is None or again is None:
+                layer.end()
+            else:
+                layer.begin(current, again)
+
+    def _pass_seed(self) -> int:
+        """A 63-bit seed of its own for every (seed, pass)."""
+        return ((self._settings.seed & 0x7FFFFFFF) << 32) | (self.passes & 0xFFFFFFFF)
+
+    def _refuse_cache(self, given: dict[str, Any]) -> None:
+        if given.get("use_cache") or given.get("past_key_values") is not None:
+            raise InputError(
+                "a measured forward pass cannot use a key-value cache; call the model with use_cache=False, or inside "
+                "torch.no_grad() to leave it unmeasured"
+            )
+
+    def _refuse_dropout(self, traced: bool) -> None:
+        dropping = (path for path, module in self._dropouts if module.training and max(_dropout_rates(module)) > 0)
+        active = next(dropping, None) if traced else None
+        if active is not None:
+            raise InputError(
+                f"dropout is active in {active}, and a trace is that of a model without it; call model.eval() before "
+                "training (gradients still flow), or set its rate to 0"
+            )
+
+
+def _forgetting(regularizers: Regularizers) -> Callable[[Any], None]:
+    """Forgets what was measured once the model is gone: no collector finds a cycle through a graph of autograd."""
+    reference = weakref.ref(regularizers)
+
+    def forget(_: Any) -> None:
+        found = reference()
+        if found is not None:
+            found.forget()
+
+    return forget
+
+
+def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """A (B, T) mask of ones and zeros; masks of higher rank say nothing certain about padding and are left out."""
+    if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask.to(torch.float32)
+
+
+def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that may drop something in training mode; their rates may still change."""
+    return [(path, module) for path, module in model.named_modules() if _dropout_rates(module)]
+
+
+def _dropout_rates(module: nn.Module) -> list[float]:
+    """The rate of an `nn.Dropout`, and rates that a module keeps for the functional form."""
+    own = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+    return own + [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

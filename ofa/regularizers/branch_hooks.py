@@ -1,0 +1,178 @@
+"""The hooks of one branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ofa import sharding
+from ofa.anatomy.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
+from ofa.anatomy.steps import Branch, NormView, Step, view_norm
+from ofa.errors import InputError
+from ofa.regularizers.estimators import Probe, TraceEstimator
+from ofa.regularizers.measured_pass import BranchEnd, MeasuredPass
+from ofa.regularizers.recompute import RecomputeTracker
+from ofa.regularizers.step_length import with_length
+
+
+class BranchHooks:
+    """The hooks of one branch: feed the displaced copies in at its entry, take them out again at its exit."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        index: int,
+        step: Step,
+        branch: Branch,
+        estimator: TraceEstimator | None,
+        layer: RecomputeTracker,
+        *,
+        first: bool,
+    ) -> None:
+        self.index, self.step, self.branch, self.estimator = index, step, branch, estimator
+        self.norm_module = model.get_submodule(branch.norm.path)
+        self._layer = layer
+        self._first = first
+        """Whether the step is the first of its layer: it sees the tensor that the layer was called with."""
+        self._ends_its_step = len(step.branches) == 1 and not step.adds_in_place and branch.writes != "stream"
+        """Whether what leaves the branch, and nothing else, is added to the stream as it is."""
+        self._stream: Tensor | None = None
+        self._fed: Tensor | None = None
+        self._norm_input: Tensor | None = None
+        end = model.get_submodule(branch.exit)
+        self.handles: list[RemovableHandle] = [
+            # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
+            self.norm_module.register_forward_pre_hook(self._at_norm, with_kwargs=True, prepend=True),
+            model.get_submodule(branch.entry).register_forward_pre_hook(self._at_entry, with_kwargs=True),
+            # Ahead of fully_shard's own hook, behind which the scale is in parts again.
+            end.register_forward_hook(self._at_exit, prepend=sharding.is_unit(end)),
+        ]
+        if branch.residual_reader:
+            reader = model.get_submodule(branch.residual_reader)
+            self.handles.append(reader.register_forward_pre_hook(self._at_residual))
+
+    def abandon(self) -> None:
+        """The branch may never be left: let go of what entered it."""
+        self._stream = self._fed = self._norm_input = None
+
+    def __deepcopy__(self, memo: Any) -> BranchHooks:
+        raise InputError(
+            "a part of a model with regularizers attached cannot be copied, nor wrapped by what copies it; close() "
+            "them before"
+        )
+
+    @property
+    def current(self) -> MeasuredPass | None:
+        """The pass being measured; None where nothing is."""
+        return self._layer.current
+
+    @property
+    def _traced(self) -> bool:
+        return self.current is not None and self.current.traced
+
+    @property
+    def _busy(self) -> bool:
+        return self.estimator is not None and self.estimator.busy
+
+    def _at_norm(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._busy:
+            return
+        if self.branch.reads == "normalized":
+            self._see(hidden_input(args, kwargs))
+        elif self._traced and not self.branch.norm_reads_stream:
+            self._norm_input = hidden_input(args, kwargs)
+
+    def _at_entry(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._busy:
+            return None
+        entering = hidden_input(args, kwargs)
+        if self.branch.reads == "stream":
+            self._see(entering)
+        if not self._traced:
+            return None
+        assert self.estimator is not None
+        assert self._stream is not None
+        fed = self.estimator.enter(self.branch, self._norm(), self._stream, entering, self._probe())
+        self._fed = fed
+        if fed is entering:
+            return None
+        batch, copies = entering.shape[0], self.estimator.copies
+
+        def widen(name: str, tensor: Tensor) -> Tensor:
+            if tensor is entering:
+                return fed
+            if not copies:
+                return tensor
+            # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
+            batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
+            return tensor.repeat(1 + copies, *[1] * (tensor.dim() - 1)) if batched else tensor
+
+        return replace_tensors(args, kwargs, widen)
+
+    def _at_residual(self, module: nn.Module, args: Any) -> Any:
+        if self._busy or not self._traced or self._fed is None:
+            return None
+        return (args[0], self._fed, *args[2:])
+
+    def _at_exit(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._busy or self.current is None or not self.current.measures:
+            return None
+        if self.current.with_grad and not torch.is_grad_enabled():
+            raise InputError(
+                "reentrant activation checkpointing hides the regularizers' gradient; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
+        if self.current.with_grad and self.norm_module.weight.requires_grad and not leaving.requires_grad:
+            raise InputError(
+                f"{self.branch.exit} returns nothing that gradients could follow to {self.branch.norm.path}, whose "
+                "scale would not train; a layer in it is for inference only, so load the model in a form that can be "
+                "trained"
+            )
+        sqnorm = trace = None
+        assert stream is not None
+        # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.
+        self._stream = self._fed = self._norm_input = None
+        ends = self.current.unfinished.pop(self.index, {})
+        if self.current.traced:
+            assert self.estimator is not None
+            if norm_input is not None and self.estimator.copies:
+                norm_input = norm_input[: stream.shape[0]]
+            assert self.current.shape is not None
+            rows = stream.view(*self.current.shape, -1)  # OPT flattens sequences and tokens
+            left = self.estimator.leave(self.branch, self._norm(), rows, leaving, self._probe(), norm_input)
+            leaving, sqnorm, trace = left.output, left.sqnorm, left.trace
+        on_the_way = self.current.lengths and sqnorm is None and self._ends_its_step
+        if on_the_way:
+            leaving, sqnorm = with_length(leaving)
+        if self.step.adds_in_place:
+            output = replace_hidden_output(output, leaving.clone(), lambda tensor: tensor)
+        elif trace is not None or on_the_way:
+            batch = leaving.shape[0]
+            output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
+        weight: Any = self.norm_module.weight
+        if self.branch.writes == "stream":
+            ends[self.branch.exit] = BranchEnd(leaving - stream, None, trace, weight)
+        else:
+            ends[self.branch.exit] = BranchEnd(leaving, sqnorm, trace, weight)
+        self.current.finish_branches(self.index, self.step, ends)
+        return output
+
+    def _see(self, stream: Tensor) -> None:
+        if self._first:
+            self._layer.enter(stream)
+        if self.current is None:
+            return
+        self.current.see_stream(stream)
+        if self.current.measures:
+            self._stream = stream
+
+    def _norm(self) -> NormView:
+        return view_norm(self.norm_module, self.branch.norm)
+
+    def _probe(self) -> Probe:
+        assert self.current is not None
+        return Probe(self.current, self.index)

@@ -1,0 +1,79 @@
+"""The estimator that a model's branches allow."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from ofa.anatomy.steps import Anatomy
+from ofa.errors import InputError
+from ofa.regularizers.closed_form.modules import NoClosedForm
+from ofa.regularizers.estimators import TraceEstimator
+from ofa.regularizers.estimators.exact import Exact
+from ofa.regularizers.estimators.hutchinson import FullHutchinson, Hutchinson, epsilon_scales_of
+from ofa.regularizers.estimators.jvp import ForwardMode
+
+ESTIMATORS = ("auto", "exact", "hutchinson", "jvp")
+GRADIENTS = ("preconditioner", "full")
+
+# The name that people filter by: the choice is made where regularizers are attached.
+_logger = logging.getLogger("ofa.regularizers")
+
+
+@dataclass(frozen=True)
+class EstimatorOptions:
+    """What `choose` is asked for; see `ofa.fused_regularizers`."""
+
+    estimator: str
+    gradient: str
+    granularity: str
+    radial: str
+    samples: int
+    epsilon: float | None
+    probe: str
+
+
+def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
+    """The estimator of a name among `ESTIMATORS`, not attached yet; what "auto" chose, and why, is logged.
+
+    Raises:
+        InputError: "exact" for a model that there is no closed form for, or "jvp" with a gradient in P alone.
+    """
+    name = options.estimator
+    if name == "jvp":
+        if options.gradient != "full":
+            raise InputError(
+                "estimator='jvp' differentiates through everything; add gradient='full', or use estimator='hutchinson'"
+            )
+        return ForwardMode(options.samples, options.probe)
+    if name == "hutchinson":
+        return _differences(options, model, anatomy)
+    try:
+        chosen = Exact(model, anatomy, options.granularity, options.radial, full=options.gradient == "full")
+    except NoClosedForm as reason:
+        if name == "exact":
+            raise InputError(
+                f"estimator='exact' does not know the inside of this {anatomy.model_type} model, because {reason}; "
+                "use estimator='hutchinson'"
+            ) from None
+        _logger.warning(
+            "estimator='auto' chose hutchinson with %d probe(s) for a %s model, because %s",
+            options.samples,
+            anatomy.model_type,
+            str(reason),  # not the exception, whose frames would keep the model alive in a log record
+        )
+        return _differences(options, model, anatomy)
+    _logger.info("estimator=%r chose exact for a %s model", name, anatomy.model_type)
+    return chosen
+
+
+def _differences(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
+    steps = anatomy.steps(options.granularity)
+    norms = (norm.path for norm in anatomy.norms)
+    reach = epsilon_scales_of(model, norms, steps) if options.epsilon is None else {}
+    settings = options.samples, options.epsilon, options.probe, reach
+    if options.gradient == "full":
+        return FullHutchinson(*settings)
+    return Hutchinson(*settings, _subject=[(model, [branch for step in steps for branch in step.branches])])

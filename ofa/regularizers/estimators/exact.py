@@ -1,0 +1,132 @@
+"""The trace in closed form: no probes, no noise, and a gradient in P that needs no backward pass.
+
+    tr(J_i P_i) = ( tr(A_i G) − ñ_iᵀ A_i ñ_i / d ) / σ_i²,     G = Γ² − c γγᵀ/d,   ñ = n − β
+
+with A_i the own-token Jacobian of the branch seen from its normalized input n_i, c = 1 for LayerNorm and 0 for RMSNorm.
+Sums over the tokens and one read of the weights give the mean over a sequence, and its derivative in γ with the
+curvature held fixed. The derivation is in docs/theory.md. Works for the branches that `ofa.regularizers.closed_form`
+recognizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa.anatomy.module_io import hidden_input
+from ofa.anatomy.steps import Anatomy, Branch, NormView, view_norm
+from ofa.regularizers.closed_form.attention_interface import AttentionCapture
+from ofa.regularizers.closed_form.branch_trace import NormAt, body_of, branch_trace
+from ofa.regularizers.closed_form.modules import AttentionModules, ExpertsModules, Linear, NoClosedForm, check_frozen
+from ofa.regularizers.closed_form.recognize import recognize, tap_of
+from ofa.regularizers.closed_form.taps import Tap
+from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
+from ofa.regularizers.objectives import BranchTrace, token_shares
+
+
+class Exact:
+    """The closed form of every branch of a model's steps, attached to the model until its handles go."""
+
+    name = "exact"
+    copies = 0
+    busy = False
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, granularity: str, radial: str, *, full: bool) -> None:
+        """Recognize every branch.
+
+        Args:
+            radial: how the radial terms of training passes are computed, one of `branch_trace.RADIAL`; passes that are
+                not trained on have them exact.
+            full: differentiate through everything, in plain PyTorch, instead of in P alone.
+
+        Raises:
+            NoClosedForm: a branch is none of those that there is a closed form for, and why.
+        """
+        if granularity != "sublayer":
+            raise NoClosedForm("a step of granularity 'layer' is more than one branch with one norm")
+        self.held = not full
+        self._radial = "exact" if full else radial
+        self._recognized = {one.branch: one for one in recognize(model, anatomy, anatomy.steps(granularity))}
+        self._norms_behind = {
+            branch: model.get_submodule(one.behind.path)
+            for branch, one in self._recognized.items()
+            if one.behind is not None
+        }
+        self._taps: dict[Branch, Tap] = {}
+        self._behind: dict[Branch, Tensor] = {}
+        """What the norms behind branches read, until the branch is left."""
+        self._linears: list[Linear] = [
+            linear
+            for one in self._recognized.values()
+            if not isinstance(one.modules, ExpertsModules)
+            for linear in one.modules.linears()
+        ]
+        self.relies_on = [linear.path for linear in self._linears]
+
+    def attach(self) -> list[Handle]:
+        """The hooks inside the branches, and the model's attention functions shown to them."""
+        modules = [one.modules for one in self._recognized.values()]
+        handles: list[Handle] = [AttentionCapture(one.module for one in modules if isinstance(one, AttentionModules))]
+        self._taps = {branch: tap_of(one.modules) for branch, one in self._recognized.items()}
+        for tap in self._taps.values():
+            handles += tap.handles
+        return handles + [self._watch(branch) for branch in self._norms_behind]
+
+    def begin(self, branches: Collection[Branch]) -> None:
+        """Refuse trained weights, whose gradient would lack what the full gradient of the trace has of them."""
+        if not self.held:
+            check_frozen(self._linears)
+
+    def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
+        """The branch's input as it is; the branch is watched from here on."""
+        self._taps[branch].start(entering)
+        return entering
+
+    def leave(
+        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
+    ) -> BranchMeasurement:
+        """The branch's output as it is, and the trace of every sequence.
+
+        Raises:
+            RuntimeError: the branch did not go through its last projection.
+        """
+        recognized, seen = self._recognized[branch], self._taps[branch].take()
+        reads = self._behind.pop(branch, None)
+        if seen is None:
+            raise RuntimeError(f"{branch.entry} did not go through its last projection; was the model changed?")
+        before = NormAt(norm, stream) if recognized.before is not None else None
+        behind = None
+        if recognized.behind is not None:
+            assert reads is not None
+            view = view_norm(self._norms_behind[branch], recognized.behind)
+            behind = NormAt(view, reads.view_as(stream))
+        radial = self._radial if probe.of_pass.with_grad else "exact"
+        with _plain(stream, grad=not self.held):
+            body = body_of(recognized, seen)
+            trace = branch_trace(body, before, behind, token_shares(probe.of_pass.mask, stream), radial)
+        return BranchMeasurement(leaving, None, trace if self.held else BranchTrace(trace.values))
+
+    def abandon(self) -> None:
+        """Let go of what a branch that was entered and never left has collected."""
+        for tap in self._taps.values():
+            tap.stop()
+        self._behind.clear()
+
+    def _watch(self, branch: Branch) -> Handle:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._taps[branch].started:
+                self._behind[branch] = hidden_input(args, kwargs)
+
+        # First in line: tuned norms of a bfloat16 model upcast their input.
+        return self._norms_behind[branch].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+
+@contextmanager
+def _plain(stream: Tensor, *, grad: bool) -> Iterator[None]:
+    """No graph unless it is wanted, and no autocast: sums are taken in float32 or wider."""
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast(stream.device.type, enabled=False):
+        yield

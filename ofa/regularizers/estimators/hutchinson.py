@@ -1,0 +1,391 @@
+"""The paper's estimator: probes and a finite difference, all probes in one batch with the real pass.
+
+    tr(J P) ≈ 1/(εN) Σᵢ νᵢᵀ(F(Z + εPνᵢ) − F(Z))
+
+for random νᵢ with E[ννᵀ] = I (Hutchinson 1990). Where the branch reads the norm's output, its input is the norm of the
+displaced stream. Where the norm stands behind the branch, P = Γ/σ has a σ that is known only afterwards; since σ is
+one number per token, tr(J Γ/σ) = E[(ν/σ)ᵀ J Γν], and the rows are divided by σ when they come out.
+
+With the curvature held fixed, the derivative in γ is a diagonal, and E[ν ⊙ (J ν/σ)] = diag(J)/σ:
+
+    ∂tr/∂γ_k ≈ 2/(εN) Σᵢ ν_ik (F(Z + εν_i/σ) − F(Z))_k,     tr ≈ ½ Σ_k γ_k ∂tr/∂γ_k
+
+The copies are moved without γ, run after the branch and without a graph. Probes along Pν would have to be divided by
+γ_k, some of which are near 0: their noise is 1.2 to 79 gradients long in branches of the embedded model, this one's 0.3
+to 4.5.
+
+Works for any architecture. Error: the probes' variance, and O(ε) curvature against O(1/ε) rounding. Both depend on how
+far a token is moved in relation to its own length, and lengths grow a hundredfold from the first layer to the last. So
+the default ε is one per branch, δ times its reach: the ε that moves a token by a vector as long as itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ofa import sharding
+from ofa.anatomy import trial_run as trial
+from ofa.anatomy.module_io import hidden_input
+from ofa.anatomy.steps import Branch, NormView, Step
+from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
+from ofa.regularizers.estimators.replay import Replay
+from ofa.regularizers.objectives import BranchTrace, token_shares
+from ofa_kernels import dispatch
+from ofa_kernels.philox import probes
+from ofa_kernels.reference.stream import upcast
+
+DELTA = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""How far the default step moves a token, relative to its length, by the dtype that the branch computes in.
+
+About the square root of the unit roundoff u, where O(δ) curvature meets O(u/δ) rounding (float64 models round to
+float32 inside, in norms and softmax). Measured by `python -m benchmarks.precision` on the embedded model: the largest
+error of a group of layers, and the median error of gradients, are 4e-4 and 4e-4 in float32, 2.6 % and 1.5 % in float16,
+1.9 % and 4.8 % in bfloat16 (5.3 % and 5.0 % under autocast), where the noise of one probe is 5 to 7 %. Three times more
+or less costs up to six times that; the best ε that is the same for all layers has 13 % in bfloat16.
+"""
+
+INT8_DELTA = 3e-2
+"""The same for branches with layers that round what they read to 8 bits (LLM.int8).
+
+Measured likewise, against forward mode through the dequantized weights: 3 to 6 % there, 7 to 14 % for 1e-2 and 3 to
+12 % for 1e-1; for 3e-4, which suits float32, the rounding is as large as the trace.
+"""
+
+
+@dataclass(frozen=True)
+class EpsilonScale:
+    """What is known of a branch ahead of measuring it.
+
+    Attributes:
+        epsilon: the ε for which εPν is as long as a token of the stream Z.
+        scale: the root mean square of γ, by which Pν is longer than ν/σ.
+        at_least: the least δ that is not lost in the rounding of quantized layers, whatever the stream's dtype; else 0.
+    """
+
+    epsilon: float
+    scale: float = 1.0
+    at_least: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """N probes by finite differences, ε chosen by branch.
+
+    `epsilon` is the same for all branches; None chooses it by the dtype and by the `reach` of each branch, see
+    `epsilon_scales`; without one, as for a branch whose tokens and scales are about 1.
+    """
+
+    samples: int = 1
+    epsilon: float | None = None
+    probe: str = "rademacher"
+    reach: Mapping[Branch, EpsilonScale] = field(default_factory=dict)
+    name: str = "hutchinson"
+
+    relies_on: ClassVar[tuple[str, ...]] = ()
+
+    def begin(self, branches: Collection[Branch]) -> None:
+        """Find the reach of the branches, if this is the first pass that needs it."""
+        if isinstance(self.reach, LazyEpsilonScales):
+            self.reach.find()
+
+    def _keys(self, branch: Branch, stream: Tensor, probe: Probe) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "epsilon": self._epsilon(branch, stream),
+            "seed": probe.seed,
+            "step": probe.step,
+            "probe": self.probe,
+        }
+
+    def _delta(self, branch: Branch, stream: Tensor) -> float:
+        delta, reach = DELTA[_branch_dtype(stream)], self.reach.get(branch)
+        return delta if reach is None else max(delta, reach.at_least)
+
+    def _epsilon(self, branch: Branch, stream: Tensor) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Hutchinson(_Differences):
+    """With the gradient in P alone: the copies run after the branch, without a graph."""
+
+    held: ClassVar[bool] = True
+    copies: ClassVar[int] = 0
+
+    _subject: list[tuple[nn.Module, list[Branch]]] = field(default_factory=list, compare=False, repr=False)
+    """The model and its branches, until hooks are attached to them."""
+    _replays: dict[Branch, Replay] = field(default_factory=dict, compare=False, repr=False)
+    _running: list[Branch] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a branch is running on copies."""
+        return bool(self._running)
+
+    def attach(self) -> list[Handle]:
+        """The hooks that keep the arguments of the branches."""
+        model, branches = self._subject.pop()
+        self._replays.update({branch: Replay(model, branch) for branch in branches})
+        return [handle for replay in self._replays.values() for handle in replay.handles]
+
+    def abandon(self) -> None:
+        """Let go of the arguments of a branch that was entered and never left."""
+        self._running.clear()
+        for replay in self._replays.values():
+            replay.stop()
+
+    def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
+        """The branch's input as it is; its arguments are kept from here on."""
+        self._replays[branch].start()
+        return entering
+
+    def leave(
+        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
+    ) -> BranchMeasurement:
+        """The branch's output as it is, and the trace of every sequence from its change on the copies."""
+        keys, replay = self._keys(branch, stream, probe), self._replays[branch]
+        with torch.no_grad():
+            moved = dispatch.displace(stream.detach(), self._direction(norm, stream, normed), **keys)
+            inputs = moved
+            if branch.reads == "normalized":
+                settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset}
+                inputs = dispatch.normalize(moved, norm.weight, norm.bias, **settings)
+            self._running.append(branch)
+            try:
+                copies = replay.run(inputs.flatten(0, 1), moved.flatten(0, 1), self.samples)
+            finally:
+                self._running.clear()
+            replay.stop()
+            change = upcast(copies).view(moved.shape) - upcast(leaving.detach()).view(stream.shape)
+            if branch.writes == "stream":
+                change = change - (upcast(moved) - upcast(stream))
+            weights = token_shares(probe.of_pass.mask, stream) / (self.samples * keys["epsilon"])
+            if normed is not None:
+                weights = weights * dispatch.rstd(normed.view(stream.shape), eps=norm.eps, kind=norm.kind)
+            drawn = {name: keys[name] for name in ("samples", "seed", "step", "probe")}
+            nu = probes(stream[..., 0].numel(), stream.shape[-1], **drawn, device=stream.device)
+            products = (nu.view(moved.shape) * change).sum(0)
+            diagonal = (weights.unsqueeze(1) @ products).squeeze(1)
+            trace = diagonal @ norm.scale.to(diagonal.dtype)
+        return BranchMeasurement(leaving, None, BranchTrace(trace, lambda slopes: 2 * (slopes @ diagonal)))
+
+    def _direction(self, norm: NormView, stream: Tensor, normed: Tensor | None) -> Tensor:
+        """What probes are multiplied by: 1/σ, or 1 where the norm that P belongs to stands behind the branch."""
+        if normed is not None:
+            return torch.ones((), dtype=upcast(stream[:0]).dtype, device=stream.device)
+        return dispatch.rstd(stream.detach(), eps=norm.eps, kind=norm.kind).unsqueeze(-1)
+
+    def _epsilon(self, branch: Branch, stream: Tensor) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        reach = self.reach.get(branch)
+        # Without γ in it, the displacement is shorter than Pν by the scale's typical size.
+        return self._delta(branch, stream) * (1.0 if reach is None else reach.epsilon * reach.scale)
+
+
+@dataclass(frozen=True)
+class FullHutchinson(_Differences):
+    """With the gradient through everything: the copies travel in the batch of the real pass."""
+
+    held: ClassVar[bool] = False
+    busy: ClassVar[bool] = False
+
+    @property
+    def copies(self) -> int:
+        """Copies of the branch's input in the batch."""
+        return self.samples
+
+    def attach(self) -> tuple[Handle, ...]:
+        """No hooks of its own."""
+        return ()
+
+    def abandon(self) -> None:
+        """Nothing to let go of."""
+
+    def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
+        """The branch's input with `copies` displaced inputs after it, (1 + copies)·B along the first dimension."""
+        keys = self._keys(branch, stream, probe)
+        if branch.reads == "normalized":
+            settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset, **keys}
+            return dispatch.perturb(stream, norm.weight, norm.bias, **settings, undisturbed=entering).flatten(0, 1)
+        copies = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **keys)
+        return torch.cat((entering.unsqueeze(0), copies.to(entering.dtype))).flatten(0, 1)
+
+    def leave(
+        self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
+    ) -> BranchMeasurement:
+        """The real output, and the mean of νᵀΔ over the probes and tokens of each sequence."""
+        outputs = leaving.unflatten(0, (1 + self.copies, -1))
+        real, copies = outputs[0], outputs[1:]
+        keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
+        products, sqnorm = dispatch.contract(real, copies, **keys)
+        if branch.writes == "stream":
+            # The copies still hold their own displaced stream; F is what was added to it, so tr(P) goes off again.
+            moved = dispatch.displace(
+                stream, self._preconditioner(branch, norm, stream), **self._keys(branch, stream, probe)
+            )
+            products = products - dispatch.contract(stream, moved, **keys)[0]
+        rows = products.sum(0) / (self.copies * self._epsilon(branch, stream))
+        return BranchMeasurement(real, sqnorm, BranchTrace(token_mean(rows, branch, norm, stream, probe, normed)))
+
+    def _preconditioner(self, branch: Branch, norm: NormView, stream: Tensor) -> Tensor:
+        if not branch.norm_reads_stream:
+            return norm.scale
+        return norm.scale * dispatch.rstd(stream, eps=norm.eps, kind=norm.kind).unsqueeze(-1)
+
+    def _epsilon(self, branch: Branch, stream: Tensor) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        reach = self.reach.get(branch)
+        return self._delta(branch, stream) * (1.0 if reach is None else reach.epsilon)
+
+
+def token_mean(
+    rows: Tensor, branch: Branch, norm: NormView, stream: Tensor, probe: Probe, normed: Tensor | None
+) -> Tensor:
+    """Mean of one value per token over the real tokens, (B,); divided by σ where the norm stands behind the branch."""
+    if normed is not None:
+        rows = rows * dispatch.rstd(normed, eps=norm.eps, kind=norm.kind).view(rows.shape)
+    shares = token_shares(probe.of_pass.mask, stream)
+    return (rows.view(shares.shape) * shares).sum(1)
+
+
+class LazyEpsilonScales(Mapping[Branch, EpsilonScale]):
+    """`epsilon_scales` of a model as it is now, found when the first pass begins: attaching takes no pass through the
+    model.
+
+    The scales are put back to what they are now while it is run, so that a run that is resumed in between finds what
+    the first one found; the other weights of the branches are frozen where only norms are tuned.
+    """
+
+    def __init__(self, model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> None:
+        self._model = weakref.ref(model)
+        self._steps = steps
+        self._scales = {f"{path}.weight": model.get_parameter(f"{path}.weight").detach().clone() for path in norms}
+        self._found: dict[Branch, EpsilonScale] | None = None
+
+    def find(self) -> None:
+        """Run the model on a few tokens; does nothing the second time.
+
+        What counts, traces or rounds the operations of a pass is switched off, since they are none of that pass.
+        """
+        model = self._model()
+        if self._found is not None or model is None:
+            return
+        device = next(model.parameters()).device.type
+        try:
+            with _disable_current_modes(), torch.autocast(device, enabled=False), _use_params(model, self._scales):
+                self._found = epsilon_scales(model, self._steps)
+        except AttributeError:  # layers are gone, as the pass that follows will say
+            self._found = {}
+        self._scales = {}
+
+    def __getitem__(self, branch: Branch) -> EpsilonScale:
+        return (self._found or {})[branch]
+
+    def __iter__(self) -> Iterator[Branch]:
+        return iter(self._found or {})
+
+    def __len__(self) -> int:
+        return len(self._found or {})
+
+
+def epsilon_scales_of(model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> Mapping[Branch, EpsilonScale]:
+    """The reach of every branch of a model as it is now.
+
+    Found later where that makes no difference: ranks must all run the model, and `fully_shard` cannot run it for this
+    in the middle of a pass.
+    """
+    if sharding.is_sharded(model) or (distributed.is_available() and distributed.is_initialized()):
+        return epsilon_scales(model, steps)
+    return LazyEpsilonScales(model, norms, steps)
+
+
+@contextmanager
+def _use_params(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in some parameters for a while; no version counter moves."""
+    parameters = {name: model.get_parameter(name) for name in values}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, EpsilonScale]:
+    """The reach of every branch.
+
+    Found on the few tokens of a trial run, not on a batch: the measured trace of a sequence then depends neither on the
+    others nor on the process that measures it, and no pass waits for a number. A factor of two costs little, see
+    docs/theory.md, "Choosing ε".
+    """
+    found: dict[Branch, EpsilonScale] = {}
+    branches = [branch for step in steps for branch in step.branches]
+
+    def watch(branch: Branch) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            weight: Any = model.get_submodule(branch.norm.path).weight
+            epsilon = _length(branch, weight, hidden_input(args, kwargs))
+            found.setdefault(branch, EpsilonScale(epsilon, _scale(branch, weight), _at_least(model, branch)))
+
+        reader = branch.norm.path if branch.reads == "normalized" else branch.entry
+        # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
+        return model.get_submodule(reader).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    handles: list[Any] = [model.register_forward_pre_hook(_many_tokens, with_kwargs=True)]
+    handles += [watch(branch) for branch in branches]
+    try:
+        trial.run(model, until=branches[-1].exit)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _many_tokens(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Sixteen tokens from all over the vocabulary: the first ones are special, and longer than others by far."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        return None
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    spread = torch.linspace(0, embeddings.weight.shape[0] - 1, 18, device=ids.device)[1:-1].long()
+    return args, {**kwargs, "input_ids": spread.unsqueeze(0)}
+
+
+def _length(branch: Branch, weight: Tensor, stream: Tensor) -> float:
+    """The length of a typical token, in units of that of Pν."""
+    norm = branch.norm
+    lengths = 1.0 / dispatch.rstd(stream, eps=norm.eps, kind=norm.kind)
+    # A token that is longer than the others by orders of magnitude (an attention sink) is none to go by.
+    length = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / _scale(branch, weight)
+    return length if length > 0 else 1.0
+
+
+def _scale(branch: Branch, weight: Tensor) -> float:
+    return max(float((sharding.full_tensor(weight).float() + branch.norm.offset).square().mean().sqrt()), 1e-6)
+
+
+def _at_least(model: nn.Module, branch: Branch) -> float:
+    """The least δ for the quantized layers of a branch; 4-bit layers compute in a dtype of their own."""
+    layers = [layer for path in (branch.entry, branch.exit) for layer in model.get_submodule(path).modules()]
+    least = [DELTA.get(getattr(layer, "compute_dtype", None), 0.0) for layer in layers]  # type: ignore[arg-type]
+    if any(type(layer).__name__ == "Linear8bitLt" for layer in layers):
+        least.append(INT8_DELTA)
+    return max(least)
+
+
+def _branch_dtype(stream: Tensor) -> torch.dtype:
+    """The dtype a branch computes in: the stream's own, or autocast's where that is on."""
+    device = stream.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stream.dtype

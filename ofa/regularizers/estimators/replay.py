@@ -1,0 +1,126 @@
+"""Runs a branch once more on other inputs, without a graph, after the model has run it.
+
+The hooks keep the arguments with which the branch's first and last module were called. `run` calls the same modules
+with other hidden states in their place, for several copies of the batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from ofa.anatomy import trial_run as trial
+from ofa.anatomy.module_io import hidden_input, hidden_output, replace_tensors
+from ofa.anatomy.module_names import ACTIVATION_NAMES
+from ofa.anatomy.steps import Branch
+from ofa.errors import InputError
+
+
+@dataclass
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor | None = None
+
+
+class Replay:
+    """The calls of one branch, and the branch as a function of its input."""
+
+    def __init__(self, model: nn.Module, branch: Branch) -> None:
+        self._branch = branch
+        self._entry, self._exit = model.get_submodule(branch.entry), model.get_submodule(branch.exit)
+        self._parent = model.get_submodule(branch.entry.rpartition(".")[0])
+        self._between: Callable[[Tensor], Tensor] | None = None
+        self._first: _Call | None = None
+        self._last: _Call | None = None
+        self._open = False
+        self.handles: list[RemovableHandle] = [self._entry.register_forward_pre_hook(self._at_entry, with_kwargs=True)]
+        if self._exit is not self._entry:
+            self.handles.append(self._entry.register_forward_hook(self._after_entry))
+            self.handles.append(self._exit.register_forward_pre_hook(self._at_exit, with_kwargs=True))
+
+    def start(self) -> None:
+        """Keep the calls of the branch that is entered now."""
+        self.stop()
+        self._open = True
+
+    def stop(self) -> None:
+        """Let go of what was kept."""
+        self._open, self._first, self._last = False, None, None
+
+    def run(self, inputs: Tensor, stream: Tensor, copies: int) -> Tensor:
+        """What the branch returns for `copies` other batches, (copies·B, T, d); `stream` is what they were made from.
+
+        Raises:
+            InputError: something stands between the branch's modules that is not known here.
+        """
+        assert self._first is not None
+        leaving = self._call(self._entry, self._first, inputs, stream, copies)
+        if self._last is not None:
+            leaving = self._connect()(leaving)
+            leaving = self._call(self._exit, self._last, leaving, stream, copies)
+        return leaving
+
+    def _call(self, module: nn.Module, call: _Call, hidden: Tensor, stream: Tensor, copies: int) -> Tensor:
+        own = hidden_input(call.args, call.kwargs)
+        batch = own.shape[0]
+        hidden = hidden.to(own.dtype).view(copies * batch, *own.shape[1:])
+
+        def other(name: str, tensor: Tensor) -> Tensor:
+            if tensor is own:
+                return hidden
+            if (
+                module is self._exit
+                and self._branch.residual_reader == self._branch.exit
+                and tensor.shape == own.shape[:-1] + stream.shape[-1:]
+            ):
+                return stream.to(tensor.dtype)
+            # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
+            batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
+            return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if batched else tensor
+
+        args, kwargs = replace_tensors(call.args, call.kwargs, other)
+        # A cache of keys and values would grow by those of the copies.
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        # Not the module itself: its hooks belong to the model's own run.
+        return hidden_output(module.forward(*args, **kwargs))
+
+    def _connect(self) -> Callable[[Tensor], Tensor]:
+        """What stands between the first module's output and the last one's input: nothing, or an activation."""
+        if self._between is None:
+            assert self._first is not None
+            assert self._last is not None
+            assert self._first.output is not None
+            left, read = self._first.output, hidden_input(self._last.args, self._last.kwargs)
+            found = (getattr(self._parent, name, None) for name in ACTIVATION_NAMES)
+            for between in (_same, *(one for one in found if callable(one))):
+                if left is read or trial.close(between(left), read):
+                    self._between = between
+                    break
+            else:
+                raise InputError(
+                    f"what stands between {self._branch.entry} and {self._branch.exit} is not known here; use "
+                    "gradient='full', which runs the branch as a part of the model"
+                )
+        return self._between
+
+    def _at_entry(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._open:
+            self._first = _Call(args, kwargs)
+
+    def _after_entry(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open and self._first is not None:
+            self._first.output = hidden_output(output).detach()
+
+    def _at_exit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._open:
+            self._last = _Call(args, kwargs)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,163 @@
+"""Adds the penalty to the loss that a model computes itself, weighed as the trainer weighs that loss.
+
+Trainers accumulate: the losses of several forward passes make one optimizer step, each divided by the labels of all of
+them. The penalty is divided alike, so that over one step its weights add up to 1. And trainers differ in what they take
+from the output. Most take `loss`. TRL's SFTTrainer (1.15 and newer) takes the mean of the labels' `log_probs`, so the
+penalty is taken from each of these. Whatever else is differentiated would train without the penalty, and is refused in
+the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ofa.errors import InputError
+
+_WAY_OUT = (
+    "attach with into_loss=False and add reg.penalty() to the loss where it is computed, for transformers.Trainer in a "
+    "subclass's compute_loss"
+)
+
+
+def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalty: Tensor) -> Any:
+    """The model's output with the penalty in its loss.
+
+    Args:
+        model: whose forward pass it was.
+        kwargs: the named arguments of that pass.
+        output: a `ModelOutput` with a scalar `loss`, or a tuple that begins with it.
+        penalty: a scalar.
+
+    Raises:
+        InputError: the forward pass computed no loss, or its rows are packed sequences; and in the backward pass, if
+            what is differentiated is another loss, made of the model's other outputs.
+    """
+    refuse_packed(kwargs)
+    loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise InputError(
+            "into_loss=True needs a model that computes its own loss, but this forward pass returned none (label "
+            f"smoothing, compute_loss_func and loss_type='dft' take the labels away); {_WAY_OUT}"
+        )
+    total = loss + penalty.to(loss.device) * _share_of_batch(model, kwargs)
+    carriers = [total]
+    if isinstance(output, tuple):
+        output = (total, *output[1:])
+    else:
+        output["loss"] = total
+        if _has_label_log_probs(output):
+            output["log_probs"] = _lowered(output["log_probs"], output["label_mask"], penalty)
+            carriers.append(output["log_probs"])
+    if not torch.compiler.is_compiling():
+        _refuse_other_losses(carriers, output)
+    return output
+
+
+def _share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
+    """Part of the optimizer step's labels in this forward pass; 1 when the caller does not say.
+
+    Labels are counted as `Trainer` counts them for `num_items_in_batch`: a causal loss never uses the first. In a step
+    without labels (all answers were cut off) the part is 0, as the cross-entropy's gradient is.
+    """
+    items, labels, shifted = kwargs.get("num_items_in_batch"), kwargs.get("labels"), kwargs.get("shift_labels")
+    if items is None or (labels is None and shifted is None):
+        return 1.0
+    if shifted is None:
+        shifted = labels[..., 1:] if _loss_shifts_labels(model) else labels  # type: ignore[index]
+    at_least_one = items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
+    return torch.ne(shifted, -100).sum() / at_least_one  # type: ignore[arg-type]
+
+
+def _loss_shifts_labels(model: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+
+
+def _has_label_log_probs(output: Mapping[str, Any]) -> bool:
+    return all(isinstance(output.get(name), Tensor) for name in ("log_probs", "label_mask"))
+
+
+def _lowered(log_probs: Tensor, label_mask: Tensor, penalty: Tensor) -> Tensor:
+    """Log-probabilities whose negative mean over any number of labels is larger by these labels' share of the penalty.
+
+    That holds only where all weigh the same, which their gradient shows: TRL's "dft" weighs each label by its
+    probability, and positions without one by 1.
+    """
+    lowered = log_probs - penalty.to(log_probs) * label_mask
+
+    def check_weights(gradient: Tensor) -> None:
+        # The gradient of a mean is one number expanded; a trainer may scale it, all places alike.
+        if not torch.allclose(gradient, gradient.reshape(-1)[:1], rtol=1e-4, atol=0.0, equal_nan=True):
+            raise InputError(
+                "into_loss=True needs a loss that weighs every label alike, but this one does not (loss_type='dft' "
+                f"weighs by probability); use loss_type='nll', or {_WAY_OUT}"
+            )
+
+    if lowered.requires_grad and not torch.compiler.is_compiling():
+        lowered.register_hook(check_weights)
+    return lowered
+
+
+def _refuse_other_losses(carriers: list[Tensor], output: Any) -> None:
+    """Watch the backward pass: gradients that reach other outputs must have come by way of one that has the penalty.
+
+    A tensor's hook runs when all of its gradient is there, and so after those of what was computed from it.
+    """
+    reached: list[bool] = []
+    for carrier in carriers:
+        if carrier.requires_grad:
+            carrier.register_hook(lambda gradient: reached.append(True))
+
+    def check(gradient: Tensor) -> None:
+        if not reached:
+            raise InputError(
+                "into_loss=True put the penalty into the model's own loss, but the loss being differentiated is "
+                f"another one, made of the model's other outputs; {_WAY_OUT}"
+            )
+
+    for value in _tensors(output):
+        if value.requires_grad and not any(value is carrier for carrier in carriers):
+            value.register_hook(check)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output if isinstance(output, tuple) else output.values()
+    return (value for value in values if isinstance(value, Tensor))
+
+
+def refuse_packed(given: Mapping[str, Any]) -> None:
+    """Refuse a batch whose rows are several sequences, from the arguments of a forward pass.
+
+    J is a ratio of lengths over one sequence and H a mean over sequences, both measured per row, so that packed rows
+    would be another objective. Padding costs no accuracy: it is never measured.
+
+    Args:
+        given: among others `position_ids`, int64 (B, T), which start again at every sequence; `attention_mask`, (B, T);
+            `cu_seq_lens_q`, which collators without padding hand to flash attention.
+
+    Raises:
+        InputError: positions start again within a row, or lengths of sequences are given.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if given.get("cu_seq_lens_q") is not None or _positions_restart(given):
+        raise InputError(
+            "a row of this batch is several packed sequences, but the regularizers measure one sequence per row; turn "
+            "packing and padding_free off (padding is never measured), or call the model in torch.no_grad() to leave "
+            "it unmeasured"
+        )
+
+
+def _positions_restart(given: Mapping[str, Any]) -> bool:
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    restarts = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(restarts.any())

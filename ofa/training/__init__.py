@@ -1,0 +1,37 @@
+"""The training loop: settings, steps, records, checkpoint, loss, figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ofa._lazy import on_first_use
+
+if TYPE_CHECKING:
+    from ofa.training.config import TrainingConfig as TrainingConfig
+    from ofa.training.config import checked_config as checked_config
+    from ofa.training.loop import Diverged as Diverged
+    from ofa.training.loop import Guidance as Guidance
+    from ofa.training.loop import Interrupted as Interrupted
+    from ofa.training.loop import learning_rate as learning_rate
+    from ofa.training.loop import seed_everything as seed_everything
+    from ofa.training.loop import train as train
+    from ofa.training.records import StepRecord as StepRecord
+    from ofa.training.records import TrainingResult as TrainingResult
+    from ofa.training.records import read_metrics as read_metrics
+
+__all__, __getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "TrainingConfig": "ofa.training.config",
+        "checked_config": "ofa.training.config",
+        "Diverged": "ofa.training.loop",
+        "Guidance": "ofa.training.loop",
+        "Interrupted": "ofa.training.loop",
+        "learning_rate": "ofa.training.loop",
+        "seed_everything": "ofa.training.loop",
+        "train": "ofa.training.loop",
+        "StepRecord": "ofa.training.records",
+        "TrainingResult": "ofa.training.records",
+        "read_metrics": "ofa.training.records",
+    },
+)

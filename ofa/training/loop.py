@@ -1,0 +1,415 @@
+"""The training loop: a few examples, a few thousand parameters (by default the norm scales), nothing else.
+
+Everything the loop does next follows from the configuration, the data and the step number: batches are drawn from
+(seed, epoch), probes from (seed, pass), and dropout is off. So a checkpoint is the scales, the optimizer's moments and
+a counter, and a resumed run continues to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from ofa.adapters.folder import CHECKPOINT, METRICS
+from ofa.errors import InputError
+from ofa.evaluation.encoding import Encoder
+from ofa.files import claim_folder, claimed_folder, write_text
+from ofa.models.introspection import evaluating
+from ofa.regularizers.attach import Regularizers, fused_regularizers
+from ofa.tasks.task import Example
+from ofa.training import checkpoint
+from ofa.training.config import TrainingConfig
+from ofa.training.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, encode_example
+from ofa.training.records import StepRecord, TrainingResult, read_metrics
+from ofa.tuning.norms import tune_norms
+
+
+class Guidance(Protocol):
+    """Puts another gradient than that of the cross-entropy into the parameters."""
+
+    def begin(self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Called once ahead of the first step; `losses`, one per step of an epoch, sum to that over all examples."""
+        ...
+
+    def backward(self, loss: Callable[[], Tensor]) -> float:
+        """Fill the parameters' gradients for one step from the loss of its batch, and return that loss, in nats.
+
+        `loss` computes the cross-entropy of the batch anew whenever it is called.
+        """
+        ...
+
+
+class Diverged(InputError):
+    """The loss, a gradient or a scale is no longer a finite number; the last good checkpoint is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and did so behind a whole step; its checkpoint, if it has a folder, is written."""
+
+    def __init__(self, step: int, path: Path | None) -> None:
+        super().__init__(f"stopped after step {step}" + (f"; --resume continues from {path}" if path else ""))
+
+
+def train(
+    model: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    validate: Callable[[], float] | None = None,
+    progress: Callable[[StepRecord, int], None] | None = None,
+    tune: Callable[[nn.Module], Mapping[str, nn.Parameter]] | None = None,
+    guidance: Guidance | None = None,
+) -> TrainingResult:
+    """Tune a few parameters of `model` on the examples, in eval mode, by AdamW with warm-up and cosine decay to 0.
+
+    Loss = cross-entropy over the full vocabulary at the label's tokens + λ₁ J + λ₂ H.
+
+    Args:
+        tune: makes what is to be tuned trainable and returns it by name; without it the norm scales.
+        guidance: makes each step's gradient of the cross-entropy; its state is in no checkpoint.
+        folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
+        resume: continue from the folder's checkpoint.
+        validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
+        progress: called after every step with its record and the number of steps in all.
+
+    Raises:
+        InputError: there are no examples, the folder cannot be written, the checkpoint belongs to another run, a
+            parameter gets no gradient, or guidance was asked for together with a folder, accumulation or regularizers.
+        Diverged: a loss, gradient or scale is not finite.
+        Interrupted: Ctrl-C or SIGTERM arrived; the step under way was finished first.
+    """
+    if not examples:
+        raise InputError("there is not one example to train on: give at least one")
+    if resume and folder is None:
+        raise InputError("only a run with a folder can be resumed: give the folder that holds its checkpoint")
+    if guidance is not None and (folder is not None or config.accumulation > 1 or _regularizes(config)):
+        raise InputError("a guided run keeps no folder and takes neither accumulation nor regularizers; leave them out")
+    folder = None if folder is None else claim_folder(folder, overwrite=True)
+    seed_everything(config.seed)
+    data = [encode_example(encoder, example, config.label_loss) for example in examples]
+    run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
+    claimed = nullcontext() if folder is None else claimed_folder(folder, overwrite=True)
+    with (
+        claimed,
+        evaluating(model),
+        torch.enable_grad(),
+        _regularized(model, config) as regularizers,
+        _stop_signals() as stop,
+    ):
+        # Only here, where the model is known to be usable, does the run begin to write.
+        if resume:
+            run.resume()
+        elif folder is not None:
+            (folder / METRICS).write_text("")
+            run.save()
+        run.attach(regularizers)
+        run.begin()
+        for record in run.steps():
+            if progress is not None:
+                progress(record, run.total)
+            if stop.requested:
+                run.save()
+                raise Interrupted(record.step, run.checkpoint_path)
+    return run.finish(encoder.truncated)
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """Linear warm-up over the first share of the steps, then a cosine to 0; `step` counts from 0."""
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = tune_norms(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: parameter for parameter in parameters}
+
+
+class _Run:
+    """The state of one run: what is tuned ("scales", whatever it is), optimizer, position."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[EncodedExample],
+        config: TrainingConfig,
+        folder: Path | None,
+        validate: Callable[[], float] | None,
+        scales: Mapping[str, nn.Parameter],
+        guidance: Guidance | None,
+    ) -> None:
+        self.model, self.data, self.config, self.folder, self.validate = model, data, config, folder, validate
+        self.guidance, self.scales, parameters = guidance, dict(scales), list(scales.values())
+        self.still = set(self.scales)
+        self.origin = [parameter.detach().clone() for parameter in parameters]
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
+        self.total = config.total_steps(self.steps_per_epoch)
+        self.step = 0
+        self.passes = 0
+        self.seconds = 0.0
+        self.best: tuple[int, float, list[Tensor]] | None = None
+        self.records: list[StepRecord] = []
+        self.regularizers: Regularizers | None = None
+        self.held: tuple[float, dict[str, Tensor]] | None = None
+        """What a resumed run holds of the sharpness that was measured before."""
+        # What must be the same for a checkpoint to continue this run.
+        self.identity = {
+            "config": config.model_dump(),
+            "data": checkpoint.digest([asdict(item) for item in data]),
+            "model": checkpoint.model_digest(model),
+            # Sums of floating-point numbers depend on how they are split: other threads, other bits.
+            "threads": torch.get_num_threads(),
+        }
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        return None if self.folder is None else self.folder / CHECKPOINT
+
+    def attach(self, regularizers: Regularizers | None) -> None:
+        self.regularizers = regularizers
+        if regularizers is None:
+            return
+        regularizers.passes = self.passes
+        if self.held is not None:
+            value, gradients = self.held
+            pairs = [(self.scales[name], gradient.to(self.scales[name].device)) for name, gradient in gradients.items()]
+            regularizers.schedule.resume(self.step, pairs[0][1].new_tensor(value), pairs)
+
+    def begin(self) -> None:
+        """Show the guidance, if there is one, the loss over all examples."""
+        if self.guidance is not None:
+            losses = cross_entropy_in_parts(self.model, self.data, self.config.batch_size)
+            self.guidance.begin(list(self.scales.values()), losses)
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Take every step that is left; after each epoch validate and save."""
+        started = time.perf_counter() - self.seconds
+        while self.step < self.total and not self._has_learned():
+            record = self._take_step(started)
+            self.records.append(record)
+            self._log(record)
+            if self.step % self.steps_per_epoch == 0 or self.step == self.total:
+                self._end_epoch(record.epoch)
+            yield record
+
+    def _has_learned(self) -> bool:
+        """Whether the epoch that has just ended says that there is nothing left to learn."""
+        if self.config.stop_loss is None or self.step == 0 or self.step % self.steps_per_epoch:
+            return False
+        losses = [record.loss for record in self.records[-self.steps_per_epoch :]]
+        return sum(losses) / len(losses) < self.config.stop_loss
+
+    def finish(self, truncated: int) -> TrainingResult:
+        """Put the best epoch's scales in place, if there was a choice, and sum up."""
+        if self.best is not None:
+            self._restore(self.best[2])
+        return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
+
+    def _take_step(self, started: float) -> StepRecord:
+        step, epoch = self.step, self.step // self.steps_per_epoch
+        rate = learning_rate(step, self.total, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = {"loss": 0.0, "step_ratio": 0.0, "sharpness": 0.0, "penalty": 0.0}
+        batch = self._batch(epoch, step % self.steps_per_epoch)
+        if self.guidance is not None:
+            totals["loss"] = self.guidance.backward(lambda: cross_entropy(self.model, batch))
+        else:
+            for start in range(0, len(batch), self.config.batch_size):
+                part = batch[start : start + self.config.batch_size]
+                for name, value in self._backward(part, len(part) / len(batch)).items():
+                    totals[name] += value
+        self._check_finite("loss", totals["loss"] + totals["penalty"], step + 1)
+        gradient_norm = self._gradient_norm()
+        # Before the step, so that the scales a checkpoint may get are always good.
+        self._check_finite("gradient", gradient_norm, step + 1)
+        self.optimizer.step()
+        self.step += 1
+        if self.regularizers is not None:
+            self.passes = self.regularizers.passes
+        self.seconds = time.perf_counter() - started
+        return StepRecord(
+            step=self.step,
+            epoch=epoch + 1,
+            loss=totals["loss"],
+            step_ratio=totals["step_ratio"] if self.config.step_ratio > 0 else None,
+            sharpness=totals["sharpness"] if self.config.sharpness > 0 else None,
+            penalty=totals["penalty"],
+            learning_rate=rate,
+            gradient_norm=gradient_norm,
+            drift=self._drift(),
+            seconds=round(self.seconds, 4),
+        )
+
+    def _batch(self, epoch: int, index: int) -> list[EncodedExample]:
+        """The examples of one optimizer step: each epoch is a new permutation, fixed by (seed, epoch)."""
+        # Not torch.Generator: on the CPU it takes only the low 32 bits of a seed. And only random() is promised to give
+        # the same numbers in every version of Python.
+        generator = random.Random(f"{self.config.seed}/epoch/{epoch}")
+        keys = [generator.random() for _ in self.data]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        size = self.config.batch_size * self.config.accumulation
+        return [self.data[i] for i in order[index * size : (index + 1) * size]]
+
+    def _backward(self, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
+        """Add the gradient of one micro-batch, `share` of the step's examples, and return its terms."""
+        loss = cross_entropy(self.model, part)
+        if self.regularizers is None:
+            (share * loss).backward()
+            return {"loss": share * loss.item()}
+        penalty = self.regularizers.penalty().to(loss.device)
+        (share * (loss + penalty)).backward()
+        measured = self.regularizers.measurements
+        terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
+        return {name: share * value.item() for name, value in terms.items() if value is not None}
+
+    def _gradient_norm(self) -> float:
+        gradients = {name: scale.grad for name, scale in self.scales.items()}
+        self._check_all_are_tuned(gradients)
+        norms = [gradient.norm() for gradient in gradients.values() if gradient is not None]
+        return float(torch.stack(norms).norm())
+
+    def _check_all_are_tuned(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Refuse parameters without a gradient; in the first step it may be zero (LoRA's A behind B = 0)."""
+        if self.still:
+            self.still = {name for name in self.still if (grad := gradients[name]) is None or not grad.any()}
+        unused = [name for name in self.still if gradients[name] is None or self.step > 0]
+        if unused:
+            raise InputError(
+                f"{len(unused)} of {len(gradients)} tuned parameters got no gradient in the first steps, {min(unused)} "
+                "among them, so they would not be tuned; the model does not use them, or something detached them"
+            )
+
+    def _drift(self) -> float:
+        moved = torch.stack([(p.detach() - o).norm() for p, o in zip(self.scales.values(), self.origin, strict=True)])
+        return float(moved.norm() / torch.stack([o.norm() for o in self.origin]).norm())
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if math.isfinite(value):
+            return
+        kept = f"the checkpoint of the last good epoch is {self.checkpoint_path}" if self.folder else "nothing is kept"
+        raise Diverged(f"the {what} is {value} at step {step} of {self.total}; {kept}; try a lower learning rate")
+
+    def _end_epoch(self, epoch: int) -> None:
+        broken = next((name for name, scale in self.scales.items() if not torch.isfinite(scale).all()), None)
+        if broken:
+            self._check_finite(f"scale {broken}", float("nan"), self.step)
+        if self.validate is not None:
+            score = self.validate()
+            if self.best is None or score > self.best[1]:
+                self.best = (epoch, score, [scale.detach().clone() for scale in self.scales.values()])
+        self.save()
+
+    @torch.no_grad()
+    def _restore(self, scales: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.scales.values(), scales, strict=True):
+            parameter.copy_(value)
+
+    def save(self) -> None:
+        """Write the checkpoint, the old one being replaced in one move."""
+        if self.checkpoint_path is None:
+            return
+        state = checkpoint.Checkpoint(
+            step=self.step,
+            passes=self.passes,
+            seconds=self.seconds,
+            run=self.identity,
+            scales={name: scale.detach() for name, scale in self.scales.items()},
+            moments=checkpoint.moments(self.optimizer, self.scales),
+            best=self.best and (self.best[0], self.best[1], dict(zip(self.scales, self.best[2], strict=True))),
+            held=self._held(),
+        )
+        checkpoint.save(self.checkpoint_path, state)
+
+    def _held(self) -> tuple[float, dict[str, Tensor]] | None:
+        held = None if self.regularizers is None else self.regularizers.schedule.held()
+        if held is None:
+            return None
+        names = {id(scale): name for name, scale in self.scales.items()}
+        return held[0].item(), {names[id(weight)]: gradient for weight, gradient in held[1]}
+
+    def resume(self) -> None:
+        """Take up the folder's checkpoint; metrics behind it are dropped, they will be written again."""
+        assert self.folder is not None
+        assert self.checkpoint_path is not None
+        state = checkpoint.load(self.checkpoint_path, self.identity, self.scales)
+        self._restore([state.scales[name] for name in self.scales])
+        checkpoint.restore_moments(self.optimizer, self.scales, state)
+        self.step, self.passes, self.seconds = state.step, state.passes, state.seconds
+        self.held = state.held
+        if state.best is not None:
+            epoch, score, scales = state.best
+            self.best = (epoch, score, [scales[name] for name in self.scales])
+        self.records = [record for record in read_metrics(self.folder) if record.step <= self.step]
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
+        write_text(self.folder / METRICS, lines)
+
+    def _log(self, record: StepRecord) -> None:
+        if self.folder is None:
+            return
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def _regularized(model: nn.Module, config: TrainingConfig) -> Any:
+    """The regularizers of the configuration as a context, or nothing where both weights are 0."""
+    if not _regularizes(config):
+        return nullcontext()
+    return fused_regularizers(model, **config.regularizer_options)
+
+
+def _regularizes(config: TrainingConfig) -> bool:
+    return config.step_ratio > 0 or config.sharpness > 0
+
+
+class _Stop:
+    requested = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C interrupts at once, as usual."""
+    stop = _Stop()
+
+    def request(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, request)
+        except ValueError:  # only the main thread may set handlers; elsewhere the caller owns the signals
+            break
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,114 @@
+"""The loss of training: cross-entropy over the full vocabulary at the tokens of the label, and over the label words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ofa.errors import InputError
+from ofa.evaluation.encoding import Encoder, collate, scores_whole_words
+from ofa.models.introspection import accepted_arguments
+from ofa.tasks.task import Example
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A prompt, and the tokens to predict behind it; all but the last of them are read too.
+
+    `choices` has for each target the tokens that a label word may have there, where their loss has a weight.
+    """
+
+    prompt: tuple[int, ...]
+    targets: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...] = ()
+    label_loss: float = 0.0
+
+    @property
+    def read(self) -> list[int]:
+        """The ids that the model is given."""
+        return [*self.prompt, *self.targets[:-1]]
+
+
+def encode_example(encoder: Encoder, example: Example, label_loss: float = 0.0) -> EncodedExample:
+    """The example with its label's first token, or the whole of it with the line end where two labels begin alike.
+
+    An open-ended task has the whole completion and the end of the text. `label_loss` is the weight of the cross-entropy
+    over the label words alone, beside that over the vocabulary (T-Few's length-normalised choice, arXiv 2205.05638).
+
+    Raises:
+        InputError: the label is not one of the task's, or there are none to weigh against each other.
+    """
+    if label_loss and encoder.task.open_ended:
+        raise InputError(f"task {encoder.task.name!r} has no label words, so label_loss has no meaning; leave it out")
+    targets = encoder.encode_target(example.label, example.text)
+    if encoder.task.open_ended:
+        end = encoder.tokenizer.eos_token_id
+        targets = targets if end is None else [*targets, int(end)]
+    elif not scores_whole_words(encoder.labels):
+        targets = targets[:1]
+    prompt = tuple(encoder.encode_prompt(example.text, room=len(targets)))
+    choices = _choices(encoder, targets) if label_loss else ()
+    return EncodedExample(prompt, tuple(targets), choices, label_loss)
+
+
+def _choices(encoder: Encoder, targets: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """For each target the next tokens of all label words that begin with the targets before it."""
+    words = [encoder.encode_target(label) for label in encoder.labels]
+    return tuple(
+        tuple(sorted({word[place] for word in words if word[:place] == list(targets[:place]) and len(word) > place}))
+        for place in range(len(targets))
+    )
+
+
+def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tensor:
+    """Mean over the examples of the mean over their target tokens, in nats, float32.
+
+    Over the full vocabulary, and, weighted by `label_loss`, over the `choices` at each target.
+    """
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (t.to(device) for t in collate([example.read for example in examples], 0))
+    rows, positions, targets, weights = _targets(examples, device)
+    kept, places = positions.unique(return_inverse=True)
+    takes_positions = "logits_to_keep" in accepted_arguments(model)
+    # The vocabulary projection is a quarter of a small model's work, and only these positions are read.
+    extra: dict[str, Any] = {"logits_to_keep": kept} if takes_positions else {}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+    # A prompt-tuned model has logits of its virtual tokens in front.
+    logits = logits if takes_positions else logits[:, -input_ids.shape[1] :]
+    read = logits[rows, places if takes_positions else positions].float()
+    losses = F.cross_entropy(read, targets, reduction="none")
+    choices = [(choice, example.label_loss) for example in examples for choice in example.choices]
+    if choices:
+        chosen = [weight * row[list(choice)].logsumexp(0) for row, (choice, weight) in zip(read, choices, strict=True)]
+        own = read.gather(1, targets[:, None])[:, 0] * torch.tensor([weight for _, weight in choices], device=device)
+        losses = losses + torch.stack(chosen) - own
+    return (losses * weights).sum()
+
+
+def cross_entropy_in_parts(
+    model: nn.Module, examples: Sequence[EncodedExample], size: int
+) -> list[Callable[[], Tensor]]:
+    """The cross-entropy of all the examples as losses of at most `size` of them, in their order, that sum to it."""
+
+    def part(start: int) -> Callable[[], Tensor]:
+        own = examples[start : start + size]
+        return lambda: len(own) / len(examples) * cross_entropy(model, own)
+
+    return [part(start) for start in range(0, len(examples), size)]
+
+
+def _targets(part: Sequence[EncodedExample], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, positions, targets, weights = [], [], [], []
+    for row, example in enumerate(part):
+        for offset, target in enumerate(example.targets):
+            rows.append(row)
+            positions.append(len(example.prompt) - 1 + offset)
+            targets.append(target)
+            weights.append(1 / (len(example.targets) * len(part)))
+    as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
+    return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]

@@ -1,0 +1,52 @@
+"""What a training run leaves: one record per optimizer step, and its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ofa.adapters.folder import METRICS
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step as it is written to the metrics file.
+
+    `loss` is the cross-entropy in nats, `step_ratio` and `sharpness` are J and H without their weights (None where the
+    term has weight 0), `drift` is ‖θ − θ₀‖/‖θ₀‖ of what is tuned, `seconds` the time since the run began.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    step_ratio: float | None
+    sharpness: float | None
+    penalty: float
+    learning_rate: float
+    gradient_norm: float
+    drift: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves besides the tuned model: every step's record, and its time in seconds."""
+
+    records: tuple[StepRecord, ...]
+    seconds: float
+    truncated: int
+    best_epoch: int | None = None
+
+
+def read_metrics(folder: Path) -> list[StepRecord]:
+    """The records of a run's metrics file; a line cut short by a kill is left out."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(StepRecord(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return records

@@ -1,0 +1,54 @@
+"""The lens reads the residual stream behind every layer and decodes it exactly as the model decodes its own end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ofa import anatomy
+from ofa.probing.logit_lens import LogitLens
+from tests import families
+from tests.device import DEVICE
+from tests.ofa.given_back import state
+
+CAUSAL = [name for name in families.BUILDERS if name not in ("bert", "vit")]
+TOKENS = range(64)
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], device=DEVICE)
+LAST = torch.tensor([[5], [3]])
+ROWS = torch.arange(2)[:, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CAUSAL)
+def test_it_reads_and_decodes_what_the_model_does(name):
+    """Inner states are those that transformers collects; behind the last layer the lens is the model itself.
+
+    Whatever stands there: norms, projections, scales, soft-caps. Padding is on the right.
+    Tolerance: the same float32 operations on batches of another shape.
+    """
+    model, ids = families.build(name), families.inputs(name)["input_ids"]
+    before = state(model)
+    lens = LogitLens(model, anatomy.find(model).layers)
+    states = lens.states(ids, MASK, LAST)
+    told = lens.log_probabilities(states[-1], TOKENS)
+    assert state(model) == before
+    expected = model(input_ids=ids, attention_mask=MASK, output_hidden_states=True)
+    torch.testing.assert_close(told, expected.logits[ROWS, LAST].log_softmax(-1), rtol=1e-5, atol=1e-5)
+    # All but the last, which transformers hands out behind the final norm.
+    hidden = torch.stack([layer[ROWS, LAST] for layer in expected.hidden_states[1:-1]])
+    torch.testing.assert_close(states[:-1], hidden, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_inner_layers_go_through_the_final_norm_and_the_head():
+    """By hand for a Llama, at several positions, and in parts as in one piece."""
+    model, ids = families.build("llama"), families.inputs("llama")["input_ids"]
+    lens = LogitLens(model, anatomy.find(model).layers)
+    states = lens.states(ids, MASK, torch.tensor([[0, 5], [1, 3]]))
+    expected = model.lm_head(model.model.norm(states)).log_softmax(-1)
+    told = lens.log_probabilities(states, TOKENS)
+    torch.testing.assert_close(told, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(lens.log_probabilities(states, [7, 3]), told[..., [7, 3]])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ofa.probing.logit_lens._ROWS", 5)
+        torch.testing.assert_close(lens.log_probabilities(states, TOKENS), told, rtol=1e-5, atol=1e-5)

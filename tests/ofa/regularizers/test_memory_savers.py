@@ -1,0 +1,216 @@
+"""Checkpoints of every kind, offloaded tensors and accumulation change no gradient of any estimator."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import (
+    CheckpointError,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import ofa
+from tests import families, oracle
+from tests.ofa.traces import EVERY
+from tests.ofa.trainers import without_dropout
+
+BRANCHES = ["llama", "gpt2", "phi", "falcon", "falcon_two_norms", "qwen3", "gpt_neox", "opt", "cohere", "phi3"]
+"""Gated and plain, parallel with one norm and two, norms on heads, fused and interleaved projections, sums in place."""
+
+
+def tuned(name: str) -> nn.Module:
+    """The family's model in float64 and training mode, where only norm scales train, so that traces are exact."""
+    model = without_dropout(families.build(name)).double().train()
+    ofa.tune_norms(model)
+    return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def by_the_model(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def by_hand(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def by_wrappers(model: nn.Module) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    layers = set(layers_of(model))
+    apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+
+
+def selectively(model: nn.Module) -> None:
+    """Attention's output is kept and the rest computed again."""
+    aten = torch.ops.aten
+    # On a GPU attention in float64 is plain operations, of which the softmax is kept.
+    kept = (aten._scaled_dot_product_flash_attention_for_cpu.default, aten._safe_softmax.default)
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    for layer in layers_of(model):
+        layer.forward = functools.partial(  # type: ignore[method-assign]
+            checkpoint, layer.forward, use_reentrant=False, context_fn=contexts
+        )
+
+
+def by_hand_with_gradients_of_inputs(model: nn.Module) -> None:
+    model.enable_input_require_grads()
+    by_hand(model)
+
+
+def passed_around(value: Tensor) -> Tensor:
+    """What unpacking sees of a transfer: the numbers, in another tensor."""
+    return value.detach().clone()
+
+
+SAVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "save_on_cpu": save_on_cpu,
+    "copies": lambda: saved_tensors_hooks(passed_around, passed_around),
+}
+
+
+def accumulated(
+    name: str, prepare: Callable[[nn.Module], None] | None, saver: Callable[[], Any] = nullcontext, *, kind: str
+) -> list[Tensor]:
+    """Gradients of two passes of other lengths, one with padding, that are only then gone through backwards."""
+    model = tuned(name)
+    with ofa.fused_regularizers(model, 1.0, 1.0, **EVERY[kind]) as reg:
+        if prepare is not None:
+            prepare(model)
+        losses = []
+        for seed, tokens in ((0, 6), (1, 5)):
+            given = oracle.batch(name, tokens=tokens, seed=seed)
+            mask = torch.ones_like(given["input_ids"])
+            mask[0, 4:] = 0
+            with saver():
+                losses.append(model(**given, attention_mask=mask).loss + reg.penalty())
+        for loss in losses:
+            (loss / 2).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@functools.cache
+def plainly(name: str, kind: str) -> list[Tensor]:
+    gradients = accumulated(name, None, kind=kind)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-2
+    return gradients
+
+
+def check(found: list[Tensor], name: str, kind: str) -> None:
+    for one, other in zip(found, plainly(name, kind), strict=True):
+        # The recomputation does the same operations in the same order; only sums of gradients may change their order.
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [*((name, by_the_model) for name in BRANCHES), *product(("gpt2", "falcon"), (by_hand, by_wrappers))],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_checkpoints_leave_exact_traces_exact(name: str, prepare: Callable[[nn.Module], None]) -> None:
+    """Taps inside a branch see the second run too, and must find what they saw in the first."""
+    check(accumulated(name, prepare, kind="exact, full"), name, "exact, full")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_attention_may_be_kept_and_the_rest_computed_again(name: str, kind: str) -> None:
+    """Selective checkpoints, as TRL has them: what is measured runs the same operations both times."""
+    check(accumulated(name, selectively, kind=kind), name, kind)
+
+
+@pytest.mark.parametrize("saver", list(SAVERS))
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_saved_tensors_may_be_elsewhere(name: str, kind: str, saver: str) -> None:
+    """Operations with derivatives by hand save like any other, and take what they are given back."""
+    check(accumulated(name, None, SAVERS[saver], kind=kind), name, kind)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_checkpoints_may_be_elsewhere(name: str, kind: str) -> None:
+    """The stream that comes back is a copy, and its second run still finds the probes and mask of the first."""
+    check(accumulated(name, by_the_model, SAVERS["copies"], kind=kind), name, kind)
+
+
+def test_offloaded_checkpoints_by_hand_need_gradients_of_inputs() -> None:
+    """A constant that comes back as a copy is known by nothing: PyTorch stops, and the model's own switch helps."""
+    check(
+        accumulated("llama", by_hand_with_gradients_of_inputs, SAVERS["copies"], kind="exact, full"),
+        "llama",
+        "exact, full",
+    )
+    with pytest.raises(CheckpointError, match="different number of tensors"):
+        accumulated("llama", by_hand, SAVERS["copies"], kind="exact, full")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_nothing_stays_behind_what_was_moved_away(name: str, kind: str) -> None:
+    """After a forward pass whose saved tensors are elsewhere, no activation of a layer is held by anybody."""
+    model = tuned(name)
+    seen: list[StorageWeakRef] = []
+    for layer in layers_of(model):
+        for module in layer.modules():
+            module.register_forward_hook(lambda module, args, output: seen.extend(_storages(output)))
+    with ofa.fused_regularizers(model, 1.0, 1.0, **EVERY[kind]) as reg, SAVERS["copies"]():
+        loss = model(**oracle.batch(name)).loss + reg.penalty()
+        gc.collect()
+        assert len(seen) > 20
+        assert sum(not storage.expired() for storage in seen) == 0
+    loss.backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_no_tensor_waits_for_the_collector(name: str, kind: str, checkpointing: bool) -> None:
+    """A tensor in a reference cycle keeps its graph, and with it what a checkpoint had given up: layer upon layer."""
+    model = tuned(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with ofa.fused_regularizers(model, **EVERY[kind]) as reg:
+        for _ in range(2):  # the first step pays for what is made once
+            gc.collect()
+            model(**oracle.batch(name))
+            reg.penalty().backward()
+        assert _collected_tensors() == []
+
+
+def _collected_tensors() -> list[tuple[int, ...]]:
+    """Shapes of the tensors that only the collector finds to be unused."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        return [tuple(one.shape) for one in gc.garbage if isinstance(one, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+def _storages(output: Any) -> Iterator[StorageWeakRef]:
+    values = output if isinstance(output, tuple) else (output,)
+    return (StorageWeakRef(value.untyped_storage()) for value in values if isinstance(value, Tensor))

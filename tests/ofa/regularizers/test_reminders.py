@@ -1,0 +1,94 @@
+"""A loop that forgets a line is told which, once; one that forgets nothing hears nothing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import ofa
+
+TUNE = "params = ofa.tune_norms(model)"
+ADD = "loss = model(**batch).loss + reg.penalty()"
+
+
+@pytest.fixture
+def batch():
+    ids = torch.arange(3, 15).reshape(2, 6)
+    return {"input_ids": ids, "labels": ids}
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "ofa.regularizers.reminders"]
+
+
+def penalty(reg):
+    reg.penalty()
+
+
+def measurements(reg):
+    assert reg.measurements.step_ratio is not None
+
+
+def nothing(reg):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("tunes", "uses", "options", "expected"),
+    [
+        (True, penalty, {}, []),
+        (True, measurements, {}, []),
+        (True, nothing, {"into_loss": True}, []),
+        (False, penalty, {}, [TUNE]),
+        (True, nothing, {}, [ADD]),
+        (False, nothing, {}, [TUNE, ADD]),
+    ],
+)
+@pytest.mark.parametrize("passes", [1, 9])
+def test_forgotten_lines_are_named_once(tiny_model, batch, caplog, tunes, uses, options, expected, passes):
+    """However long the loop is, and at the latest when it ends."""
+    model = tiny_model[0].cpu()
+    if tunes:
+        ofa.tune_norms(model)
+    with (
+        caplog.at_level(logging.WARNING, logger="ofa"),
+        ofa.fused_regularizers(model, estimator="hutchinson", **options) as reg,
+    ):
+        for _ in range(passes):
+            model(**batch)
+            uses(reg)
+    messages = told(caplog)
+    assert len(messages) == len(expected)
+    assert all(line in message for line, message in zip(expected, messages, strict=True))
+
+
+def test_passes_without_gradients_ask_for_nothing(tiny_model, batch, caplog):
+    """A model that is only measured, or evaluated, is not being trained."""
+    model = tiny_model[0].cpu()
+    with (
+        caplog.at_level(logging.WARNING, logger="ofa"),
+        ofa.fused_regularizers(model, estimator="hutchinson") as reg,
+        torch.no_grad(),
+    ):
+        model(**batch)
+        with reg.measuring():
+            model(**batch)
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"sharpness": 0.0}], ids=["both", "one"])
+def test_measurements_print_as_six_lines(tiny_model, batch, options):
+    """A reader sees sizes and ranges, not tensors."""
+    model = tiny_model[0].cpu()
+    ofa.tune_norms(model)
+    with ofa.fused_regularizers(model, estimator="exact", **options) as reg:
+        model(**batch)
+        lines = str(reg.measurements).splitlines()
+    assert len(lines) == 6
+    assert lines[0] == "measured      6 steps of 2 sequences"
+    assert lines[4] == f"step ratio J  {reg.measurements.step_ratio.item():.4g}"
+    assert lines[3].endswith("not measured") == (options == {"sharpness": 0.0})
+    assert "nan" not in " ".join(lines)
+    assert "tensor" not in " ".join(lines)
