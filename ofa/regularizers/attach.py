@@ -28,7 +28,7 @@ from ofa.regularizers.estimators.choice import EstimatorOptions, choose
 from ofa.regularizers.estimators.hutchinson import FullHutchinson
 from ofa.regularizers.estimators.jvp import ForwardMode, check_branches
 from ofa.regularizers.guards import DeepcopyGuard, ModuleIdentityGuard, ThreadGuard, unwrap
-from ofa.regularizers.into_loss import add_penalty
+from ofa.regularizers.into_loss import add_penalty, refuse_packed
 from ofa.regularizers.measured_pass import MeasuredPass
 from ofa.regularizers.options import CONVENTIONS, check_options
 from ofa.regularizers.recompute import RecomputeTracker
@@ -282,6 +282,8 @@ class Regularizers:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._refuse_cache(given)
+        if self._settings.into_loss:
+            refuse_packed(given)
         traced = self._settings.sharpness > 0 and self.schedule.measures(self._weights())
         self._refuse_dropout(traced)
         if traced and isinstance(self._trace_estimator, ForwardMode):

@@ -33,10 +33,9 @@ def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalt
         penalty: a scalar.
 
     Raises:
-        InputError: the forward pass computed no loss, or its rows are packed sequences; and in the backward pass, if
-            what is differentiated is another loss, made of the model's other outputs.
+        InputError: the forward pass computed no loss; and in the backward pass, if what is differentiated is another
+            loss, made of the model's other outputs.
     """
-    refuse_packed(kwargs)
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise InputError(
