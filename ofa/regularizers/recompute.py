@@ -50,7 +50,7 @@ class RecomputeTracker:
             return
         node, output = _origin(stream)
         node.metadata[self, output] = again  # type: ignore[index]
-        self._node = node  # that of a leaf is held by nobody else until something is computed from it
+        self._node = node  # nothing else holds that of a leaf until something is computed from it
 
     def _recall(self, stream: Tensor) -> MeasuredPass | None:
         if not stream.requires_grad:
