@@ -1,7 +1,7 @@
 """Models that several processes train together: wrapped by DistributedDataParallel, or sharded by FSDP2.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`) renames the classes of the modules it is applied to and makes their
-parameters DTensors, of which each rank holds a part; while such a module computes, and only then, they are whole.
+FSDP2 (`torch.distributed.fsdp.fully_shard`) replaces the class of each module it is applied to and makes its parameters
+DTensors, of which each rank holds a shard. They are gathered only while the module computes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, distributed, nn
 from ofa.errors import InputError
 
 WAIT = timedelta(minutes=10)
-"""How long the other ranks wait for the first one."""
+"""How long the other ranks wait for rank 0."""
 
 _calls: Counter[str] = Counter()
-"""How often `on_first_rank` was called, by what it was about; the ranks count alike."""
+"""Calls of `on_first_rank` so far, by `about`; the same on every rank."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel` or what `torch.compile` returned, or the model itself.
+    """The model inside `DistributedDataParallel` and `torch.compile`, or the model itself.
 
     Raises:
-        InputError: it is wrapped by something that runs copies or flattened parameters of it.
+        InputError: it is wrapped by `DataParallel`, which runs copies, or FSDP1, which flattens parameters.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
@@ -37,7 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model._orig_mod)  # type: ignore[arg-type]
     if isinstance(model, nn.DataParallel):
         raise InputError(
-            "nn.DataParallel runs copies of the model that cannot be measured; start one process per device and use "
+            "nn.DataParallel runs copies of the model, which cannot be measured; start one process per device and use "
             "DistributedDataParallel"
         )
     if any(is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel") for module in model.modules()):
@@ -54,17 +54,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to this very module."""
+    """Whether `fully_shard` was applied to this module itself."""
     return is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of a tensor, or its own copy of one that belongs to all ranks: a DTensor."""
+    """Whether a tensor is a DTensor: sharded or replicated over the ranks."""
     return is_a(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def own_class(module: nn.Module) -> type:
-    """The class that a module had before `fully_shard` made one of its own for it."""
+    """The class that a module had before `fully_shard` replaced it."""
     if not is_unit(module):
         return type(module)
     from torch.distributed.fsdp import FSDPModule
@@ -73,13 +73,13 @@ def own_class(module: nn.Module) -> type:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put every parameter back into its shards: behind a forward pass some stay whole until the backward pass."""
+    """Reshard every parameter: after a forward pass some stay gathered for the backward pass."""
     for module in filter(is_unit, model.modules()):
         module.reshard()  # type: ignore[operator]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts, gathered from the ranks that hold them; a plain tensor as it is.
+    """A DTensor gathered from all ranks; a plain tensor unchanged.
 
     Raises:
         InputError: a rank did not take part.
@@ -88,7 +88,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return tensor
     local: Any = tensor.detach()
     try:
-        # Parts that are offloaded to the CPU are gathered where the ranks can talk.
+        # Shards offloaded to the CPU are gathered on the mesh's device, where the ranks communicate.
         return local.to(local.device_mesh.device_type).full_tensor()
     except RuntimeError as error:
         raise InputError(
@@ -99,7 +99,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_to_shards(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole value into a parameter, of which each rank keeps its own part; nothing is communicated."""
+    """Write a full value into a parameter of which each rank keeps its own shard, without communication."""
     if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
@@ -111,18 +111,18 @@ def copy_to_shards(parameter: Tensor, value: Tensor) -> None:
 
 
 def on_first_rank(about: str, digest: str, work: Callable[[], None]) -> None:
-    """Let rank 0 do some work, such as writing; the other ranks, where they call this too, return behind it.
+    """Do some work, such as writing, on rank 0 only; the other ranks return once it has finished.
 
-    Rank 0 does not wait for the others, so that it may also be called there alone.
+    Rank 0 does not wait for the others, so calling this on rank 0 alone is fine.
 
     Args:
-        about: what it is, a clause behind "to finish", the same on every rank.
-        digest: of what the work is done with, so that a rank notices if rank 0 holds something else.
-        work: what only rank 0 does.
+        about: the work in words that follow "to finish", the same on every rank.
+        digest: hash of the work's input, so that a rank notices if rank 0 holds a different one.
+        work: called on rank 0.
 
     Raises:
-        InputError: on every rank what `work` raises on rank 0; elsewhere also that rank 0 does not answer, or holds
-            something else.
+        InputError: `work` raised one on rank 0 (raised on every rank); or, on the other ranks, rank 0 did not answer or
+            its digest differs.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         work()
@@ -151,19 +151,19 @@ def _follow(store: Any, key: str, about: str, digest: str) -> None:
         failure, first = json.loads(store.get(key))
     except RuntimeError as error:
         raise InputError(
-            f"rank {rank} waited in vain for rank 0 to finish {about}; call this on every rank with the same folder, "
-            "or on rank 0 alone"
+            f"rank {rank} waited for rank 0 to finish {about} and got no answer; call this on every rank with the same "
+            "folder, or on rank 0 alone"
         ) from error
     if failure is not None:
         raise InputError(failure)
     if first != digest:
         raise InputError(
-            f"rank {rank} holds other norm scales than rank 0 did in {about}; call tune_norms before the model is "
-            "wrapped, so that the gradients are averaged over the ranks"
+            f"rank {rank} and rank 0 hold different norm scales in {about}; call tune_norms before wrapping the model, "
+            "so that the gradients are averaged over the ranks"
         )
 
 
 def is_a(value: object, module: str, name: str) -> bool:
-    """Whether a value is of a class whose module is slow to import, and need not be: else nothing is of that class."""
+    """`isinstance` without importing the class: if its module was never imported, no value can be of that class."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)

@@ -1,7 +1,7 @@
-"""How many CPU threads to compute with: as many as there are cores that nothing else uses.
+"""Chooses the number of CPU threads: one per core that no other program uses.
 
-Threads that wait for one another lose a whole time slice whenever one of them shares its core with another program: two
-threads on two busy cores take a step in several times the time of one.
+Threads that synchronize lose a whole time slice whenever one of them shares its core with another program: on two busy
+cores, a step with two threads takes several times as long as with one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_SHORTEST = 0.2  # seconds to look at least; the kernel counts in hundredths
+_SHORTEST = 0.2  # seconds to measure over at least; the kernel counts in hundredths
 _ROOT = Path("/")
 
 
 @dataclass(frozen=True)
 class Cores:
-    """The cores this process may use, the quota of its container (or None), and how many of them others keep busy."""
+    """Cores this process may use, its container's quota (or None), and how many of the cores other programs use."""
 
     allowed: int
     quota: float | None
@@ -26,26 +26,27 @@ class Cores:
 
     @property
     def free(self) -> int:
-        """Whole cores to compute on, at least one."""
+        """Whole cores free for this process, at least 1."""
         limit = self.allowed if self.quota is None else min(self.allowed, self.quota)
         return max(1, round(min(limit, self.allowed - self.busy)))
 
 
 def usable_cores() -> Cores:
-    """The cores as they are now; what others use is a mean since this module was imported."""
+    """The cores available now; use by others is a mean since this module was imported."""
     return Cores(len(_allowed()), quota(), _busy_with_others())
 
 
 def threads_from_environment() -> int | None:
-    """OMP_NUM_THREADS, which says for any program how many threads it may have; None where it is not set."""
+    """OMP_NUM_THREADS, or None if it is not set to a positive number."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     return int(chosen) if chosen.isdigit() and int(chosen) > 0 else None
 
 
 def use_threads(threads: int | None) -> Cores | None:
-    """Let PyTorch compute with so many threads, or where None with OMP_NUM_THREADS, or with as many as are free.
+    """Set PyTorch's threads: to `threads`, else OMP_NUM_THREADS, else the number of free cores.
 
-    Returns the cores where they decided.
+    Returns:
+        The cores, if they decided; else None.
     """
     import torch
 
@@ -59,7 +60,7 @@ def use_threads(threads: int | None) -> Cores | None:
 
 
 def quota(root: Path = _ROOT) -> float | None:
-    """The cores that the control groups of this process leave it, the least of those above it; None without a limit."""
+    """CPU quota of this process in cores: the smallest of its control group and all above it; None without a limit."""
     limits: list[float] = []
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -72,7 +73,7 @@ def quota(root: Path = _ROOT) -> float | None:
         for mount in mounts:
             top = root / "sys/fs/cgroup" / mount
             group = top / path.lstrip("/")
-            # A container may see its group as the top, and the path that the machine has for it.
+            # In a container its own group may be mounted at the top, while `path` is the host's.
             groups = [group, *group.parents] if group.is_dir() else [top]
             limits += [limit for one in groups if one.is_relative_to(top) and (limit := read(one)) is not None]
     return min(limits, default=None)
@@ -103,7 +104,7 @@ def _allowed() -> set[int]:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Seconds so far: on the clock, of processor time of the allowed cores, and of this process's own part of it."""
+    """Seconds so far: wall clock, processor time of the allowed cores, and processor time of this process."""
 
     clock: float
     used: float
@@ -111,7 +112,7 @@ class _Moment:
 
 
 def _moment() -> _Moment | None:
-    """None where the system does not count, which is everywhere but on Linux."""
+    """The counters now; None without /proc/stat, that is outside Linux."""
     used = sum(_used_ticks())
     own = os.times()
     return _Moment(time.monotonic(), used / os.sysconf("SC_CLK_TCK"), own.user + own.system) if used else None

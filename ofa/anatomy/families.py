@@ -1,7 +1,8 @@
-"""The wiring of the supported model families, as a table; `anatomy` checks every row it uses against the model itself.
+"""The wiring of the supported model families, as a table; `steps.find` checks each row it uses against the model.
 
-Names of norms are no guide: `post_attention_layernorm` stands before the MLP in Llama and after the attention in
-Gemma 2, and OPT's `final_layer_norm` is inside the layer. So the table says which module reads and writes what.
+Names of norms do not tell where they are: `post_attention_layernorm` comes before the MLP in Llama and after the
+attention in Gemma 2, and OPT's `final_layer_norm` is inside the layer. So the table says which module reads and writes
+what.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 class BranchRow:
     """One branch of a decoder layer; paths are relative to the layer.
 
-    `norm` holds the scale γ that preconditions the branch. The branch starts where `entry` is called and its update is
-    what `exit` returns. `reads` is "normalized" (the branch is given the norm's output) or "stream"; `writes` is
-    "update" or "stream" (the residual sum, and its norm, happen inside `exit`).
+    `norm` holds the scale γ that preconditions the branch. The branch starts at the input of `entry` and ends at the
+    output of `exit`. `reads` is "normalized" (the branch reads the norm's output) or "stream"; `writes` is "update" or
+    "stream" (`exit` adds the residual and normalizes the sum).
     """
 
     role: str
@@ -25,7 +26,7 @@ class BranchRow:
     reads: str = "normalized"
     writes: str = "update"
     residual_reader: str | None = None
-    """A module inside the branch whose second argument is the stream (BERT adds the residual there)."""
+    """A module inside the branch whose second argument is the residual stream (BERT adds it there)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ FAMILIES = (
     Family(("bert",), (POST_NORM,)),
     Family(("vit",), (VIT,)),
 )
-"""One row per family; a model type without a row is tried against every wiring, and the probe decides."""
+"""One row per family; a model type without a row is tried against every wiring, and the trial run decides."""
 
 
 def candidates(model_type: str) -> tuple[Family, ...]:

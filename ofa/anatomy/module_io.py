@@ -1,4 +1,4 @@
-"""The hidden states among what goes into and comes out of a module, whatever the family calls them."""
+"""Read and replace the hidden states among a module's arguments and outputs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def replace_hidden_output(output: Any, hidden: Tensor, change_other: Callable[[T
 
 
 def _changed(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
-    # Not a function inside of `replace_tensors`: one that calls itself is a reference cycle, and would hold what
-    # `change` has seen, and the graph behind it, until Python's collector comes by.
+    # Not a closure in `replace_tensors`: a recursive closure is a reference cycle, and keeps tensors and their graph
+    # alive until the garbage collector runs.
     if isinstance(value, Tensor):
         return change(name, value)
     return tuple(_changed(name, item, change) for item in value) if type(value) is tuple else value

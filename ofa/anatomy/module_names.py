@@ -10,7 +10,7 @@ MLP_NAMES = (
     ("fc_in", None, "fc_out"),
     ("dense_h_to_4h", None, "dense_4h_to_h"),
 )
-"""Gate, up and down projections of an MLP, relative to its module; the same name twice is one fused projection."""
+"""Gate, up and down projections of an MLP, relative to its module; a repeated name is one fused projection."""
 
 
 ATTENTION_NAMES = tuple(
@@ -23,15 +23,15 @@ ATTENTION_NAMES = tuple(
     )
     for output in ("o_proj", "out_proj", "dense", "c_proj")
 )
-"""Query, key, value and output projections of an attention, likewise."""
+"""Query, key, value and output projections of an attention, relative to its module."""
 
 
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
 ROUTER_NAMES = ("gate", "router")
-"""What mixtures of experts call the linear map that chooses experts."""
+"""The linear map of a mixture of experts that chooses the experts."""
 
 
 ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation")
-"""What modules call the activation that they apply between projections."""
+"""The activation between a module's projections."""

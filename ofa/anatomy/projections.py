@@ -16,7 +16,7 @@ from ofa.errors import InputError
 class Projections:
     """Paths of the query, key, value and down projections of all layers, in model order.
 
-    A fused projection stands in every place that it serves. Mixtures of experts have no down projections of their own.
+    A fused projection is listed once for each of its parts. Mixtures of experts have no down projections.
     """
 
     query: tuple[str, ...]
@@ -26,7 +26,7 @@ class Projections:
 
 
 def find_projections(model: Any) -> Projections:
-    """The projections of a Hugging Face model's text decoder, by the names that its modules have.
+    """The projections of a Hugging Face model's text decoder, found by the names of its modules.
 
     Raises:
         InputError: no attention or no MLP has projections under known names.
@@ -50,7 +50,7 @@ def stored_transposed(model: Any, paths: Sequence[str]) -> bool:
 
 
 def _with_children(model: Any, rows: Sequence[tuple[str | None, ...]]) -> Iterator[list[str]]:
-    """For every module of the decoder that has all children of a row: the paths of these children."""
+    """Paths of the children of every decoder module that has all children named in a row."""
     for path, module in _decoder_modules(model):
         children = {name for name, _ in module.named_children()}
         for row in rows:

@@ -1,8 +1,8 @@
 """Finds the steps of a model: which norm preconditions which branch, and how the branch meets the residual stream.
 
-`families.py` proposes a wiring; the model confirms it. One decoder layer is run on a few tokens and every claim is
-compared with the tensors that went by: the norm read the stream, its output entered the branch, the stream grew by
-what the branch returned. A family that renamed or rewired its modules is refused instead of silently mismeasured.
+`families.py` proposes a wiring, and a trial run of one decoder layer on a few tokens confirms it: the norm read the
+stream, its output entered the branch, the branch's output was added to the stream. A model with renamed or rewired
+modules is refused instead of silently mismeasured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRANULARITIES = ("sublayer", "layer")
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm with a scale: its path, and the formula it was seen to compute (`kind`, `offset`, `eps`)."""
+    """A norm with a scale: its path, and the formula it computes (`kind`, `offset`, `eps`), confirmed by calling it."""
 
     path: str
     kind: str
@@ -38,7 +38,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class NormView:
-    """A norm as the kernels take it: scale and shift as they are now, and the formula."""
+    """A norm as the kernels take it: current scale and shift, (d,) each, and the formula."""
 
     weight: Tensor
     bias: Tensor | None
@@ -48,21 +48,20 @@ class NormView:
 
     @property
     def scale(self) -> Tensor:
-        """γ in the widest dtype at hand, (d,): what the norm multiplies by."""
-        # Always a tensor of its own: FSDP2 takes the memory of whole parameters back before what was computed from them
-        # has its gradient.
+        """γ, (d,), float32 or wider: what the norm multiplies by."""
+        # Always a new tensor: FSDP2 frees the gathered parameter before the backward pass has used it.
         return upcast(self.weight) + self.offset
 
 
 def view_norm(module: nn.Module, norm: Norm) -> NormView:
-    """The norm's scale and shift as they are now.
+    """The norm's current scale and shift, with its formula.
 
     Raises:
-        InputError: they are in parts while their branch computes.
+        InputError: they are sharded while their branch computes.
     """
     if sharding.is_dtensor(module.weight):  # type: ignore[arg-type]
         raise InputError(
-            f"{norm.path} is in parts while its branch computes, because fully_shard was applied to the norm itself; "
+            f"{norm.path} is sharded while its branch computes, because fully_shard was applied to the norm itself; "
             "apply it to whole layers"
         )
     bias = getattr(module, "bias", None)
@@ -71,9 +70,9 @@ def view_norm(module: nn.Module, norm: Norm) -> NormView:
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of a step, with full module paths; see `anatomy.families.BranchRow` for what the fields mean.
+    """One branch of a step, with full module paths; `anatomy.families.BranchRow` describes the fields.
 
-    `norm_reads_stream` is False where the norm stands after the branch: its σ is then known only afterwards.
+    `norm_reads_stream` is False where the norm comes after the branch: its σ is known only then.
     """
 
     role: str
@@ -126,7 +125,7 @@ class Anatomy:
 
     @property
     def tuned_parameters(self) -> int:
-        """How many norm scales there are to tune."""
+        """Number of norm scales, summed over the norms."""
         return sum(norm.width for norm in self.norms)
 
 
@@ -135,7 +134,7 @@ def find(model: nn.Module, *, verify: bool = True) -> Anatomy:
 
     Args:
         model: any model whose decoder (or encoder) layers are in a `ModuleList`.
-        verify: run one layer on a few tokens to confirm the wiring; leave it out only for models that cannot run yet.
+        verify: run one layer on a few tokens to confirm the wiring; False is only for models that cannot run yet.
 
     Raises:
         InputError: no family fits, a step's norm has no weight, or the norm computes something else.
@@ -261,11 +260,11 @@ def _require_weights(model: nn.Module, layer: str, wiring: Wiring, norms: dict[s
 
 
 def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the text decoder (or encoder); a vision-language model's vision tower is left alone."""
+    """Path and module of the text decoder (or encoder), without the vision tower of a vision-language model."""
     if any(path.endswith("_checkpoint_wrapped_module") for path, _ in model.named_modules()):
         raise InputError(
-            "the layers of this model are inside apply_activation_checkpointing's wrappers; tune the norms and attach "
-            "the regularizers before they are wrapped"
+            "the layers of this model are wrapped by apply_activation_checkpointing; tune the norms and attach the "
+            "regularizers before wrapping them"
         )
     getter = getattr(model, "get_decoder", None)
     decoder = getter() if callable(getter) else model
@@ -328,12 +327,15 @@ def _eps(path: str, module: nn.Module) -> float:
     for name in ("variance_epsilon", "eps", "epsilon"):
         if isinstance(value := getattr(module, name, None), float):
             return value
-    raise InputError(f"the norm {path} ({type(module).__name__}) does not say its epsilon; it is not supported")
+    raise InputError(
+        f"the norm {path} ({type(module).__name__}) has no epsilon under a known name; choose a model with RMSNorm or "
+        "LayerNorm"
+    )
 
 
 @torch.no_grad()
 def _formula(path: str, module: nn.Module, eps: float) -> tuple[str, float]:
-    """(kind, offset) found by calling the norm: with weight 0 only a 1 + w family still answers."""
+    """(kind, offset), found by calling the norm; with weight 0 only norms that compute (1 + w) return more than 0."""
     weight: Any = sharding.full_tensor(module.weight)  # type: ignore[arg-type]
     bias = None if getattr(module, "bias", None) is None else sharding.full_tensor(module.bias)  # type: ignore[arg-type]
     own = {"module.weight": weight} | ({} if bias is None else {"module.bias": bias})
@@ -346,24 +348,27 @@ def _formula(path: str, module: nn.Module, eps: float) -> tuple[str, float]:
         expected = reference.norm_step(ramp, None, weight, bias, eps=eps, kind=kind, offset=offset)[1]
         if trial.close(answer, expected):
             return kind, offset
-    raise InputError(f"the norm {path} ({type(module).__name__}) is neither RMSNorm nor LayerNorm; it is not supported")
+    raise InputError(
+        f"the norm {path} ({type(module).__name__}) computes neither RMSNorm nor LayerNorm; choose a model with one of "
+        "these"
+    )
 
 
 class _Bare(nn.Module):
-    """A module without its hooks: those of `fully_shard` would gather its group and wait for the rest of the pass."""
+    """A module without its hooks: those of `fully_shard` would gather parameters and leave the pass unfinished."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What the module computes."""
+        """The module's output."""
         result: Tensor = self.module.forward(hidden)
         return result
 
 
 def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of the layer and of some of its modules, from a run that stops behind the layer."""
+    """Input and output of the layer and of some of its modules, from a run that stops after the layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def record(path: str) -> Any:
@@ -384,7 +389,7 @@ def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> di
 
 
 def _contradiction(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: list[Step]) -> str:
-    """What the tensors say against the steps of one layer; empty when every claim holds."""
+    """The first claim about the steps of one layer that the tensors contradict; empty if every claim holds."""
     stream, end = seen[layer]
     for step in steps:
         total = torch.zeros_like(stream)
@@ -396,7 +401,8 @@ def _contradiction(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: li
             if normalized and not trial.close(seen[branch.norm.path][0], stream):
                 return f"{branch.norm.path} does not read the residual stream"
             if not trial.close(seen[branch.entry][0], seen[branch.norm.path][1] if normalized else stream):
-                return f"{branch.entry} does not read what was expected"
+                source = "the norm's output" if normalized else "the residual stream"
+                return f"{branch.entry} does not read {source}"
             written = trial.shaped(seen[branch.exit][1], stream)
             total = total + (written - stream if branch.writes == "stream" else step.scale * written)
         stream = stream + total
@@ -404,7 +410,7 @@ def _contradiction(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: li
 
 
 def _norm_stands_behind(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: tuple[Step, ...]) -> bool:
-    """Whether the first layer's norms read the residual sums and its last one ends it, as in OPT-350m."""
+    """Whether the first layer's norms read the residual sums, and the last norm ends the layer, as in OPT-350m."""
     stream, end = seen[layer]
     own = [step.branches[0] for step in steps if step.layer == 0]
     if any(path not in seen for branch in own for path in (branch.norm.path, branch.exit)):

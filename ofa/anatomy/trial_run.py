@@ -1,4 +1,4 @@
-"""A few tokens through the first layers of a model, to see what its modules really do."""
+"""Runs a few tokens through the first layers of a model, to check what its modules compute."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ofa.errors import InputError
 
 
 class _Done(Exception):
-    """Ends the trial run: a signal, not an error."""
+    """Ends the trial run; not an error."""
 
 
 @torch.no_grad()
 def run(model: nn.Module, until: str) -> None:
-    """Run the model in evaluation mode up to the end of the module `until`; hooks see what goes by.
+    """Run the model in evaluation mode up to the end of the module `until`; the caller's hooks read the tensors.
 
-    A sharded model is run to its own end: a forward pass that breaks off would leave some parameters gathered.
+    A sharded model is run to its end: an aborted forward pass would leave parameters gathered.
     """
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -45,7 +45,7 @@ def run(model: nn.Module, until: str) -> None:
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    """Equal up to a few roundings of the stream: sums and norms are computed in another order here and there."""
+    """Whether two tensors are equal up to a few roundings, since models sum in different orders."""
     if actual.numel() != expected.numel():
         return False
     tolerance = max(1e-4, 4 * max(torch.finfo(actual.dtype).eps, torch.finfo(expected.dtype).eps))
@@ -55,7 +55,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def shaped(tensor: Tensor, like: Tensor) -> Tensor:
-    """OPT flattens (batch, tokens) inside its layer; the values are what is compared."""
+    """The tensor in another's shape: OPT flattens (batch, tokens) inside its layer."""
     return tensor.reshape(like.shape)
 
 
@@ -71,10 +71,7 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again: dropout would contradict any wiring.
-
-    Nothing is compiled for a run that stops in the middle and happens once.
-    """
+    """Evaluation mode (dropout would contradict any wiring) without compiling; then each module's own mode again."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -87,7 +84,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 PATIENCE = 60.0
-"""Seconds that a thread waits for another; one that was interrupted in the middle stays where it is."""
+"""Seconds that a thread waits for the lock; an interrupted thread may never release it."""
 
 
 _one_thread = threading.RLock()
@@ -95,16 +92,16 @@ _one_thread = threading.RLock()
 
 @contextmanager
 def force_eager() -> Iterator[None]:
-    """Run everything as it is written.
+    """Run without `torch.compile`; only one thread at a time, since the stance is global.
 
     Raises:
-        InputError: another thread does not come to its end.
-        RuntimeError: this is inside of something compiled.
+        InputError: another thread held the lock for too long.
+        RuntimeError: the caller is itself compiled.
     """
     if not _one_thread.acquire(timeout=PATIENCE):
         raise InputError(
-            f"another thread has been looking into a model for {PATIENCE:.0f} s; close() its regularizers if it was "
-            "interrupted, or let the threads take turns"
+            f"another thread has been running a model uncompiled for {PATIENCE:.0f} s; close() its regularizers if it "
+            "was interrupted, or let the threads take turns"
         )
     try:
         with torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""One file that a killed training run continues from: scales, AdamW moments, position; safetensors, written whole."""
+"""The checkpoint of a training run, one safetensors file: scales, AdamW moments, position. Written atomically."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Checkpoint:
     """State after `step` optimizer steps; tensors by parameter name. `run` identifies configuration, data and model.
 
-    `moments` is empty before the first step. `best` is (epoch, validation score, scales), where there is a validation.
-    `held` is the last measured sharpness and its gradient, where it is used in steps that do not measure it.
+    `moments` is empty before the first step. `best` is (epoch, validation score, scales), None without validation.
+    `held` is the last measured sharpness and its gradient, None if every step measures it.
     """
 
     step: int
@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 def save(path: Path, state: Checkpoint) -> None:
-    """Write the checkpoint; whatever was there stays until the new one is whole."""
+    """Write the checkpoint atomically: an interrupted write leaves the old one in place."""
     from safetensors.torch import save_file
 
     tensors = {f"scale/{name}": value for name, value in state.scales.items()}
@@ -57,22 +57,22 @@ def save(path: Path, state: Checkpoint) -> None:
 
 
 def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Checkpoint:
-    """Read a checkpoint and hold it to the run that wants to continue from it.
+    """Read a checkpoint and check that it belongs to `run`, the run that continues from it.
 
     Raises:
-        InputError: there is none, it is damaged, or it is of another configuration, data set or model.
+        InputError: it is missing, damaged, or of another configuration, data set or model.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"there is no checkpoint {path} to resume from; leave out --resume to start anew")
+        raise InputError(f"there is no checkpoint {path} to resume from; leave out --resume to start over")
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         step, passes, seconds, saved = (facts[name] for name in ("step", "passes", "seconds", "run"))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint {path} is damaged ({error}); start anew with --overwrite") from error
+        raise InputError(f"the checkpoint {path} is damaged ({error}); start over with --overwrite") from error
     _check_same_run(path, saved, json.loads(json.dumps(run)))
     groups = _grouped(tensors)
     shapes = {name: value.shape for name, value in groups.get("scale", {}).items()}
@@ -85,7 +85,7 @@ def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Ch
 
 
 def recorded_threads(path: Path) -> int | None:
-    """The number of threads that a checkpoint's run computed with, or None where it cannot be read."""
+    """The number of threads that a checkpoint's run computed with; None if the file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -103,7 +103,7 @@ def moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter]) ->
 
 
 def restore_moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parameter], state: Checkpoint) -> None:
-    """Give AdamW back its running averages and step count."""
+    """Restore AdamW's running averages and step count."""
     if not state.moments:
         return
     for name, scale in scales.items():
@@ -112,21 +112,21 @@ def restore_moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parame
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of anything JSON can write."""
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 of name, dtype, shape and first values of every weight that is not tuned.
+    """SHA-256 of name, dtype, shape and first values of every frozen weight.
 
-    Tells a model from another one of the same shapes, such as a base from its instruction-tuned version.
+    The values distinguish models of the same shapes, such as a base model and its instruction-tuned version.
     """
     frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
     return digest([[name, str(value.dtype), list(value.shape), _first_values(value)] for name, value in frozen.items()])
 
 
 def _first_values(tensor: Tensor, count: int = 16) -> list[float]:
-    if tensor.is_meta:  # offloaded: its values are elsewhere
+    if tensor.is_meta:  # offloaded: no values here
         return []
     return tensor.detach().flatten()[:count].float().tolist()
 
@@ -138,12 +138,12 @@ def _check_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -
         before, now = saved["config"].get(name), wanted["config"][name]
         raise InputError(
             f"the checkpoint {path} was made with {name}={before!r}, not {now!r}; "
-            "resume with the same settings or start anew with --overwrite"
+            "resume with the same settings or start over with --overwrite"
         )
     if saved["data"] != wanted["data"]:
         raise InputError(
             f"the checkpoint {path} was made with other training examples; resume with the same data, shots and "
-            "seed or start anew with --overwrite"
+            "seed or start over with --overwrite"
         )
 
 

@@ -9,17 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ofa.errors import InputError
 
 STEPS, EPOCHS = 60, 7
-"""The default length of a run, chosen by docs/studies.md: so many steps, and no example seen less often than that."""
+"""The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
 
 
 class TrainingConfig(BaseModel):
-    """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options) but for its
-    length, 60 epochs in the paper, and for the sharpness, weighed by 1e-3 and differentiated through everything there.
+    """Settings of one run; docs/theory.md describes the regularizers' options.
+
+    The defaults are the paper's with two exceptions: the paper trains for 60 epochs, and it weighs the sharpness by
+    1e-3 and differentiates it through everything.
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
-    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `max_steps` goes
-    before `epochs`; without both see `total_steps`. `stop_loss` ends a run after the epoch whose mean loss is below it;
-    `label_loss` weighs the loss over the label words. Both are in study and off (docs/studies.md).
+    `batch_size × accumulation` examples; accumulation reduces memory and leaves the objective unchanged. `max_steps`
+    overrides `epochs`; without both see `total_steps`. `stop_loss` ends a run after the first epoch whose mean loss is
+    below it; `label_loss` weighs the loss over the label words. Both are off by default (docs/studies.md).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +50,7 @@ class TrainingConfig(BaseModel):
     tokens: str = "all"
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of a run whose epochs have so many: as many as were asked for, else the default."""
+        """Optimizer steps of a run with `steps_per_epoch`: as set by `max_steps` or `epochs`, else the default."""
         if self.max_steps is not None:
             return self.max_steps
         return max(STEPS, EPOCHS * steps_per_epoch) if self.epochs is None else self.epochs * steps_per_epoch
@@ -61,10 +63,10 @@ class TrainingConfig(BaseModel):
 
 
 def checked_config(**settings: Any) -> TrainingConfig:
-    """The configuration of these settings.
+    """A `TrainingConfig` of these settings.
 
     Raises:
-        InputError: a setting is unknown or out of range; it is named.
+        InputError: a setting is unknown or out of range.
     """
     try:
         return TrainingConfig(**settings)

@@ -1,4 +1,4 @@
-"""Figures as PNG files, drawn without a display."""
+"""The figure of training runs as a PNG file, drawn without a display."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def training_figure(runs: Mapping[str, Sequence[StepRecord]], path: Path) -> Non
         for index, (run, records) in enumerate(runs.items()):
             values = _values(records, name)
             if values:
-                # By position, so that a run has one color in every panel.
+                # Color by position, so that a run has the same color in every panel.
                 axes.plot([record.step for record in records], values, color=f"C{index}", label=run, linewidth=1.4)
         axes.set(xlabel="optimizer step", ylabel=label, yscale=scale)
         axes.grid(alpha=0.3)

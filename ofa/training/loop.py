@@ -1,8 +1,8 @@
-"""The training loop: a few examples, a few thousand parameters (by default the norm scales), nothing else.
+"""The training loop for a few examples and a few thousand parameters (by default the norm scales).
 
-Everything the loop does next follows from the configuration, the data and the step number: batches are drawn from
-(seed, epoch), probes from (seed, pass), and dropout is off. So a checkpoint is the scales, the optimizer's moments and
-a counter, and a resumed run continues to the same bits.
+A step depends only on the configuration, the data and the step number: batches are drawn from (seed, epoch), probes
+from (seed, pass), and dropout is off. So a checkpoint holds scales, optimizer moments and counters, and a resumed run
+is bit-identical.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from ofa.tuning.norms import tune_norms
 
 
 class Guidance(Protocol):
-    """Puts another gradient than that of the cross-entropy into the parameters."""
+    """Replaces the gradient of the cross-entropy."""
 
     def begin(self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Called once ahead of the first step; `losses`, one per step of an epoch, sum to that over all examples."""
+        """Called once before the first step; `losses` are of one batch each and sum to the loss over all examples."""
         ...
 
     def backward(self, loss: Callable[[], Tensor]) -> float:
-        """Fill the parameters' gradients for one step from the loss of its batch, and return that loss, in nats.
+        """Fill the parameters' gradients for one step and return the loss of its batch, in nats.
 
-        `loss` computes the cross-entropy of the batch anew whenever it is called.
+        Every call of `loss` computes the batch's cross-entropy again.
         """
         ...
 
 
 class Diverged(InputError):
-    """The loss, a gradient or a scale is no longer a finite number; the last good checkpoint is kept."""
+    """The loss, a gradient or a scale is not finite; the last good checkpoint is kept."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and did so behind a whole step; its checkpoint, if it has a folder, is written."""
+    """The run stopped on request after a whole step and wrote its checkpoint if it has a folder."""
 
     def __init__(self, step: int, path: Path | None) -> None:
         super().__init__(f"stopped after step {step}" + (f"; --resume continues from {path}" if path else ""))
@@ -80,18 +80,21 @@ def train(
     Loss = cross-entropy over the full vocabulary at the label's tokens + λ₁ J + λ₂ H.
 
     Args:
-        tune: makes what is to be tuned trainable and returns it by name; without it the norm scales.
-        guidance: makes each step's gradient of the cross-entropy; its state is in no checkpoint.
-        folder: where the metrics and one checkpoint per epoch go, made if need be; None keeps nothing.
+        tune: makes parameters trainable and returns them by name; None tunes the norm scales.
+        guidance: replaces each step's gradient of the cross-entropy; checkpoints do not hold its state.
+        folder: for the metrics and one checkpoint per epoch, created if missing; None writes nothing.
         resume: continue from the folder's checkpoint.
-        validate: score (higher is better) after each epoch; the scales of the best epoch are kept. Without it the last.
-        progress: called after every step with its record and the number of steps in all.
+        validate: score (higher is better) after each epoch; the best epoch's scales are kept, without it the last's.
+        progress: called after every step with its record and the total number of steps.
+
+    Returns:
+        The records of all steps, with the best epoch where there is a validation.
 
     Raises:
         InputError: there are no examples, the folder cannot be written, the checkpoint belongs to another run, a
-            parameter gets no gradient, or guidance was asked for together with a folder, accumulation or regularizers.
+            parameter gets no gradient, or guidance is combined with a folder, accumulation or regularizers.
         Diverged: a loss, gradient or scale is not finite.
-        Interrupted: Ctrl-C or SIGTERM arrived; the step under way was finished first.
+        Interrupted: Ctrl-C or SIGTERM arrived; the current step was finished first.
     """
     if not examples:
         raise InputError("there is not one example to train on: give at least one")
@@ -111,7 +114,7 @@ def train(
         _regularized(model, config) as regularizers,
         _stop_signals() as stop,
     ):
-        # Only here, where the model is known to be usable, does the run begin to write.
+        # Write nothing before here: the model is known to be usable now.
         if resume:
             run.resume()
         elif folder is not None:
@@ -137,7 +140,7 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch."""
+    """Seed Python, NumPy and PyTorch."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -150,7 +153,7 @@ def _norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Run:
-    """The state of one run: what is tuned ("scales", whatever it is), optimizer, position."""
+    """The state of one run: the tuned parameters ("scales"), optimizer, position."""
 
     def __init__(
         self,
@@ -176,13 +179,13 @@ class _Run:
         self.records: list[StepRecord] = []
         self.regularizers: Regularizers | None = None
         self.held: tuple[float, dict[str, Tensor]] | None = None
-        """What a resumed run holds of the sharpness that was measured before."""
-        # What must be the same for a checkpoint to continue this run.
+        """The last measured sharpness and its gradient, from the checkpoint of a resumed run."""
+        # A checkpoint continues this run only if all of these are the same.
         self.identity = {
             "config": config.model_dump(),
             "data": checkpoint.digest([asdict(item) for item in data]),
             "model": checkpoint.model_digest(model),
-            # Sums of floating-point numbers depend on how they are split: other threads, other bits.
+            # The rounding of sums depends on how threads split them.
             "threads": torch.get_num_threads(),
         }
 
@@ -201,13 +204,13 @@ class _Run:
             regularizers.schedule.resume(self.step, pairs[0][1].new_tensor(value), pairs)
 
     def begin(self) -> None:
-        """Show the guidance, if there is one, the loss over all examples."""
+        """Give the guidance, if there is one, the loss over all examples."""
         if self.guidance is not None:
             losses = cross_entropy_in_parts(self.model, self.data, self.config.batch_size)
             self.guidance.begin(list(self.scales.values()), losses)
 
     def steps(self) -> Iterator[StepRecord]:
-        """Take every step that is left; after each epoch validate and save."""
+        """Take the remaining steps; validate and save after each epoch."""
         started = time.perf_counter() - self.seconds
         while self.step < self.total and not self._has_learned():
             record = self._take_step(started)
@@ -218,14 +221,14 @@ class _Run:
             yield record
 
     def _has_learned(self) -> bool:
-        """Whether the epoch that has just ended says that there is nothing left to learn."""
+        """Whether the mean loss of an epoch that just ended is below `stop_loss`."""
         if self.config.stop_loss is None or self.step == 0 or self.step % self.steps_per_epoch:
             return False
         losses = [record.loss for record in self.records[-self.steps_per_epoch :]]
         return sum(losses) / len(losses) < self.config.stop_loss
 
     def finish(self, truncated: int) -> TrainingResult:
-        """Put the best epoch's scales in place, if there was a choice, and sum up."""
+        """Restore the best epoch's scales, if there was a validation, and return the result."""
         if self.best is not None:
             self._restore(self.best[2])
         return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
@@ -247,7 +250,7 @@ class _Run:
                     totals[name] += value
         self._check_finite("loss", totals["loss"] + totals["penalty"], step + 1)
         gradient_norm = self._gradient_norm()
-        # Before the step, so that the scales a checkpoint may get are always good.
+        # Before the step, so that a checkpoint never gets bad scales.
         self._check_finite("gradient", gradient_norm, step + 1)
         self.optimizer.step()
         self.step += 1
@@ -269,8 +272,8 @@ class _Run:
 
     def _batch(self, epoch: int, index: int) -> list[EncodedExample]:
         """The examples of one optimizer step: each epoch is a new permutation, fixed by (seed, epoch)."""
-        # Not torch.Generator: on the CPU it takes only the low 32 bits of a seed. And only random() is promised to give
-        # the same numbers in every version of Python.
+        # Not torch.Generator, which on a CPU takes only 32 bits of the seed. And Python promises the same numbers in
+        # every version only for random().
         generator = random.Random(f"{self.config.seed}/epoch/{epoch}")
         keys = [generator.random() for _ in self.data]
         order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -278,7 +281,7 @@ class _Run:
         return [self.data[i] for i in order[index * size : (index + 1) * size]]
 
     def _backward(self, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
-        """Add the gradient of one micro-batch, `share` of the step's examples, and return its terms."""
+        """Add the gradient of one micro-batch, weighted by its `share` of the step's examples; return its terms."""
         loss = cross_entropy(self.model, part)
         if self.regularizers is None:
             (share * loss).backward()
@@ -296,14 +299,14 @@ class _Run:
         return float(torch.stack(norms).norm())
 
     def _check_all_are_tuned(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Refuse parameters without a gradient; in the first step it may be zero (LoRA's A behind B = 0)."""
+        """Refuse parameters without a gradient; it may be zero in the first step (LoRA's A, since B = 0)."""
         if self.still:
             self.still = {name for name in self.still if (grad := gradients[name]) is None or not grad.any()}
         unused = [name for name in self.still if gradients[name] is None or self.step > 0]
         if unused:
             raise InputError(
-                f"{len(unused)} of {len(gradients)} tuned parameters got no gradient in the first steps, {min(unused)} "
-                "among them, so they would not be tuned; the model does not use them, or something detached them"
+                f"{len(unused)} of {len(gradients)} tuned parameters, such as {min(unused)}, got no gradient in the "
+                "first steps and would not be tuned; tune parameters that the model uses and that nothing detaches"
             )
 
     def _drift(self) -> float:
@@ -332,7 +335,7 @@ class _Run:
             parameter.copy_(value)
 
     def save(self) -> None:
-        """Write the checkpoint, the old one being replaced in one move."""
+        """Write the checkpoint, if the run has a folder."""
         if self.checkpoint_path is None:
             return
         state = checkpoint.Checkpoint(
@@ -355,7 +358,7 @@ class _Run:
         return held[0].item(), {names[id(weight)]: gradient for weight, gradient in held[1]}
 
     def resume(self) -> None:
-        """Take up the folder's checkpoint; metrics behind it are dropped, they will be written again."""
+        """Continue from the folder's checkpoint; drop metrics of later steps, which are taken again."""
         assert self.folder is not None
         assert self.checkpoint_path is not None
         state = checkpoint.load(self.checkpoint_path, self.identity, self.scales)
@@ -406,7 +409,7 @@ def _stop_signals() -> Iterator[_Stop]:
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             before[number] = signal.signal(number, request)
-        except ValueError:  # only the main thread may set handlers; elsewhere the caller owns the signals
+        except ValueError:  # only the main thread may set handlers
             break
     try:
         yield stop

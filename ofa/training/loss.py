@@ -1,4 +1,4 @@
-"""The loss of training: cross-entropy over the full vocabulary at the tokens of the label, and over the label words."""
+"""The training loss: cross-entropy at the label's tokens, over the full vocabulary and over the label words."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ofa.tasks.task import Example
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A prompt, and the tokens to predict behind it; all but the last of them are read too.
+    """A prompt and the target tokens that follow it.
 
-    `choices` has for each target the tokens that a label word may have there, where their loss has a weight.
+    `choices` holds, for each target, the tokens that a label word may have there; empty if `label_loss` is 0.
     """
 
     prompt: tuple[int, ...]
@@ -30,18 +30,19 @@ class EncodedExample:
 
     @property
     def read(self) -> list[int]:
-        """The ids that the model is given."""
+        """The model's input: the prompt and all targets but the last."""
         return [*self.prompt, *self.targets[:-1]]
 
 
 def encode_example(encoder: Encoder, example: Example, label_loss: float = 0.0) -> EncodedExample:
-    """The example with its label's first token, or the whole of it with the line end where two labels begin alike.
+    """Encode an example, with its label's first token as target.
 
-    An open-ended task has the whole completion and the end of the text. `label_loss` is the weight of the cross-entropy
-    over the label words alone, beside that over the vocabulary (T-Few's length-normalised choice, arXiv 2205.05638).
+    If two labels begin with the same token, the targets are the whole label and the line end; in an open-ended task
+    they are the whole completion and the end of the text. `label_loss` is the weight of a second cross-entropy, over
+    the label words only (T-Few's length-normalised choice, arXiv 2205.05638).
 
     Raises:
-        InputError: the label is not one of the task's, or there are none to weigh against each other.
+        InputError: the label is not one of the task's, or `label_loss` is set for a task without label words.
     """
     if label_loss and encoder.task.open_ended:
         raise InputError(f"task {encoder.task.name!r} has no label words, so label_loss has no meaning; leave it out")
@@ -57,7 +58,7 @@ def encode_example(encoder: Encoder, example: Example, label_loss: float = 0.0) 
 
 
 def _choices(encoder: Encoder, targets: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """For each target the next tokens of all label words that begin with the targets before it."""
+    """For each target, the next tokens of all label words that begin with the previous targets."""
     words = [encoder.encode_target(label) for label in encoder.labels]
     return tuple(
         tuple(sorted({word[place] for word in words if word[:place] == list(targets[:place]) and len(word) > place}))
@@ -66,19 +67,19 @@ def _choices(encoder: Encoder, targets: Sequence[int]) -> tuple[tuple[int, ...],
 
 
 def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tensor:
-    """Mean over the examples of the mean over their target tokens, in nats, float32.
+    """Mean over examples of the mean cross-entropy over target tokens, in nats, a float32 scalar.
 
-    Over the full vocabulary, and, weighted by `label_loss`, over the `choices` at each target.
+    Each is taken over the full vocabulary, plus `label_loss` times the one over the target's `choices`.
     """
     device = next(model.parameters()).device
     input_ids, attention_mask = (t.to(device) for t in collate([example.read for example in examples], 0))
     rows, positions, targets, weights = _targets(examples, device)
     kept, places = positions.unique(return_inverse=True)
     takes_positions = "logits_to_keep" in accepted_arguments(model)
-    # The vocabulary projection is a quarter of a small model's work, and only these positions are read.
+    # Project only the target positions to the vocabulary: all would cost a quarter of a small model's work.
     extra: dict[str, Any] = {"logits_to_keep": kept} if takes_positions else {}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
-    # A prompt-tuned model has logits of its virtual tokens in front.
+    # A prompt-tuned model returns logits of its virtual tokens first.
     logits = logits if takes_positions else logits[:, -input_ids.shape[1] :]
     read = logits[rows, places if takes_positions else positions].float()
     losses = F.cross_entropy(read, targets, reduction="none")
@@ -93,7 +94,7 @@ def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tenso
 def cross_entropy_in_parts(
     model: nn.Module, examples: Sequence[EncodedExample], size: int
 ) -> list[Callable[[], Tensor]]:
-    """The cross-entropy of all the examples as losses of at most `size` of them, in their order, that sum to it."""
+    """The mean cross-entropy of all examples as losses of at most `size` consecutive ones, which sum to it."""
 
     def part(start: int) -> Callable[[], Tensor]:
         own = examples[start : start + size]

@@ -1,4 +1,4 @@
-"""What a training run leaves: one record per optimizer step, and its result."""
+"""The records of a training run, one per optimizer step, and its result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ofa.adapters.folder import METRICS
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step as it is written to the metrics file.
+    """One optimizer step, a line of the metrics file.
 
     `loss` is the cross-entropy in nats, `step_ratio` and `sharpness` are J and H without their weights (None where the
-    term has weight 0), `drift` is ‖θ − θ₀‖/‖θ₀‖ of what is tuned, `seconds` the time since the run began.
+    term has weight 0), `drift` is ‖θ − θ₀‖/‖θ₀‖ of the tuned parameters, `seconds` the time since the run began.
     """
 
     step: int
@@ -31,7 +31,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run leaves besides the tuned model: every step's record, and its time in seconds."""
+    """The records of all steps, the run's time in seconds, truncated prompts, and the best epoch if it validated."""
 
     records: tuple[StepRecord, ...]
     seconds: float
@@ -40,7 +40,7 @@ class TrainingResult:
 
 
 def read_metrics(folder: Path) -> list[StepRecord]:
-    """The records of a run's metrics file; a line cut short by a kill is left out."""
+    """The records of a run's metrics file, up to a line that a kill cut short."""
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = []

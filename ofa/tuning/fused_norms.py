@@ -1,10 +1,9 @@
-"""Tuned norms of half-precision models in one launch: a class for a norm, whose forward pass is the norm step's kernel.
+"""Tuned norms of half-precision models by the norm kernel: 1 launch forward and 2 backward.
 
-A norm with a float32 scale computes in float32 whatever it is given. Transformers' norms do that in seven launches
-forward and a dozen backward, which the kernels do in one and two, with the same one rounding at the end.
+Transformers' norms with a float32 scale take 7 launches forward and 12 backward for the same result, rounded once.
 
-It is the class of a module that is exchanged, as `fully_shard` does: copies, pickles and the replicas of
-`nn.DataParallel` then compute with their own scales, which a `forward` bound to one module would not.
+`fuse` replaces the module's class, as `fully_shard` does, not its `forward`: copies, pickles and the replicas of
+`nn.DataParallel` then compute with their own scales.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def fuse(module: nn.Module, norm: Norm) -> None:
-    """Let a norm compute by the kernel whatever `takes` says of a tensor, and by its own forward pass anything else.
+    """Let a norm compute by the kernel where `takes` allows it, and by its own forward pass otherwise.
 
-    A norm is left as it is whose forward pass was exchanged before, as accelerate's hooks do, or reads more than the
-    stream, such as a gate.
+    Does nothing to a norm whose forward pass was replaced (as accelerate's hooks do) or has a second input (a gate).
     """
     kind: Any = type(module)
     if "forward" in vars(module) or len(inspect.signature(kind.forward).parameters) != 2:
@@ -36,17 +34,17 @@ def fuse(module: nn.Module, norm: Norm) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Give back the class that a norm had before `fuse`; does nothing to any other module."""
+    """Restore the class that a norm had before `fuse`; does nothing to any other module."""
     kind = type(module)
     if issubclass(kind, FusedNorm) and "own_class" in vars(kind):
         module.__class__ = kind.own_class
 
 
 def takes(module: nn.Module, hidden: Tensor) -> bool:
-    """Whether a norm called with `hidden`, (..., d), computes it by the kernel.
+    """Whether a norm called with `hidden`, (..., d), computes by the kernel.
 
-    Not where somebody else looks at what the norm does: dual numbers and functorch's transforms, which the kernel has
-    no rules for; tensors that are more than plain ones, such as FSDP2's parts; a forward pass that was exchanged.
+    False for what the kernel has no rules for (dual numbers, functorch transforms, tracing, tensor subclasses such as
+    DTensor) and for a replaced forward pass.
     """
     if not isinstance(module, FusedNorm) or dispatch.choose("normalize", hidden).name != "triton":
         return False
@@ -63,7 +61,7 @@ def takes(module: nn.Module, hidden: Tensor) -> bool:
 
 
 class FusedNorm(nn.Module):
-    """What `fuse` puts in front of a norm's own class."""
+    """The base class that `fuse` adds before a norm's own class."""
 
     own_class: ClassVar[type[nn.Module]]
     formula: ClassVar[dict[str, Any]]
@@ -71,7 +69,7 @@ class FusedNorm(nn.Module):
     weight: Tensor
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the norm's own class, since this one has no name to be found by."""
+        """Name the norm's own class in copies and pickles: the class made by `fuse` cannot be imported."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return _blank, (self.own_class, *self.formula.values()), *reduced[2:]
 
@@ -84,11 +82,11 @@ def _fused(own: Any, kind: str, offset: float, eps: float) -> type[FusedNorm]:
         """The norm of every row, (..., d) → (..., d)."""
         if takes(self, hidden):
             return dispatch.normalize(hidden, self.weight, _shift(self), **formula)
-        # Not by super(): who has exchanged the forward pass may call this one behind `restore`.
+        # Not super(): code that wrapped this forward pass may still call it after `restore`.
         result: Tensor = own.forward(self, hidden)
         return result
 
-    # By its own name, which others know norms by.
+    # With the norm's own name: other libraries find norms by class name.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (FusedNorm, own), {**names, "own_class": own, "formula": formula, "forward": forward})
 

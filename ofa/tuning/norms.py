@@ -1,8 +1,7 @@
-"""Makes the norm scales the only thing that trains, and undoes it.
+"""Makes the norm scales the only trained parameters, and undoes it.
 
-A scale near 1 does not move in bfloat16 for steps below 2e-3, so tuned scales are float32 (float64 in a float64 model)
-whatever the model's dtype; their norms then compute in that precision and return the dtype they were given, on a GPU by
-the kernel of `fused_norms`.
+In bfloat16 a scale near 1 does not change for steps below 2e-3. So tuned scales are float32 (float64 in a float64
+model), and their norms compute in that precision and return the dtype of their input, on a GPU by `fused_norms`.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ _originals: weakref.WeakKeyDictionary[nn.Module, _Original] = weakref.WeakKeyDic
 def tune_norms(model: nn.Module) -> list[nn.Parameter]:
     """Freeze the model and make the scale γ of every norm trainable.
 
-    The scales become float32 parameters of their own, so that `restore_norms` can bring the model's back untouched.
-    Calling it again keeps the current values. Of a model that `fully_shard` was applied to, every rank tunes its own
-    part of the scales in place; call it on all ranks.
+    The scales are replaced by float32 copies, and `restore_norms` puts the originals back. A second call keeps the
+    current values. In a model that `fully_shard` was applied to, every rank tunes its own shard of the scales in place;
+    call it on all ranks.
 
     Returns:
         The tuned parameters, one (d,) vector per norm, in model order.
 
     Raises:
-        InputError: the model has no norm with a one-dimensional weight; it is wrapped already; it is sharded already,
-            and its scales are narrower than float32; its 4-bit layers have been packed for inference.
+        InputError: the model has no norm with a one-dimensional weight, is already wrapped, is already sharded with
+            scales narrower than float32, or has 4-bit layers packed for inference.
     """
     layers = TrainableLayers(sharding.unwrapped(model))
     tuned = hold_norms(model)
@@ -49,12 +48,12 @@ def tune_norms(model: nn.Module) -> list[nn.Parameter]:
 
 
 def restore_norms(model: nn.Module) -> None:
-    """Bring back the scales, gradient flags and norms that the model had before `tune_norms` or `load_adapter`.
+    """Restore the scales, gradient flags and norms that the model had before `tune_norms` or `load_adapter`.
 
-    Does nothing on a model that is as it was.
+    Does nothing on an unchanged model.
 
     Raises:
-        InputError: the model was sharded in between.
+        InputError: the model was sharded since.
     """
     model = sharding.unwrapped(model)
     original = _originals.get(model)
@@ -62,8 +61,8 @@ def restore_norms(model: nn.Module) -> None:
         return
     if sharding.is_sharded(model) and not original.in_place:
         raise InputError(
-            "the model was sharded after its norms were tuned, and fully_shard keeps the tuned ones; load the model "
-            "again to have its own"
+            "the model was sharded after its norms were tuned, and fully_shard keeps the tuned scales; load the model "
+            "again to get its original scales"
         )
     del _originals[model]
     sharding.reshard(model)
@@ -82,12 +81,12 @@ def restore_norms(model: nn.Module) -> None:
 
 
 def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Give every norm a scale (and shift) of its own in at least float32, frozen at first; norm path → scale."""
+    """Replace the scale (and shift) of every norm by a frozen copy, float32 or wider; norm path → scale, (d,)."""
     inner = sharding.unwrapped(model)
     if inner is not model and inner not in _originals:
         raise InputError(
-            f"the norms are inside of a {type(model).__name__}, which would not average the gradients of new scales; "
-            "call tune_norms (or load_adapter) on the model before it is wrapped"
+            f"the norms are inside a {type(model).__name__}, which would not average the gradients of new scales; call "
+            "tune_norms (or load_adapter) on the model before wrapping it"
         )
     model = inner
     sharding.reshard(model)
@@ -102,9 +101,9 @@ def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Scale and shift of every norm as the model was loaded, whatever has been tuned since; parameter path → (d,).
+    """Scale and shift of every norm as they were loaded, before any tuning; parameter path → (d,).
 
-    Those of a sharded model are gathered: call it on all ranks.
+    Gathers the parameters of a sharded model; call it on all ranks.
     """
     original = _originals.get(model)
     held = original.parameters if original is not None else _norm_parameters(model)
@@ -124,7 +123,7 @@ def _own(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass
 class _Original:
-    """What a model had. Tuned `in_place` its parameters stay the model's, and `parameters` are copies."""
+    """The state before tuning; `parameters` are copies if the model's own are tuned `in_place`."""
 
     requires_grad: list[tuple[nn.Parameter, bool]]
     in_place: bool
@@ -133,7 +132,7 @@ class _Original:
 
 
 def _hold_part(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
-    """`fully_shard` owns the parameters of its modules: they stay, and their values are kept."""
+    """Keep a copy of a sharded norm's values; `fully_shard` owns the parameters, so they are tuned in place."""
     own = _own(module)
     if own["weight"].dtype.itemsize < torch.float32.itemsize:
         raise InputError(
@@ -158,7 +157,7 @@ def _hold(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
 
 
 class _Precision:
-    """Lets a norm compute in the precision of its scale and return the dtype it was given."""
+    """Hooks that let a norm compute in the dtype of its scale and return the dtype of its input."""
 
     def __init__(self, wide: torch.dtype) -> None:
         self._wide = self._given = wide

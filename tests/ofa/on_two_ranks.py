@@ -197,7 +197,7 @@ def unequal_shares_are_weighted_by_their_sequences(folder: Path) -> None:
 def what_cannot_be_trained_together_is_refused(folder: Path) -> None:
     model = model_of("llama")
     wrapped = DistributedDataParallel(model)
-    with refused("before it is wrapped"):
+    with refused("before wrapping it"):
         ofa.tune_norms(wrapped)
     with refused("nn.DataParallel"):
         ofa.fused_regularizers(nn.DataParallel(model_of("llama")))
@@ -443,7 +443,7 @@ def ranks_that_hold_something_else_are_told(folder: Path) -> None:
     if dist.get_rank() == 0:
         ofa.save_adapter(trained, folder / "adapter")
     else:
-        with refused("rank 1", "other norm scales"):
+        with refused("rank 1", "different norm scales"):
             ofa.save_adapter(trained, folder / "adapter")
 
 
@@ -452,7 +452,7 @@ def nobody_waits_for_ever(folder: Path) -> None:
     model = model_of("llama", torch.float32)
     if dist.get_rank() > 0:
         sharding.WAIT = timedelta(seconds=0.2)
-        with refused("rank 1 waited in vain"):
+        with refused("rank 1 waited for rank 0"):
             ofa.save_adapter(model, folder / "adapter")
 
 

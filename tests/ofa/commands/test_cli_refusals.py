@@ -426,11 +426,11 @@ OUTPUTS: dict[str, Case] = {
     ),
     "resume with other settings": (
         lambda b: b.interrupted("--sharpness", 0.5),
-        ("was made with sharpness=1.0, not 0.5", "same settings or start anew with --overwrite"),
+        ("was made with sharpness=1.0, not 0.5", "same settings or start over with --overwrite"),
     ),
     "resume with other examples": (
         lambda b: b.interrupted("--shots", 1),
-        ("was made with other training examples", "start anew with --overwrite"),
+        ("was made with other training examples", "start over with --overwrite"),
     ),
     "resume with another model": (
         lambda b: b.interrupted("--model", b.other_base(num_hidden_layers=2, intermediate_size=48)),
@@ -438,7 +438,7 @@ OUTPUTS: dict[str, Case] = {
     ),
     "resume from a damaged checkpoint": (
         lambda b: b.interrupted(spoil=cut(CHECKPOINT)),
-        (f"{CHECKPOINT} is damaged", "start anew with --overwrite"),
+        (f"{CHECKPOINT} is damaged", "start over with --overwrite"),
     ),
 }
 

@@ -125,7 +125,7 @@ def test_a_run_cut_off_before_any_pass_resumes_to_the_same_bits(tiny_model, tmp_
     assert_same_bits(resumed, scales)
     assert metrics(tmp_path) == lines
     assert [record.step for record in result.records] == [record.step for record in whole.records]
-    # It continued from the last epoch's end and did not start anew.
+    # It continued from the last epoch's end and did not start over.
     assert steps[0] == (1 if cut <= 3 else {"both terms, accumulated": 3}.get(name, 4))
     assert all(before.seconds <= after.seconds for before, after in pairwise(result.records))
 

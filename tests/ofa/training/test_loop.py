@@ -19,6 +19,7 @@ import ofa
 from ofa.adapters.folder import METRICS
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
+from ofa.evaluation.scorer import Scorer
 from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig, checked_config
@@ -692,5 +693,5 @@ def test_a_separable_toy_task_is_learned(tiny_model, settings):
     config = TrainingConfig(**{**settings, "epochs": 40, "learning_rate": 0.1, "seed": 3})
     result = train(model, encoder, examples, config)
     assert result.records[-1].loss < 0.1 * result.records[0].loss
-    scorer = ofa.evaluation.scorer.Scorer(model, tokenizer, TASK)
+    scorer = Scorer(model, tokenizer, TASK)
     assert scorer.predict([example.text for example in examples]) == ["positive", "negative"]
