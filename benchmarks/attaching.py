@@ -48,7 +48,6 @@ ATTACHED: dict[str, Attach] = {
     "step_ratio": regularized("auto", sharpness=0.0),
     "exact": regularized("exact"),
     "hutchinson": regularized("hutchinson"),
-    "jvp": regularized("jvp", gradient="full"),
 }
 MEASURED: dict[str, Attach] = {
     PLAIN: lambda model, seed: None,
@@ -56,7 +55,6 @@ MEASURED: dict[str, Attach] = {
     "exact": regularized("exact"),
     "hutchinson_n1": regularized("hutchinson"),
     "hutchinson_n4": regularized("hutchinson", samples=4),
-    "jvp_n1": regularized("jvp", gradient="full"),
 }
 
 
@@ -169,11 +167,10 @@ def saved_bytes(model: nn.Module, ids: Tensor, attached: Any) -> int:
         """Stands for a saved tensor in the graph, for as long as the graph has a use for it."""
 
         def __init__(self, tensor: Tensor) -> None:
-            self.tensor, self.key = tensor, 0
-            if not tensor._is_zerotensor():  # the tangent of a constant, which takes no memory
-                storage = tensor.untyped_storage()
-                self.key = storage.data_ptr()
-                held[self.key] = storage.nbytes()
+            self.tensor = tensor
+            storage = tensor.untyped_storage()
+            self.key = storage.data_ptr()
+            held[self.key] = storage.nbytes()
             alive[self.key] = alive.get(self.key, 0) + 1
 
         def __del__(self) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from math import nan
 from typing import Any
 
 import torch
@@ -54,14 +53,10 @@ WORKLOADS = (
     LLAMA3_8B_LAYERS.of(10, 512),
 )
 
-WEIGHTS_UNKNOWN = ("jvp_n1",)
-"""Variants whose saved bytes are not counted: in forward mode, weights without contents are wrapped anew, and cannot be
-told from activations."""
-
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one forward and backward pass, and bytes that the forward pass keeps for the backward, or NaN."""
+    """FLOPs of one forward and backward pass, and bytes that the forward pass keeps for the backward."""
 
     flops: float
     saved_bytes: float
@@ -70,8 +65,7 @@ class Cost:
 def count(workload: Workload, model: nn.Module, variant: str) -> Cost:
     """The cost of one training step of a variant; `model` is `build(workload)`, and comes back as it was."""
     given, rounds = (model, batch(workload), VARIANTS[variant]), steps_of(variant)
-    saved = nan if variant in WEIGHTS_UNKNOWN else _saved_bytes(*given)
-    return Cost(_flops(*given, rounds) / rounds, saved)
+    return Cost(_flops(*given, rounds) / rounds, _saved_bytes(*given))
 
 
 def main() -> None:
@@ -88,8 +82,7 @@ def main() -> None:
 
 def flops_of(workload: Workload, model: nn.Module, estimator: str | None, samples: int) -> int:
     """FLOPs of one training step with an estimator and so many probes; of a plain step for None."""
-    gradient = "full" if estimator == "jvp" else "preconditioner"
-    attach = VARIANTS[PLAIN] if estimator is None else regularized(estimator, samples=samples, gradient=gradient)
+    attach = VARIANTS[PLAIN] if estimator is None else regularized(estimator, samples=samples)
     return _flops(model, batch(workload), attach)
 
 

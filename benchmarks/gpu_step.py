@@ -48,7 +48,7 @@ LONGEST = 1500.0
 """Milliseconds that all rounds of one variant may take; two are taken of any."""
 REPLAYED = (PLAIN, "exact")
 """Variants whose step is also captured as a CUDA graph."""
-PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4", "jvp_n1")
+PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4")
 TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_every4")
 FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_every4")
 

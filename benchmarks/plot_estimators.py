@@ -10,7 +10,6 @@ from pathlib import Path
 
 STYLES = {
     "hutchinson": ("o", "#c44e52", "finite differences, gradient in P"),
-    "jvp": ("s", "#dd8452", "forward mode"),
     "exact": ("*", "#2a7f3f", "exact (closed form)"),
 }
 

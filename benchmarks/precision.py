@@ -4,7 +4,7 @@ python -m benchmarks.precision --out benchmarks/results/precision_cpu.csv
 
 For every estimator and dtype, the error of the traces h_t and that of the gradient of H against float64, with the same
 weights as that dtype rounds them and with the same probes, so that neither the rounding of weights nor the noise of
-probes is in it. (The finite difference is held to forward mode in float64, its limit ε → 0.) Errors of traces are root
+probes is in it. (The finite difference is held to itself in float64, whose ε is small.) Errors of traces are root
 mean squares over the steps of some layers and the sequences, relative to that of the traces; errors of gradients are
 the median over the norms of the first layers of ‖g − g₆₄‖/‖g₆₄‖. `noise` is the error of the probes themselves in
 float64, which all of this has to be small against. `hutchinson` has one row per δ, how far it moves a token relative to
@@ -36,7 +36,7 @@ GROUPS = {"small": {"all": range(6)}, "smollm2_135m_instruct": {"1-3": range(2, 
 GROUPS["smollm2_135m_instruct"] |= {"20-29": range(40, 60)}
 """Steps of some layers; not those of the embedded model's layer 0, whose traces are ten times the others'."""
 
-LIMITS = {"exact": "exact", "jvp": "jvp", "hutchinson": "jvp"}
+ESTIMATORS = ("exact", "hutchinson")
 RELATIVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ABSOLUTE = (1e-3, 1e-2, 1e-1, 1.0)
 GRADIENT_LAYERS = 4
@@ -107,20 +107,20 @@ def _measure(
     """Estimator, step, layers, metric and value of one model in one dtype."""
     model = copy.deepcopy(original).to(precision.dtype)
     double = copy.deepcopy(model).double()
-    truth = {limit: traces(double, batch, DOUBLE, limit) for limit in dict.fromkeys(LIMITS.values())}
+    truth = {estimator: traces(double, batch, DOUBLE, estimator) for estimator in ESTIMATORS}
     front, double_front = _first_layers(model), _first_layers(double)
-    gradients = {limit: gradient(double_front, batch, DOUBLE, limit) for limit in truth}
-    for estimator, limit in LIMITS.items():
+    gradients = {estimator: gradient(double_front, batch, DOUBLE, estimator) for estimator in ESTIMATORS}
+    for estimator in ESTIMATORS:
         for step, options in _steps(estimator):
             with _Stepping(options.pop("delta", None)):
                 found = traces(model, batch, precision, estimator, **options)
                 slopes = gradient(front, batch, precision, estimator, **options)
-            errors = [float((g - own).norm() / own.norm()) for g, own in zip(slopes, gradients[limit], strict=True)]
+            errors = [float((g - own).norm() / own.norm()) for g, own in zip(slopes, gradients[estimator], strict=True)]
             yield estimator, step, f"0-{len(_layers(front)) - 1}", "gradient_error", median(errors)
             for group, picked in GROUPS[name].items():
-                yield estimator, step, group, "error", _error(found, truth[limit], picked)
+                yield estimator, step, group, "error", _error(found, truth[estimator], picked)
                 if step == "default":
-                    yield estimator, step, group, "noise", _error(truth[limit], truth["exact"], picked)
+                    yield estimator, step, group, "noise", _error(truth[estimator], truth["exact"], picked)
 
 
 def traces(model: nn.Module, batch: dict[str, Tensor], precision: Precision, estimator: str, **options: Any) -> Tensor:

@@ -9,7 +9,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from math import nan
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -162,9 +162,8 @@ def _cost_rows(costs: dict[str, cost.Cost], row: Callable[[str, str, float, str]
     for variant, counted in costs.items():
         yield row(variant, "flops", counted.flops, "FLOP")
         yield row(variant, "flops_ratio", counted.flops / plain.flops, "1")
-        if not isnan(counted.saved_bytes):
-            yield row(variant, "saved_bytes", counted.saved_bytes, "B")
-            yield row(variant, "saved_bytes_ratio", counted.saved_bytes / plain.saved_bytes, "1")
+        yield row(variant, "saved_bytes", counted.saved_bytes, "B")
+        yield row(variant, "saved_bytes_ratio", counted.saved_bytes / plain.saved_bytes, "1")
 
 
 def _row_maker(workload: Workload) -> Callable[[str, str, float, str], Row]:

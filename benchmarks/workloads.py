@@ -127,7 +127,6 @@ VARIANTS: dict[str, Attach] = {
     "hutchinson_n4": regularized("hutchinson", samples=4),
     "hutchinson_full_n1": regularized("hutchinson", gradient="full"),
     "hutchinson_full_n4": regularized("hutchinson", gradient="full", samples=4),
-    "jvp_n1": regularized("jvp", gradient="full"),
     "exact": regularized("exact"),
     "exact_every4": regularized("exact", every=4),
     "exact_full": regularized("exact", gradient="full"),

@@ -80,9 +80,7 @@ def fit(
     sharpness: Annotated[float, typer.Option(help="Weight λ₂ of the sharpness term.")] = 1.0,
     estimator: Annotated[
         str,
-        typer.Option(
-            help="How the trace is measured: auto (exact where possible), exact, hutchinson, or jvp (a diagnostic)."
-        ),
+        typer.Option(help="How the trace is measured: auto (exact where possible), exact or hutchinson."),
     ] = "auto",
     granularity: Annotated[str, typer.Option(help="What a step is: sublayer, or layer as in the paper.")] = "sublayer",
     samples: Annotated[int, typer.Option(help="Probes N per step.")] = 1,

@@ -111,7 +111,6 @@ def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
     return [
         exact,
         {"name": "hutchinson", "applies": True, "remark": "; ".join(filter(None, (chosen, sublayer)))},
-        {"name": "jvp", "applies": True, "remark": "; ".join(filter(None, (sublayer, "with sdpa or eager attention")))},
     ]
 
 

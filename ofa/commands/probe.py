@@ -69,7 +69,7 @@ def probe(
     shots: ShotsOption = 5,
     estimator: Annotated[
         str,
-        typer.Option(help="How the trace of a branch is measured: auto, exact, hutchinson or jvp."),
+        typer.Option(help="How the trace of a branch is measured: auto, exact or hutchinson."),
     ] = "auto",
     samples: Annotated[int, typer.Option(min=1, help="Probes N per step, where it is measured with probes.")] = 1,
     convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",

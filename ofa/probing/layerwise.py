@@ -143,8 +143,7 @@ def _measured_steps(
         estimator = "hutchinson"
     device = next(model.parameters()).device
     one_logit = {"logits_to_keep": 1} if "logits_to_keep" in accepted_arguments(model) else {}
-    gradient = "full" if estimator == "jvp" else "preconditioner"
-    how: dict[str, Any] = {"estimator": estimator, "granularity": granularity, "gradient": gradient, **options}
+    how: dict[str, Any] = {"estimator": estimator, "granularity": granularity, **options}
     attached = fused_regularizers(model, 1.0, 1.0, **how)
     with attached, attached.measuring():
         norms, traces = (torch.empty(len(attached.steps), len(prompts)) for _ in range(2))

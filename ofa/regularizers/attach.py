@@ -26,7 +26,6 @@ from ofa.regularizers.branch_hooks import BranchHooks
 from ofa.regularizers.estimators import Handle, TraceEstimator
 from ofa.regularizers.estimators.choice import EstimatorOptions, choose
 from ofa.regularizers.estimators.hutchinson import FullHutchinson
-from ofa.regularizers.estimators.jvp import ForwardMode, check_branches
 from ofa.regularizers.guards import DeepcopyGuard, ModuleIdentityGuard, ThreadGuard, unwrap
 from ofa.regularizers.into_loss import add_penalty, refuse_packed
 from ofa.regularizers.measured_pass import MeasuredPass
@@ -66,7 +65,6 @@ def fused_regularizers(
         model: the model whose `forward` is called in training.
         step_ratio, sharpness: the weights λ₁ and λ₂, ≥ 0.
         estimator: "exact" (closed form: no probes, no noise), "hutchinson" (probes and finite differences: any model),
-            "jvp" (probes and forward-mode differentiation: no ε, unfused attention; a diagnostic, for gradient="full"),
             or "auto": exact where the model's branches are known, else hutchinson, which is logged.
         granularity: "sublayer" (a step is one branch) or "layer" (a step is one decoder layer, as in the paper).
         samples: probes N per step.
@@ -286,8 +284,6 @@ class Regularizers:
             refuse_packed(given)
         traced = self._settings.sharpness > 0 and self.schedule.measures(self._weights())
         self._refuse_dropout(traced)
-        if traced and isinstance(self._trace_estimator, ForwardMode):
-            check_branches(model, self.steps)
         self._places.check()
         if traced:
             self._prepare()

@@ -264,8 +264,6 @@ def fsdp_trains_as_one_process(units: str, order: str) -> None:
             ("hutchinson", "sublayer", True),
             ("hutchinson, full", "sublayer", True),
             ("hutchinson", "layer", True),
-            ("jvp", "sublayer", False),
-            ("jvp", "layer", False),
         )
     ),
 )

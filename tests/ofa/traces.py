@@ -27,7 +27,6 @@ EVERY: dict[str, dict[str, Any]] = {
     "exact, full": {"estimator": "exact", "gradient": "full"},
     "hutchinson": {"estimator": "hutchinson"},
     "hutchinson, full": {"estimator": "hutchinson", "gradient": "full"},
-    "jvp": {"estimator": "jvp", "gradient": "full"},
 }
 """Every estimator with every gradient that it has."""
 

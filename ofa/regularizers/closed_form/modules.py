@@ -265,7 +265,7 @@ def check_frozen(linears: Iterable[Linear]) -> None:
         if any(parameter.requires_grad for parameter in linear.module.parameters()):
             raise InputError(
                 f"{linear.path} is trained, and estimator='exact' with gradient='full' takes the weights as constants; "
-                "use gradient='preconditioner', or estimator='hutchinson' or 'jvp'"
+                "use gradient='preconditioner', or estimator='hutchinson'"
             )
 
 

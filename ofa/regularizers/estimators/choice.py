@@ -13,9 +13,8 @@ from ofa.regularizers.closed_form.modules import NoClosedForm
 from ofa.regularizers.estimators import TraceEstimator
 from ofa.regularizers.estimators.exact import Exact
 from ofa.regularizers.estimators.hutchinson import FullHutchinson, Hutchinson, epsilon_scales_of
-from ofa.regularizers.estimators.jvp import ForwardMode
 
-ESTIMATORS = ("auto", "exact", "hutchinson", "jvp")
+ESTIMATORS = ("auto", "exact", "hutchinson")
 GRADIENTS = ("preconditioner", "full")
 
 # The name that people filter by: the choice is made where regularizers are attached.
@@ -39,15 +38,9 @@ def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> Tra
     """The estimator of a name among `ESTIMATORS`, not attached yet; what "auto" chose, and why, is logged.
 
     Raises:
-        InputError: "exact" for a model that there is no closed form for, or "jvp" with a gradient in P alone.
+        InputError: "exact" for a model that there is no closed form for.
     """
     name = options.estimator
-    if name == "jvp":
-        if options.gradient != "full":
-            raise InputError(
-                "estimator='jvp' differentiates through everything; add gradient='full', or use estimator='hutchinson'"
-            )
-        return ForwardMode(options.samples, options.probe)
     if name == "hutchinson":
         return _differences(options, model, anatomy)
     try:

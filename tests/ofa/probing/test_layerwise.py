@@ -155,9 +155,8 @@ def test_the_sharpness_of_an_mlp_is_that_of_its_dense_jacobian(tiny_model):
     [
         {},
         {"estimator": "hutchinson", "samples": 3, "convention": "algorithm1", "tokens": "last", "seed": 5},
-        {"estimator": "jvp"},
     ],
-    ids=["default", "every option", "forward mode"],
+    ids=["default", "every option"],
 )
 def test_both_granularities_are_what_the_regularizers_measure(unchanged, options):
     """With the given options; a whole layer, which has no closed form, by hutchinson where the estimator needs one."""
@@ -168,10 +167,9 @@ def test_both_granularities_are_what_the_regularizers_measure(unchanged, options
     order = sorted(range(len(EXAMPLES)), key=lambda index: -len(encoded(tokenizer)[1][index].nonzero()))
     ids, mask = (part[order] for part in encoded(tokenizer))  # the batch as it was put together, for the same probes
     asked = options.get("estimator", "exact")
-    names = {"sublayer": asked, "layer": asked if asked in ("hutchinson", "jvp") else "hutchinson"}
+    names = {"sublayer": asked, "layer": "hutchinson"}
     for granularity, name in names.items():
         given = {**options, "estimator": name, "granularity": granularity}
-        given["gradient"] = "full" if name == "jvp" else "preconditioner"
         with fused_regularizers(model, 1.0, 1.0, **given) as regularizers, torch.no_grad(), regularizers.measuring():
             model(input_ids=ids, attention_mask=mask)
         steps, expected = measured.steps[granularity], regularizers.measurements

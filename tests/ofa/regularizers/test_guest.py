@@ -21,7 +21,7 @@ from ofa.regularizers.attach import Regularizers, attached
 from tests.families import build, inputs
 from tests.ofa.traces import EVERY, hooks_of
 
-ANY_MODEL = ("hutchinson", "hutchinson, full", "jvp")
+ANY_MODEL = ("hutchinson", "hutchinson, full")
 """Estimators that need not know what is inside of a branch."""
 CAUSAL = {"task_type": "CAUSAL_LM"}
 LORA = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **CAUSAL)

@@ -63,7 +63,7 @@ def tuned(name: str, padded: bool) -> tuple[nn.Module, dict[str, Any]]:
 
 
 CASES = {
-    **{kind: options for kind, options in EVERY.items() if kind != "jvp"},
+    **EVERY,
     "every step of three": {"estimator": "exact", "every": 3},
     "no radial term": {"estimator": "exact", "radial": "none"},
     "step ratio": {"sharpness": 0.0},

@@ -128,18 +128,6 @@ def dequantized(module: Any) -> Tensor:
     return module(torch.eye(module.in_features)).detach().mT
 
 
-@pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_forward_mode_needs_plain_weights_and_says_so(form: str, tiny_folder: Path) -> None:
-    model = quantized(tiny_folder, form)
-    ofa.tune_norms(model)
-    with (
-        pytest.raises(InputError, match=r"q_proj.*quantized.*hutchinson") as refused,
-        ofa.fused_regularizers(model, estimator="jvp", gradient="full"),
-    ):
-        model(**batch())
-    assert "\n" not in str(refused.value)
-
-
 def test_layers_that_pack_themselves_are_kept_from_it_and_released(tiny_folder: Path) -> None:
     """Only while norms are tuned; a base that was run before, and is packed, is refused ahead of any change."""
     model = quantized(tiny_folder, "nf4")

@@ -278,7 +278,7 @@ def test_many_gradients_at_once_go_around_the_kernel() -> None:
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_regularizers_measure_what_they_did(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms of heads are inside of branches, which forward mode goes through."""
+    """Norms of heads are inside of branches, which every estimator goes through."""
 
     def measured() -> tuple[Tensor, Tensor]:
         model = built("qwen3")
