@@ -1,4 +1,4 @@
-"""Label-word scoring, its metrics, encoding of texts, and the cache of a common prefix."""
+"""Score label words with a causal model and measure the predictions; tokenization and prefix cache."""
 
 from __future__ import annotations
 

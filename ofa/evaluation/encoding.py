@@ -1,4 +1,4 @@
-"""Texts to token ids: prompts that fit the window, label words as they follow a prompt, right-padded batches."""
+"""Tokenize prompts, label words and demonstrations to fit the model's window, and pad them into batches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ _ANY_TEXT = "text"
 class Encoder:
     """Token ids of one task's prompts, labels and demonstrations under one tokenizer.
 
-    `window` is the number of positions the model has (None: no limit), see `model_window`. `labels` maps each label
-    word to its ids as they are scored (`label_token_ids`; empty for an open-ended task), `leading` holds the special
-    tokens the tokenizer puts in front, `truncated` counts the texts that were cut so far.
+    Attributes:
+        window: number of positions of the model; None means no limit (see `model_window`).
+        labels: the scored token ids of each label word (see `label_token_ids`); empty for an open-ended task.
+        leading: special tokens that the tokenizer puts in front of a text.
+        truncated: number of texts cut so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, window: int | None) -> None:
@@ -43,14 +45,14 @@ class Encoder:
     def encode_prompt(self, text: str, *, demonstrations: Sequence[int] = (), room: int | None = None) -> list[int]:
         """Token ids of the prompt around `text`.
 
-        With `demonstrations` (ids from `encode_demonstrations`) the ids are those that follow them, without special
-        tokens. `room` positions stay free behind the prompt; by default those of the longest label word. A text that
-        does not fit loses its beginning, the template nothing, and is counted in `truncated`.
-        Raises InputError for an empty text, and where not even the template fits.
+        After `demonstrations` (ids from `encode_demonstrations`) the prompt has no special tokens of its own. `room`
+        positions stay free after the prompt, by default enough for the longest label word. A text that does not fit
+        is cut at its beginning and counted in `truncated`; the template is never cut.
+        Raises InputError for an empty text, or if the template alone does not fit.
         """
         _require_text(text, "the text to encode")
-        behind = self._label_room() if room is None else room
-        limit = None if self.window is None else self.window - len(demonstrations) - behind
+        free = self._label_room() if room is None else room
+        limit = None if self.window is None else self.window - len(demonstrations) - free
         ids = self._prompt_ids(text, bool(demonstrations))
         if limit is None or len(ids) <= limit:
             return ids
@@ -60,7 +62,7 @@ class Encoder:
     def encode_prompts(
         self, texts: Sequence[str], *, demonstrations: Sequence[int] = (), room: int | None = None
     ) -> list[list[int]]:
-        """`encode_prompt` of every text. Raises InputError that names the position of an empty one."""
+        """Apply `encode_prompt` to every text. Raises InputError with the position of an empty text."""
         for index, text in enumerate(texts):
             _require_text(text, f"text {index + 1} of {len(texts)}")
         return [self.encode_prompt(text, demonstrations=demonstrations, room=room) for text in texts]
@@ -68,8 +70,8 @@ class Encoder:
     def encode_target(self, label: str, text: str = _ANY_TEXT) -> list[int]:
         """Token ids of a label word, or of an open-ended task's completion, as they follow the prompt around `text`.
 
-        Label words are the same behind every text. Raises InputError for a word that is not one of the task's labels,
-        and for an empty completion.
+        The ids of a label word do not depend on `text`. Raises InputError for a word that is not a label of the task,
+        or an empty completion.
         """
         if self.task.open_ended:
             return self._completion_ids(label, text)
@@ -79,10 +81,10 @@ class Encoder:
         return list(self.labels[label])
 
     def training_rows(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-        """Rows for a data collator: prompt and label in `input_ids`; in `labels` the label's tokens, −100 elsewhere.
+        """Rows for a data collator: `input_ids` is prompt and label, `labels` is −100 except at the label's tokens.
 
         Raises:
-            InputError: an example has no text, or a label that is not one of the task's.
+            InputError: an example has an empty text, or a label that the task does not have.
         """
         rows = []
         for example in examples:
@@ -96,12 +98,12 @@ class Encoder:
     ) -> list[int]:
         """Token ids of the concatenated demonstrations, special tokens first; empty if there are none.
 
-        Where they do not fit the window together with the longest prompt around `texts`, whole demonstrations are
-        dropped from the front, always of a class that has the most left, and a warning says how many. A prompt counts
-        for at most half the window here: it is cut before it may drive out all demonstrations.
+        If they do not fit the window together with the longest prompt around `texts`, whole demonstrations are dropped,
+        each time the first one of the class with the most left, and a warning gives their number. A prompt counts as at
+        most half the window here: a longer prompt is cut, so that one long text does not drop every demonstration.
         """
-        behind = self._label_room() if room is None else room
-        limit = None if self.window is None else self.window - behind - self._longest_prompt(texts)
+        free = self._label_room() if room is None else room
+        limit = None if self.window is None else self.window - free - self._longest_prompt(texts)
         kept = list(examples)
         ids = self._joined(kept)
         while kept and limit is not None and len(ids) > limit:
@@ -109,7 +111,7 @@ class Encoder:
             ids = self._joined(kept)
         if len(kept) < len(examples):
             logger.warning(
-                "%d of %d demonstrations of task %r were dropped: the window of %s tokens holds no more",
+                "%d of %d demonstrations of task %r were dropped: they do not fit the window of %s tokens",
                 len(examples) - len(kept),
                 len(examples),
                 self.task.name,
@@ -125,7 +127,7 @@ class Encoder:
         return self._continued(prompt) if continued else [*self.leading, *_plain_ids(self.tokenizer, prompt)]
 
     def _truncated_prompt_ids(self, text: str, continued: bool, limit: int) -> list[int]:
-        # A shorter end of the text is nothing but blanks.
+        # Any shorter suffix of the text is blank.
         shortest = len(text) - len(text.rstrip()) + 1
         kept = _longest_fitting(
             shortest, len(text), lambda size: len(self._prompt_ids(text[-size:], continued)) <= limit
@@ -155,12 +157,11 @@ class Encoder:
         whole = _plain_ids(self.tokenizer, prompt + self.task.target(completion))
         if len(whole) > len(before) and whole[: len(before)] == before:
             return whole[len(before) :]
-        # One token spans the boundary, but a model that completes the prompt begins with a token of its own there.
+        # A token spans the boundary here; generation still starts a new token after the prompt.
         return self._continued(completion)
 
     def _continued(self, text: str) -> list[int]:
-        # A sentencepiece tokenizer marks the first word of a text as if a space preceded it; behind the newline that
-        # ends a demonstration there is none.
+        # SentencePiece adds a space before the first word of a text, but none follows a demonstration's newline.
         newline = _plain_ids(self.tokenizer, "\n")
         ids = _plain_ids(self.tokenizer, "\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else _plain_ids(self.tokenizer, text)
@@ -172,9 +173,9 @@ class Encoder:
 def label_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, tuple[int, ...]]:
     """Token ids of each label word as it follows the prompt, in label order.
 
-    Where two labels share their first token, every word has the line end that ends a demonstration: without it a label
-    whose tokens begin another label's would always be the more probable one.
-    Raises InputError where a label merges with the end of the template, or two labels cannot be told apart.
+    If two labels share their first token, every word gets the newline that ends a demonstration. Without it, a label
+    that is a prefix of another would always be more probable.
+    Raises InputError if a label merges with the end of the template, or two labels have the same tokens.
     """
     ids = {label: _ids_after_prompt(tokenizer, task, label) for label in task.labels}
     if scores_whole_words(ids):
@@ -184,12 +185,12 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str,
 
 
 def scores_whole_words(label_ids: Mapping[str, Sequence[int]]) -> bool:
-    """Whether two labels share their first token, so that only whole words tell them apart."""
+    """True if two labels share their first token, so that whole words must be scored."""
     return len({ids[0] for ids in label_ids.values()}) < len(label_ids)
 
 
 def collate(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(input_ids, attention_mask)` of the sequences, padded on the right; both int64 (B, longest)."""
+    """Right-padded `(input_ids, attention_mask)` of the sequences; both int64 (B, longest)."""
     longest = max(len(sequence) for sequence in sequences)
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -200,9 +201,9 @@ def collate(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tens
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Index batches of similar lengths, longest first, so that a batch too large for the memory fails at once.
+    """Batches of indices of similar lengths, longest first, so that a batch that exceeds the memory fails at once.
 
-    Every index occurs once. Raises InputError for a batch size below one.
+    Raises InputError for a batch size below one.
     """
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}: give one of at least 1")
@@ -211,7 +212,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a text beyond the window is truncated here, the tokenizer need not warn of it.
+    # verbose=False: texts longer than the window are cut here, so the tokenizer's warning would mislead.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -223,24 +224,24 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is masked and on the right, so that any id serves where the tokenizer has none of its own.
+    # Padding is masked and on the right: any id works if the tokenizer has no pad token.
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in known if token is not None), 0)
 
 
 def _check_distinct(ids: Mapping[str, tuple[int, ...]], task: Task) -> None:
-    # In lexicographic order, what begins with a word follows it directly.
+    # In lexicographic order, a word is directly followed by the words it is a prefix of.
     ordered = sorted(ids, key=ids.__getitem__)
     for shorter, longer in pairwise(ordered):
         if ids[shorter] == ids[longer]:
             raise InputError(
-                f"labels {shorter!r} and {longer!r} of task {task.name!r} are the same tokens to this tokenizer: "
+                f"labels {shorter!r} and {longer!r} of task {task.name!r} have the same tokens in this tokenizer: "
                 "rename one"
             )
         if ids[longer][: len(ids[shorter])] == ids[shorter]:
             raise InputError(
-                f"label {longer!r} of task {task.name!r} begins with label {shorter!r}, and this tokenizer has no line "
-                "end to tell them apart by: rename one"
+                f"label {longer!r} of task {task.name!r} begins with label {shorter!r}, and this tokenizer drops the "
+                "line end that would tell them apart: rename one"
             )
 
 
@@ -252,18 +253,18 @@ def _ids_after_prompt(tokenizer: PreTrainedTokenizerBase, task: Task, label: str
     if full[: len(before)] != before or len(full) == len(before):
         raise InputError(
             f"label {label!r} merges with the end of the template of task {task.name!r} under this tokenizer: "
-            "let the template end in a mark such as ':' and not in a blank"
+            "end the template in a mark such as ':', not in a blank"
         )
     return tuple(full[len(before) :])
 
 
 def _require_text(text: str, where: str) -> None:
     if not text.strip():
-        raise InputError(f"there is nothing but blanks in {where}: give it some words, or leave it out")
+        raise InputError(f"{where} is blank: give it some words, or leave it out")
 
 
 def _longest_fitting(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number of characters from `low` that fits, found by bisection; `high` do not, and 0 is for none."""
+    """Largest size in [low, high) that fits, by bisection; 0 if `low` does not fit. `high` is known not to fit."""
     if not fits(low):
         return 0
     while high - low > 1:

@@ -1,4 +1,4 @@
-"""Logits of right-padded batches whose sequences all begin with the same tokens, those tokens being computed once."""
+"""Reuse the keys and values of a common prefix: logits of batches whose sequences all start with the same tokens."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
 
 Intervention = Callable[[Tensor], AbstractContextManager[None]]
-"""Given the column (B,) of each prompt's last token in the input, int64: what surrounds the pass that computes it."""
+"""From the column (B,), int64, of each prompt's last token in the input to a context manager around the forward."""
 
 _NEEDED_TO_CONTINUE = {"past_key_values", "position_ids", "use_cache"}
 _ROTATIONS_THAT_DEPEND_ON_LENGTH = {"dynamic", "longrope"}
 
 
 class PrefixCache:
-    """A causal model behind a fixed prefix (which may be empty), such as the demonstrations of in-context learning.
+    """A causal model after a fixed prefix (which may be empty), such as the demonstrations of in-context learning.
 
-    Keys and values of the prefix are computed once, here, with the weights of this moment, and every batch reads the
-    same copy. A model whose cache cannot be continued from outside (`reuses_cache` is False) gets the prefix in front
-    of every sequence instead; the numbers are the same. The caller puts the model in eval mode and turns gradients off.
+    The constructor computes the prefix's keys and values once, with the current weights; every batch reads the same
+    copy. If the model's cache cannot be continued from outside (`reuses_cache` is False), the prefix is put in front of
+    every sequence instead, with equal results. The caller sets eval mode and turns gradients off.
 
-    With `kept` only the keys and values at these positions of the prefix stay, after all of it was computed. What comes
-    behind has the positions it has behind the whole prefix, or, where positions are learned, behind the kept ones. A
-    sliding window counts what is kept. An `intervention` surrounds every pass with prompts in it, and no other.
+    With `kept`, the whole prefix is computed, and then only the keys and values at these positions stay. Later tokens
+    keep the positions they have after the whole prefix, except with learned positions, which continue after the kept
+    ones. A sliding window counts only the kept positions. `intervention` wraps every forward that has prompts in it,
+    but not the prefix's own.
 
     Raises:
-        InputError: a part of the prefix is to be kept, and the model's cache cannot be continued.
+        InputError: only a part of the prefix is kept, and the model's cache cannot be continued.
     """
 
     def __init__(
@@ -57,19 +58,19 @@ class PrefixCache:
         self._accepted = accepted_arguments(model)
         layers = _cache_layer_names(model) if self._accepted >= _NEEDED_TO_CONTINUE else set()
         self.reuses_cache = bool(layers) and layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
-        # A sliding window counts places, and so counts the padding between a prompt and the word behind it.
-        self._continues_behind_padding = layers == {"DynamicLayer"}
+        # A sliding window counts cache slots, so the padding between a prompt and its word would fill it.
+        self._continues_after_padding = layers == {"DynamicLayer"}
         if len(self.kept) < len(self.prefix) and not self.reuses_cache:
             raise InputError(
-                f"a {model.config.model_type} model cannot go on from a part of its cache, which is what this method "
-                "does: choose another method, or another model"
+                f"a {model.config.model_type} model cannot continue from a part of its cache, which this method needs: "
+                "choose another method, or another model"
             )
         self._start = len(self.kept if _learns_positions(model) else self.prefix)
         self._layers = self._prefix_layers() if self.prefix and self.reuses_cache else []
 
     @property
     def cached_bytes(self) -> int:
-        """Size of the keys and values that every prompt reads."""
+        """Size in bytes of the cached keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
 
     def last_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -80,7 +81,7 @@ class PrefixCache:
     def completion_log_likelihoods(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Log-likelihoods (B,), float32, of all tokens of each completion behind its own prompt."""
+        """Log-likelihoods (B,), float32, of all tokens of each completion after its own prompt."""
         longest = max(len(completion) for completion in completions)
         positions = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -92,8 +93,8 @@ class PrefixCache:
         return (_log_probabilities_of(logits, targets) * real).sum(1)
 
     def word_log_likelihoods(self, prompts: Sequence[Sequence[int]], words: Sequence[Sequence[int]]) -> Tensor:
-        """Log-likelihoods (B, number of words), float32, of every word behind every prompt; prompts are run once."""
-        if not self._continues_behind_padding:
+        """Log-likelihoods (B, number of words), float32, of every word after every prompt; prompts are run once."""
+        if not self._continues_after_padding:
             scores = [self.completion_log_likelihoods(prompts, [word] * len(prompts)) for word in words]
             return torch.stack(scores, dim=1)
         cache = _cache_from(self._layers, len(prompts))
@@ -109,15 +110,15 @@ class PrefixCache:
     def _rest_of_word(self, cache: Any, mask: Tensor, lengths: Tensor, word: Sequence[int]) -> Tensor:
         read, targets = (torch.tensor(part).expand(len(lengths), -1) for part in (word[:-1], word[1:]))
         positions = self._start + lengths[:, None] + torch.arange(read.shape[1])
-        mask = self._behind_prefix(torch.cat([mask, torch.ones_like(read)], dim=1))
+        mask = self._with_prefix(torch.cat([mask, torch.ones_like(read)], dim=1))
         grown = _cache_from(cache.layers, len(lengths))
         logits = self._run(read, mask, positions, torch.arange(read.shape[1]), grown).float()
         return _log_probabilities_of(logits, targets.to(logits.device)).sum(1)
 
     def _logits_at(self, sequences: Sequence[Sequence[int]], positions: Tensor, cache: Any = None) -> Tensor:
-        """Logits (B, K, vocabulary), float32, at `positions` (B, K) of the sequences, counted behind the prefix.
+        """Logits (B, K, vocabulary), float32, at `positions` (B, K) of the sequences, counted from the prefix's end.
 
-        The first of a row's positions is the last token of its prompt.
+        The first position of a row is the last token of its prompt.
         """
         if self.prefix and not self.reuses_cache:
             sequences = [[*self.prefix, *sequence] for sequence in sequences]
@@ -126,7 +127,7 @@ class PrefixCache:
             cache = _cache_from(self._layers, len(sequences))
         input_ids, mask = collate(sequences, self.pad_id)
         if cache is not None:
-            mask = self._behind_prefix(mask)
+            mask = self._with_prefix(mask)
         position_ids = (self._start + torch.arange(input_ids.shape[1])).expand_as(input_ids)
         read, places = positions.unique(return_inverse=True)
         with nullcontext() if self._intervention is None else self._intervention(positions[:, 0]):
@@ -135,7 +136,7 @@ class PrefixCache:
         return logits[rows.to(logits.device), places.to(logits.device)].float()
 
     def _run(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, read: Tensor, cache: Any) -> Tensor:
-        """Logits (B, places to read, vocabulary); `cache`, where there is one, grows by the input."""
+        """Logits (B, len(read), vocabulary); appends the input to `cache` if there is one."""
         device = next(self.model.parameters()).device
         arguments: dict[str, Any] = {}
         if cache is not None:
@@ -145,7 +146,7 @@ class PrefixCache:
         arguments |= {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
         if "logits_to_keep" in self._accepted:
             return self.model(**arguments, logits_to_keep=read.to(device)).logits
-        # Counted from the end, because a prompt-tuned model puts its virtual tokens in front.
+        # Index from the end: a prompt-tuned model puts its virtual tokens in front.
         logits = self.model(**arguments).logits[:, -input_ids.shape[1] :]
         return logits[:, read.to(logits.device)]
 
@@ -159,18 +160,18 @@ class PrefixCache:
                 layer.keys, layer.values = layer.keys[:, :, self.kept], layer.values[:, :, self.kept]
         return cache.layers
 
-    def _behind_prefix(self, mask: Tensor) -> Tensor:
+    def _with_prefix(self, mask: Tensor) -> Tensor:
         return torch.cat([mask.new_ones(len(mask), len(self.kept)), mask], dim=1)
 
 
 def _cache_from(layers: Sequence[Any], batch: int) -> Any:
-    """A cache that begins with `layers` in each of `batch` rows."""
+    """A cache that starts with `layers`, expanded to `batch` rows."""
     from transformers import DynamicCache
 
-    # Without a config every new layer keeps all its tokens, a sliding one too: its mask does the forgetting.
+    # Without a config, sliding layers keep all tokens too; the attention mask limits what they see.
     cache = DynamicCache()
     for layer in layers:
-        # A layer grows by concatenation into a new tensor, so that the one that is shared stays as it is.
+        # Appending concatenates into a new tensor, so the shared keys and values are not modified.
         grown = copy.copy(layer)
         grown.keys = layer.keys.expand(batch, -1, -1, -1)
         grown.values = layer.values.expand(batch, -1, -1, -1)
@@ -183,7 +184,7 @@ def _log_probabilities_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cache_layer_names(model: PreTrainedModel) -> set[str]:
-    """Kinds of cache layers the model's own cache has; empty where a cache computed for a part serves no whole."""
+    """Class names of the layers of the model's own cache; empty if a cached prefix cannot be continued."""
     from transformers import DynamicCache
 
     config = model.config.get_text_config()
@@ -195,7 +196,7 @@ def _cache_layer_names(model: PreTrainedModel) -> set[str]:
 
 
 def _learns_positions(model: PreTrainedModel) -> bool:
-    """Whether the model has an embedding of positions, and not only of tokens."""
+    """True if the model has a learned embedding of positions."""
     window, tokens = model_window(model), model.get_input_embeddings()
     tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
     return window is not None and any(table.num_embeddings >= window for table in tables)
@@ -203,6 +204,6 @@ def _learns_positions(model: PreTrainedModel) -> bool:
 
 def _rotates_by_length(config: Any) -> bool:
     parameters = getattr(config, "rope_parameters", None) or {}
-    # Models with several kinds of layers have one set of parameters for each kind.
+    # Models with several layer types have one set of parameters per type.
     sets = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return any(one.get("rope_type") in _ROTATIONS_THAT_DEPEND_ON_LENGTH for one in sets)

@@ -1,4 +1,4 @@
-"""Label-word scoring of a causal language model, and what its predictions are worth on a set of examples."""
+"""Score label words with a causal language model, and evaluate its predictions on examples."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The predictions of a model on a set of examples, in their order, and what they are worth.
+    """The predictions of a model on a set of examples, in their order, and their metrics.
 
-    `probabilities` is (n, number of labels), float32, on the CPU; n × 0 for an open-ended task. `truncated` counts the
-    texts that were cut to fit the window, `mode` says what was scored, `seconds` is the wall-clock time it took.
+    `probabilities` is (n, number of labels), float32, on the CPU; (n, 0) for an open-ended task. `truncated` counts the
+    texts cut to fit the window, `mode` is what was scored, and `seconds` is wall-clock time.
     """
 
     metrics: Metrics | CompletionMetrics
@@ -62,10 +62,12 @@ def evaluate(
 ) -> Evaluation:
     """Predict every example, optionally with demonstrations in context, and measure the predictions.
 
-    Examples may be anything that `load_task` takes: a list of (text, label), a DataFrame, a data set, a file.
-    `progress(done, total)` is called after every batch of predictions. An open-ended task is measured by exact match of
-    greedy completions and by the likelihood of the true ones. Raises InputError for no examples, empty texts, and
-    labels the task does not have.
+    `examples` may be anything that `load_task` takes: a list of (text, label), a DataFrame, a data set, a file.
+    `progress(done, total)` is called after every batch. An open-ended task is measured by the exact match of greedy
+    completions and by the likelihood of the true completions.
+
+    Raises:
+        InputError: no examples, an empty text, or a label that the task does not have.
     """
     from ofa.tasks import examples_from
 
@@ -77,9 +79,9 @@ def evaluate(
 class Scorer:
     """Scores the label words of a task, or completes its prompts, with one model; results are in input order.
 
-    Texts are batched by length; neither the batch nor its padding changes a score. The weights are read anew at every
-    call, and the model is left in the mode it was in. `demonstrations` are put in front of every prompt; they are
-    computed once per call, so that one call with many texts is faster than many calls.
+    Texts are batched by length; batching and padding do not change a score. Every call uses the model's current
+    weights and restores its training mode. `demonstrations` go in front of every prompt; each call computes them once,
+    so one call with many texts is faster than many calls.
     """
 
     def __init__(
@@ -101,11 +103,11 @@ class Scorer:
         self.mode: Mode = "completion" if task.open_ended else "first token"
         if scores_whole_words(self.encoder.labels):
             self.mode = "whole word"
-            _say_that_words_are_scored_whole(task.name)
+            _warn_of_whole_words(task.name)
 
     @property
     def truncated(self) -> int:
-        """How many texts were cut so far to fit the model's window."""
+        """Number of texts cut so far to fit the model's window."""
         return self.encoder.truncated
 
     def log_probabilities(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
@@ -137,7 +139,7 @@ class Scorer:
         return self.log_probabilities(texts, progress=progress).exp()
 
     def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> list[str]:
-        """The most probable label of every text; for an open-ended task the completion that `generate` gives."""
+        """The most probable label of every text; for an open-ended task, its completion by `generate`."""
         if self.task.open_ended:
             return self.generate(texts, progress=progress)
         best = self.log_probabilities(texts, progress=progress).argmax(dim=1)
@@ -146,7 +148,7 @@ class Scorer:
     def generate(
         self, texts: Sequence[str], max_new_tokens: int = 32, *, progress: Progress | None = None
     ) -> list[str]:
-        """Greedy completions of the prompts as they follow them, blanks included, up to the end-of-text token."""
+        """Greedy completions of the prompts, leading blanks included, up to the end-of-text token."""
         demonstrations, prompts = self._encode(texts, room=max_new_tokens)
         prompts = [[*demonstrations, *prompt] for prompt in prompts]
         completions = [""] * len(texts)
@@ -159,9 +161,9 @@ class Scorer:
         return completions
 
     def evaluate(self, examples: Sequence[Example], *, progress: Progress | None = None) -> Evaluation:
-        """Predict the examples and measure the predictions, as the function `evaluate` does."""
+        """Predict the examples and measure the predictions; see the function `evaluate`."""
         if not examples:
-            raise InputError(f"there is not one example of task {self.task.name!r} to evaluate on: give at least one")
+            raise InputError(f"task {self.task.name!r} has no example to evaluate on: give at least one")
         start, cut_before = time.perf_counter(), self.truncated
         if self.task.open_ended:
             return _evaluate_completions(self, examples, progress, start)
@@ -179,11 +181,11 @@ class Scorer:
         )
 
     def accuracy(self, examples: Sequence[Example]) -> float:
-        """Share of the examples whose label is predicted, or whose completion is matched, as `evaluate` measures it."""
+        """Share of the examples whose label, or whole completion, is predicted correctly; see `evaluate`."""
         return self.evaluate(examples).metrics.accuracy
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
-        """The model behind the ids of demonstrations, as it scores prompts; methods that change that override it."""
+        """The cache of the demonstrations' ids, used to score prompts; methods that score otherwise override this."""
         return PrefixCache(self.model, demonstrations, self.encoder.pad_id)
 
     def completion_log_likelihood(self, examples: Sequence[Example]) -> Tensor:
@@ -192,7 +194,7 @@ class Scorer:
         return totals / counts
 
     def completion_totals(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Log-likelihood (n,) of each example's own label or completion, float32, and its number of tokens (n,)."""
+        """Log-likelihood (n,), float32, of each example's own label or completion, and its number of tokens (n,)."""
         targets = [self.encoder.encode_target(example.label, example.text) for example in examples]
         room = max((len(target) for target in targets), default=0)
         demonstrations, prompts = self._encode([example.text for example in examples], room=room)
@@ -201,8 +203,8 @@ class Scorer:
             shared = self.shared_prefix(demonstrations)
             whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
             for batch in self.batches(whole, None):
-                behind = [targets[index] for index in batch]
-                totals[batch] = shared.completion_log_likelihoods([prompts[i] for i in batch], behind).cpu()
+                chosen = [targets[index] for index in batch]
+                totals[batch] = shared.completion_log_likelihoods([prompts[i] for i in batch], chosen).cpu()
         _refuse_nan(totals)
         return totals, torch.tensor([len(target) for target in targets])
 
@@ -211,7 +213,7 @@ class Scorer:
         return demonstrations, self.encoder.encode_prompts(texts, demonstrations=demonstrations, room=room)
 
     def batches(self, sequences: Sequence[Sequence[int]], progress: Progress | None) -> Iterator[list[int]]:
-        """Indices of sequences of similar lengths, a batch at a time; `progress` hears of each that was done."""
+        """Yield batches of indices of sequences of similar lengths; `progress` is called after each batch."""
         done = 0
         for batch in batches_by_length([len(sequence) for sequence in sequences], self.batch_size):
             yield batch
@@ -220,11 +222,11 @@ class Scorer:
                 progress(done, len(sequences))
 
     def _greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
-        # The new tokens follow the last column, so that here, and only here, the padding is on the left.
+        # New tokens are appended after the last column: only here, the padding is on the left.
         flipped = collate([prompt[::-1] for prompt in prompts], self.encoder.pad_id)
         device = next(self.model.parameters()).device
         input_ids, attention_mask = (part.flip(1).to(device) for part in flipped)
-        # Everything a model's own generation settings might bend is set to what leaves the scores alone.
+        # Override the model's own generation settings, which could change the scores.
         tokens = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -244,7 +246,7 @@ class Scorer:
 def _refuse_nan(scores: Tensor) -> None:
     if scores.isnan().any():
         raise InputError(
-            "the model gave scores that are not numbers: its weights have diverged, or its dtype is too narrow; "
+            "the model's scores are not numbers, because its weights have diverged or its dtype is too narrow: "
             "train with a lower learning rate, or use float32"
         )
 
@@ -254,7 +256,7 @@ def _evaluate_completions(
 ) -> Evaluation:
     truth = [example.label.strip() for example in examples]
     cut_before = scorer.truncated
-    # One token more than the longest truth, so that an answer which runs on is not taken for a match.
+    # One token more than the longest true completion, so that a longer answer does not count as a match.
     longest = max(len(scorer.encoder.encode_target(example.label, example.text)) for example in examples)
     generated = scorer.generate([example.text for example in examples], longest + 1, progress=progress)
     truncated = scorer.truncated - cut_before
@@ -276,13 +278,13 @@ def _evaluate_completions(
 
 
 def _first_lines(text: str, like: str) -> str:
-    """As many lines of `text` as `like` has, without blanks at the ends: a newline ends a demonstration's answer."""
+    """The first lines of `text`, as many as `like` has, stripped: a newline ends a demonstration's answer."""
     return "\n".join(text.strip().split("\n")[: like.count("\n") + 1]).strip()
 
 
 @functools.cache
-def _say_that_words_are_scored_whole(task: str) -> None:
+def _warn_of_whole_words(task: str) -> None:
     logger.warning(
-        "two labels of task %r share their first token: all its labels are scored by the whole word and its line end",
+        "two labels of task %r share their first token: all its labels are scored by whole words and their line end",
         task,
     )

@@ -1,4 +1,4 @@
-"""What label probabilities are worth: accuracy, macro-F1, confusion, calibration. Pure functions, no model."""
+"""Metrics of label probabilities: accuracy, macro-F1, confusion, calibration. Pure functions, no model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Precision, recall and F1 of one class (0 where undefined), and its number of true examples."""
+    """Precision, recall and F1 of one class (0 where undefined); `support` is its number of true examples."""
 
     label: str
     precision: float
@@ -29,9 +29,8 @@ class ClassMetrics:
 class Metrics:
     """Quality of label predictions.
 
-    `confusion[i][j]` counts examples of label i predicted as label j. `negative_log_likelihood` is the mean over the
-    examples of −ln of the true label's probability. `macro_f1` is the mean F1 of the classes that
-    occur in the truth or in the predictions; a class in neither has no F1.
+    `confusion[i][j]` counts the examples of label i predicted as label j. `negative_log_likelihood` is the mean of
+    −ln p(true label). `macro_f1` is the mean F1 of the classes that occur in the truth or in the predictions.
     """
 
     accuracy: float
@@ -44,7 +43,7 @@ class Metrics:
     per_class: tuple[ClassMetrics, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The metrics as plain lists, numbers and strings, ready for JSON."""
+        """The metrics as JSON values."""
         return {
             **asdict(self),
             "confusion": [list(row) for row in self.confusion],
@@ -55,7 +54,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class CompletionMetrics:
-    """Quality of an open-ended task's completions: share of exact matches, mean negative log-likelihood per token."""
+    """Quality of completions of an open-ended task: share of exact matches, mean negative log-likelihood per token."""
 
     exact_match: float
     negative_log_likelihood: float
@@ -63,18 +62,18 @@ class CompletionMetrics:
 
     @property
     def accuracy(self) -> float:
-        """The share of exact matches, under the name that label tasks use."""
+        """`exact_match`, under the name that label tasks use."""
         return self.exact_match
 
     def to_dict(self) -> dict[str, Any]:
-        """The metrics as plain numbers, ready for JSON."""
+        """The metrics as JSON values."""
         return asdict(self)
 
 
 def metrics(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) -> Metrics:
     """Metrics of `probabilities` (n, number of labels), whose columns are in the order of `labels`.
 
-    Raises InputError for no examples, sizes that differ, a true label outside `labels`, or a number that is not finite.
+    Raises InputError for no examples, sizes that differ, a true label outside `labels`, or probabilities not finite.
     """
     _check(probabilities, truth, labels)
     true = torch.tensor([list(labels).index(label) for label in truth])
@@ -99,7 +98,7 @@ def metrics(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) 
 
 def _check(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) -> None:
     if not truth:
-        raise InputError("there is not one example to measure on: give at least one")
+        raise InputError("there are no examples to measure: give at least one")
     if probabilities.shape != (len(truth), len(labels)):
         raise InputError(
             f"the probabilities have shape {tuple(probabilities.shape)}: give one row for each of the {len(truth)} "
@@ -107,10 +106,10 @@ def _check(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) -
         )
     unknown = next((label for label in truth if label not in labels), None)
     if unknown is not None:
-        raise InputError(f"{unknown!r} is the label of an example but not of the task: use one of {', '.join(labels)}")
+        raise InputError(f"the label {unknown!r} of an example is not one of the task's: use {', '.join(labels)}")
     if not torch.isfinite(probabilities).all():
         raise InputError(
-            "the model gave scores that are not numbers: its weights have diverged, train it with a lower learning rate"
+            "the model's scores are not numbers, because its weights have diverged: train it with a lower learning rate"
         )
 
 
@@ -128,13 +127,13 @@ def _class_metrics(label: str, confusion: Tensor, index: int) -> ClassMetrics:
 
 
 def _negative_log_likelihood(probabilities: Tensor, true: Tensor) -> float:
-    # A float32 probability that is 0 stands for anything below the smallest one.
+    # A float32 probability of 0 stands for anything below the smallest positive one.
     chosen = probabilities.gather(1, true[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
     return float(-chosen.log().mean())
 
 
 def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    # Bins are (k/15, (k+1)/15], so that a confidence of exactly 1 falls into the last one.
+    # Bins are (k/15, (k+1)/15]: a confidence of exactly 1 falls into the last one.
     bins = ((confidence * CALIBRATION_BINS).ceil().long() - 1).clamp(0, CALIBRATION_BINS - 1)
     gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
     gaps.index_add_(0, bins, correct.double() - confidence)

@@ -1,4 +1,4 @@
-"""What every layer knows of the labels: accuracy, loss, step ratio and sharpness after each of them."""
+"""Analyze a model layer by layer: label accuracy and loss, step ratio, sharpness."""
 
 from __future__ import annotations
 

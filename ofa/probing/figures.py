@@ -1,4 +1,4 @@
-"""The curves of several models side by side, layer by layer: probe accuracy and loss, step ratio, sharpness."""
+"""Plot the layerwise curves of several models: probe accuracy and loss, step ratio, sharpness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _REFERENCE: dict[str, Any] = {"color": "#555555", "linestyle": "--"}
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's palette, which the color-blind can tell apart, without the yellow that white swallows."""
+"""The color-blind safe palette of Okabe and Ito, without the yellow, which is faint on white."""
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -48,8 +48,8 @@ _Curves = Mapping[tuple[str, str], Sequence[Value]]
 def probe_figure(probes: Mapping[str, Probe], title: str) -> Figure:
     """A panel per metric with a line per model over the decoder layers; bands are ± 1 standard error.
 
-    The first model is the reference that the others are seen against: dashed and gray. Step ratio and sharpness are
-    those of whole layers; where these have parts, the sharpness of the attentions and the MLPs is drawn as well.
+    The first model is the reference, drawn dashed and gray. Step ratio and sharpness are those of whole layers; where
+    layers have sublayer steps, the sharpness of attentions and MLPs has panels of its own.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def probe_figure(probes: Mapping[str, Probe], title: str) -> Figure:
     panels = [panel for panel in _PANELS if any((panel.metric, panel.branch) in own for own in curves.values())]
     labels = next(iter(probes.values())).lens.log_probabilities.shape[2]
     rows = math.ceil(len(panels) / 2)
-    with style.context("default"):  # light, whatever the user's own style is
+    with style.context("default"):  # ignore the user's own style, which may be dark
         figure = Figure(figsize=(10, 0.9 + 3 * rows), layout="constrained")
         grid = figure.subplots(rows, 2, squeeze=False)
         for axes in grid.flat[len(panels) :]:
@@ -123,16 +123,16 @@ def _scale(axes: Axes, panel: _Panel, values: Sequence[float]) -> None:
 
 
 def _guide(axes: Axes, panel: _Panel, labels: int) -> None:
-    """A dotted line at what means nothing happened: guessing, steps of equal length, a trace of zero."""
+    """A dotted baseline: guessing, steps of equal length, or a trace of zero."""
     guides = {"accuracy": (1 / labels, "guessing"), "loss": (math.log(labels), "guessing"), "ratio": (1.0, "equal")}
     place, meaning = guides.get(panel.metric.rpartition("_")[2], (0.0, ""))
     axes.axhline(place, color="black", linestyle=":", linewidth=1, zorder=0)
-    # Beside the panel, where no curve can run through it.
+    # Outside the panel, so that no curve crosses the text.
     axes.annotate(meaning, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
 
 
 def _leave_out_extremes(axes: Axes, curves: Mapping[str, Sequence[Value]]) -> None:
-    """Give a layer that would flatten all others, often the first, a note instead of room."""
+    """Replace layers whose values would flatten all others, often the first, by a note."""
     values = [value for curve in curves.values() for value in curve]
     limit = 10 * median(abs(value.value) for value in values)
     extreme = sorted({value.layer for value in values if abs(value.value) > limit})

@@ -1,9 +1,9 @@
-"""Layer by layer: what a probe reads from a model's hidden states, how long its steps are, and how sharp.
+"""Measure a model layer by layer: label predictions from hidden states, step lengths, sharpness.
 
-The analysis of OFA (arXiv 2505.19107). What its "probe" is exactly we could not verify, so that both usual readings
-are here: the *logit lens* (always: every layer's hidden state goes through the model's own final norm and head)
-and a *linear probe* (a logistic regression on every layer's hidden states, where training examples are given). Both
-read the prompt's last token behind a decoder layer. docs/probing.md has the definitions and the reasons.
+The analysis of OFA (arXiv 2505.19107). The paper does not define its "probe", so both usual readings are here: the
+*logit lens* (each layer's hidden state goes through the model's final norm and head) and, given training examples, a
+*linear probe* (logistic regression on each layer's hidden states). Both read the prompt's last token after each decoder
+layer. docs/probing.md has the definitions and reasons.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ def probe(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Probe:
-    """Measure a model layer by layer on labelled examples; the model is left as it was found.
+    """Measure a model layer by layer on labelled examples; the model's state is restored.
 
-    Behind its last layer the lens is `Scorer` itself. Where two labels share their first token it scores whole words,
-    as `Scorer` does: the sum of log p over a word's tokens, each read where it is predicted. Steps are measured on the
-    prompts at both granularities ("layer" alone where a family has no boundary between its sublayers).
+    After the last layer, the lens equals `Scorer`. If two labels share their first token, the lens scores whole words,
+    as `Scorer` does: the sum of log p over a word's tokens. Steps are measured on the prompts at both granularities,
+    or only at "layer" if the family has no boundary between its sublayers.
 
     Args:
-        examples: of any kind that `load_task` takes, as are the others.
-        training: examples to train the linear probe on, every label among them; without them there is none.
+        examples: anything that `load_task` takes; so are `training` and `demonstrations`.
+        training: examples to train the linear probe on, with every label among them; if empty, it is skipped.
         demonstrations: examples to put in front of every prompt.
-        estimator, samples, convention, tokens, seed: see `fused_regularizers`. A whole layer has no closed form:
-            where `estimator` needs one, its traces are measured by "hutchinson".
+        estimator, samples, convention, tokens, seed: see `fused_regularizers`. A whole layer has no closed form, so
+            "hutchinson" replaces an `estimator` that needs one at granularity "layer".
         progress: called with (done, total) forward passes of single texts.
 
     Raises:
-        InputError: no examples, an open-ended task, a label that the task or the training examples do not have, a
-            model whose steps are not recognized, an option out of range, or weights that give no numbers.
+        InputError: no examples, an open-ended task, a label missing from the task or the training examples, a
+            model whose steps are not recognized, an option out of range, or results that are not finite.
     """
     refuse_encoder(model.config)
     from ofa.tasks import examples_from
@@ -108,7 +108,7 @@ def probe(
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model under measurement and how it is run; `count` is told of every text that went through it."""
+    """The model under measurement and how to run it; `count` is called with the number of texts of each forward."""
 
     model: PreTrainedModel
     lens: LogitLens
@@ -125,7 +125,7 @@ class _Subject:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Nothing is trained meanwhile; the closed form of the trace takes weights that are as constants."""
+    """Freeze all parameters for the duration: the closed form of the trace requires constant weights."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -165,23 +165,20 @@ def _measured_steps(
 
 
 def _scored_words(encoder: Encoder) -> list[tuple[int, ...]]:
-    """The tokens by which each label is scored: its word and line end where first tokens do not tell labels apart."""
+    """The scored tokens of each label: its first one, or its word and line end if labels share their first token."""
     whole = scores_whole_words(encoder.labels)
     return [word if whole else word[:1] for word in encoder.labels.values()]
 
 
 def _contexts(words: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What must stand behind a prompt so that every token of every word is predicted: all but the last tokens."""
+    """The distinct suffixes to append to a prompt so that every token of every word is predicted."""
     return list(dict.fromkeys(word[:-1] for word in words))
 
 
 def _read_words(
     subject: _Subject, prompts: Sequence[Sequence[int]], words: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the words (L, n, number of words), and the hidden states at the last prompt token (L, n, d).
-
-    Both float32, on the CPU.
-    """
+    """Log-probabilities of the words (L, n, words), and states at the last prompt token (L, n, d); float32, CPU."""
     vocabulary = sorted({token for word in words for token in word})
     scores: Tensor | None = None
     last: Tensor | None = None
@@ -214,24 +211,23 @@ def _last_states(subject: _Subject, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _linear_log_probabilities(known: Tensor, classes: Tensor, tested: Tensor) -> Tensor:
-    """`linear_probe` layer by layer: (L, n, number of labels)."""
+    """`linear_probe` of each layer: (L, n, number of labels)."""
     return torch.stack([linear_probe(train, classes, test) for train, test in zip(known, tested, strict=True)])
 
 
 def _check_examples(task: Task, examples: Sequence[Example], training: Sequence[Example]) -> None:
     if task.open_ended:
         raise InputError(
-            f"task {task.name!r} has no labels, and a probe asks every layer for one of them: give a task with labels "
+            f"task {task.name!r} has no labels for a probe to predict: give a task with labels "
             "(`ofa evaluate` scores open-ended tasks)"
         )
     if not examples:
-        raise InputError(f"there is not one example of task {task.name!r} to probe with: give at least one")
+        raise InputError(f"task {task.name!r} has no example to probe with: give at least one")
     seen = {example.label for example in training}
     absent = next((label for label in task.labels if training and label not in seen), None)
     if absent is not None:
         raise InputError(
-            f"no example of the label {absent!r} is among the {len(training)} to train the linear probe on: "
-            "give some of every label"
+            f"the training examples of the linear probe have none of the label {absent!r}: give some of every label"
         )
 
 
@@ -239,7 +235,7 @@ def _anatomy(model: PreTrainedModel) -> anatomies.Anatomy:
     try:
         return anatomies.find(model)
     except InputError as error:
-        raise InputError(f"{error}; without steps there is nothing to probe, but `ofa evaluate` works") from error
+        raise InputError(f"{error}; a probe needs the steps, `ofa evaluate` does not") from error
 
 
 def _class_indices(encoder: Encoder, examples: Sequence[Example]) -> Tensor:
@@ -265,6 +261,6 @@ def _check_finite(result: Probe) -> None:
     strange = next((value for value in result.values() if not torch.isfinite(torch.tensor(value.value))), None)
     if strange is not None:
         raise InputError(
-            f"the {strange.metric} of layer {strange.layer} is not a number: the adapter has diverged, or the dtype "
-            "is too narrow for this model; probe it in float32, or train with a lower learning rate"
+            f"the {strange.metric} of layer {strange.layer} is not a number, because the adapter has diverged or the "
+            "dtype is too narrow for this model: probe it in float32, or train with a lower learning rate"
         )

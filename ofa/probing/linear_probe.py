@@ -1,4 +1,4 @@
-"""A linear classifier on hidden states: multinomial logistic regression on standardized features."""
+"""Classify hidden states linearly: multinomial logistic regression on standardized features."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch.nn import functional as F
 def linear_probe(features: Tensor, classes: Tensor, tested: Tensor) -> Tensor:
     """Log-probabilities (n, C), float32, on the CPU, of `tested` (n, d) by a classifier trained on `features` (m, d).
 
-    Features are standardized by their mean and deviation in the training part. W and b minimize
-    mean cross-entropy + ‖W‖²/(2m): the Gaussian prior of unit variance that is the usual default. The problem is
-    convex, so that the result depends on nothing else; it is solved by L-BFGS in float64. `classes` (m,) holds every
-    number from 0 to C − 1.
+    Features are standardized by their mean and deviation in `features`. W and b minimize
+    mean cross-entropy + ‖W‖²/(2m), a Gaussian prior of unit variance. The problem is convex, so the result does not
+    depend on initialization; L-BFGS solves it in float64. `classes` (m,) holds every number from 0 to C − 1.
     """
     train, test = (part.detach().to("cpu", torch.float64) for part in (features, tested))
     mean, deviation = train.mean(0), train.std(0, correction=0)
-    # A feature that never varies says nothing: it is left at zero instead of being divided by zero.
+    # A constant feature carries no information: set it to zero instead of dividing by zero.
     scale = torch.where(deviation > 0, 1 / deviation, 0.0)
     weight, bias = _fitted((train - mean) * scale, classes.to("cpu"))
     return F.linear((test - mean) * scale, weight, bias).log_softmax(1).float()
@@ -25,7 +24,7 @@ def linear_probe(features: Tensor, classes: Tensor, tested: Tensor) -> Tensor:
 
 def _fitted(features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     count = len(features)
-    # The best weights lie in the span of the training features, which is the smaller space where these are few.
+    # The optimal weights lie in the span of the training features, a smaller space if there are few of them.
     basis, coordinates = torch.linalg.qr(features.T)
     coordinates = coordinates.T.contiguous()
     weight = torch.zeros(int(classes.max()) + 1, coordinates.shape[1], dtype=features.dtype, requires_grad=True)

@@ -1,8 +1,8 @@
-"""The hidden states behind every decoder layer of a causal model, and what the model's own end would make of them.
+"""Logit lens: read hidden states after every decoder layer, and decode them with the model's own final modules.
 
-The end of a model (its final norm, its head, and what it does to the logits behind that: a scale in Granite and Cohere,
-a soft-cap in Gemma 2) works on each token alone. So the lens does not rebuild it: it lets the model run on one token
-and puts the hidden states in the place of what its last layer returns.
+The modules after the last layer (final norm, head, logit scale in Granite and Cohere, soft-cap in Gemma 2) treat each
+token separately. So the lens does not rebuild them: it runs the model on one token and replaces the output of its last
+layer by the hidden states.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = 256
-"""Hidden states per run of the model's end: their logits over a vocabulary of 128,000 tokens take 130 MB."""
+"""Hidden states decoded per forward: their logits over a vocabulary of 128,000 tokens take 130 MB."""
 
 
 class LogitLens:
-    """Reads hidden states behind decoder layers and decodes them; attaches hooks only while it does.
+    """Reads hidden states after decoder layers and decodes them; hooks are attached only during a call.
 
-    The caller puts the model in eval mode and turns gradients off. `layers` are module paths, first to last.
+    The caller sets eval mode and turns gradients off. `layers` are module paths, first to last.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[str]) -> None:
@@ -39,15 +39,15 @@ class LogitLens:
         self._one_logit: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """What each layer returns at `positions` (B, K) of right-padded sequences (B, T): (L, B, K, d).
+        """Output of each layer at `positions` (B, K) of right-padded sequences (B, T): (L, B, K, d), the model's dtype.
 
-        The residual stream itself, in the model's dtype: the final norm is not applied, not even to the last layer.
+        This is the residual stream: the final norm is not applied, not even to the last layer.
         """
         seen: list[Tensor] = []
         rows, places = torch.arange(len(input_ids))[:, None], positions
 
         def read(module: nn.Module, args: Any, output: Any) -> None:
-            # Counted from the end, because a prompt-tuned model puts its virtual tokens in front.
+            # Index from the end: a prompt-tuned model puts its virtual tokens in front.
             hidden = hidden_output(output)[:, -input_ids.shape[1] :]
             seen.append(hidden[rows.to(hidden.device), places.to(hidden.device)].to(self._device))
 
@@ -56,12 +56,12 @@ class LogitLens:
         return torch.stack(seen)
 
     def log_probabilities(self, states: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Log-probabilities (…, number of tokens), float32, of some tokens among all, for hidden states (…, d)."""
+        """Log-probabilities (…, number of tokens), float32, of `tokens` in the whole vocabulary, for states (…, d)."""
         rows = states.reshape(-1, 1, states.shape[-1]).split(_ROWS)
-        chosen = [self._end(part).log_softmax(-1)[:, list(tokens)] for part in rows]
+        chosen = [self._decode(part).log_softmax(-1)[:, list(tokens)] for part in rows]
         return torch.cat(chosen).reshape(*states.shape[:-1], -1)
 
-    def _end(self, states: Tensor) -> Tensor:
+    def _decode(self, states: Tensor) -> Tensor:
         """Logits (rows, vocabulary), float32, of hidden states (rows, 1, d)."""
 
         def substitute(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a probe found, layer by layer: readouts of hidden states, steps and their sharpness, and all of it as curves."""
+"""Results of a probe: readouts of hidden states by layer, step lengths and sharpness, and their curves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ofa.regularizers import objectives
 
 @dataclass(frozen=True)
 class Readout:
-    """What a probe says of every text behind every decoder layer.
+    """Label predictions for every text after every decoder layer.
 
-    `log_probabilities` is (L, n, number of labels), normalized over the labels, `truth` (n,) the true label's index.
+    `log_probabilities` is (L, n, number of labels), normalized over the labels; `truth` (n,) is the true label's index.
     """
 
     log_probabilities: Tensor
@@ -23,7 +23,7 @@ class Readout:
 
     @property
     def correct(self) -> Tensor:
-        """1 where the most probable label is the true one, else 0; (L, n), float32."""
+        """1 if the most probable label is the true one, else 0; (L, n), float32."""
         return (self.log_probabilities.argmax(2) == self.truth).float()
 
     @property
@@ -33,22 +33,21 @@ class Readout:
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of correct predictions behind every layer, (L,)."""
+        """Share of correct predictions after every layer, (L,)."""
         return self.correct.mean(1)
 
     @property
     def loss(self) -> Tensor:
-        """Mean cross-entropy over the labels behind every layer, in nats, (L,)."""
+        """Mean cross-entropy over the labels after every layer, in nats, (L,)."""
         return self.losses.mean(1)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of the descent on every prompt; see `regularizers.objectives.Measurements` for `norms`, `ratios` and
-    `traces`.
+    """The steps of the descent on every prompt.
 
-    `layers` (from 0) and `branches` name the T steps, `estimator` says how the traces were measured. `norms` and
-    `traces` are (T, n), `ratios` (T − 1, n) begins at the second step.
+    `layers` (from 0) and `branches` name the T steps; `estimator` measured the traces. `norms` and `traces` are (T, n),
+    `ratios` (T − 1, n) starts at the second step; see `regularizers.objectives.Measurements`.
     """
 
     layers: tuple[int, ...]
@@ -73,7 +72,7 @@ class Steps:
 class Value:
     """One point of a figure: a mean over the texts and its standard error (None for a single text).
 
-    `step` and `layer` count from 1; `branch` is "layer" for what belongs to a whole decoder layer.
+    `step` and `layer` count from 1; `branch` is "layer" for values of a whole decoder layer.
     """
 
     granularity: str
@@ -87,9 +86,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Probe:
-    """Everything measured on one model, on the CPU, in float32; `steps` is by granularity.
+    """Everything measured on one model, on the CPU, in float32; the keys of `steps` are granularities.
 
-    `mode` says what of a label the lens scores, `truncated` counts the texts that were cut to fit the window.
+    `mode` is the part of a label that the lens scores; `truncated` counts the texts cut to fit the window.
     """
 
     lens: Readout
@@ -100,7 +99,7 @@ class Probe:
     seconds: float
 
     def values(self) -> list[Value]:
-        """All curves in long form, by metric and then by step."""
+        """All curves in long form, ordered by metric and then by step."""
         readouts = [("lens", self.lens), *([("linear", self.linear)] if self.linear else [])]
         curves = [
             value
@@ -117,7 +116,7 @@ class Probe:
 def _curve(
     granularity: str, metric: str, samples: Tensor, layers: Sequence[int], branches: Sequence[str]
 ) -> list[Value]:
-    """The points of samples (T or T − 1, n); those of one step less begin at the second step."""
+    """The points of samples (T or T − 1, n); T − 1 samples start at the second step."""
     first = len(layers) - len(samples)
     count = samples.shape[1]
     means = samples.mean(1).tolist()

@@ -63,15 +63,21 @@ def load_task(
     separator: str | None = None,
     offline: bool = False,
 ) -> TaskData:
-    """Load a demo task or a task of the paper by name, a folder with task.json, a file, or a data set of the hub.
+    """Load a demo task or a task of the paper by name, a folder with task.json, a file, a data set of the hub, or rows.
 
-    Rows in memory are a task too: a DataFrame, a `datasets.Dataset` (of a `DatasetDict` the splits train and test), or
-    a list of (text, label) or of mappings. They take a template as files do. Task data is taken as it is.
+    Args:
+        data: a name, path or hub id; or rows in memory: a DataFrame, a `datasets.Dataset`, a `DatasetDict` with splits
+            train and test, or a list of (text, label) or of mappings. `TaskData` is returned unchanged. A folder with
+            task.json takes precedence over a task of the same name, with a warning.
+        template: required for data sets of the hub and lists of pairs; files and named rows without one are read as
+            prompt and completion pairs.
+        labels: the label words; by default those that occur.
+        text_column, label_column: columns of files, data sets and rows.
+        separator: the separator of CSV files; detected by default.
+        offline: do not contact the hub.
 
-    A folder with task.json wins over a task of its name, and that is said. A file takes a `template` and `labels`, and
-    is read as pairs of prompt and completion without a template; a data set of the hub needs a template. `text_column`
-    and `label_column` name columns of files and data sets, `separator` that of CSV files. With `offline` the hub is not
-    asked. Raises `InputError` for anything else.
+    Raises:
+        InputError: the data cannot be found, read or used, or brings a value that is given here too.
     """
     columns = {"text_column": text_column, "label_column": label_column}
     if isinstance(data, TaskData):
@@ -108,21 +114,21 @@ def load_task(
 def examples_from(
     data: TaskData | Data, task: Task, *, separator: str | None = None, offline: bool = False
 ) -> tuple[Example, ...]:
-    """The examples to test a known task on: a file, rows in memory, or the test part of a folder or a task's name.
+    """The examples to test a known task on: a file, rows in memory, or the test part of a folder or named task.
 
     Raises:
-        InputError: they cannot be read, there is no test part, or they have labels that the task does not know.
+        InputError: they cannot be read, there is no test part, or they have labels that the task does not have.
     """
     if isinstance(data, TaskData) or has_parts(data):
         loaded = load_task(data, separator=separator, offline=offline)
         name = loaded.task.name if isinstance(data, TaskData) else str(data)
         if not loaded.test:
-            raise InputError(f"{name} has no test examples; add a test file to it")
+            raise InputError(f"{name} has no test examples: add a test file to it")
         check_labels(loaded.test, task, name)
         return loaded.test
     if is_path(data):
         if not (located(data).is_file() or is_table(data)):  # type: ignore[arg-type]
-            raise InputError(f"{data} is no file or folder; give a .jsonl or .csv file, or a folder with task.json")
+            raise InputError(f"{data} is no file or folder: give a .jsonl or .csv file, or a folder with task.json")
         return tuple(read_examples(data, task=task, separator=separator))
     given = settled(data)
     if isinstance(given, list) and all(isinstance(item, Example) for item in given):
@@ -131,7 +137,7 @@ def examples_from(
 
 
 def has_parts(data: object) -> bool:
-    """Whether data is a name or folder that has training and test examples apart."""
+    """True if `data` is a name or folder with separate training and test examples."""
     return is_path(data) and (is_known(str(data)) or located(data).is_dir())  # type: ignore[arg-type]
 
 
@@ -151,18 +157,18 @@ def _in_memory(data: Any, template: str | None, labels: Sequence[str], **columns
 
 
 def is_known(name: str) -> bool:
-    """Whether a name is that of a demo task or a task of the paper, and not of a folder here with a task.json."""
+    """True if `name` is a demo task or a task of the paper, and not a folder here with a task.json."""
     if name not in DEMO_TASKS and name not in HUB_TASKS:
         return False
     if not Path(name).is_dir():
         return True
     wins = (Path(name) / "task.json").is_file()
-    _say_which(name, Path(name).absolute(), wins)
+    _warn_which(name, Path(name).absolute(), wins)
     return not wins
 
 
 @functools.cache
-def _say_which(name: str, folder: Path, wins: bool) -> None:
+def _warn_which(name: str, folder: Path, wins: bool) -> None:
     kind = "demo task" if name in DEMO_TASKS else "task of the paper"
     if wins:
         logger.warning("%s is the folder %s, not the %s of that name", name, folder, kind)

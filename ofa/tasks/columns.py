@@ -1,4 +1,4 @@
-"""From a row of data to its text and its label: which columns they are, and what their values mean."""
+"""Read the text and the label from a row of data: find their columns and interpret the values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOOLEANS = ("false", "true")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a template, of which {text} is called `text_column`, and the column of the label."""
+    """The columns of a template, where {text} stands for `text_column`, and the column of the label."""
 
     template: Template
     text_column: str
@@ -27,14 +27,15 @@ class Columns:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The columns that the template asks for."""
+        """The columns of the template."""
         return tuple(self.text_column if slot == "text" else slot for slot in self.template.slots)
 
     def text(self, row: Mapping[str, object], where: str) -> str:
-        """The text of a row, as `Task.text_of` gives it.
+        """The text of a row, in the form of `Task.text_of`.
 
         Raises:
-            InputError: a column is missing, holds no text, or is empty: that of {text}, or all of them.
+            InputError: a column is missing or holds no text, or the column of {text} (without it, every column) is
+                empty.
         """
         text = self.text_or_none(row, where)
         if text is None:
@@ -43,20 +44,20 @@ class Columns:
         return text
 
     def text_or_none(self, row: Mapping[str, object], where: str) -> str | None:
-        """The text of a row, or None where `text` refuses it because it is empty.
+        """The text of a row, or None if it is empty.
 
         Raises:
-            InputError: a column is missing, or holds no text.
+            InputError: a column is missing or holds no text.
         """
         values = [self._value(row, name, where) for name in self.names]
         needed = [value for slot, value in zip(self.template.slots, values, strict=True) if slot == "text"] or values
         return self.template.joined(values) if any(value.strip() for value in needed) else None
 
     def label(self, row: Mapping[str, object], where: str, words: Sequence[str] = (), names: Sequence[str] = ()) -> str:
-        """The label of a row: see `label_word`; of a pair, the completion.
+        """The label of a row (see `label_word`), or the completion of a pair.
 
         Raises:
-            InputError: the column is missing, empty, holds no label, or one that is not among `words`.
+            InputError: the column is missing or empty, or its value is not one of `words`.
         """
         own = self.label_column if self.label_column in row else None
         value = row[own or find_column(self.label_column, row, where, "--label-column")]
@@ -78,10 +79,10 @@ class Columns:
 
 
 def find_column(name: str, columns: Iterable[str], where: str, flag: str | None = None) -> str:
-    """The column of this name; in another case or with blanks around it where only one is that.
+    """The column of this name, or else the only one whose name differs only in case or surrounding blanks.
 
     Raises:
-        InputError: there is none, or two differ by nothing but case. `flag` is the option that names another.
+        InputError: there is none, or several differ only in that. `flag` is the option that names another column.
     """
     known = tuple(columns)
     if name in known:
@@ -92,7 +93,7 @@ def find_column(name: str, columns: Iterable[str], where: str, flag: str | None 
     found = ", ".join(f'"{column}"' for column in known) or "none"
     if alike:
         raise InputError(
-            f'{where} has no column "{name}", and both {" and ".join(alike)} may be meant: name one as it is'
+            f'{where} has no column "{name}", and both {" and ".join(alike)} may be meant: write one exactly'
         )
     remedy = f": name the right one with {flag}"
     if flag is None:
@@ -101,12 +102,12 @@ def find_column(name: str, columns: Iterable[str], where: str, flag: str | None 
 
 
 def value_text(value: object, column: str, where: str) -> str:
-    """A value of a column as text; nothing for a missing one.
+    """A value of a column as text; empty if missing.
 
     Raises:
-        InputError: it is a list or another thing without a text, or text that cannot be written.
+        InputError: it is not a text, number or boolean, or cannot be encoded as UTF-8.
     """
-    if value is None or value != value:  # NaN, which is how pandas says that nothing is there
+    if value is None or value != value:  # NaN marks a missing value in pandas
         return ""
     if isinstance(value, bool):
         return _BOOLEANS[value]
@@ -121,12 +122,12 @@ def value_text(value: object, column: str, where: str) -> str:
 
 
 def label_word(value: object, words: Sequence[str] = (), names: Sequence[str] = ()) -> str | None:
-    """The label that a value means, or None: one rule for text, digits, floats and booleans, whatever the file.
+    """The label that a value stands for, or None. Text, digits, floats and booleans follow one rule in every format.
 
-    A value that is written as one of the `words` is that word; 1, 1.0, "1" and "1.0" are the same, and so are booleans
-    in any case. Otherwise the integers 0, 1, … (or false, true) mean the words in their order, unless the words are
-    numbers themselves. `names` are what the data calls its integers: where one is a word it means that word, and
-    without any words it is the label.
+    A value equal to one of the `words` is that word; 1, 1.0, "1" and "1.0" are equal, and so are booleans in any case.
+    Otherwise the integers 0, 1, … (or false, true) index the words, unless the words are numbers themselves. `names`
+    are the data's names of its integers: a name that is one of the words means that word, and without words the name is
+    the label.
     """
     written = value_text(value, "label", "the row").strip()
     number = _number(written)
@@ -151,7 +152,7 @@ def label_word(value: object, words: Sequence[str] = (), names: Sequence[str] = 
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """The labels that occur, in the order of their numbers if all are numbers, else of the alphabet."""
+    """The distinct labels, sorted as numbers if all are numbers, else alphabetically."""
     found = set(labels)
     numbers = {label: _number(label) for label in found}
     if any(number is None for number in numbers.values()):
@@ -160,7 +161,7 @@ def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def are_numbers(labels: Sequence[str]) -> bool:
-    """Whether all labels are whole numbers."""
+    """True if all labels are whole numbers."""
     return all(_number(label) is not None for label in labels)
 
 
@@ -172,7 +173,7 @@ def unknown_label(label: str, labels: Sequence[str], where: str) -> InputError:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A clause that offers the known word nearest to a mistyped one, or nothing where none is near."""
+    """A clause that suggests the closest known word, or "" if none is close."""
     folded = {candidate.casefold(): candidate for candidate in known}
     near = difflib.get_close_matches(word.strip().casefold(), folded, n=1)
     return f', did you mean "{folded[near[0]]}"?' if near else ""

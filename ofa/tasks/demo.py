@@ -1,4 +1,4 @@
-"""The embedded demo tasks: sentences written for this project, there without a network."""
+"""The embedded demo tasks: sentences written for this project, available offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks from the Hugging Face hub: the nine of the paper, and any other data set with a text and a label column."""
+"""Load tasks from the Hugging Face hub: the nine of the paper, and any data set with text and label columns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ofa.errors import InputError
 from ofa.tasks.columns import Columns, are_numbers, did_you_mean, find_column, sorted_labels
 from ofa.tasks.duplicates import warn_of_alike_labels, warn_of_duplicates, warn_of_shared_texts
 from ofa.tasks.hub_access import HubDataset, find_dataset
-from ofa.tasks.local import draft, examples_of, say_that_labels_are_numbers
+from ofa.tasks.local import draft, examples_of, warn_of_number_labels
 from ofa.tasks.tables import Row, Table
 from ofa.tasks.task import Example, Task, TaskData
 
 
 @dataclass(frozen=True)
 class HubTask:
-    """One task of the paper: where its data lies, how the data says its labels, and which words stand for them."""
+    """One task of the paper: the location of its data, the labels in the data, and the label words."""
 
     name: str
     hub_id: str
@@ -27,21 +27,21 @@ class HubTask:
     labels: tuple[str, ...]
     """The label words, in the paper's order."""
     source_labels: tuple[str, ...]
-    """What the data calls the same labels, in the order of `labels`."""
+    """The data's own names of the labels, in the order of `labels`."""
     label_columns: tuple[str, ...] = ("label",)
-    """The columns that may carry the label; the first one present is read."""
+    """Columns that may hold the label; the first one present is read."""
     text_column: str = "text"
     integers_in_order: bool = True
-    """Whether the integer i in the data means `labels[i]`; otherwise only names are trusted."""
+    """True if the integer i in the data means `labels[i]`; if False, only names are accepted."""
     other_labels_dropped: bool = False
-    """Whether rows with any other label are left out rather than refused."""
+    """True if rows with any other label are dropped, not refused."""
     train_split: str = "train"
     test_split: str | None = "test"
-    """None where the hub has none: the first half of the training split then trains and the second half tests."""
+    """None if the hub has none: the first half of the training split then trains, and the second half tests."""
     config: str | None = None
     revision: str | None = None
     data_files: str | None = None
-    """The files of all splits in that revision, where the repository does not declare them itself."""
+    """Pattern of the files of all splits in that revision, if the repository does not declare them."""
     notes: str = ""
 
     @property
@@ -51,7 +51,7 @@ class HubTask:
 
     @property
     def label_words(self) -> dict[object, str]:
-        """The label word for each name, case-folded, and each integer that the data may use for it."""
+        """The label word of each case-folded name and each integer in the data."""
         words: dict[object, str] = {
             name.casefold(): label for name, label in zip(self.source_labels, self.labels, strict=True)
         }
@@ -156,9 +156,8 @@ HUB_TASKS: Mapping[str, HubTask] = {
 def load_hub_task(name: str, source: str | Path | None = None, *, offline: bool = False) -> TaskData:
     """Load one of `HUB_TASKS` from the hub, or from `source`, a local copy of its hub repository.
 
-    Where the hub cannot be reached, and with `offline`, a copy from an earlier time is read from the cache. Whitespace
-    around a text is removed and rows without text are left out. Raises `InputError` where the data cannot be reached or
-    is not what the table says.
+    If the hub cannot be reached, and with `offline`, the cached copy is read. Whitespace around a text is stripped, and
+    rows without text are dropped. Raises `InputError` if the data cannot be loaded or does not match the table.
     """
     if name not in HUB_TASKS:
         hint = did_you_mean(name, tuple(HUB_TASKS))
@@ -190,11 +189,11 @@ def load_hub_dataset(
     test_split: str | None = "test",
     offline: bool = False,
 ) -> TaskData:
-    """Load any data set of the hub with the columns of the template and of the label; `test_split=None`: no test.
+    """Load any data set of the hub that has the columns of the template and of the label.
 
-    `label_words` are the words for the integers 0, 1, … of the data, and may be left out where the data carries names.
-    With `open_ended` the two columns are prompt and completion; with `offline` only the cache is read. Rows without
-    text are left out. Raises `InputError` where it cannot be loaded or used.
+    `label_words` are the words for the integers 0, 1, … in the data; the data's own names are the default. With
+    `open_ended` the two columns are prompt and completion; with `offline` only the cache is read; `test_split=None`
+    loads no test examples. Rows without text are dropped. Raises `InputError` if it cannot be loaded or used.
     """
     splits = [split for split in (train_split, test_split) if split is not None]
     columns = draft(template, open_ended, text_column, label_column).columns
@@ -213,14 +212,14 @@ def load_hub_dataset(
         warn_of_alike_labels([example for part in read for example in part], hub_id)
     named = () if open_ended else words or sorted_labels(example.label for part in read for example in part)
     if named and not words and are_numbers(named):
-        say_that_labels_are_numbers(hub_id, named)
+        warn_of_number_labels(hub_id, named)
     task = Task(hub_id, template, named, text_column, label_column)
     return TaskData(task, tuple(read[0]), tuple(read[1]) if len(read) > 1 else ())
 
 
 @dataclass(frozen=True)
 class _Table:
-    """One split in memory: the values of the columns asked for, and the names behind the integers of some."""
+    """One split in memory: the values of the requested columns, and the names of the integers of class columns."""
 
     where: str
     found: tuple[str, ...]
@@ -228,7 +227,7 @@ class _Table:
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def column(self, *candidates: str) -> str:
-        """The first of these columns that is there."""
+        """The first of these columns that exists."""
         for name in candidates:
             if name in self.columns:
                 return name
@@ -237,7 +236,7 @@ class _Table:
         raise InputError(f"{self.where} has no column {wanted} (columns found: {found}): name the right column")
 
     def rows_with_text(self, columns: Columns) -> Iterator[tuple[str, Row]]:
-        """Each row of the columns in memory that has a text, with where it stands."""
+        """Each row with a text as (where it stands, values by column)."""
         for number, values in enumerate(zip(*self.columns.values(), strict=True), start=1):
             where, row = f"row {number} of {self.where}", dict(zip(self.columns, values, strict=True))
             if columns.text_or_none(row, where) is not None:
@@ -246,7 +245,7 @@ class _Table:
 
 def _hub_copy(row: HubTask, offline: bool) -> HubDataset | Path:
     found = find_dataset(row.hub_id, config=row.config, revision=row.revision, offline=offline)
-    # The library finds no files that were named one by one in its cache again; the hub's own cache has them.
+    # `datasets` does not find individually named files in its cache again; the hub client's cache does.
     return found.folder(row.data_files) if row.data_files else found
 
 
@@ -270,7 +269,7 @@ def _labelled_examples(row: HubTask, split: str, data: HubDataset | Path) -> lis
 
 
 def _examples(table: _Table, text_column: str, label_column: str, labels: Iterable[str | None]) -> list[Example]:
-    """The rows that have a text and a label."""
+    """The examples of the rows that have a text and a label."""
     examples = []
     texts = table.columns[table.column(text_column)]
     for number, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
@@ -286,9 +285,8 @@ def _examples(table: _Table, text_column: str, label_column: str, labels: Iterab
 
 
 def _number_or_name(value: object, names: tuple[str, ...] | None) -> str | int | None:
-    """A value of a label column as its case-folded name, as an integer without a name, or None for anything else."""
-    if isinstance(value, str) and value.isdigit():
-        # A CSV copy writes integers as text.
+    """A value of a label column as its case-folded name, an integer without a name, or None for anything else."""
+    if isinstance(value, str) and value.isdigit():  # from a CSV copy
         value = int(value)
     if isinstance(value, int) and names and 0 <= value < len(names):
         value = names[value]
@@ -314,7 +312,7 @@ def _read_folder(folder: Path, row: HubTask, split: str, columns: Sequence[str])
         return _Table(where, found, {name: [values.get(name) for values in rows] for name in columns if name in found})
     import datasets
 
-    # The library copies what it reads into a cache; a local file is there already, so the copy is not kept.
+    # `datasets` copies what it reads into a cache; a local file needs no copy.
     with tempfile.TemporaryDirectory() as cache:
         try:
             dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=cache, keep_in_memory=True)
@@ -324,7 +322,7 @@ def _read_folder(folder: Path, row: HubTask, split: str, columns: Sequence[str])
 
 
 def _split_files(folder: Path, row: HubTask, split: str) -> list[Path]:
-    """The files of a split in any of the layouts that hub repositories have."""
+    """The files of a split, in any layout used by hub repositories."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give a local copy of the hub repository {row.hub_id}")
     for base in (folder, folder / "data", folder / (row.config or "default")):
@@ -337,7 +335,7 @@ def _split_files(folder: Path, row: HubTask, split: str) -> list[Path]:
 
 
 def _column_table(dataset: Any, where: str, columns: Columns) -> _Table:
-    """Only the columns of the template and of the label are taken into memory.
+    """Load only the columns of the template and of the label into memory.
 
     Raises:
         InputError: one of them is missing.
@@ -348,7 +346,7 @@ def _column_table(dataset: Any, where: str, columns: Columns) -> _Table:
 
 
 def _table(dataset: Any, where: str, columns: Sequence[str]) -> _Table:
-    """Only the named columns, of those that are there, are taken into memory."""
+    """Load only the named columns that exist into memory."""
     import datasets
 
     present = [name for name in dict.fromkeys(columns) if name in dataset.column_names]

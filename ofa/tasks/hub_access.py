@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: asked for once and briefly, read from there or from this machine's caches."""
+"""Reach data sets of the Hugging Face hub: one short request, then a download or this machine's caches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WAYS = (
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the hub. `unreachable` says why only the caches are read; None where the hub answered."""
+    """A data set of the hub. `unreachable` is the reason to read only the caches, or None if the hub answered."""
 
     hub_id: str
     config: str | None = None
@@ -33,7 +33,7 @@ class HubDataset:
     unreachable: str | None = None
 
     def split(self, split: str) -> Any:
-        """One split as a `datasets.Dataset`; raises `InputError` where it can be had from nowhere."""
+        """One split as a `datasets.Dataset`. Raises `InputError` if neither hub nor cache has it."""
         import datasets
 
         def load() -> Any:
@@ -42,7 +42,7 @@ class HubDataset:
         return self._loaded(load, f' (split "{split}")')
 
     def folder(self, pattern: str) -> Path:
-        """A local copy of the files that match; raises `InputError` where they can be had from nowhere."""
+        """A local copy of the files that match. Raises `InputError` if neither hub nor cache has them."""
         from huggingface_hub import snapshot_download
 
         def load() -> Path:
@@ -63,7 +63,7 @@ class HubDataset:
             with _without_library_lines(), _datasets_offline(self.unreachable is not None):
                 loaded = load()
         except Exception as error:
-            # The hub's client raises errors of several libraries: a broken line, no such split, no such file.
+            # The hub's client raises errors of several libraries: broken connection, no such split, no such file.
             raise InputError(
                 f"{self.hub_id}{part} could not be loaded from the Hugging Face hub ({self._reason(error)}): check its "
                 f"name and the network, or {_WAYS}"
@@ -73,7 +73,7 @@ class HubDataset:
         return loaded
 
     def _reason(self, error: Exception) -> str:
-        # What is not in a cache is reported by the libraries as a line that could not be reached.
+        # The libraries report a cache miss as a connection error.
         if self.unreachable is not None and isinstance(error, OSError):
             return f"{self.unreachable}, and no copy of it is in the cache"
         return first_sentence(error)
@@ -82,10 +82,10 @@ class HubDataset:
 def find_dataset(
     hub_id: str, *, config: str | None = None, revision: str | None = None, offline: bool = False
 ) -> HubDataset:
-    """Ask the hub, once and for a few seconds at most, whether it has this data set; its own loader tries six times.
+    """Ask the hub, once and for a few seconds at most, whether it has this data set; `datasets` would retry six times.
 
-    With `offline`, or where offline mode is on in the environment, it is not asked. Raises `InputError` where the hub
-    says that there is none, or that it is not for everybody.
+    With `offline`, or offline mode in the environment, the hub is not asked. Raises `InputError` if the hub has no such
+    data set, or access to it is restricted.
     """
     import datasets
 
@@ -112,7 +112,7 @@ def find_dataset(
 
 @contextmanager
 def _datasets_offline(offline: bool) -> Iterator[None]:
-    """Let the library look into its cache at once, as it does where HF_HUB_OFFLINE was set before it was imported."""
+    """Make `datasets` read only its cache, as if HF_HUB_OFFLINE had been set before its import."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -125,7 +125,7 @@ def _datasets_offline(offline: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_library_lines() -> Iterator[None]:
-    """Only errors of the libraries reach the terminal: what a warning of theirs is about, our sentence says."""
+    """Silence the warnings of the libraries: our own message replaces them."""
     from datasets.utils import logging
 
     before = logging.get_verbosity()

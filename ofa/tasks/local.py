@@ -1,4 +1,4 @@
-"""Examples and tasks from the user's own files, and from folders with a task.json."""
+"""Read examples and tasks from the user's files, and from folders with a task.json."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 def read_examples(
     path: Data, *, open_ended: bool = False, task: Task | None = None, separator: str | None = None
 ) -> list[Example]:
-    """Read the examples of a file of any kind that `Table` reads, or of rows in memory, in their order.
+    """Read the examples of a file that `Table` can read, or of rows in memory, in their order.
 
-    The columns are those of the `task`, and every label must be one of its labels; without a task they are text and
-    label, or prompt and completion when `open_ended`. Others are ignored, and so is whitespace around a text. Rows
-    without any value are left out. Raises `InputError`, naming the file and the line, for whatever cannot be used.
+    The columns are those of the `task`, and every label must be one of its labels. Without a task they are text and
+    label, or prompt and completion if `open_ended`. Other columns are ignored, whitespace around a text is stripped,
+    and rows without any value are dropped. Raises `InputError`, with file and line, for data that cannot be used.
     """
     pairs = task.open_ended if task else open_ended
     columns = task.columns if task else draft(TEXT_SLOT, pairs).columns
@@ -42,10 +42,10 @@ def read_file(
     label_column: str = "",
     separator: str | None = None,
 ) -> TaskData:
-    """Read a file, or rows in memory, as a task of its name ("data"), all of whose examples are training examples.
+    """Read a file, or rows in memory, as a task with training examples only, named after the file (rows: "data").
 
-    Without a template they are prompt and completion pairs. Without labels it is those that occur. Raises `InputError`
-    for whatever cannot be used.
+    Without a template they are prompt and completion pairs. The default labels are those that occur. Raises
+    `InputError` for data that cannot be used.
     """
     name = (Path(located(path).name).name.split(".")[0] if is_path(path) else "") or "data"  # type: ignore[arg-type]
     if template is None:
@@ -59,7 +59,7 @@ def read_file(
     if not words:
         warn_of_alike_labels(examples, where)
     if not words and are_numbers(found):
-        say_that_labels_are_numbers(where, found)
+        warn_of_number_labels(where, found)
     return TaskData(Task(name, template, found, text_column, label_column), tuple(examples))
 
 
@@ -68,8 +68,8 @@ def read_task_folder(
 ) -> TaskData:
     """Read a folder with task.json (name, template, labels) and a file of each split, such as train.jsonl and test.csv.
 
-    The test file may be missing. The columns are those of task.json, unless they are given here. Raises `InputError`,
-    naming the file and the line, for whatever cannot be used.
+    The test file is optional. Columns given here override those of task.json. Raises `InputError`, with file and line,
+    for data that cannot be used.
     """
     folder = located(path)
     if not folder.is_dir():
@@ -94,9 +94,9 @@ def examples_of(
     labels: Sequence[str] = (),
     class_names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Example]:
-    """The examples of rows, each with where it stands; `class_names` are the names of a column's integers.
+    """The examples of rows, given as (where it stands, values); `class_names` are the names of a column's integers.
 
-    Rows without any value are left out. Raises `InputError` for a row that cannot be used.
+    Rows without any value are dropped. Raises `InputError` for a row that cannot be used.
     """
     names = class_names_of(columns.label_column, class_names or {})
     return [
@@ -107,26 +107,26 @@ def examples_of(
 
 
 def draft(template: str, pairs: bool, text_column: str = "", label_column: str = "") -> Task:
-    """A task whose labels are not known yet: it says which columns are read."""
+    """A task whose labels are not known yet; used for its columns."""
     return Task("data", template, () if pairs else ("0", "1"), text_column, label_column)
 
 
 def class_names_of(column: str, class_names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The names of the integers of a column, in any case; none where the data has none."""
+    """The names of the integers of a column, matched in any case; empty if the data has none."""
     folded = {name.strip().casefold(): names for name, names in class_names.items()}
     return tuple(class_names.get(column, folded.get(column.strip().casefold(), ())))
 
 
 def with_columns(task: Task, text_column: str = "", label_column: str = "") -> Task:
-    """The task with other columns in place of its own, where they are given."""
+    """The task with its columns replaced by those given."""
     own = (text_column or task.text_column, label_column or task.label_column)
     return Task(task.name, task.template, task.labels, *own)
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
-    """Raise `InputError` for the first example whose label the task does not know; `where` names their source.
+    """Raise `InputError` for the first example whose label the task does not have; `where` names their source.
 
-    Examples are counted from 1. An open-ended task knows every completion.
+    Examples are counted from 1. An open-ended task accepts every completion.
     """
     if task.open_ended:
         return
@@ -135,8 +135,8 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
             raise unknown_label(example.label, task.labels, f"example {number} of {where}")
 
 
-def say_that_labels_are_numbers(where: object, labels: Sequence[str]) -> None:
-    """A model knows words better than the numbers that stand for them."""
+def warn_of_number_labels(where: object, labels: Sequence[str]) -> None:
+    """Suggest --labels: a pretrained model predicts meaningful words better than numbers."""
     shown = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
     logger.warning("the labels of %s are numbers (%s): --labels gives words for them, in their order", where, shown)
 

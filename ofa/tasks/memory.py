@@ -1,4 +1,4 @@
-"""Rows that are in memory already: a DataFrame, a data set of `datasets`, or a list of pairs, mappings or examples."""
+"""Read rows in memory: a DataFrame, a data set of `datasets`, or a list of pairs, mappings or examples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ofa.tasks.tables import FilePath, Row, Table
 from ofa.tasks.task import Example
 
 Data = FilePath | Iterable[Any]
-"""What examples can be given as: a path, or rows in memory."""
+"""Examples as a path, or as rows in memory."""
 
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """Rows as `Table` gives them, each with where it stands; `name` is what they are called in messages."""
+    """Rows in the form of `Table`, each with where it stands; `name` stands for the data in messages."""
 
     name: str
     rows: Iterable[tuple[str, Row]]
@@ -33,15 +33,15 @@ class MemoryTable:
 
 
 def is_path(data: object) -> bool:
-    """Whether data is named rather than given."""
+    """True if `data` is a name or path, not rows in memory."""
     return isinstance(data, str | os.PathLike) or hasattr(data, "joinpath")
 
 
 def settled(data: Any) -> Any:
-    """Rows in memory that can be gone through again: a DataFrame or data set as it is, anything else as a list.
+    """Rows that can be iterated repeatedly: a DataFrame, data set or list unchanged, any other iterable as a list.
 
     Raises:
-        InputError: it is nothing that has rows.
+        InputError: `data` has no rows.
     """
     if type(data).__module__.partition(".")[0] in ("pandas", "datasets") or isinstance(data, list):
         return data
@@ -54,10 +54,10 @@ def settled(data: Any) -> Any:
 
 
 def table_of(data: Any, columns: Columns, separator: str | None = None) -> Table | MemoryTable:
-    """The rows of data of any kind. Pairs without names are the text and the label of the `columns`, in this order.
+    """The rows of data of any kind. Unnamed pairs are the text and the label of the `columns`, in this order.
 
     Raises:
-        InputError: it is nothing that has rows; a row is refused when it is read.
+        InputError: `data` has no rows. A row that cannot be used is refused when it is read.
     """
     if is_path(data):
         return Table(data, separator)
@@ -85,8 +85,8 @@ def _row(item: Any, columns: Columns, where: str) -> Row:
         raise InputError(f"{where} is {item!r:.60}: write (text, label), or a mapping of columns to values")
     if len(columns.names) != 1:
         raise InputError(
-            f"{where} has no names for the columns {', '.join(columns.names)} that the template asks for: write "
-            "mappings of columns to values"
+            f"{where} does not name the columns {', '.join(columns.names)} of the template: write mappings of columns "
+            "to values"
         )
     return dict(zip((columns.names[0], columns.label_column), map(_plain, pair), strict=True))
 
@@ -96,7 +96,7 @@ def _named(item: Mapping[Any, Any]) -> Row:
 
 
 def _plain(value: Any) -> object:
-    """A number of numpy as one of Python."""
+    """Convert numpy scalars to Python."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 

@@ -1,9 +1,8 @@
-"""Which examples are used: the few shots to learn from and the class-balanced subset to test on.
+"""Draw the few shots to learn from, and the class-balanced subset to test on.
 
-Every draw is fixed by the seed alone, on any machine and Python. Each class draws from a generator of its own, seeded
-by the seed and the label's name, and the order of a class's own examples is all that counts: neither the order of the
-labels nor the way the classes are interleaved in the file changes what is drawn. More shots with the same seed contain
-the fewer ones.
+The seed fixes every draw, on any machine and Python version. Each class has its own generator, seeded by the seed and
+the label's name. So a draw depends only on the order of the examples within a class, not on the order of the labels or
+how the classes are interleaved. More shots with the same seed include the fewer ones.
 """
 
 from __future__ import annotations
@@ -24,38 +23,38 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class FewShot:
-    """The drawn examples, in the order they are used, and their indices in the examples they were drawn from."""
+    """The drawn examples, in the order of use, and their indices in the examples they were drawn from."""
 
     examples: tuple[Example, ...]
     indices: tuple[int, ...]
 
     @property
     def sha256(self) -> str:
-        """Hash of the examples: tells whether a file still holds them at these indices, without keeping their text."""
+        """Hash of the examples, to check that a file still holds them at these indices without storing their text."""
         rows = [[example.text, example.label] for example in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 Shots = int | Literal["all"]
-"""Examples per class, or all that there are."""
+"""Examples per class, or "all"."""
 
 
 def check_seed(seed: int) -> int:
-    """A seed that every generator of random numbers takes, or an `InputError`."""
+    """Return `seed`. Raises `InputError` if a random number generator would not accept it."""
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"the seed {seed} has more than 64 bits: give one of at most 18 digits")
     return seed
 
 
 def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: Shots, seed: int) -> FewShot:
-    """Draw `shots` examples per class without replacement and shuffle them; without labels, `shots` in all.
+    """Draw `shots` examples per class without replacement and shuffle them; without labels, `shots` in total.
 
-    Examples with a label not among `labels` are never drawn. Raises `InputError` where a class has too few, none where
-    all are asked for.
+    Examples with a label not in `labels` are never drawn. Raises `InputError` if a class has fewer than `shots`
+    examples, or none if `shots` is "all".
     """
     check_seed(seed)
     if shots != "all" and (not isinstance(shots, int) or shots < 1):
-        raise InputError(f"the number of shots must be at least 1, or all, not {shots!r}: ask for more")
+        raise InputError(f"the number of shots must be at least 1, or all, not {shots!r}")
     drawn = []
     for pool, name in _pools(examples, labels, seed):
         if shots == "all":
@@ -73,20 +72,20 @@ def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: Shots, s
 
 
 def unused(examples: Sequence[Example], drawn: FewShot) -> tuple[Example, ...]:
-    """The examples that were not drawn, in their order, without those whose text occurs among the drawn."""
+    """The examples that were not drawn, in their order, without any whose text was drawn."""
     taken = {example.text for example in drawn.examples}
     return tuple(example for example in examples if example.text not in taken)
 
 
 def class_balanced(examples: Sequence[Example], labels: Sequence[str], size: int, seed: int) -> tuple[Example, ...]:
-    """Draw up to `size` examples, as many of each class as possible, in shuffled order; without labels, any of them.
+    """Draw up to `size` examples, the same number of each class, in shuffled order; without labels, any of them.
 
-    A class that runs out leaves its share to the others, so the result is smaller than `size` only where the examples
-    themselves are. A remainder goes to the labels that come first by name.
+    If a class has too few, the others get its share, so the result has `size` examples unless there are fewer in all.
+    A remainder goes to the first labels in alphabetical order.
     """
     check_seed(seed)
     if size < 1:
-        raise InputError(f"the size of the test set must be at least 1, not {size}: ask for more")
+        raise InputError(f"the size of the test set must be at least 1, not {size}")
     pools = [pool for pool, _ in _pools(examples, labels, seed)]
     rounds = (index for one_of_each in zip_longest(*pools) for index in one_of_each if index is not None)
     drawn = [index for index, _ in zip(rounds, range(size), strict=False)]
@@ -94,7 +93,7 @@ def class_balanced(examples: Sequence[Example], labels: Sequence[str], size: int
 
 
 def _pools(examples: Sequence[Example], labels: Sequence[str], seed: int) -> list[tuple[list[int], str]]:
-    """The shuffled indices of each class, by label name, with the words an error names the class by."""
+    """The shuffled indices of each class, sorted by label, with the name of the class for messages."""
     if not labels:
         return [(_shuffled(range(len(examples)), f"{seed}/open-ended"), "the task")]
     members: dict[str, list[int]] = {label: [] for label in sorted(labels)}
@@ -110,8 +109,8 @@ def _shuffled_choice(examples: Sequence[Example], drawn: list[int], seed: str) -
 
 
 def _shuffled(items: Sequence[Item], seed: str) -> list[Item]:
-    # Python promises the same numbers from random() in every version, but not the same shuffle() or sample(). A text
-    # seeds the generator through SHA-512, not through hash(), which differs from process to process.
+    # Python guarantees random() across versions, but not shuffle() or sample(). A str seed goes through SHA-512, not
+    # through hash(), which differs between processes.
     generator = random.Random(seed)
     keys = [generator.random() for _ in items]
     return [items[position] for position in sorted(range(len(items)), key=keys.__getitem__)]

@@ -1,7 +1,7 @@
-"""Rows of the user's files, one at a time: CSV, TSV, JSON lines, JSON lists, parquet, plain text; each also as .gz.
+"""Read the rows of the user's files one at a time: CSV, TSV, JSON lines, JSON lists, parquet, plain text, or .gz.
 
-CSV goes through Python's own `csv`, since pandas fills a row that is too short and pyarrow closes a quote that was left
-open, both without a word; JSON through `json`, since both make numbers of other kinds where a column has gaps.
+`csv` and `json` of the standard library read text formats: pandas silently fills short rows, pyarrow silently closes an
+open quote, and both change the number types of columns with gaps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, object]
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json-lines")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".ndjson", ".json-lines", ".parquet")
-"""What a table's name ends in, with or without .gz behind it."""
+"""Suffixes of tables, each optionally followed by .gz."""
 TEXT_SUFFIXES = (".txt", "")
 STANDARD_INPUT = "-"
 
@@ -46,11 +46,11 @@ _ENCODINGS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xf
 
 @dataclass(frozen=True)
 class Table:
-    """A file of rows; every iteration reads it from its beginning and holds a few rows at a time, a JSON list excepted.
+    """A file of rows. Each iteration reads it from the start, a few rows at a time, except that a JSON list is whole.
 
-    `separator` is that of a CSV or TSV file, found out where None. With `texts`, the name of a column, a plain text
-    file is a table too: a row a line, which a line feed ends. Iterating yields (where the row stands, its values by
-    column), and raises `InputError` for what cannot be read.
+    `separator` is that of a CSV or TSV file; None detects it. With `texts`, the name of a column, a plain text file is
+    a table too, one row a line. Iterating yields (where the row stands, its values by column), and raises `InputError`
+    for data that cannot be read.
     """
 
     path: FilePath
@@ -58,7 +58,7 @@ class Table:
     texts: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        """Each row as (where it stands, values by column); empty lines of CSV and JSON lines are no rows."""
+        """Each row as (where it stands, values by column); empty lines of CSV and JSON lines are skipped."""
         file, suffix = self._file, self._suffix
         with _readable(file):
             if suffix == ".parquet":
@@ -74,7 +74,7 @@ class Table:
 
     @cached_property
     def class_names(self) -> dict[str, tuple[str, ...]]:
-        """The names of the integers 0, 1, … of the columns for which a parquet file of `datasets` has them."""
+        """Names of the integers 0, 1, … of each class column, from a parquet file that `datasets` wrote."""
         if self._suffix != ".parquet":
             return {}
         with _readable(self._file), _parquet(self._file) as parquet:
@@ -99,31 +99,31 @@ class Table:
         if self.texts and self.path == STANDARD_INPUT:
             return _standard_input()
         file = located(self.path)
-        # A pipe can be read but once.
+        # A pipe can be read only once.
         return _Piped(file.read_bytes(), str(file)) if isinstance(file, Path) and file.is_fifo() else file  # type: ignore[return-value]
 
 
 def located(path: FilePath) -> Traversable:
-    """A path of any kind as one that can be opened; ~ is the home folder."""
+    """A path of any kind as one that can be opened, with ~ expanded."""
     return at_home(path) if isinstance(path, str | os.PathLike) else path
 
 
 def suffix_of(path: FilePath) -> str:
-    """The suffix that says what is in a file, in lower case: that before .gz, if there is one."""
+    """The suffix of a file's format, in lower case, without .gz."""
     name = located(path).name.lower()
     return "" if name == STANDARD_INPUT else Path(name.removesuffix(".gz")).suffix
 
 
 def is_table(path: FilePath) -> bool:
-    """Whether a name is that of a table."""
+    """True if the name has the suffix of a table."""
     return suffix_of(path) in SUFFIXES
 
 
 def parse_json(content: str, file: object, first_line: int = 1) -> object:
-    """A JSON text as Python values.
+    """Parse JSON.
 
     Raises:
-        InputError: it is broken, repeats a name within an object, or holds half of a surrogate pair.
+        InputError: it is invalid, repeats a name within an object, or holds half of a surrogate pair.
     """
     try:
         value = json.loads(content, object_pairs_hook=_object)
@@ -133,7 +133,7 @@ def parse_json(content: str, file: object, first_line: int = 1) -> object:
     except _Repeated as error:
         raise InputError(f'{file}, line {first_line} has two values for "{error}": keep one of them') from error
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits or objects nested thousands deep: valid JSON that Python refuses to build.
+        # Valid JSON that Python cannot represent: a number of thousands of digits, or nesting thousands deep.
         raise InputError(f"{file}, line {first_line} is JSON that cannot be read ({error}): simplify it") from error
     if "\\u" in content:
         _refuse_surrogates(value, f"{file}, line {first_line}")
@@ -141,18 +141,18 @@ def parse_json(content: str, file: object, first_line: int = 1) -> object:
 
 
 def read_text(file: Traversable) -> str:
-    """A whole file as text."""
+    """The whole file as text."""
     with _readable(file), _text_stream(file) as stream:
         return stream.read()
 
 
 class _Repeated(Exception):
-    """An object names something twice."""
+    """A JSON object has a name twice."""
 
 
 @dataclass(frozen=True)
 class _Piped:
-    """What was piped in, as a file that can be read several times."""
+    """Piped content as a file that can be read several times."""
 
     content: bytes
     name: str = STANDARD_INPUT
@@ -174,7 +174,7 @@ def _standard_input() -> Any:
 
 @contextmanager
 def _readable(file: Traversable) -> Iterator[None]:
-    """One sentence for a file that is not there, cannot be opened, or does not hold what its name says."""
+    """Raise `InputError` if the file does not exist, cannot be opened, or does not match its suffix."""
     if not file.is_file():
         raise InputError(f"{file} does not exist or is not a file: check the path")
     try:
@@ -185,7 +185,7 @@ def _readable(file: Traversable) -> Iterator[None]:
             encoding = error.encoding.upper()
             raise InputError(f"{where} is not {encoding} text: save the file with UTF-8 encoding") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{file} is no whole gzip file ({error}): copy or compress it again") from error
+        raise InputError(f"{file} is not a complete gzip file ({error}): copy or compress it again") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror or error}): check its permissions") from error
 
@@ -210,7 +210,7 @@ def _stream(file: Traversable) -> io.BufferedReader:
 
 @contextmanager
 def _text_stream(file: Traversable, newline: str = "\n") -> Iterator[io.TextIOWrapper]:
-    """The text of a file, in the encoding that its byte-order mark says, else in UTF-8."""
+    """The text of a file, in the encoding of its byte-order mark, else in UTF-8."""
     with _stream(file) as stream:
         start = stream.peek(4)[:4]
         encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
@@ -228,7 +228,7 @@ def _first_character(file: Traversable) -> str:
 
 
 def _text_rows(file: Traversable, column: str) -> Iterator[tuple[str, Row]]:
-    """A row a line; blank lines between texts are rows, those at the end are not."""
+    """One row a line; blank lines between texts are rows, blank lines at the end are not."""
     blank: list[tuple[str, Row]] = []
     with _text_stream(file) as stream:
         for line, text in enumerate(stream, start=1):
@@ -256,7 +256,7 @@ def _list_rows(file: Traversable) -> Iterator[tuple[str, Row]]:
 
 def _as_row(value: object, where: str, form: str) -> tuple[str, Row]:
     if not isinstance(value, dict):
-        raise InputError(f"{where} holds no JSON object: write one {form}")
+        raise InputError(f"{where} is not a JSON object: write one {form}")
     return where, value
 
 
@@ -276,7 +276,7 @@ def _refuse_surrogates(value: object, where: str) -> None:
 
 
 def _csv_rows(file: Traversable, separator: str | None) -> Iterator[tuple[str, Row]]:
-    # The limit is 128 KiB a cell otherwise; it holds for the process, where no reader of ours needs one.
+    # The default is 128 KiB per cell, for the whole process; none of our readers needs a limit.
     csv.field_size_limit(2**31 - 1)
     separator = separator or _sniffed(file)
     header: list[str] | None = None
@@ -285,7 +285,7 @@ def _csv_rows(file: Traversable, separator: str | None) -> Iterator[tuple[str, R
         records = csv.reader(stream, delimiter=separator, strict=True)
         try:
             for record in records:
-                # The reader has passed the end of the record, which may span lines; the user looks for its beginning.
+                # `line_num` is the last line of the record, which may span lines; report its first.
                 where, line = f"{file}, line {line}", records.line_num + 1
                 if _is_empty_line(record):
                     continue
@@ -306,12 +306,12 @@ def _csv_rows(file: Traversable, separator: str | None) -> Iterator[tuple[str, R
 
 
 def _is_empty_line(record: Sequence[str]) -> bool:
-    """Whether a line has nothing but blanks; a pair of quotes is an empty cell."""
+    """True if a line has only blanks; a pair of quotes is an empty cell."""
     return not record or (len(record) == 1 and record[0] != "" and not record[0].strip(" \t"))
 
 
 def _header(record: Sequence[str], where: str) -> list[str]:
-    """The names of the columns; those without one are called as pandas calls them."""
+    """The names of the columns; unnamed ones get pandas' names."""
     names = [name.strip() or f"Unnamed: {position}" for position, name in enumerate(record)]
     refuse_repeated(names, where)
     return names
@@ -332,7 +332,7 @@ def _separator(named: str | None) -> str | None:
 
 
 def _sniffed(file: Traversable) -> str:
-    """The separator by which the first rows have as many cells as the header, and the header the most."""
+    """The separator that gives the first rows as many cells as the header, and of these the most cells."""
     with _text_stream(file, newline="") as stream:
         sample = stream.read(_SAMPLE)
     whole = sample if len(sample) < _SAMPLE else sample[: sample.rfind("\n") + 1] or sample
@@ -356,7 +356,7 @@ def _parquet(file: Traversable) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     with _stream(file) as stream:
-        # Parquet is read from its end, so that a compressed one has to be unpacked first.
+        # Reading parquet starts at its end, so a compressed file must be decompressed first.
         packed = file.name.lower().endswith(".gz")
         source = pyarrow.BufferReader(stream.read()) if packed or not stream.seekable() else stream
         try:

@@ -1,4 +1,4 @@
-"""What a task is: a template, the label words that answer it, and labelled examples."""
+"""Define a task: a template, the label words that answer it, and labelled examples."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """How a text becomes a prompt and which words answer it.
+    """A template that turns a text into a prompt, and the label words that answer it.
 
-    The template names columns of the data in braces. `{text}` is the column `text_column` and the answer is in
-    `label_column`: text and label where they are not given, prompt and completion without labels. Without labels the
-    task is open-ended: its examples are prompt and completion pairs. Raises `InputError` for a template or labels that
-    cannot work.
+    The template names columns of the data in braces. `{text}` stands for `text_column`; the answer is in
+    `label_column`. Their defaults are text and label. Without labels the task is open-ended: its examples are pairs,
+    and the default columns are prompt and completion. Raises `InputError` for a template or labels that cannot work.
     """
 
     name: str
@@ -56,12 +55,12 @@ class Task:
 
     @property
     def open_ended(self) -> bool:
-        """Whether the task has no label set."""
+        """True if the task has no label set."""
         return not self.labels
 
     @cached_property
     def columns(self) -> Columns:
-        """Which columns of a row make its text and its label."""
+        """The columns of a row for its text and its label."""
         return Columns(self.parts, self.text_column, self.label_column, pairs=self.open_ended)
 
     @cached_property
@@ -70,34 +69,34 @@ class Task:
         return Template.parse(self.template)
 
     def text_of(self, row: str | Mapping[str, object], where: str = "the row") -> str:
-        """The text of a row of data, by the columns of the template; a task of one column takes a text as it is.
+        """The text of a row of data; with a single column in the template, `row` may be the text itself.
 
-        With several columns it is their values with what the template has between them. Raises `InputError` for a row
-        without a column of the template, or without any text.
+        With several columns, the text is their values joined by the template's literals between them. Raises
+        `InputError` for a row that lacks a column of the template, or has no text.
         """
         if not isinstance(row, str):
             return self.columns.text(row, where)
         if len(self.parts.slots) > 1:
             raise InputError(
-                f"{where} is one text, but the template asks for the columns {', '.join(self.columns.names)}: give a "
-                "value of each by its name"
+                f"{where} is one text, but the template has the columns {', '.join(self.columns.names)}: give a value "
+                "of each by its name"
             )
         return row
 
     def prompt(self, text: str) -> str:
-        """The template around a text as `text_of` makes it; braces in the text stay as they are."""
+        """The template around a text from `text_of`; braces in the text are literal."""
         return self.parts.head + text + self.parts.tail
 
     def target(self, label: str) -> str:
-        """What follows the prompt: the label with its leading space, or an open-ended task's completion as written."""
+        """The text after the prompt: the label with a leading space, or the unchanged completion of a pair."""
         return label if self.open_ended else " " + label
 
     def demonstration(self, example: Example) -> str:
-        """Prompt, label and line end: one example as it stands before the prompt to be answered."""
+        """One example as a demonstration: prompt, label and newline."""
         return self.prompt(example.text) + self.target(example.label) + "\n"
 
     def to_dict(self) -> dict[str, object]:
-        """The task as JSON values: its fields, and the columns that its template asks for."""
+        """The task as JSON values: its fields, and the columns of its template."""
         return {
             "name": self.name,
             "template": self.template,
@@ -111,8 +110,8 @@ class Task:
     def from_dict(cls, values: Mapping[str, object]) -> Task:
         """The task of a JSON object with name, template, labels and the two columns; other keys are ignored.
 
-        With an empty list of labels the task is open-ended and the template may be left out. Raises `InputError` for
-        a missing key or a wrong value.
+        With an empty list of labels the task is open-ended, and the template is optional. Raises `InputError` for a
+        missing key or a wrong value.
         """
         if not isinstance(values, Mapping):
             raise InputError(f'a task must be a JSON object with "name", "template" and "labels", not {values!r}')
@@ -120,7 +119,7 @@ class Task:
         missing = [key for key in required if key not in values]
         if missing:
             raise InputError(f"the task has no {_quoted(missing)}: add it (labels: [] for prompt and completion pairs)")
-        # The values may be of any JSON type here; the checks on construction refuse the wrong ones.
+        # The values may have any JSON type; the constructor checks them.
         columns = {name: values[name] for name in ("text_column", "label_column") if name in values}
         return cls(values["name"], values.get("template", TEXT_SLOT), values["labels"], **columns)  # type: ignore[arg-type]
 
@@ -142,20 +141,18 @@ def _check_name(name: object) -> None:
 
 def _check_template(template: object, open_ended: bool) -> None:
     if not isinstance(template, str):
-        raise InputError(f"the template of a task must be a text that contains {TEXT_SLOT}, not {template!r}")
+        raise InputError(f"the template of a task must be a text with {TEXT_SLOT}, not {template!r}")
     _check_encodable(template, "the template")
     slots = Template.parse(template).slots
     if not slots:
         raise InputError(
-            f"the template {template!r} contains {TEXT_SLOT} 0 times: it must contain it, or others, exactly once"
+            f"the template {template!r} has no {TEXT_SLOT}: put it, or other columns in braces, where the data goes"
         )
     for slot in slots:
         if (times := slots.count(slot)) > 1:
-            raise InputError(
-                f"the template {template!r} contains {{{slot}}} {times} times: it must contain it exactly once"
-            )
+            raise InputError(f"the template {template!r} has {{{slot}}} {times} times: use it once")
     if template != template.rstrip() and not open_ended:
-        # The label brings its own leading space, which is part of its first token.
+        # The label's first token includes its leading space.
         raise InputError(
             f"the template {template!r} ends in whitespace: remove it, the label adds its own leading space"
         )

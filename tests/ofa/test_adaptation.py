@@ -64,7 +64,7 @@ def test_rows_of_several_columns_are_predicted_by_name(tiny_model):
     adaptation = adapted(tiny_model, data, epochs=1)
     by_row = adaptation.predict_proba(rows)
     torch.testing.assert_close(by_row, adaptation.predictor.predict_proba([f"p{n} / h{n}" for n in range(4)]))
-    with pytest.raises(InputError, match="text 1 is one text, but the template asks for the columns premise, text"):
+    with pytest.raises(InputError, match="text 1 is one text, but the template has the columns premise, text"):
         adaptation.predict(["h0"])
 
 

@@ -197,7 +197,7 @@ REFUSALS: dict[str, Case] = {
         lambda p, here: [
             *(p.adapters[0], "--data", p.test, "--linear-probe", write_rows(here / "one.jsonl", [("a", "objective")]))
         ],
-        ("'subjective' is among the 1 to train the linear probe on", "give some of every label"),
+        ("of the linear probe have none of the label 'subjective'", "give some of every label"),
     ),
     "too few demonstrations": (
         lambda p, here: [p.adapters[0], "--data", p.test, "--demonstrations", p.here / "train.jsonl", "--shots", 9],

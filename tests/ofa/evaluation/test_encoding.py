@@ -1,4 +1,4 @@
-"""Texts to token ids: what is cut, what is never cut, and what a label is behind a prompt."""
+"""Encoding: what is cut, what is never cut, and the tokens of a label after a prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLES = [
 
 
 def byte_level_tokenizer():
-    """Like GPT-2's: the space belongs to the word behind it, and nothing is put in front of a text."""
+    """Like GPT-2's: a space belongs to the next word, and no special token is put in front of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +48,7 @@ def byte_level_tokenizer():
 
 
 def sentencepiece_tokenizer():
-    """Like Llama-2's: the first word of a text is marked as if a space preceded it, and BOS is put in front."""
+    """Like Llama-2's: a space is added before the first word of a text, and BOS is put in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +77,7 @@ def text_of(tokenizer, ids):
 
 @pytest.mark.parametrize("label", TASK.labels)
 def test_a_label_is_what_it_adds_to_a_prompt(tokenizer, label):
-    # Protects the score: ids of the bare word, without the space that precedes it, are other tokens.
+    # Protects the score: the bare word, without its leading space, has other tokens.
     prompt = TASK.prompt("some quite different film")
     added = label_token_ids(tokenizer, TASK)[label]
     assert tokenizer(prompt)["input_ids"] + list(added) == tokenizer(prompt + " " + label)["input_ids"]
@@ -93,7 +93,7 @@ def test_whole_words_are_scored_only_where_first_tokens_collide(ids, whole):
 
 
 def test_a_label_that_merges_with_the_template_is_refused():
-    # Protects the prompt: its last token would not be the one the model reads before the label.
+    # Protects the prompt: its last token must be the one that the model reads before the label.
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ def test_a_label_that_merges_with_the_template_is_refused():
 
 @pytest.mark.parametrize("labels", [("is", "is a"), ("film", "far", "film and far")], ids=" / ".join)
 def test_words_that_are_scored_whole_end_as_in_a_demonstration(tokenizer, labels):
-    """Otherwise a label whose tokens begin another one's is always the more probable of the two."""
+    """Otherwise a label that is a prefix of another is always more probable."""
     task = Task("t", TASK.template, labels)
     ids = label_token_ids(tokenizer, task)
     assert scores_whole_words(ids)
@@ -128,18 +128,18 @@ def test_a_label_that_begins_another_is_refused_where_the_tokenizer_has_no_line_
 
 
 def test_labels_that_are_the_same_tokens_are_refused():
-    # Protects against a task that no model can answer: nothing tells the two labels apart.
+    # Protects against a task that no model can answer: the two labels always score the same.
     from tokenizers import normalizers
 
     tokenizer = byte_level_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(InputError, match="are the same tokens"):
+    with pytest.raises(InputError, match="have the same tokens"):
         label_token_ids(tokenizer, Task(name="t", template="{text}:", labels=("Yes", "yes")))
 
 
 @pytest.mark.parametrize("window", [24, 30, 41, 60])
 def test_truncation_keeps_the_template_and_the_end_of_the_text(tokenizer, window):
-    # Protects the question itself: cutting the ids instead of the text would lose the template at one of its ends.
+    # Protects the template: cutting ids instead of the text would remove one end of it.
     encoder = Encoder(tokenizer, TASK, window)
     room = max(len(ids) for ids in encoder.labels.values())
     text = " ".join([WORDS] * 5)
@@ -150,7 +150,7 @@ def test_truncation_keeps_the_template_and_the_end_of_the_text(tokenizer, window
     kept = shown.removeprefix("Review: ").removesuffix("\nSentiment:")
     assert kept
     assert text.endswith(kept.strip())
-    # One more character can cost two tokens, as a word is split anew.
+    # One more character can cost two tokens, because it changes how a word is split.
     assert window - room - 1 <= len(ids) <= window - room
     assert encoder.truncated == 1
 
@@ -162,7 +162,7 @@ def test_a_text_that_fits_is_left_alone_and_not_counted(tokenizer):
 
 
 def test_room_and_demonstrations_are_taken_from_the_window(tokenizer):
-    # Protects against positions the model does not have: everything must fit together.
+    # Protects against positions beyond the window: prompt, label and demonstrations must fit together.
     encoder = Encoder(tokenizer, TASK, 120)
     demonstrations = encoder.encode_demonstrations(EXAMPLES[:2])
     ids = encoder.encode_prompt(" ".join([WORDS] * 9), demonstrations=demonstrations, room=7)
@@ -172,9 +172,9 @@ def test_room_and_demonstrations_are_taken_from_the_window(tokenizer):
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_text_is_refused_and_named(text):
     encoder = Encoder(byte_level_tokenizer(), TASK, 100)
-    with pytest.raises(InputError, match="blanks in the text to encode"):
+    with pytest.raises(InputError, match="the text to encode is blank"):
         encoder.encode_prompt(text)
-    with pytest.raises(InputError, match="blanks in text 2 of 2"):
+    with pytest.raises(InputError, match="text 2 of 2 is blank"):
         encoder.encode_prompts(["fine", text])
 
 
@@ -189,7 +189,7 @@ def test_an_unknown_label_is_refused():
 
 
 def test_demonstrations_and_prompt_are_the_tokens_of_the_whole_text(tokenizer):
-    # Protects in-context learning: one BOS in all, and no space that the whole text does not have.
+    # Protects in-context learning: a single BOS, and no extra spaces at the seams.
     encoder = Encoder(tokenizer, TASK, None)
     demonstrations = encoder.encode_demonstrations(EXAMPLES)
     prompt = encoder.encode_prompt("a slow film", demonstrations=demonstrations)
@@ -200,7 +200,7 @@ def test_demonstrations_and_prompt_are_the_tokens_of_the_whole_text(tokenizer):
 
 @pytest.mark.parametrize("window", [30, 45, 60, 70])
 def test_demonstrations_are_dropped_from_the_front_with_classes_balanced(window, caplog):
-    # Protects the priors of in-context learning: a class that is shown less often is predicted less often.
+    # Protects the priors of in-context learning: a class shown less often is predicted less often.
     tokenizer = byte_level_tokenizer()
     encoder = Encoder(tokenizer, TASK, window)
     with caplog.at_level(logging.WARNING):
@@ -238,7 +238,7 @@ def test_the_completion_of_an_open_ended_task_has_the_tokens_of_the_whole_text(t
     [("2+2=", "4"), ("def f():\n", "    return 1\n"), ("It is ", "funny"), ("It is fun", "ny\n\n")],
 )
 def test_a_pair_is_trained_as_it_is_written(prompt, completion):
-    """Nothing is put between prompt and completion, and the prompt has the tokens that it is completed from."""
+    """Prompt and completion are not separated, and the prompt has the same tokens as in generation."""
     tokenizer = byte_level_tokenizer()
     encoder = Encoder(tokenizer, OPEN, None)
     encoded = encode_example(encoder, Example(prompt, completion))
@@ -256,7 +256,7 @@ def test_a_prompt_that_is_cut_keeps_the_blanks_at_its_end():
 
 @pytest.mark.parametrize("window", [None, 24])
 def test_training_rows_end_in_their_labels(tokenizer, window):
-    """Only the label's tokens are learned, and a long text makes room for them instead of losing them."""
+    """Only the label's tokens have a loss, and a long text is cut so that they fit."""
     encoder = Encoder(tokenizer, TASK, window)
     for example, row in zip(EXAMPLES, encoder.training_rows(EXAMPLES), strict=True):
         label = encoder.encode_target(example.label)

@@ -1,4 +1,4 @@
-"""Scores depend on neither batch, padding nor cache, and an evaluation leaves the model as it was."""
+"""Scores do not depend on batch, padding or cache, and an evaluation restores the model's state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def next_log_probabilities(model, ids):
 
 
 def by_hand(model, tokenizer, task, texts, before=""):
-    """One text at a time, one label at a time, one token at a time: no batch, no padding, no cache."""
+    """Oracle: one text, one label, one token at a time; no batch, no padding, no cache."""
     label_ids = label_token_ids(tokenizer, task)
     whole = len({ids[0] for ids in label_ids.values()}) < len(label_ids)
     rows = []
@@ -96,7 +96,7 @@ FAMILIES += [("dynamic llama", False), ("bloom", False)]
 @pytest.mark.parametrize(("family", "reuses"), FAMILIES)
 @pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
 def test_demonstrations_from_a_shared_cache_score_like_the_whole_text(tokenizer, family, reuses, task):
-    # Protects positions and masks behind a cache, for every way a family counts positions, and the fall-back.
+    # Protects positions and masks after a cached prefix, for every way a family counts positions, and the fall-back.
     model = build(family, len(tokenizer))
     shots = [Example(shot.text, task.labels[index]) for index, shot in enumerate(SHOTS)]
     before = "".join(task.demonstration(shot) for shot in shots)
@@ -111,7 +111,7 @@ def test_demonstrations_from_a_shared_cache_score_like_the_whole_text(tokenizer,
 
 
 def test_demonstrations_are_computed_once_and_left_as_they_were(llama, tokenizer):
-    # Protects the cost of in-context learning, and later batches from the keys of earlier ones.
+    # Protects the cost of in-context learning, and the shared keys against appends by earlier batches.
     seen = []
     handle = llama.model.embed_tokens.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     scorer = Scorer(llama, tokenizer, TASK, demonstrations=SHOTS, batch_size=1)
@@ -123,7 +123,7 @@ def test_demonstrations_are_computed_once_and_left_as_they_were(llama, tokenizer
 
 
 def test_weights_changed_between_two_calls_are_seen(llama, tokenizer):
-    # Protects probing during training: keys of the old weights must not be read.
+    # Protects evaluation during training: keys cached with old weights must not be reused.
     scorer = Scorer(llama, tokenizer, TASK, demonstrations=SHOTS)
     scorer.log_probabilities(TEXTS)
     with torch.no_grad():
@@ -135,18 +135,18 @@ def test_weights_changed_between_two_calls_are_seen(llama, tokenizer):
 def test_labels_that_share_a_first_token_are_scored_by_the_whole_word_and_it_is_said_once(llama, tokenizer, caplog):
     assert len(first_tokens(tokenizer, COLLIDING)) < len(COLLIDING.labels)
     assert len({len(ids) for ids in label_token_ids(tokenizer, COLLIDING).values()}) > 1
-    evaluation._say_that_words_are_scored_whole.cache_clear()
+    evaluation._warn_of_whole_words.cache_clear()
     with caplog.at_level(logging.WARNING):
         scorer = Scorer(llama, tokenizer, COLLIDING, batch_size=3)
         Scorer(llama, tokenizer, COLLIDING)
-    assert caplog.text.count("scored by the whole word") == 1
+    assert caplog.text.count("scored by whole words") == 1
     assert scorer.mode == "whole word"
     assert_same_scores(scorer.log_probabilities(TEXTS), by_hand(llama, tokenizer, COLLIDING, TEXTS))
 
 
 @pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
 def test_the_vocabulary_is_projected_only_where_it_is_read(llama, tokenizer, monkeypatch, task):
-    # Protects memory (all tokens × vocabulary is the largest tensor of a pass) and the models that cannot choose.
+    # Protects memory (tokens × vocabulary is the largest tensor of a forward), and models without logits_to_keep.
     projected = []
     handle = llama.lm_head.register_forward_hook(lambda _, inputs, __: projected.append(inputs[0].shape[1]))
     chosen = Scorer(llama, tokenizer, task, batch_size=4).log_probabilities(TEXTS)
@@ -169,7 +169,7 @@ def test_the_vocabulary_is_projected_only_where_it_is_read(llama, tokenizer, mon
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_modes_and_gradient_flags_are_as_before(llama, tokenizer, fails):
-    # Protects the training loop that evaluates in between, also when the evaluation breaks off.
+    # Protects the training loop that evaluates between epochs, also if the evaluation fails.
     llama.train()
     llama.model.layers[1].eval()
     llama.lm_head.weight.requires_grad_(False)
@@ -190,7 +190,7 @@ def test_modes_and_gradient_flags_are_as_before(llama, tokenizer, fails):
     assert all(parameter.grad is None for parameter in llama.parameters())
 
 
-def test_a_prompt_tuned_model_is_read_behind_its_virtual_tokens(llama, tokenizer):
+def test_a_prompt_tuned_model_is_read_after_its_virtual_tokens(llama, tokenizer):
     # Protects the soft-prompt baseline: its logits are shifted by the virtual tokens.
     from peft import PromptTuningConfig, get_peft_model
 
@@ -246,7 +246,7 @@ def test_generation_is_greedy_and_padding_does_not_change_it(llama, tokenizer, s
 
 
 def test_open_ended_evaluation_compares_as_many_lines_as_the_truth_has(llama, tokenizer, monkeypatch):
-    """A line ends at a newline and nowhere else; blanks around an answer do not count."""
+    """Only a newline ends a line; blanks around an answer do not count."""
     answers = [" 19\nQuestion: 3 + 4", "London", "a\u2028bank\nand"]
     monkeypatch.setattr(Scorer, "generate", lambda *_, **__: answers)
     examples = [*OPEN_EXAMPLES[:2], Example("who", "\na\u2028bank\n")]
@@ -260,7 +260,7 @@ def test_open_ended_evaluation_compares_as_many_lines_as_the_truth_has(llama, to
     assert result.mode == "completion"
 
 
-def test_open_ended_evaluation_runs_from_end_to_end(llama, tokenizer):
+def test_open_ended_evaluation_end_to_end(llama, tokenizer):
     calls = []
     result = evaluate(llama, tokenizer, OPEN, OPEN_EXAMPLES, batch_size=2, progress=lambda *call: calls.append(call))
     assert calls == [(2, 3), (3, 3)]
@@ -286,8 +286,8 @@ def test_evaluation_puts_scores_and_metrics_together(llama, tokenizer):
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([], "not one example of task 'mood'"),
-        ([Example("fine", "positive"), Example(" ", "positive")], "blanks in text 2 of 2"),
+        ([], "task 'mood' has no example to evaluate on"),
+        ([Example("fine", "positive"), Example(" ", "positive")], "text 2 of 2 is blank"),
         ([Example("fine", "great")], "'great' is not a label"),
     ],
 )
@@ -298,19 +298,19 @@ def test_bad_examples_are_refused(llama, tokenizer, examples, message):
 
 @pytest.mark.parametrize("task", [TASK, COLLIDING, OPEN], ids=lambda task: task.name)
 def test_scores_that_are_not_numbers_are_refused(llama, tokenizer, task):
-    """The largest of several NaN is the first label, with exit code 0."""
+    """argmax of NaN scores would predict the first label without an error."""
     with torch.no_grad():
         llama.model.norm.weight[0] = float("nan")
     examples = [Example(text, (task.labels or TEXTS)[0]) for text in TEXTS]
-    with pytest.raises(InputError, match="scores that are not numbers"):
+    with pytest.raises(InputError, match="scores are not numbers"):
         evaluate(llama, tokenizer, task, examples)
     if not task.open_ended:
-        with pytest.raises(InputError, match="scores that are not numbers"):
+        with pytest.raises(InputError, match="scores are not numbers"):
             Scorer(llama, tokenizer, task).predict(TEXTS)
 
 
-def test_an_encoder_scores_nothing(tokenizer):
-    """Its causal head reads the prompt in both directions, and what follows it was never learned."""
+def test_an_encoder_is_refused(tokenizer):
+    """Its attention is bidirectional, so that it was never trained to continue a prompt."""
     with pytest.raises(InputError, match="is an encoder, which reads in both directions"):
         Scorer(families.build("bert"), tokenizer, TASK)
 

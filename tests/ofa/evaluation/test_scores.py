@@ -1,4 +1,4 @@
-"""Metrics are what their definitions say: numbers computed by hand, and independent loops."""
+"""Metrics against numbers computed by hand and independent loops."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_metrics_against_numbers_computed_by_hand():
 @pytest.mark.parametrize(
     ("truth", "predicted", "expected"),
     [
-        ("aabb", "aabb", 1.0),  # c is in neither: it has no F1 and does not count
+        ("aabb", "aabb", 1.0),  # c is in neither: it has no F1 and is left out
         ("aabb", "aabc", (1 + 2 / 3 + 0) / 3),  # c is predicted but never true: F1 0
         ("aabc", "aabb", (1 + 2 / 3 + 0) / 3),  # c is true but never predicted: F1 0
         ("cc", "ab", 0.0),
@@ -68,7 +68,7 @@ def test_calibration_error_by_hand():
 
 
 def test_negative_log_likelihood_by_hand():
-    """The mean of −ln p of the true label; a probability that underflowed to 0 counts as float32's smallest."""
+    """The mean of −ln p(true label); a probability that underflowed to 0 counts as the smallest of float32."""
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [1.0, 0.0]])
     result = metrics(probabilities[:2], ["a", "a"], ("a", "b"))
     assert result.negative_log_likelihood == pytest.approx(-(math.log(0.9) + math.log(0.2)) / 2, rel=1e-6)
@@ -101,9 +101,9 @@ def test_metrics_against_independent_loops(seed):
 @pytest.mark.parametrize(
     ("probabilities", "truth", "message"),
     [
-        (torch.empty(0, 2), [], "not one example"),
+        (torch.empty(0, 2), [], "there are no examples"),
         (torch.ones(1, 3), ["a"], "one column for each of the 2 labels"),
-        (torch.ones(1, 2), ["c"], "'c' is the label of an example"),
+        (torch.ones(1, 2), ["c"], "the label 'c' of an example"),
         (torch.tensor([[float("nan"), 1.0]]), ["a"], "not numbers"),
     ],
 )

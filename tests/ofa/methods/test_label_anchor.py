@@ -178,7 +178,7 @@ def test_labels_are_scored_behind_the_anchors(tiny_model, family, task):
 @pytest.mark.parametrize(
     ("family", "task", "message"),
     [
-        ("bloom", TASK, "a bloom model cannot go on from a part of its cache"),
+        ("bloom", TASK, "a bloom model cannot continue from a part of its cache"),
         ("dynamic llama", TASK, "a llama model cannot go on"),
         ("llama", OPEN, "task 'open' has no labels"),
     ],

@@ -50,8 +50,8 @@ PARTS = ["Sharpness $h$ per token of the attention", "Sharpness $h$ per token of
     ],
     ids=["everything", "no linear probe", "parallel branches", "layers only"],
 )
-def test_a_panel_is_drawn_for_all_that_was_measured(options, panels):
-    """One line per model in each, over the layers it has, named once for all in the legend."""
+def test_every_metric_has_a_panel(options, panels):
+    """One line per model in each panel, over its layers; one legend."""
     figure = probe_figure({"base model": made(**options), "adapter": made(seed=1, **options)}, "task")
     assert [axes.get_title(loc="left") for axes in figure.axes] == panels
     for axes in figure.axes:
@@ -64,7 +64,7 @@ def test_a_panel_is_drawn_for_all_that_was_measured(options, panels):
     assert legend.get_title().get_text().startswith("task")
 
 
-def test_a_line_is_what_was_measured():
+def test_lines_have_the_measured_values():
     probe = made()
     figure = probe_figure({"base model": probe}, "task")
     drawn = {axes.get_title(loc="left"): list(axes.lines[0].get_ydata()) for axes in figure.axes}
@@ -74,15 +74,15 @@ def test_a_line_is_what_was_measured():
     assert drawn[PARTS[1]] == pytest.approx(probe.steps["sublayer"].traces[1::2].mean(1).tolist())
 
 
-def test_what_guessing_gives_is_marked():
-    """At one over the number of labels, and at its negative logarithm."""
+def test_the_guessing_baseline_is_drawn():
+    """Accuracy at 1/labels, loss at ln(labels)."""
     accuracy, loss = probe_figure({"base model": made()}, "task").axes[:2]
     assert accuracy.lines[-1].get_ydata()[0] == pytest.approx(1 / LABELS)
     assert loss.lines[-1].get_ydata()[0] == pytest.approx(math.log(LABELS))
 
 
-def test_an_extreme_layer_gets_a_note_instead_of_room():
-    """The others are between 1 and 2: at the scale of −100 they would be one flat line."""
+def test_an_extreme_layer_is_replaced_by_a_note():
+    """The others are between 1 and 2, a flat line on a scale that includes −100."""
     probe = made()
     probe.steps["sublayer"].traces[1] = -100.0
     figure = probe_figure({"base model": probe}, "task")
@@ -102,7 +102,7 @@ def test_lines_are_told_apart_by_color_and_by_marker():
 
 
 @pytest.mark.parametrize("edge", ["one text", "no loss at all"])
-def test_edges_can_be_drawn(tmp_path, edge):
+def test_a_single_text_and_a_zero_loss_can_be_drawn(tmp_path, edge):
     """A single text has no band; a loss of exactly zero has no logarithm."""
     probe = made(texts=1 if edge == "one text" else TEXTS)
     if edge == "no loss at all":

@@ -1,4 +1,4 @@
-"""What `probe` measures is what the Scorer, the regularizers and a calculation by hand say, layer by layer."""
+"""`probe` agrees, layer by layer, with the Scorer, the regularizers and calculations by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUESTIONS = (Example("how many islands are there?", "Number"), Example("who wrot
 
 @pytest.fixture
 def unchanged(tiny_model):
-    """The tiny model as it is loaded, nearly all trainable, with modes of its own; the test must leave it the same."""
+    """A tiny model with mixed training modes and gradient flags; checks that the test restores them."""
     model, tokenizer = tiny_model
     model.train()
     model.model.layers[0].eval()
@@ -58,8 +58,8 @@ def encoded(tokenizer, task=TASK, examples=EXAMPLES):
 @pytest.mark.parametrize(
     ("task", "examples"), [(TASK, EXAMPLES), (WHOLE, QUESTIONS)], ids=["first token", "whole word"]
 )
-def test_behind_the_last_layer_the_lens_is_the_scorer(unchanged, task, examples, demonstrations, batch_size):
-    """Also by whole words, with demonstrations in front, and in any batches: accuracy, loss and every probability.
+def test_the_lens_after_the_last_layer_equals_the_scorer(unchanged, task, examples, demonstrations, batch_size):
+    """Accuracy, loss and every probability, also by whole words, with demonstrations and in other batches.
 
     Tolerance: the Scorer shares the key-value cache of prompts and demonstrations, the lens reads them whole.
     """
@@ -77,7 +77,7 @@ def test_behind_the_last_layer_the_lens_is_the_scorer(unchanged, task, examples,
 
 
 def test_whole_words_differ_from_first_tokens(tiny_model):
-    """The two labels of the whole-word task do share a token: otherwise the test above would test nothing new."""
+    """The two labels of the whole-word task share a token, so that the test above covers whole words."""
     encoder = Encoder(tiny_model[1], WHOLE, None)
     assert scores_whole_words(encoder.labels)
     assert len({word[:-1] for word in encoder.labels.values()}) > 1
@@ -85,7 +85,7 @@ def test_whole_words_differ_from_first_tokens(tiny_model):
 
 @torch.no_grad()
 def test_inner_layers_are_read_through_the_final_norm_and_the_head(tiny_model):
-    """By hand, from the hidden states that transformers collects, restricted to the first tokens of the labels."""
+    """Oracle: the hidden states that transformers collects, decoded by hand at the labels' first tokens."""
     model, tokenizer = tiny_model
     measured = probe(model, tokenizer, TASK, EXAMPLES).lens.log_probabilities
     ids, mask = encoded(tokenizer)
@@ -159,7 +159,7 @@ def test_the_sharpness_of_an_mlp_is_that_of_its_dense_jacobian(tiny_model):
     ids=["default", "every option"],
 )
 def test_both_granularities_are_what_the_regularizers_measure(unchanged, options):
-    """With the given options; a whole layer, which has no closed form, by hutchinson where the estimator needs one."""
+    """With the given options; a whole layer has no closed form, so hutchinson measures it."""
     model, tokenizer = unchanged
     measured = probe(model, tokenizer, TASK, EXAMPLES, **options)
     model.requires_grad_(False)
@@ -196,7 +196,7 @@ def test_batches_do_not_change_what_is_measured(tiny_model):
 
 
 def test_a_family_without_sublayer_boundaries_has_steps_of_layers(tiny_model):
-    """OPT with the norm behind the sum: one granularity, everything else as ever."""
+    """OPT with the norm after the residual sum: one granularity only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     size = {
@@ -249,7 +249,7 @@ def test_progress_counts_the_passes_of_all_texts(tiny_model):
 
 
 def test_an_interrupted_probe_leaves_the_model_as_it_was(unchanged):
-    """In the middle of a measured pass, and of the lens."""
+    """Interrupted during a measured pass, and during the lens."""
     for passes in (1, 7):
 
         def stop(done, total, passes=passes):
@@ -263,11 +263,11 @@ def test_an_interrupted_probe_leaves_the_model_as_it_was(unchanged):
 @pytest.mark.parametrize(
     ("task", "examples", "options", "message"),
     [
-        (TASK, (), {}, r"not one example of task 'mood' to probe with: give at least one"),
+        (TASK, (), {}, r"task 'mood' has no example to probe with: give at least one"),
         (Task("sums"), EXAMPLES, {}, r"'sums' has no labels.*`ofa evaluate` scores open-ended"),
         (TASK, (Example("warm", "good"),), {}, r"'good' is not a label of task 'mood': use one of negative, positive"),
-        (TASK, (Example(" ", "positive"),), {}, r"nothing but blanks in text 1 of 1"),
-        (TASK, EXAMPLES, {"training": SHOTS[:1]}, r"'negative' is among the 1 to train the linear probe on: give some"),
+        (TASK, (Example(" ", "positive"),), {}, r"text 1 of 1 is blank"),
+        (TASK, EXAMPLES, {"training": SHOTS[:1]}, r"of the linear probe have none of the label 'negative': give some"),
         (TASK, EXAMPLES, {"estimator": "guess"}, r"estimator must be one of auto, .*not 'guess'"),
         (TASK, EXAMPLES, {"batch_size": 0}, r"batch size is 0: give one of at least 1"),
     ],
@@ -282,7 +282,7 @@ def test_a_model_whose_steps_are_unknown_is_refused_with_what_still_works(tiny_m
     model, tokenizer = tiny_model
     for layer in model.model.layers:
         _renamed_attention(layer)
-    with pytest.raises(InputError, match=r"not recognized.*no module self_attn.*but `ofa evaluate` works"):
+    with pytest.raises(InputError, match=r"not recognized.*no module self_attn.*`ofa evaluate` does not"):
         probe(model, tokenizer, TASK, EXAMPLES)
 
 

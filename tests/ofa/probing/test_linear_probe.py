@@ -1,4 +1,4 @@
-"""The linear probe is the regularized logistic regression that its docstring says, solved to the end."""
+"""The linear probe solves the regularized logistic regression of its docstring to convergence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ofa.probing.linear_probe import linear_probe
 
 
 def newton(features, classes, tested):
-    """Binary logistic regression by Newton's method: another solver of the same problem, written for one weight vector.
+    """Oracle: binary logistic regression by Newton's method, for one weight vector.
 
     With two classes the best rows of W are w/2 and −w/2, so that ‖W‖²/(2m) is ‖w‖²/(4m).
     """
@@ -28,7 +28,7 @@ def newton(features, classes, tested):
 
 
 @pytest.mark.parametrize("count", [12, 80], ids=["fewer examples than features", "more examples than features"])
-def test_two_classes_are_newtons(count):
+def test_two_classes_agree_with_newtons_method(count):
     """Tolerance: the solver stops where no derivative exceeds 1e-7, and the curvature is at least 1/(2m)."""
     generator = torch.Generator().manual_seed(0)
     features, tested = (torch.randn(n, 20, dtype=torch.float64, generator=generator) for n in (count, 9))
@@ -39,8 +39,8 @@ def test_two_classes_are_newtons(count):
     assert told.dtype == torch.float32
 
 
-def test_several_classes_that_can_be_told_apart_are():
-    """And rows are distributions; a feature that never varies, and the scale of the others, change nothing."""
+def test_separable_classes_are_separated():
+    """Rows are distributions; constant features, and the scale of the others, do not matter."""
     centers = torch.eye(3).repeat_interleave(2, 1)
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(30) % 3

@@ -1,4 +1,4 @@
-"""The lens reads the residual stream behind every layer and decodes it exactly as the model decodes its own end."""
+"""The lens reads the residual stream after every layer and decodes it as the model decodes its last layer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ROWS = torch.arange(2)[:, None]
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CAUSAL)
-def test_it_reads_and_decodes_what_the_model_does(name):
-    """Inner states are those that transformers collects; behind the last layer the lens is the model itself.
+def test_states_and_logits_equal_the_model_s_own(name):
+    """Inner states equal those that transformers collects; after the last layer the lens equals the model's logits.
 
-    Whatever stands there: norms, projections, scales, soft-caps. Padding is on the right.
+    The families' final modules have norms, projections, scales and soft-caps. Padding is on the right.
     Tolerance: the same float32 operations on batches of another shape.
     """
     model, ids = families.build(name), families.inputs(name)["input_ids"]
@@ -34,14 +34,14 @@ def test_it_reads_and_decodes_what_the_model_does(name):
     assert state(model) == before
     expected = model(input_ids=ids, attention_mask=MASK, output_hidden_states=True)
     torch.testing.assert_close(told, expected.logits[ROWS, LAST].log_softmax(-1), rtol=1e-5, atol=1e-5)
-    # All but the last, which transformers hands out behind the final norm.
+    # Without the last state, to which transformers applies the final norm.
     hidden = torch.stack([layer[ROWS, LAST] for layer in expected.hidden_states[1:-1]])
     torch.testing.assert_close(states[:-1], hidden, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_inner_layers_go_through_the_final_norm_and_the_head():
-    """By hand for a Llama, at several positions, and in parts as in one piece."""
+    """Oracle: by hand for a Llama, at several positions, decoded in chunks and in one piece."""
     model, ids = families.build("llama"), families.inputs("llama")["input_ids"]
     lens = LogitLens(model, anatomy.find(model).layers)
     states = lens.states(ids, MASK, torch.tensor([[0, 5], [1, 3]]))

@@ -1,4 +1,4 @@
-"""That the embedded tasks measure what they say: enough examples, no duplicates, nothing that gives the label away."""
+"""The embedded tasks have enough examples, no duplicates, and no shortcut to the label."""
 
 from __future__ import annotations
 

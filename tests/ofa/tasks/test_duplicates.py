@@ -1,4 +1,4 @@
-"""What is in people's data twice is said once, with what and how often; everything else is left in peace."""
+"""Duplicates in the data are reported once, with an example and a count; nothing else is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEMPLATE = "Text: {text}\nLabel:"
 
 @pytest.fixture(autouse=True)
 def _said_nothing_yet():
-    duplicates._say.cache_clear()
+    duplicates._warn_once.cache_clear()
 
 
 def labelled(*labels):
@@ -36,11 +36,11 @@ def labelled(*labels):
 def test_labels_that_look_alike_are_shown_with_their_counts(caplog, labels, shown):
     warn_of_alike_labels(labelled(*labels), "data.csv")
     assert "labels of data.csv differ only in case, blanks, invisible characters or Unicode form" in caplog.text
-    assert f"a class of its own: {shown} write them alike" in caplog.text
+    assert f"a class of its own: {shown} spell labels" in caplog.text
 
 
 @pytest.mark.parametrize("labels", [("cafe", "caf\u00e9"), ("a", "\u0430"), ("1", "-1"), ("bug", "bugs"), ("c", "c++")])
-def test_labels_that_differ_otherwise_are_left_in_peace(caplog, labels):
+def test_labels_that_differ_visibly_are_not_reported(caplog, labels):
     warn_of_alike_labels(labelled(*labels), "data.csv")
     assert not caplog.text
 
@@ -59,8 +59,8 @@ A, B, OTHER = Example("a", "x"), Example("b", "x"), Example("a", "y")
         ([A, OTHER], True, []),
     ],
 )
-def test_texts_that_occur_again_are_said_with_an_example(caplog, examples, pairs, said):
-    """Once, however often the data is read; and one prompt may have several completions."""
+def test_repeated_texts_are_reported_with_an_example(caplog, examples, pairs, said):
+    """Once, even if the data is read again; one prompt may have several completions."""
     for _ in range(2):
         warn_of_duplicates(examples, "data.csv", pairs=pairs)
     assert len(caplog.messages) == len(said)
@@ -75,7 +75,7 @@ def test_test_texts_that_were_trained_on_are_counted(caplog):
     assert "2 of the 3 test texts of here are training texts too" in caplog.text
 
 
-def test_every_way_in_says_it_and_labels_that_were_given_are_not_doubted(caplog, tmp_path):
+def test_every_loader_reports_duplicates_but_not_of_given_labels(caplog, tmp_path):
     """A file with and without labels, the examples of a known task, and both parts of a folder."""
     rows = [("a", "Bug"), ("b", "bug"), ("b", "bug")]
     lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
@@ -91,7 +91,7 @@ def test_every_way_in_says_it_and_labels_that_were_given_are_not_doubted(caplog,
         lambda: load_task(tmp_path),
     ):
         caplog.clear()
-        duplicates._say.cache_clear()
+        duplicates._warn_once.cache_clear()
         load()
         said.append([words for words in ("differ only", "more than once", "test texts") if words in caplog.text])
     assert said == [

@@ -1,4 +1,4 @@
-"""Hub tasks where the hub is off, dead, silent or says no: a cached copy works, and else one sentence comes soon."""
+"""Hub tasks when the hub is off, unreachable, silent or refuses: the cache is used, else one sentence, quickly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.hub import running_hub
 from tests.ofa.command_line import TEMPLATE, ofa
 from tests.ofa.tasks.test_hub_tasks import parquet_split
 
-# Reads both kinds of task from the hub, then from the caches: asked to stay offline, and behind a dead line.
+# Reads both kinds of task from the hub, then from the caches: with offline=True, and without a connection.
 READ_THRICE = """
 import json, sys, time
 import huggingface_hub
@@ -56,7 +56,7 @@ def process(*arguments: object, home, endpoint: str) -> subprocess.CompletedProc
 
 
 def serve_tasks(hub, folder) -> None:
-    """SST-2 as lines of JSON, EmoContext as converted parquet files: the two ways in which data sets are read."""
+    """SST-2 as JSON lines, EmoContext as converted parquet files: the two ways to read data sets."""
     rows = [{"text": f"t{n}", "label": n % 2, "label_text": ("negative", "positive")[n % 2]} for n in range(6)]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     hub.add("datasets", "SetFit/sst2", {"train.jsonl": lines, "test.jsonl": lines})
@@ -68,7 +68,7 @@ def serve_tasks(hub, folder) -> None:
 
 
 def test_what_was_read_once_is_read_again_without_the_hub(tmp_path):
-    """The real client against a server; emo's files are named one by one, which the library's cache cannot find."""
+    """The real client against a server; `datasets` cannot find emo's individually named files in its cache."""
     with running_hub() as hub:
         serve_tasks(hub, tmp_path)
         done = process("-c", READ_THRICE, home=tmp_path / "home", endpoint=hub.url)
@@ -83,8 +83,8 @@ def test_what_was_read_once_is_read_again_without_the_hub(tmp_path):
         assert seconds < SECONDS
 
 
-def test_offline_asks_nobody_and_says_so_in_one_sentence(tmp_path):
-    """The command as a process. The hub is there and would answer, and is left alone: there is nothing to wait for."""
+def test_offline_sends_no_request_and_fails_in_one_sentence(tmp_path):
+    """The command as a process; the hub is running, so that any request would be counted."""
     with running_hub() as hub:
         serve_tasks(hub, tmp_path)
         arguments = ["-m", "ofa", "fit", "--data", "sst2", "--out", tmp_path / "out", "--offline"]
@@ -106,7 +106,7 @@ def empty_caches(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_questions(empty_caches, monkeypatch):
-    """Caches without anything in them, and a client that must not be used."""
+    """Empty caches, and a client that fails when used."""
 
     def asked(*_, **__):
         raise AssertionError("the hub was asked")
@@ -133,7 +133,7 @@ BY_ID = ["--data", "someone/data", "--template", TEMPLATE]
     ids=lambda value: " ".join(value[:-1]) if isinstance(value, list) else "",
 )
 def test_every_command_that_reads_tasks_stays_offline(arguments, named, no_questions, tmp_path):
-    """`--offline` of the command reaches whatever reads its data, and nothing is left behind."""
+    """`--offline` reaches everything that reads data, and writes no output."""
     out = [tmp_path / "out"] if arguments[-1] == "--out" else []
     refused = ofa(*arguments, *out, "--offline")
     assert refused.status == 2
@@ -144,8 +144,8 @@ def test_every_command_that_reads_tasks_stays_offline(arguments, named, no_quest
 
 
 @pytest.mark.parametrize("name", ["sst2", "emo"])
-def test_a_dead_line_is_tried_once(name, empty_caches, monkeypatch):
-    """The library would try six times; a sentence says what the system said, and what to do."""
+def test_a_refused_connection_is_tried_once(name, empty_caches, monkeypatch):
+    """`datasets` would retry six times; the sentence has the system's error and what to do."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.perf_counter()
     with pytest.raises(InputError, match=r"the hub cannot be reached: .*, and no copy of it is in the cache\): check"):
@@ -154,7 +154,7 @@ def test_a_dead_line_is_tried_once(name, empty_caches, monkeypatch):
 
 
 def test_a_silent_hub_is_not_waited_for(empty_caches, monkeypatch):
-    """A line that swallows what is sent, as behind some firewalls."""
+    """A server that accepts and never answers, like some firewalls."""
     import socket
 
     monkeypatch.setattr("ofa.hub.TIMEOUT", 0.2)
@@ -171,7 +171,7 @@ def test_the_environment_may_say_offline_too(no_questions, monkeypatch):
 
 
 def test_the_libraries_are_left_as_they_were(empty_caches):
-    """Offline is for this one reading: whoever uses the library beside us is not cut off, nor silenced."""
+    """Offline mode and quiet logging end with the read; other users of the library are not affected."""
     before = datasets.config.HF_HUB_OFFLINE, datasets.utils.logging.get_verbosity()
     with pytest.raises(InputError):
         load_hub_task("sst2", offline=True)

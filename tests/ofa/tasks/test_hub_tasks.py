@@ -1,4 +1,4 @@
-"""That the nine tasks of the paper read each hub repository's own layout and map its labels by name."""
+"""The nine tasks of the paper read each hub repository's layout and map its labels by name."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def parquet_split(name, split, *, names=True):
 
 
 def write_repository(folder, name, suffix=".jsonl"):
-    """A small local copy of the hub repository of a task: its files and columns, three rows per class and split."""
+    """A small local copy of a task's hub repository: its files and columns, three rows per class and split."""
     if name == "hatespeech18":
         write_rows(folder / f"train{suffix}", setfit_rows(HATE_SPEECH, "all"))
         return folder
@@ -262,13 +262,13 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 @pytest.fixture
 def reachable(monkeypatch):
-    """A hub that says of every data set that it has it."""
+    """A hub that has every data set."""
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, hub_id, timeout: None)
 
 
 @pytest.fixture
 def hub(reachable, monkeypatch):
-    """A stand-in for the hub that serves data sets in memory and keeps what it was asked for."""
+    """A stub of the hub that serves data sets in memory and records the requests."""
 
     class Hub:
         def __init__(self):
@@ -325,7 +325,7 @@ def test_the_hub_is_asked_for_the_documented_repository_and_never_to_run_its_cod
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it.\nMore."), OSError(""), RuntimeError("broken")])
-def test_a_line_that_breaks_says_how_to_work_offline(error, reachable, monkeypatch):
+def test_a_broken_connection_explains_how_to_work_offline(error, reachable, monkeypatch):
     def unreachable(*_, **__):
         raise error
 

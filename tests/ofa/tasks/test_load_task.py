@@ -1,4 +1,4 @@
-"""That one function finds a task by name or path, and that importing the package stays light."""
+"""`load_task` finds a task by name or path, and importing the package stays fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMPTY = TaskData(Task("stub"), ())
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """Loaders that only say what they were asked for."""
+    """Loaders that only record their arguments."""
     asked = []
     for loader in ("load_demo_task", "load_hub_task"):
         monkeypatch.setattr(ofa.tasks, loader, lambda name, kind=loader, **_: asked.append((kind, name)) or EMPTY)
@@ -71,7 +71,7 @@ def test_a_task_folder_wins_over_a_task_of_its_name_and_both_are_named(folder, s
         (".", "task.json does not exist"),
     ],
 )
-def test_anything_else_is_refused_with_what_there_is(name, complaint, tmp_path, monkeypatch):
+def test_anything_else_is_refused_with_the_known_tasks(name, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=complaint):
         load_task(name)
@@ -103,7 +103,7 @@ def test_columns_of_a_folder_are_those_of_its_task_unless_others_are_given(folde
 
 
 def test_importing_the_package_brings_in_no_heavy_library():
-    """`ofa --help` must answer at once; whatever `ofa` itself imports is not the tasks' doing."""
+    """`ofa --help` must be fast; modules that `ofa` itself imports do not count."""
     program = (
         "import sys, ofa; before = set(sys.modules); import ofa.tasks\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & (set(sys.modules) - before)))"

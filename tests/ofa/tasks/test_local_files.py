@@ -1,4 +1,4 @@
-"""What the readers of the user's own files accept, and that every refusal names the file, the line and the remedy."""
+"""The user's files: the formats that are accepted, and refusals that name file, line and remedy."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_supported_form_reads_the_same(write, name, content):
     ],
 )
 def test_prompt_and_completion_pairs_are_taken_as_written(write, name, content):
-    """Also where the completion is a number, or its blanks are its meaning."""
+    """Also a completion that is a number, or that starts with significant blanks."""
     pairs = [Example("2 + 2 =", "4"), Example("def f():\n", "  pass\n")]
     assert read_examples(write(name, content), open_ended=True) == pairs
     assert read_examples(write(name, content), task=Task("sums")) == pairs
@@ -104,20 +104,20 @@ def test_a_csv_text_may_span_lines_and_later_lines_are_still_counted_right(write
     ("name", "content", "complaint"),
     [
         ("a.txt", "text", 'unknown suffix ".txt": use .jsonl, .csv, .tsv, .json,'),
-        ("a.csv.gz", "text", "is no whole gzip file"),
-        ("a.csv.gz", gzip.compress(b"text,label\na,happy\n" * 999, mtime=0)[:60], "is no whole gzip file"),
+        ("a.csv.gz", "text", "is not a complete gzip file"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,happy\n" * 999, mtime=0)[:60], "is not a complete gzip file"),
         ("a.parquet", "text", "cannot be read as parquet"),
         ("a.csv", "text,label,text\na,happy,b\n", 'line 1 has two columns "text": rename one'),
         ("a.jsonl", '{"text": "a", "text": "b", "label": "happy"}\n', 'line 1 has two values for "text"'),
         ("a.json", '{"data":\n[]}', "line 1, column 9 is broken JSON"),
-        ("a.json", '["a"]', "item 1 holds no JSON object"),
+        ("a.json", '["a"]', "item 1 is not a JSON object"),
         ("a.csv", "text;label\na;b;happy\n", "separator ';' in double quotes, or name the right one with --separator"),
         ("a", "text", 'unknown suffix ""'),
         ("a.jsonl", "", "has no examples: add rows with text and label"),
         ("a.csv", "", "has no examples"),
         ("a.csv", "text,label\n", "has no examples"),
         ("a.jsonl", GOOD_LINE + '{"text": "b", "label"\n', "line 2, column 22 is broken JSON"),
-        ("a.jsonl", GOOD_LINE + "[1]\n", "line 2 holds no JSON object"),
+        ("a.jsonl", GOOD_LINE + "[1]\n", "line 2 is not a JSON object"),
         ("a.jsonl", "[" * 200_000 + "\n", "line 1 is JSON that cannot be read"),
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}\n", "line 1 is JSON that cannot be read"),
         ("a.jsonl", GOOD_LINE + '{"txt": "b", "label": "sad"}\n', 'line 2 has no column "text"'),
@@ -167,7 +167,7 @@ def test_an_unknown_label_is_refused_with_its_line_and_the_nearest_label(write):
     assert '"Hapy" is not one of the labels of the task (happy, sad), did you mean "happy"?' in message
 
 
-def test_a_cell_may_be_longer_than_the_csv_module_likes(write):
+def test_a_cell_may_exceed_the_csv_module_s_default_limit(write):
     assert (
         read_examples(write("a.csv", f"text,label\n{'long ' * 50_000},happy\n"))[0].text == ("long " * 50_000).strip()
     )
@@ -281,7 +281,7 @@ def test_a_task_folder_may_lack_test_examples(write):
 
 
 def test_a_task_folder_is_read_from_inside_an_archive(write, tmp_path):
-    """The package, and the demo tasks in it, may be imported from a zip file."""
+    """The package, with its demo tasks, may be imported from a zip file."""
     folder = task_folder(write, train_jsonl=GOOD_LINE)
     archive = shutil.make_archive(str(tmp_path / "tasks"), "zip", folder.parent, folder.name)
     zipped = zipfile.Path(archive).joinpath("task")

@@ -1,4 +1,4 @@
-"""Rows in memory are read as the same rows in a file are, whatever holds them."""
+"""Rows in memory, of any type, are read like the same rows in a file."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_every_form_gives_the_same_task_and_examples(tmp_path, form):
 
 @pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "splits"])
 def test_every_form_can_be_evaluated_on(tmp_path, form):
-    """The labels are those of the task, so that a wrong one is refused."""
+    """The labels must be those of the task."""
     task = Task("mood", TEMPLATE, ("good", "bad"))
     assert examples_from(form(tmp_path), task) == tuple(Example(*row) for row in ROWS)
 
 
 def test_other_columns_and_several_of_them():
-    """As in a file: named by the template, the text and label column by their options."""
+    """As in a file, the template names columns, and options name those of text and label."""
     rows = [
         {"premise": "it rains", "hypothesis": "it is wet", "gold": 1},
         {"premise": "a", "hypothesis": "b", "gold": 0},
@@ -97,7 +97,7 @@ def test_splits_are_training_and_test_examples():
             "row 4 of the DataFrame: the label is e",
         ),
         (pandas.DataFrame({"x": [1]}), TEMPLATE, 'row 0 of the DataFrame has no column "text"'),
-        (ROWS, "{premise} {text}:", r"item 0 of the list has no names for the columns premise, text"),
+        (ROWS, "{premise} {text}:", r"item 0 of the list does not name the columns premise, text"),
         ({"text": ["a film"]}, TEMPLATE, "examples cannot be read from a dict: give a path, a DataFrame"),
         (7, TEMPLATE, "examples cannot be read from a int"),
         ([], TEMPLATE, "the list has no examples"),
@@ -111,7 +111,7 @@ def test_what_has_no_examples_is_refused_with_the_place(data, template, words):
 
 
 def test_adapt_and_evaluate_take_them(tiny_model):
-    """From a list to an adaptation that is tested on a DataFrame, the epoch chosen by a data set."""
+    """Adapt on a list, choose the epoch with a data set, evaluate on a DataFrame."""
     frame = pandas.DataFrame(NAMED)
     options = {"template": TEMPLATE, "shots": 1, "learning_rate": 1e-2, "epochs": 1}
     adaptation = ofa.adapt(*tiny_model, ROWS, validation=datasets.Dataset.from_list(NAMED), **options)

@@ -1,6 +1,6 @@
-"""Random files give the rows that a reference reader gives, or one sentence: never a traceback, never other rows.
+"""Random files give the rows of a reference reader, or an error of one sentence; never a traceback or other rows.
 
-The suite tries a few hundred; OFA_RANDOM_FILES=10000 tries that many.
+The suite tries a few hundred files; OFA_RANDOM_FILES=10000 tries that many.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = st.one_of(st.permutations(["text", "label"]), st.lists(NAMES, min_size
 
 @dataclass(frozen=True)
 class Made:
-    """A file; header and rows of a CSV file that was written without a fault."""
+    """A random file; with header and rows if it is a valid CSV file."""
 
     name: str
     content: bytes
@@ -104,7 +104,7 @@ def parquet_files(draw: st.DrawFn) -> Made:
 
 
 def _spoiled(draw: st.DrawFn, content: bytes) -> tuple[bytes, bool]:
-    """The content as it is, cut short, or with a few other bytes in it."""
+    """The content unchanged, cut short, or with a few bytes replaced."""
     how = draw(st.sampled_from(["whole", "whole", "whole", "cut", "bytes"]))
     place = draw(st.integers(0, len(content)))
     if how == "cut":
@@ -124,7 +124,7 @@ def files(draw: st.DrawFn) -> Made:
 
 
 def reference(made: Made, separator: str, engine: str) -> list[list[Any]] | None:
-    """Header and rows by pandas, Python's json and pyarrow; None where they cannot read the file."""
+    """Header and rows by pandas, `json` and pyarrow; None if they cannot read the file."""
     content = made.content
     try:
         if made.name.endswith(".gz"):
@@ -169,7 +169,7 @@ def rows_of(made: Made, path: Path) -> list[list[Any]]:
     deadline=None,
     suppress_health_check=list(HealthCheck),
     database=None,
-    # The suite has the same files every time; a search for others is asked for with a number.
+    # The suite uses the same files every time; OFA_RANDOM_FILES searches others.
     derandomize="OFA_RANDOM_FILES" not in os.environ,
 )
 @given(made=files())
@@ -186,11 +186,11 @@ def test_a_random_file_gives_the_reference_s_rows_or_one_sentence(
         assert made.rows is None or has_a_name_twice(made.rows[0])
     else:
         event(f"{made.name.split('.')[1]}: read")
-        # Text that was joined without quotes, or spoiled, may look like a file of another separator.
+        # Text that was joined without quotes, or corrupted, may look like a file with another separator.
         separators = SEPARATORS if made.rows is None else made.separator
         readings = (reference(made, separator, engine) for separator in separators for engine in ENGINES)
         assert any(is_same(found, rows) for rows in readings)
-        # A line of nothing but blanks is no row, for pandas too.
+        # A blank line is no row, for pandas too.
         written = [row for row in made.rows or [] if len(row) > 1 or row[0] == "" or row[0].strip(" \t")]
         assert made.rows is None or len(made.rows) == 1 or found[1:] == written[1:]
     for template in ("{text}:", None):
@@ -208,7 +208,7 @@ def assert_one_sentence(refused: InputError) -> None:
 
 
 def is_same(found: list[list[Any]], expected: list[list[Any]] | None) -> bool:
-    """By their representation, in which NaN is itself; a header alone is no row."""
+    """Compare by `repr`, so that NaN equals NaN; a header alone has no rows."""
     if expected is not None and found and len(found[0]) == len(expected[0]):
         expected[0] = [name or known for name, known in zip(expected[0], found[0], strict=True)]
     return repr(found) == repr(expected) or (not found and (expected is None or len(expected) == 1))

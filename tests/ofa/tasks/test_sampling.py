@@ -1,4 +1,4 @@
-"""That draws are stratified, fixed by the seed everywhere, and indifferent to how a file happens to be ordered."""
+"""Draws are stratified, fixed by the seed on every machine, and independent of the order of classes in a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_class_gives_its_shots_without_replacement(shots, seed):
 
 
 def test_the_draw_is_fixed_by_the_seed_for_good():
-    """Golden indices: a change here silently changes every published result."""
+    """Golden indices: a change here would silently change every published result."""
     assert few_shot(EXAMPLES, LABELS, 2, 42).indices == (18, 33, 46, 34, 17, 32)
     assert few_shot(EXAMPLES, (), 4, 42).indices == (33, 54, 42, 55)
 
@@ -40,7 +40,7 @@ def test_seeds_differ_and_classes_are_mixed():
 
 
 def test_other_processes_draw_the_same():
-    """The hash seed of a process must not matter."""
+    """The draw must not depend on the process's hash seed."""
     program = (
         "from ofa.tasks import Example, few_shot\n"
         "examples = [Example(f'{label} {n}', label) for n in range(20) for label in ('red', 'green', 'blue')]\n"
@@ -95,7 +95,7 @@ def test_a_class_that_is_too_small_is_named_with_both_numbers():
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_nothing_cannot_be_drawn(count):
+def test_drawing_less_than_one_is_refused(count):
     with pytest.raises(InputError, match="at least 1"):
         few_shot(EXAMPLES, LABELS, count, 42)
     with pytest.raises(InputError, match="at least 1"):
