@@ -1,6 +1,6 @@
-"""Tensor operations behind the regularizers: tensors in, tensors out, no model and no task.
+"""The tensor operations of the regularizers, without models or tasks.
 
-`reference` is the specification in plain PyTorch; `dispatch` decides per call which implementation runs.
+`reference` is the specification in plain PyTorch; `dispatch` chooses an implementation for every call.
 """
 
 from ofa_kernels import reference

@@ -1,4 +1,4 @@
-"""Compiles every kernel for named GPUs on a machine that needs none, and says what the compiler made of it.
+"""Compiles every kernel for the named GPUs, without needing one, and prints registers, spills and shared memory.
 
 python -m ofa_kernels.aot --arch sm_90 --arch gfx942 [--out FOLDER]
 """
@@ -24,20 +24,20 @@ from ofa_kernels.ops.launching import launching_by
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 NO_SPILLS_UP_TO = 8192
-"""Widest row, in columns, whose kernels must not spill; no head is wider."""
+"""Widest row, in columns, whose kernels must not spill registers; heads are narrower."""
 
 FEW_SPILLS = 80
-"""Bytes per thread, 20 registers, that are none: the smaller tile which avoids them would read everything twice."""
+"""Bytes per thread (20 registers) that are tolerated: a smaller tile would not spill, but read everything twice."""
 
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-"""Bytes of shared memory that a program may have, which no compiler checks and every launch does."""
+"""Shared memory limit of a program, in bytes; the compiler does not check it, the launch does."""
 
 AnyCase = workload.Case | workload.CurvatureCase
 
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel, compiled for one architecture from the launch of one case."""
+    """A kernel compiled for one architecture, as one case launches it."""
 
     kernel: str
     case: str
@@ -49,7 +49,7 @@ class Built:
 
     @property
     def complaint(self) -> str | None:
-        """What is wrong with it; None where nothing is."""
+        """The first fault of the compiled kernel; None without one."""
         if self.usage.float64:
             return f"computes in float64 ({self.usage.float64} instructions)"
         if self.usage.spills > FEW_SPILLS and self.width <= NO_SPILLS_UP_TO:
@@ -62,22 +62,22 @@ class Built:
 
 
 class DoesNotCompile(Exception):
-    """A kernel that the compiler refuses, and why, in one sentence."""
+    """The compiler refused a kernel; the message says why in one sentence."""
 
 
 def build(architecture: str, cases: Iterable[AnyCase]) -> Iterator[Built]:
-    """Compile whatever the cases launch, each kernel once. Triton cannot launch anything in this process afterwards.
+    """Compile every kernel that the cases launch, once each. This process cannot launch Triton kernels afterwards.
 
     Raises:
-        DoesNotCompile: a kernel does not.
+        DoesNotCompile: the compiler refused a kernel.
         ValueError: the architecture is not named like sm_90 or gfx942.
-        RuntimeError: Triton is interpreting instead of compiling.
+        RuntimeError: Triton is set to interpret instead of compile.
     """
     from triton import knobs
     from triton.runtime import driver
 
     if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set, so that kernels are interpreted, not compiled; unset it")
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it")
     driver.set_active(_NoDevice(_target(architecture)))
     seen: set[str] = set()
     for case in cases:
@@ -89,7 +89,7 @@ def build(architecture: str, cases: Iterable[AnyCase]) -> Iterator[Built]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print the table, write what was asked for; 1 where a kernel fails, 2 where the call does."""
+    """Compile, print the table, write `--out` and `--csv`; returns 1 if a kernel fails, 2 if the call is wrong."""
     options = _parser().parse_args(arguments)
     cases: list[AnyCase] = [*workload.cases(options.width, options.dtype, options.norm, options.samples)]
     cases += workload.curvature_cases(options.head, options.dtype, options.variant)
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_all(architectures: Sequence[str], cases: Sequence[AnyCase]) -> list[Built]:
-    """Every architecture in a process of its own: Triton has one active driver."""
+    """Compile each architecture in its own process: Triton has one active driver per process."""
     for architecture in architectures:
         _target(architecture)
     with ProcessPoolExecutor(min(len(architectures), os.cpu_count() or 1)) as pool:
@@ -137,7 +137,7 @@ def _compile(case: AnyCase, architecture: str) -> list[tuple[str, Any]]:
         try:
             compiled.append((name, kernel.warmup(*args, grid=(grid,), **keywords)))
         except Exception as error:
-            # Each stage of the compiler has exceptions of its own.
+            # Every compiler stage raises different exceptions.
             raise DoesNotCompile(
                 f"{name} does not compile for {architecture} ({case.label}): {_reason(error)}"
             ) from None
@@ -148,20 +148,20 @@ def _compile(case: AnyCase, architecture: str) -> list[tuple[str, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    """The line of a compiler's report that says what is wrong."""
+    """The line of a compiler's report with the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "fatal" in line] + [line for line in lines if "error" in line.lower()]
-    return next(iter(telling + lines), type(error).__name__)
+    errors = [line for line in lines if "fatal" in line] + [line for line in lines if "error" in line.lower()]
+    return next(iter(errors + lines), type(error).__name__)
 
 
 class _NoDevice:
-    """Stands where Triton expects a driver, and names the target; nothing else is asked of it before a launch."""
+    """A stand-in for Triton's driver with the methods that compiling needs: it names the target."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
 
     def get_current_device(self) -> str:
-        # Triton keeps what it compiled by device.
+        # Triton caches compiled kernels per device.
         return str(self._target.arch)
 
     def get_current_stream(self, device: object = None) -> int:

@@ -1,9 +1,7 @@
-"""Kernels that an installation brings along compiled, so that the first call need not compile them.
+"""Precompiled kernels of an installation, copied into Triton's cache so that the first call need not compile.
 
-They are entries of Triton's own cache: `<triton version>/<architecture>/<key>/<file>`, the key being the hash under
-which Triton looks for what it compiled. It covers the source, the compiler, the target and the launch options, so an
-entry is used for exactly what it was compiled from; anything else is compiled as usual. Offering them puts them into
-the user's Triton cache, by the cache manager that is in use.
+They are stored as `<triton version>/<architecture>/<key>/<file>`. The key is Triton's cache key, a hash of source,
+compiler, target and launch options, so a stale binary is never used: Triton compiles instead.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any
 _logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "binaries"
-"""Where an installation keeps them; there is none in a pure-Python one."""
+"""The binaries of this installation; a pure-Python one has no such folder."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Entry:
 
 
 def entry(compiled: Any) -> Entry:
-    """What Triton needs of a compiled kernel to launch it: the binary and its metadata, not the stages between."""
+    """The files of a compiled kernel that a launch needs: binary and metadata, not the intermediate stages."""
     key = base64.b32encode(bytes.fromhex(compiled.hash)).decode().rstrip("=")
     wanted = (".json", ".cubin", ".hsaco")
     files = {name: Path(path).read_bytes() for name, path in compiled.metadata_group.items() if name.endswith(wanted)}
@@ -39,7 +37,7 @@ def entry(compiled: Any) -> Entry:
 
 
 def write(folder: Path, entries: Iterable[tuple[str, Entry]]) -> None:
-    """Write entries, each with its architecture, under the Triton version at hand."""
+    """Write entries, each with its architecture, under the installed Triton version."""
     from triton import __version__
 
     for architecture, one in entries:
@@ -51,9 +49,9 @@ def write(folder: Path, entries: Iterable[tuple[str, Entry]]) -> None:
 
 @cache
 def offer(architecture: str, folder: Path = FOLDER) -> int:
-    """Put what was built for this Triton and architecture into Triton's cache; returns how many were new to it.
+    """Copy the binaries for this Triton and architecture into Triton's cache; returns how many were new.
 
-    A cache that cannot be written is left to Triton, which compiles into it next and says what is wrong with it.
+    If the cache cannot be written, this logs a warning, and Triton reports the fault when it compiles.
     """
     from triton import __version__
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel uses of a processor: registers, spills, shared memory, how wide its accesses are."""
+"""Resources of a compiled kernel: registers, spills, shared memory, width of memory accesses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one compiled kernel; accesses and float64 are instructions of the machine code.
+    """Resources of one compiled kernel; `wide`, `narrow` and `float64` count machine instructions.
 
     Attributes:
         registers: per thread.
-        spills: bytes of memory per thread for registers that do not fit: stack and local memory, or AMD's scratch.
+        spills: bytes per thread of spilled registers: stack and local memory, or AMD's scratch.
         shared: bytes of shared memory per program.
         wide: loads and stores of 16 bytes per thread in device memory.
-        narrow: the other loads and stores in device memory; γ's scalars and sums per row are among them.
+        narrow: all other loads and stores in device memory, such as scalars per row.
         float64: instructions that compute in float64.
     """
 
@@ -45,7 +45,7 @@ def _of_cubin(compiled: Any) -> Usage:
     resources = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
     code = re.sub(r"/\*.*?\*/", "", text)
     accesses = re.findall(r"\b(?:LDG|STG)\.[\w.]+", code)
-    # Hopper copies rows into shared memory without registers; such an instruction moves 16 bytes as well.
+    # Hopper's copies into shared memory, which bypass registers, move 16 bytes as well.
     wide = [access for access in accesses if ".128" in access]
     local = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return Usage(
@@ -59,7 +59,7 @@ def _of_cubin(compiled: Any) -> Usage:
 
 
 def disassemble(cubin: bytes) -> str:
-    """NVIDIA's listing of a binary: what it uses, and every instruction behind its address.
+    """NVIDIA's listing of a binary: its resources, and every instruction with its address.
 
     Raises:
         RuntimeError: the disassembler that comes with Triton failed.

@@ -1,8 +1,7 @@
-"""The one place that decides which implementation of an operation runs.
+"""Chooses the implementation of every operation, per call and by the tensors alone.
 
-The choice is made per call and from the tensors alone, so that one process may use several devices. An implementation
-is offered with `register`; the reference accepts everything and is asked last. The Triton kernels take tensors on a
-GPU where Triton is installed. `OFA_KERNELS=reference` in the environment leaves only the reference.
+The Triton kernels take tensors on a GPU where Triton is installed; the reference takes all others. `register` adds an
+implementation before them. `OFA_KERNELS=reference` in the environment leaves only the reference.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation; `accepts` looks at one of its tensors and imports nothing heavy."""
+    """One way to compute an operation; `accepts` checks one of its tensors without a heavy import."""
 
     name: str
     function: Callable[..., Any]
@@ -59,7 +58,7 @@ class Implementation:
 
 
 def register(operation: str, implementation: Implementation) -> None:
-    """Offer an implementation, asked before those registered earlier.
+    """Add an implementation, tried before those registered earlier.
 
     Raises:
         KeyError: there is no such operation.
@@ -68,7 +67,7 @@ def register(operation: str, implementation: Implementation) -> None:
 
 
 def offered(operation: str) -> tuple[Implementation, ...]:
-    """All implementations of an operation, in the order in which they are asked.
+    """All implementations of an operation, in the order in which they are tried.
 
     Raises:
         KeyError: there is no such operation.
@@ -77,7 +76,7 @@ def offered(operation: str) -> tuple[Implementation, ...]:
 
 
 def choose(operation: str, *tensors: Tensor) -> Implementation:
-    """The implementation of `operation` that runs for tensors of this device, dtype and shape: it accepts them all."""
+    """The first implementation of `operation` that accepts all of these tensors, by device, dtype and shape."""
     offered = _IMPLEMENTATIONS[operation]
     if os.environ.get("OFA_KERNELS") == "reference":
         return offered[-1]
@@ -90,7 +89,7 @@ def norm_step(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
 
 
 def normalize(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The norm of each row and nothing else; see `reference.normalize`."""
+    """The norm of each row; see `reference.normalize`."""
     return choose("normalize", stream).function(stream, *args, **kwargs)
 
 
@@ -110,7 +109,7 @@ def displace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def contract(base: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Probes against what they changed, per row, and ‖base‖²; see `reference.contract`."""
+    """Dot product of each probe with the change it caused, per row, and ‖base‖²; see `reference.contract`."""
     return choose("contract", base).function(base, *args, **kwargs)
 
 
@@ -166,7 +165,7 @@ _IMPLEMENTATIONS = {
 
 
 def _kernels_take(tensor: Tensor) -> bool:
-    """Whether the Triton kernels can work on this tensor; AMD's GPUs are "cuda" to PyTorch as well."""
+    """Whether the Triton kernels accept a tensor; PyTorch calls AMD's GPUs "cuda" as well."""
     return (
         _HAS_TRITON
         and tensor.device.type == "cuda"
@@ -190,7 +189,7 @@ for _operation, _function in _KERNELS.items():
 
 
 def _held(tensor: Tensor) -> bool:
-    """Whether the kernels of the curvature can: they have no derivative, and are for where it is held fixed."""
+    """Whether the curvature kernels accept a tensor: they have no derivative."""
     return not torch.is_grad_enabled() and _kernels_take(tensor)
 
 

@@ -1,8 +1,8 @@
-"""Counter-based random probes: a value depends on (seed, step, sample, row, channel) and on nothing else.
+"""Counter-based random probes: a value depends only on (seed, step, sample, row, channel).
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The 128-bit counter is
-(channel block, row, sample, step), the 64-bit key is the seed. Nothing random is stored: whoever needs a probe again
-computes it again, in any block size and on any device.
+(channel block, row, sample, step), the 64-bit key is the seed. Probes are not stored: they are recomputed where they
+are needed again, in any block size and on any device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def probes(
 ) -> Tensor:
     """Random probes ν with E[ν νᵀ] = I, float32 of shape (samples, rows, width).
 
-    Rademacher signs take one bit of the counter's 128 per channel (a set bit is −1), equal bit for bit on every
+    Rademacher signs use one of the counter's 128 bits per channel (a set bit is −1) and are bit-identical on every
     device. Gaussian values are Box-Muller pairs of two words, equal up to the device's log, sin and cos.
 
     Raises:
@@ -53,15 +53,15 @@ def probes(
 
 
 def check_probe(probe: str) -> None:
-    """Refuse, with a ValueError, a distribution that is not one of `PROBES`."""
+    """Raise a ValueError unless `probe` is one of `PROBES`."""
     if probe not in PROBES:
         raise ValueError(f"probe must be one of {', '.join(PROBES)}, not {probe!r}")
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Ten rounds of Philox: counters of shape (..., 4), int64 holding 32-bit words → four random words each.
+    """Ten rounds of Philox: counters of 32-bit words, (..., 4) int64 → four random words each, same shape.
 
-    The 64-bit product wraps in int64, whose two's complement still holds the exact low and high words.
+    The 64-bit product may overflow int64; two's complement keeps its low and high words exact.
     """
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key

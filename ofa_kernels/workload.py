@@ -1,7 +1,4 @@
-"""The launches that stand for all others: every operation, forward and backward, on tensors without data.
-
-Whatever these launch is what the run time launches for such tensors, because it is the same code that launches it.
-"""
+"""Representative launches of every operation, forward and backward, on meta tensors, by the code that runs on a GPU."""
 
 from __future__ import annotations
 
@@ -26,15 +23,15 @@ from ofa_kernels.ops import (
 WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
 """One width of each launch configuration from 513 to 8192 columns, and 16384.
 
-Every other width of a configuration shares its binaries if 16 divides it.
+Other widths share a configuration's binaries if they are divisible by 16.
 """
 
 HEADS = (64, 128)
-"""Channels of a head: of nearly all models."""
+"""Channels of a head in nearly all models."""
 
 VARIANTS = ("plain", "masked", "normed", "shifted", "capped")
-"""Attention as in Llama; with padding; with norms on its heads as in Qwen 3; with biases behind a LayerNorm as in Phi;
-with soft-caps, a window, sinks and a mask that is added, as in Gemma 2 and gpt-oss."""
+"""Attention as in Llama; with padding; with norms on its heads (Qwen 3); with biases after a LayerNorm (Phi); with
+soft-caps, a window, sinks and an additive mask (Gemma 2, gpt-oss)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NORMS = {"rms": ("rms", 0.0, False), "rms 1+w": ("rms", 1.0, False), "layer+bias": ("layer", 0.0, True)}
@@ -42,12 +39,12 @@ SAMPLES = (1, 4)
 
 _ROWS = 256
 _PROBE = 0, 0, False
-"""Seed, step, and Rademacher signs; Gaussian probes are compiled when they are first used."""
+"""Seed, step and Rademacher signs; kernels with Gaussian probes are compiled at their first use."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to call the operations; `launch` goes through each of them once, forward and backward."""
+    """One setting of the row operations; `launch` calls each of them once, forward and backward."""
 
     width: int
     dtype: str
@@ -60,7 +57,7 @@ class Case:
         return f"{self.width} {self.dtype} {self.norm} N={self.samples}"
 
     def launch(self) -> None:
-        """Call what the operations' registered implementations are, on tensors of the meta device."""
+        """Call the operations' registered implementations on meta tensors."""
         kind, offset, biased = NORMS[self.norm]
         norm = 1e-6, kind == "layer", offset
         z = torch.empty(_ROWS, self.width, dtype=DTYPES[self.dtype], device="meta")
@@ -77,7 +74,7 @@ def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], sa
 
 @dataclass(frozen=True)
 class CurvatureCase:
-    """The curvature of an attention and of an MLP of one model, of one sequence and of two."""
+    """The curvature of an attention and an MLP of one model, for one sequence and for two."""
 
     width: int
     """Channels of a head."""
@@ -90,7 +87,7 @@ class CurvatureCase:
         return f"heads of {self.width} {self.dtype} {self.variant}"
 
     def launch(self) -> None:
-        """Call the registered implementations on heads that are views of (B, T, H, d), as projections leave them."""
+        """Call the registered implementations on heads that are views of (B, T, H, d), as projections return them."""
         for sequences in (1, 2):
             self._launch_attention(sequences)
             self._launch_mlp(sequences)
@@ -103,7 +100,7 @@ class CurvatureCase:
             "masked": torch.empty(sequences, 1, 1, _ROWS, dtype=torch.bool, device="meta"),
             "capped": torch.empty(sequences, 1, _ROWS, _ROWS, device="meta"),
         }
-        # Views of the model's, which has every angle twice.
+        # Views of half of the model's angles, which repeat.
         angle = self._empty(1, _ROWS, self.width)[..., : self.width // 2]
         gamma = self._empty(self.width)
         moved = q.float() if normed or shifted else None
@@ -171,7 +168,7 @@ def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float]
     row = _row(z)
     for update in (z, None):
         norm_step.forward(z, update, weight, weight if biased else None, *norm)
-    # All gradients; those of a norm without an update; those of a step whose length nobody uses.
+    # All gradients; those of a norm without an update; those without one of the length.
     for stream, normalized, sqnorm in ((z, z, row), (None, z, None), (z, z, None)):
         norm_step.backward(z, z, weight, row, row, stream, normalized, sqnorm, None, norm[1], norm[2], biased)
 
@@ -184,7 +181,7 @@ def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], b
     displace.backward(stack, 0.1, *_PROBE, True)
     contract.forward(z, stack, *_PROBE)
     contract.backward(z, products, _row(z), samples, *_PROBE)
-    # A squared norm alone is a contraction with no copies.
+    # `squared_norm` is a contraction without copies.
     contract.forward(z, stack[:0], *_PROBE)
     for passed in (None, z):
         contract.backward(z, None, _row(z), 0, *_PROBE, passed)

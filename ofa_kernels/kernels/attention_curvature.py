@@ -1,8 +1,8 @@
-"""Token sums of the own-token Jacobian of an attention in two sweeps over its scores; no matrix of them is ever made.
+"""Token sums of the own-token Jacobian of an attention, in two sweeps over its scores without storing them.
 
 The first sweep goes by queries: log-sum-exp, own weight and mean key of each. The second goes by keys: Σ_i w_i a_ij
-R_iᵀk_j from the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i. What is left are products of tokens by channels, in a
-third kernel.
+R_iᵀk_j from the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i. A third kernel computes the products of tokens by
+channels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LSE, OWN, SLOPE, SCORE, QUERY_RSTD, KEY_RSTD = (tl.constexpr(plane) for plane in
 """Planes of `numbers`: log₂ Σ 2^score, a_ii, a_ii κ_ii, s q_i·k_i, and 1/σ of the norms on queries and keys."""
 
 ANY_LENGTH = ("mask", "weights", "numbers", "plane", "tokens", "heads", "groups", "read_groups", "runs", "window")
-"""Arguments in which a sequence's length shows: the same binary serves all, where 16 divides it and elsewhere."""
+"""Arguments that depend on a sequence's length; Triton would compile again for lengths divisible by 16."""
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -74,23 +74,24 @@ def attention_curvature_queries(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """What each query has of all its keys; one program per block of queries of a head.
+    """Sums over the keys of each query; one program per block of queries of a head.
 
         l_i = log₂ Σ_j 2^score_ij (the sink's among them),   mean_key_i = Σ_j a_ij κ_ij k_j
         pull_i = r_i = Σ_j a_ij κ_ij s (q_i·k_j)(v_j − o_i)
-        moved_i = Σ_j a_ij κ_ij s (δq_i·k_j)(v_j − o_i) + a_ii ( κ_ii s (q_i·δk_i)(v_i − o_i) + δv_i ), all of it read
+        moved_i = Σ_j a_ij κ_ij s (δq_i·k_j)(v_j − o_i) + a_ii ( κ_ii s (q_i·δk_i)(v_i − o_i) + δv_i ),
+            with v, o and δv from read_value, read_output and move_value
 
     Inputs in groups (see `attention_scores`): query, key, value, output; query_entering and key_entering, which the
-    norms of heads read, or None; sinks, (heads,), or None; move_query and move_key, or None for q and k themselves,
-    move_value, read_value and read_output, a head of the former two serving `read_groups` query heads, or None
-    together. Outputs: numbers, planes of (B, heads, tokens) in float32, `plane` apart; mean_key, pull (or None) and
-    moved (or None) in groups. Products take their operands in the dtype of query; all else is float32.
+    norms of heads read, or None; sinks, (heads,), or None; move_query and move_key, or None for q and k themselves;
+    move_value, read_value (each head serves `read_groups` query heads) and read_output, or None together. Outputs:
+    numbers, planes of (B, heads, tokens) in float32, `plane` apart; mean_key, pull (or None) and moved (or None) in
+    groups. Products take their operands in the dtype of query; all else is float32.
     """
     STREAM: tl.constexpr = query[0].dtype.element_ty
     sequence, head, block = sequence_head_block(tokens, heads, BLOCK_ROWS)
     scale = tl.cast(scale, tl.float32)
     shared = head // groups
-    # The last queries of causal attention have the most keys: they start first.
+    # Start with the last queries: in causal attention they have the most keys.
     first = (tl.cdiv(tokens, BLOCK_ROWS) - 1 - block) * BLOCK_ROWS
     row = first + tl.arange(0, BLOCK_ROWS)
     q = load_rows(query, sequence, head, first, tokens, STREAM, BLOCK_ROWS, HEAD, HEAD_TILE)
@@ -118,7 +119,7 @@ def attention_curvature_queries(
             CAUSAL, ADDITIVE, PER_QUERY,
         )  # fmt: skip
         before, highest = highest, tl.maximum(highest, tl.max(score, 1))
-        # Nothing to attend to so far: −inf − (−inf) would be NaN.
+        # All keys masked so far: −inf − (−inf) would be NaN.
         above = tl.where(highest == float("-inf"), 0.0, highest)
         weight = tl.exp2(score - above[:, None])
         keep = tl.exp2(before - above)
@@ -126,7 +127,7 @@ def attention_curvature_queries(
         weight *= kappa
         keys_sum = product(weight, k, keys_sum * keep[:, None], STREAM, EMULATED)
         if pull is not None:
-            # What is summed is what is multiplied, so that its rounding meets v − o, not v and o on their own.
+            # Sum the rounded weights that are multiplied: the rounding error then scales v − o, not v and o separately.
             along = (weight * raw).to(STREAM)
             v = load_rows(value, sequence, shared, start, tokens, STREAM, BLOCK_COLUMNS, VALUE, VALUE_TILE)
             pull_sum = pull_sum * keep + tl.sum(along.to(tl.float32), 1)
@@ -230,7 +231,7 @@ def attention_curvature_keys(
         channel pairs (x, y) → (α^c x + α^s y, α^c y − α^s x),   α^c_j = Σ_i w_i a_ij κ_ij cos θ_i,   α^s_j likewise
 
     Inputs in groups: query, key; cosine and sine, TURN channels, whose heads are one, or None; weights = w, the group
-    (pointer, stride of a sequence), times the norm's 1/σ_q,i if NORMED; numbers of the queries' sweep. Output: turned.
+    (pointer, stride of a sequence), times the norm's 1/σ_q,i if NORMED; numbers, from the first sweep. Output: turned.
     """
     STREAM: tl.constexpr = query[0].dtype.element_ty
     sequence, head, block = sequence_head_block(tokens, heads, BLOCK_COLUMNS)
@@ -241,7 +242,7 @@ def attention_curvature_keys(
     number = numbers + (sequence * heads + head) * tokens
     peak = 1.0
     if STREAM == tl.float16:  # noqa: SIM300
-        # Weights of 1/(Nσ²) would be 0 in float16; their ratios to the largest are not.
+        # Weights of 1/(Nσ²) would underflow in float16; relative to the largest they do not.
         peak = _peak(weights, number, plane, sequence, tokens, NORMED)
     k = load_rows(key, sequence, shared, first, tokens, STREAM, BLOCK_COLUMNS, HEAD, HEAD_TILE)
     plain = tl.zeros((BLOCK_COLUMNS,), tl.float32)
@@ -321,7 +322,7 @@ def attention_curvature_sums(
         C = Σ_i v_i (s Γ_q turned_i)ᵀ − (u_i o_i)(s Γ_q R_iᵀmean_key_i)ᵀ − (u_i pull_i) q̂_iᵀ/d,   u_i = w_i/σ_q,i
         K = Σ_i (w_i/σ_k,i)( a_ii κ_ii (v_i − o_i)(s Γ_k R_iᵀq_i)ᵀ − a_ii κ_ii s (q_i·k_i)(v_i − o_i) k̂_iᵀ/d )
 
-    Inputs as those of the sweeps, and what they wrote; query_scale and key_scale = Γ_q and Γ_k, or None without norms.
+    Inputs: those of the sweeps and their outputs; query_scale and key_scale = Γ_q and Γ_k, or None without norms.
     Output: sums, (runs, B · heads · (2 · VALUE · HEAD + 1)) float32: every C, every K, every ā.
     """
     STREAM: tl.constexpr = tl.bfloat16 if query[0].dtype.element_ty == tl.bfloat16 else tl.float32
@@ -405,7 +406,7 @@ def _share(weights, number, plane, sequence, row, inside, NORMED: tl.constexpr):
 
 @triton.jit
 def _peak(weights, number, plane, sequence, tokens, NORMED: tl.constexpr):
-    """The largest weight of a sequence; 1 where all are 0."""
+    """The largest weight of a sequence; 1 if all are 0."""
     largest = tl.zeros((256,), tl.float32)
     for start in range(0, tokens, 256):
         row = start + tl.arange(0, 256)
@@ -419,7 +420,7 @@ def _turned_back(
     tensor, cosine, sine, sequence, head, at, within, channel, HEAD: tl.constexpr, TURN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """R_iᵀ of rows: channel pairs (x, y) → (x cos + y sin, y cos − x sin), read twice to have both of each."""
+    """R_iᵀ of rows: channel pairs (x, y) → (x cos + y sin, y cos − x sin); both of a pair by a second load."""
     start = head_of(tensor, sequence, head) + at * tensor[3]
     x = load(start, channel, within & (channel < HEAD))
     if TURN > 0:

@@ -1,8 +1,8 @@
-"""What the sweeps over an attention's scores share: tiles of heads, products, and which keys a query attends to.
+"""Shared by the sweeps over an attention's scores: tiles of heads, products, and which keys a query attends to.
 
-Arguments come in groups: a tensor with heads is the tuple (pointer, strides of a sequence, of a head, of a row), its
-last dimension dense; a mask is the tuple (pointer, strides of a sequence, of a head, of a query, of a key), 0 where it
-is the same along one. Tiles are as wide as the next power of two; the channels behind a head's are 0 and add nothing.
+Tensors come as groups. A tensor with heads is the tuple (pointer, strides of a sequence, of a head, of a row), with a
+dense last dimension. A mask is the tuple (pointer, strides of a sequence, of a head, of a query, of a key), where a
+stride of 0 broadcasts. Tiles are as wide as the next power of two; channels past the head's are 0.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton.language as tl
 from ofa_kernels.kernels.tile import load, store
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-"""Weights are powers of two: one instruction, where e to a power takes a product more."""
+"""Weights are computed as 2ˣ, one instruction; eˣ would take one more product."""
 LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
 def sequence_head_block(count, heads, BLOCK: tl.constexpr):
-    """Which sequence, head and block of a head's `count` rows this program works on; a head's blocks are neighbours."""
+    """The program's sequence, head and block of the head's `count` rows; a head's blocks are consecutive programs."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(count, BLOCK)
     return program // blocks // heads, program // blocks % heads, (program % blocks).to(tl.int32)
@@ -36,10 +36,8 @@ def load_rows(
     tensor, sequence, head, first, count,
     TYPE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rows first…first + ROWS − 1 of a head, 0 outside of its `count` rows and WIDTH channels.
-
-    Widening and rounding cancel where the tensor has the wanted type, and the compiler then copies it as it is.
-    """
+    """Rows first…first + ROWS − 1 of a head as TYPE, 0 outside its `count` rows and WIDTH channels."""
+    # `load` upcasts; the compiler removes both casts if the tensor already has TYPE.
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :]
     inside = (first + row < count) & (channel < WIDTH)
     start = head_of(tensor, sequence, head) + tl.cast(first, tl.int64) * tensor[3]
@@ -50,7 +48,7 @@ def load_rows(
 def store_rows(
     tensor, sequence, head, first, count, values, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Write what `load_rows` would read."""
+    """Write the rows that `load_rows` reads."""
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :]
     inside = (first + row < count) & (channel < WIDTH)
     start = head_of(tensor, sequence, head) + tl.cast(first, tl.int64) * tensor[3]
@@ -59,26 +57,23 @@ def store_rows(
 
 @triton.jit
 def product(left, right, total, TYPE: tl.constexpr, EMULATED: tl.constexpr):
-    """The sum `total` + `left` `right`, of operands rounded to TYPE, summed in float32.
-
-    EMULATED: the interpreter multiplies the bits of bfloat16 as if they were integers, so that there the operands are
-    widened again once they are rounded.
-    """
+    """`total` + `left` `right`, with operands rounded to TYPE and summed in float32."""
     left, right = left.to(TYPE), right.to(TYPE)
     if EMULATED:
+        # Triton's interpreter would multiply bfloat16 as integers.
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
 
 
 @triton.jit
 def products(left, right, TYPE: tl.constexpr, EMULATED: tl.constexpr):
-    """Every row of `left` with every row of `right`."""
+    """Dot products of every row of `left` with every row of `right`."""
     return product(left, tl.trans(right), tl.zeros((left.shape[0], right.shape[0]), tl.float32), TYPE, EMULATED)
 
 
 @triton.jit
 def keys_of(first, tokens, window, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
-    """The first key that queries first…first + ROWS − 1 may attend to, and the end of them."""
+    """The range (first key, end) that queries first…first + ROWS − 1 may attend to."""
     low, high = 0, tokens
     last = tl.minimum(first + ROWS, tokens)
     if window is not None:
@@ -91,7 +86,7 @@ def keys_of(first, tokens, window, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def queries_of(first, tokens, window, CAUSAL: tl.constexpr, COLUMNS: tl.constexpr):
-    """The first query that may attend to one of the keys first…first + COLUMNS − 1, and the end of them."""
+    """The range (first query, end) that may attend to one of the keys first…first + COLUMNS − 1."""
     low, high = 0, tokens
     if window is not None:
         low = tl.maximum(first - window + 1, 0)
@@ -107,7 +102,7 @@ def slope_of_cap(score, softcap):
     cap = tl.cast(softcap, tl.float32)
     x = score / cap
     square = x * x
-    # 1 − tanh = 2/(1 + e^2|x|) has lost its relative accuracy near 0, where five terms of the series have not.
+    # 1 − tanh = 2/(1 + e^2|x|) loses relative accuracy near 0; five terms of the series do not.
     small = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - small) / (1.0 + small)
     series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
@@ -121,10 +116,10 @@ def masked(
     score, row, column, tokens, sequence, head, mask, window,
     CAUSAL: tl.constexpr, ADDITIVE: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """Scores in units of ln 2 and what the mask adds to them, −inf where a query does not attend.
+    """Scores in units of ln 2 plus the mask, −inf where a query does not attend.
 
-    `row` and `column` are the queries' and keys' numbers, whose shapes broadcast to that of the scores, so that both
-    orders of a tile and its diagonal are served. A mask that is the same for all queries is read once for all of them.
+    `row` and `column` are the indices of queries and keys, broadcast against the scores: either order of a tile, or its
+    diagonal. A mask that is the same for all queries is read once.
     """
     attends = (column < tokens) & (row < tokens)
     inside = column < tokens
@@ -141,7 +136,7 @@ def masked(
             inside &= row < tokens
         given = load(mask[0] + sequence * mask[1] + head * mask[2], at, inside)
         if ADDITIVE:
-            # The lowest number of float32 forbids all but among its like; a product with it must stay a number.
+            # Masks use float32's lowest number, which × log₂e would overflow to −inf and give NaN in fully masked rows.
             score = tl.where(given == float("-inf"), given, tl.maximum(score + given * LOG2_E, LOWEST))
         else:
             attends &= given != 0

@@ -1,7 +1,7 @@
-"""What token sums give together with the weights, in one read of them: diagonals and traces.
+"""Diagonals and traces of summed Jacobians, from token sums and one read of the weights.
 
-A weight is the group (pointer, stride of a head, of a row, of a channel). Products of bfloat16 weights with float32
-numbers take these as sums of two bfloat16 numbers, which leaves an error of 2⁻¹⁷; others are made in float32.
+A weight is the group (pointer, stride of a head, of a row, of a channel). In products with bfloat16 weights, the
+float32 operand is split into two bfloat16 numbers, with an error of 2⁻¹⁷; other products are float32.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ofa_kernels.kernels.tile import load, store
 
 @triton.jit
 def weight_tile(weight, head, row, channel, inside):
-    """Some of a head's weights in float32; `row` and `channel` broadcast to the tile."""
+    """A tile of a head's weights in float32; `row` and `channel` broadcast to the tile."""
     start = weight[0] + head * weight[1]
     return load(start, row.to(tl.int64) * weight[2] + channel.to(tl.int64) * weight[3], inside)
 
 
 @triton.jit
 def split_product(left, right, total, SPLIT: tl.constexpr, EMULATED: tl.constexpr, WEIGHT_LEFT: tl.constexpr):
-    """The sum `total` + `left` `right` in float32; if SPLIT, one of them holds weights in bfloat16."""
+    """`total` + `left` `right` in float32; if SPLIT, one of the two holds bfloat16 weights."""
     if SPLIT:
         if WEIGHT_LEFT:
             high, low = _halves(right)
@@ -69,8 +69,8 @@ def mlp_diagonal_tiles(
 
     One program per tile of channels k and run. Inputs: the weights in groups, up or None; gate_sum = p_g and up_sum =
     p_u, groups (pointer, stride of a sequence); scale = γ, (width,), or None. Outputs in float32: diagonal, (runs,
-    sequences, width); along, what the tile adds to W_g γ and W_u γ, (tiles, 1 or 2, inner), or None. SLOTS, 1 or 16,
-    hold the sequences.
+    sequences, width); along, the tile's part of W_g γ and W_u γ, (tiles, 1 or 2, inner), or None. SLOTS, 1 or 16, is
+    the capacity for sequences.
     """
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(width, BLOCK_COLUMNS)
@@ -80,7 +80,7 @@ def mlp_diagonal_tiles(
     slot = tl.arange(0, SLOTS)
     total = tl.zeros((SLOTS, BLOCK_COLUMNS), tl.float32)
     if SLOTS == 1:
-        # Summed over the inner channels once, in the end.
+        # Reduced over the inner channels once, after the loop.
         part = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     if scale is not None:
         gamma = load(scale, channel, in_width)[None, :]
@@ -172,7 +172,7 @@ def _trace_of_rows(
     sequences, EMULATED: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr,
     VALUE_TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first… of M = W G W_o against those columns of the sums; HEAD of 0 stands for sums ā times the identity."""
+    """Rows first… of M = W G W_o times the matching columns of the sums, which are ā times the identity if HEAD = 0."""
     SPLIT: tl.constexpr = weight[0].dtype.element_ty == tl.bfloat16
     ROWS: tl.constexpr = VALUE if HEAD == 0 else HEAD
     row, depth = first + tl.arange(0, BLOCK_ROWS), tl.arange(0, VALUE_TILE)
@@ -180,7 +180,7 @@ def _trace_of_rows(
     total = tl.zeros((BLOCK_ROWS, VALUE_TILE), tl.float32)
     if scale is not None:
         before = tl.zeros((BLOCK_ROWS,), tl.float32)
-        behind = tl.zeros((VALUE_TILE,), tl.float32)
+        after = tl.zeros((VALUE_TILE,), tl.float32)
     for start in range(0, width, BLOCK_COLUMNS):
         channel = start + tl.arange(0, BLOCK_COLUMNS)
         in_width = channel < width
@@ -190,9 +190,9 @@ def _trace_of_rows(
         if scale is not None:
             gamma = load(scale, channel, in_width)
             before += tl.sum(w * gamma[None, :], 1)
-            behind += tl.sum(o * gamma[:, None], 0)
+            after += tl.sum(o * gamma[:, None], 0)
     if scale is not None:
-        total -= before[:, None] * behind[None, :] / width
+        total -= before[:, None] * after[None, :] / width
     program = tl.program_id(0).to(tl.int64)
     for sequence in range(sequences):
         if HEAD == 0:
@@ -229,7 +229,7 @@ def attention_diagonal_tiles(
     """Row sums of W_o ⊙ (C W_q + K W_k + ā W_v)ᵀ over a run of heads; one program per tile of channels and run.
 
     Inputs as for `attention_trace_tiles`, the sums of one sequence; outputs in float32: diagonal, (runs, width); along,
-    what the tile adds to (C W_q + K W_k + ā W_v) γ, (tiles, heads, VALUE), or None.
+    the tile's part of (C W_q + K W_k + ā W_v) γ, (tiles, heads, VALUE), or None.
     """
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(width, BLOCK_COLUMNS)

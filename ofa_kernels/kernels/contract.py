@@ -1,4 +1,4 @@
-"""The probes, computed again, against what they changed in a branch's output; and the length of that output."""
+"""Dot products of the recomputed probes with the changes they caused, and the branch output's squared length."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def contract_backward(
 ):
     """∂copies[i] = ν_i g_i and ∂base = passed + 2 grad_sqnorm · base − Σ_i ν_i g_i; a missing gradient is None.
 
-    `passed` is what reaches the base by another way.
+    `passed` is a gradient of the base from elsewhere, added to it.
     """
     row, tile = row_and_tile(TILES)
     rows = tl.num_programs(0).to(tl.int64) // TILES

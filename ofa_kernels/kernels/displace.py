@@ -1,4 +1,4 @@
-"""Copies of a row, each moved along one preconditioned probe and not normalized."""
+"""Copies of a row, each moved along one preconditioned probe, without a norm."""
 
 from __future__ import annotations
 

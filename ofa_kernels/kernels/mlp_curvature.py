@@ -1,4 +1,4 @@
-"""Token sums of an MLP's slopes, and its change read through a few rows, in one read of the pre-activations."""
+"""Token sums of an MLP's slopes, and its change projected onto a few rows, in one read of the pre-activations."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def mlp_curvature_tokens(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Slopes of φ(g) ⊙ u summed over a run of tokens for one tile of channels, and what the tile adds to the change.
+    """Slopes of φ(g) ⊙ u summed over a run of tokens for one tile of channels, and the tile's part of the change.
 
         sums[run] = Σ_i w_i φ'(g_i) ⊙ u_i and Σ_i w_i φ(g_i)
         moved[tile, i] = read · ( φ'(g_i) ⊙ u_i ⊙ (g_i − b_g) + φ(g_i) ⊙ (u_i − b_u) )
 
     Inputs: gate = g and up = u (or None: u = 1), groups (pointer, stride of a sequence, of a token); weights = w, the
     group (pointer, stride of a sequence); read, the group (pointer, stride of a sequence, of a row), or None; the
-    shifts b_g and b_u (width,), or None; limit, the clamp of φ(min(g, limit)) ⊙ (u clamped to ±limit, and 1), or None.
+    shifts b_g and b_u (width,), or None; limit of φ(min(g, limit)) ⊙ (clamp(u, ±limit) + 1), or None.
     Outputs: sums, (runs, 1 or 2, B, width), and moved, (tiles, B, tokens, READ), in float32.
     """
     STREAM: tl.constexpr = tl.bfloat16 if gate[0].dtype.element_ty == tl.bfloat16 else tl.float32
@@ -113,9 +113,9 @@ def add_partials(
     second_count,
     BLOCK: tl.constexpr,
 ):
-    """Sums of (count, size) float32 over the first dimension in its order, of two tensors in one launch.
+    """Sums of (count, size) float32 over the first dimension, in its order, for two tensors in one launch.
 
-    The programs behind those of the first one's blocks do the second's, which may be None.
+    The first programs sum the blocks of `first`, the others those of `second`, which may be None.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(first_size, BLOCK)
@@ -168,19 +168,19 @@ def _gelu_tanh(x):
     # (1 + tanh y)/2 is p, the logistic function of 2y: p' = 2pq y' with q = 1 − p.
     square = x * x
     p, q = _logistic(x * (2.0 * INNER) * (square * CUBIC + 1.0))
-    # pq is 0 long before the powers of x that it multiplies overflow.
+    # pq underflows to 0 before the powers of x overflow.
     return x * p, p + x * (2.0 * p * q * (square * (3.0 * INNER * CUBIC) + INNER))
 
 
 @triton.jit
 def _relu(x):
-    # Written so that what is not a number stays what it is; the slope at 0 is 0, as PyTorch has it.
+    # `x <= 0` and not `x > 0`, so that NaN stays NaN; the slope at 0 is 0, as in PyTorch.
     return tl.where(x <= 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)
 
 
 @triton.jit
 def _logistic(x):
-    """σ(x) and 1 − σ(x), neither of which overflows or cancels."""
+    """σ(x) and 1 − σ(x), without overflow or cancellation."""
     small = tl.exp(-tl.abs(x))
     large = 1.0 / (1.0 + small)
     small *= large

@@ -40,8 +40,8 @@ def norm_step_forward(
     """Z = residual + update, normalized = γ ⊙ (z − μ)/σ + β, update_sqnorm = ‖update‖²; one program per row.
 
     residual, update (or None) and the outputs stream (or None, with update) and normalized are (rows, width);
-    update_sqnorm (or None), rstd = 1/σ and mean = μ (or None, unless CENTRED) are (rows,) float32. What is
-    normalized is the sum as the stream's dtype holds it. A row of several tiles is read again behind its moments.
+    update_sqnorm (or None), rstd = 1/σ and mean = μ (or None, unless CENTRED) are (rows,) float32. The sum is rounded
+    to the stream's dtype before it is normalized. A row of several tiles is read a second time for the output.
     """
     row = tl.program_id(0).to(tl.int64)
     eps = tl.cast(eps, tl.float32)
@@ -66,7 +66,7 @@ def norm_step_forward(
     if update is not None:
         tl.store(update_sqnorm + row, length)
     if TILES > 1 and update is not None:
-        # Other threads than those that wrote it may read the stream again.
+        # The threads that read the stream again may not be those that wrote it.
         tl.debug_barrier()
     for tile in tl.static_range(TILES):
         if TILES > 1:
@@ -114,7 +114,7 @@ def norm_step_backward(
         ∂update = ∂residual + 2 grad_sqnorm · update,   ∂γ = Σ grad_normalized ⊙ ẑ,   ∂β = Σ grad_normalized
 
     Every incoming gradient may be None. partial_weight and partial_bias (or None) are (programs, width) float32, the
-    sums over a program's own rows in their order; a row of several tiles adds to them in memory and needs them 0.
+    sums over a program's own rows in their order; rows of several tiles add in memory and need zeros at the start.
     """
     program = tl.program_id(0).to(tl.int64)
     share = tl.cdiv(rows, tl.num_programs(0))
@@ -129,8 +129,8 @@ def norm_step_backward(
         if grad_sqnorm is not None:
             to_update = 2.0 * tl.load(grad_sqnorm + row)
         if TILES == 1 and partial_bias is None:
-            # Asked for before threads wait for each other and for what is stored, so that one wait is for all. Besides
-            # the sums of a shift there are no registers for that.
+            # Load before the reduction's sync, so that one wait covers all loads; with sums of a shift, registers are
+            # too few.
             channel = channels(0, GROUPS)
             inside = channel < width
             if grad_stream is not None:

@@ -1,4 +1,4 @@
-"""Normalized copies of a row, each moved along one preconditioned probe: all copies from one read of the stream."""
+"""Normalized copies of a row, each moved along one preconditioned probe, from one read of the stream."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def perturb_forward(
 ):
     """copies[i] = N(z + ε γ/σ ⊙ ν_i), (SAMPLES, rows, width); one program per row, one read of z.
 
-    With `undisturbed`, (rows, width), the copies stand behind a copy of it: (1 + SAMPLES, rows, width).
+    With `undisturbed`, (rows, width), the output begins with a copy of it: (1 + SAMPLES, rows, width).
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -74,7 +74,7 @@ def store_perturbed(
 ):  # fmt: skip
     """Write γ ⊙ ẑ' + β for z' = z + shift·γ ⊙ ν.
 
-    Sums are of deviations from μ, the mean of z, from which that of z' differs so little that no digits cancel.
+    Sums are of deviations from μ, the mean of z: the mean of z' is so close to it that nothing cancels.
     """
     width, eps = norm
     moved, squares = 0.0, 0.0
@@ -103,11 +103,11 @@ def perturbed(
     tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS: tl.constexpr, OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """One tile of z' − μ, z' = z + shift·γ ⊙ ν, and of γ; which of its channels exist."""
+    """One tile of z' − μ with z' = z + shift·γ ⊙ ν, of γ, and of the mask of channels inside the row."""
     channel = channels(tile, GROUPS)
     inside = channel < width
     scale = load_scale(weight, channel, inside, OFFSET)
-    # Not (shift·γ) ⊙ ν: the compiler would keep shift·γ in registers from sample to sample.
+    # Not (shift·γ) ⊙ ν: the compiler would keep shift·γ in registers across samples.
     move = scale * times_probe(shift, tile, row, sample, key, GROUPS, GAUSSIAN)
     return load(z_row, channel, inside) - mu + move, scale, inside
 
@@ -139,9 +139,9 @@ def perturb_backward(
     OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr,
 ):
-    """Gradients of z, γ and β; each program takes a run of rows and computes the same probes again.
+    """Gradients of z, γ and β; each program takes a run of rows and recomputes the probes.
 
-    SLOTS is the power of two that holds SAMPLES. partial_weight and partial_bias (or None) are those of
+    SLOTS is the power of two that holds SAMPLES. partial_weight and partial_bias (or None) are as in
     `norm_step_backward`.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -188,7 +188,7 @@ def perturb_backward(
 
 @triton.jit
 def squared_scale(weight, width, GROUPS: tl.constexpr, TILES: tl.constexpr, OFFSET: tl.constexpr):
-    """‖γ‖², which is ‖γ ⊙ ν‖² of every Rademacher probe ν."""
+    """‖γ‖², equal to ‖γ ⊙ ν‖² for every Rademacher probe ν."""
     squares = 0.0
     for tile in range(TILES):
         channel = channels(tile, GROUPS)
@@ -203,12 +203,11 @@ def perturbed_statistics(
     SLOTS: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, CENTRED: tl.constexpr,
     OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """What the gradients need of the whole row, of every sample and summed over the samples; and Σ pull.
+    """Sums over the row that the gradients need: (1/σ', a, δ, t, (SLOTS,) each; Σ a/σ'² over the samples), and Σ pull.
 
-    With p = γ ⊙ ν, c = z − μ and h = γ ⊙ g, z' − μ = c + shift·p, so that everything follows from ⟨p, c⟩, ⟨p, h⟩,
-    ⟨h, c⟩, ‖p‖², Σ p and Σ h: δ = mean(z') − μ, 1/σ', a = mean(h ẑ'), t = mean(h), and pull = ⟨p, ∂z'⟩, the gradient
-    in shift. Of every sample, (SLOTS,) each: 1/σ', a, δ and t; and the sum of all a/σ'².
-    Sums are of deviations from μ, from which the mean of z' differs so little that no digits cancel.
+    With p = γ ⊙ ν, c = z − μ and h = γ ⊙ g, z' − μ = c + shift·p. So ⟨p, c⟩, ⟨p, h⟩, ⟨h, c⟩, ‖p‖², Σ p and Σ h give
+    δ = mean(z') − μ, 1/σ', a = mean(h ẑ'), t = mean(h), and pull = ⟨p, ∂z'⟩, the gradient in shift.
+    Sums are of deviations from μ: the mean of z' is so close to it that nothing cancels.
     """
     width, eps = norm
     slot = tl.arange(0, SLOTS)
@@ -224,7 +223,7 @@ def perturbed_statistics(
         )  # fmt: skip
         gap = shift * push / width
         variance = 1.0 / (r * r) + shift * (2.0 * push_z + shift * push_push) / width - gap * gap
-        # Rounded, that of a row of one column might be below 0.
+        # Rounding may make the variance of a row of one column negative.
         rstd = tl.rsqrt(tl.maximum(variance, eps))
         along = (along + shift * push_h - gap * through) * rstd / width
         through = through / width
@@ -279,9 +278,9 @@ def perturbed_gradient(
 ):  # fmt: skip
     """Σ over the samples, for one tile, of the gradients of ⟨g, γ ⊙ ẑ'⟩: in z', in γ (through scale and move), in β.
 
-    With c = z − μ, ẑ' = (c + shift·γ ⊙ ν − δ)/σ'. Unless CENTRED this is multiplied out, so that of every sample only
-    its multiples of g, ν ⊙ g and ν are added up, and γ and c are multiplied by the sums: two thirds of the arithmetic.
-    With a mean the terms might cancel, as they do in a row of one column.
+    With c = z − μ, ẑ' = (c + shift·γ ⊙ ν − δ)/σ'. Unless CENTRED the product is expanded: multiples of g, ν ⊙ g and ν
+    are summed over the samples and multiplied by γ and c once, two thirds of the arithmetic. With a mean the expanded
+    terms may cancel, as in a row of one column.
     """
     rstds, alongs, gaps, throughs, all_along = statistics
     channel = channels(tile, GROUPS)

@@ -1,4 +1,4 @@
-"""The probes of `ofa_kernels.philox`, computed in registers: the same counter, key and channel layout."""
+"""The probes of `ofa_kernels.philox`, computed in registers with the same counter, key and channel layout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ UNIT = tl.constexpr(2.0**-32)
 
 @triton.jit
 def times_probe(values, tile, row, sample, key, GROUPS: tl.constexpr, GAUSSIAN: tl.constexpr):
-    """One tile of values ⊙ ν, (GROUPS, 32) float32: ν are Rademacher signs, or standard normal values.
+    """One tile of values ⊙ ν, (GROUPS, 32) float32, with ν Rademacher signs or standard normal values.
 
-    `values` is a tile, or one float32 number. `key` is (step, low word of the seed, high word of the seed), as
-    `ofa_kernels.ops.launching.key` makes it.
+    `values` is a tile or one float32 number, `key` is that of `ofa_kernels.ops.launching.key`.
     """
     if GAUSSIAN:
         found = values * _normals(tile, row, sample, key, GROUPS)
@@ -26,11 +25,10 @@ def times_probe(values, tile, row, sample, key, GROUPS: tl.constexpr, GAUSSIAN: 
 
 @triton.jit
 def _sign_bits(tile, row, sample, key, GROUPS: tl.constexpr):
-    # One counter has a bit for each of 128 channels: four groups, a word each. Every thread computes the words of its
-    # own groups, four threads the same: putting them where they belong would take shared memory and six barriers.
+    # One counter has a bit for each of 128 channels: four groups, a word each. Four threads compute the same words:
+    # sharing them would take shared memory and six barriers.
     group = tl.arange(0, GROUPS)
-    # 0 for every row, which no compiler knows: it would compute the first rounds of all rows in advance, and keep them
-    # in registers that the kernels do not have.
+    # Always 0, which the compiler cannot know: it would hoist the first rounds out of the loop over rows, and spill.
     nothing = (tl.cast(row, tl.int64) >> 62).to(tl.int32)
     w0, w1, w2, w3 = _words(tile * (GROUPS // 4) + group // 4 + nothing, row, sample, key)
     even, second_half = group % 2 == 0, group % 4 >= 2
@@ -41,7 +39,7 @@ def _sign_bits(tile, row, sample, key, GROUPS: tl.constexpr):
 
 @triton.jit
 def _normals(tile, row, sample, key, GROUPS: tl.constexpr):
-    # One counter has two Box-Muller pairs: four channels.
+    # One counter makes two Box-Muller pairs: four channels.
     w0, w1, w2, w3 = _words(tile * (GROUPS * 8) + tl.arange(0, GROUPS * 8), row, sample, key)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)

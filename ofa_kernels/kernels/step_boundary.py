@@ -1,4 +1,4 @@
-"""Everything between two branches in one sweep: the end of one measured step and the beginning of the next."""
+"""All row operations between two branches in one sweep: the end of a measured step and the start of the next."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def step_boundary_forward(
     OFFSET: tl.constexpr,
     GAUSSIAN: tl.constexpr,
 ):
-    """The end of `step` and the beginning of `step` + 1; one program per row.
+    """The end of `step` and the start of `step` + 1; one program per row.
 
         update_sqnorm = ‖update‖²,   products[i] = ν_iᵀ(copies[i] − update)          ν of step
         stream = residual + update
@@ -74,7 +74,7 @@ def step_boundary_forward(
         mu, squares, more = merge_moments_and_sum(z, u * u, inside, tile, mu, squares, width, GROUPS, CENTRED)
         length += more
     tl.store(update_sqnorm + row, length)
-    # Other threads than those that wrote it may read the stream again.
+    # The threads that read the stream again may not be those that wrote it.
     tl.debug_barrier()
     r = tl.rsqrt(squares / width + eps)
     for copy in range(COPIES):
@@ -136,11 +136,11 @@ def step_boundary_backward(
 ):
     """Gradients of residual, update, copies, γ and β; each program takes a run of rows.
 
-        ∂residual = grad_stream + what comes back through the norms of `grad_stack`
+        ∂residual = grad_stream + gradient of `grad_stack` through the norms
         ∂update = ∂residual + 2 grad_sqnorm · update − Σ_i ν_i grad_products[i],   ∂copies[i] = ν_i grad_products[i]
 
-    Every incoming gradient may be None and all are dense, as are stream and update; grad_update is None where it is
-    the same as grad_residual. Partial sums are those of `perturb_backward`.
+    Every incoming gradient may be None. All tensors are dense. grad_update is None if it equals grad_residual. Partial
+    sums are as in `perturb_backward`.
     """
     program = tl.program_id(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
@@ -163,7 +163,7 @@ def step_boundary_backward(
                 z_row, g_row + size, size, weight, scale_squares, row, next_key, shift, mu, r, norm, SAMPLES, SLOTS,
                 GROUPS, TILES, STAGES, CENTRED, OFFSET, GAUSSIAN
             )  # fmt: skip
-            # shift = ε/σ and ∂(1/σ)/∂z = −ẑ/(σ² d), which is along ẑ as well.
+            # shift = ε/σ, and ∂(1/σ)/∂z = −ẑ/(σ² d) is along ẑ as well.
             along += epsilon * pull * r / width
         for tile in range(TILES):
             channel = channels(tile, GROUPS)

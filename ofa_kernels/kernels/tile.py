@@ -1,7 +1,7 @@
-"""What the kernels share: the tile of a row, its sums, its norm, and the norm's gradient.
+"""Shared by the row kernels: the tiles of a row, their loads and sums, and the row's moments.
 
-A row z of `width` channels is one tile (GROUPS, 32), or several where it does not fit in the registers. Channels
-outside of the row are 0 in every tile and stay 0 through every function here.
+A row z of `width` channels is one tile (GROUPS, 32), or several if it does not fit in registers. Every function keeps
+channels outside the row at 0.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import triton.language as tl
 
 @triton.jit
 def row_and_tile(TILES: tl.constexpr):
-    """Which row and which of its tiles this program works on, where there is one program for each tile."""
+    """The program's row and tile, with one program per tile."""
     program = tl.program_id(0).to(tl.int64)
     return program // TILES, (program % TILES).to(tl.int32)
 
 
 @triton.jit
 def channels(tile, GROUPS: tl.constexpr):
-    """Channel numbers of a tile, (GROUPS, 32)."""
+    """Channel indices of a tile, (GROUPS, 32)."""
     return (tile * GROUPS + tl.arange(0, GROUPS)[:, None]) * 32 + tl.arange(0, 32)[None, :]
 
 
 @triton.jit
 def load(pointer, channel, inside):
-    """Values of a tile in float32, whatever they are stored in."""
+    """Values of a tile in float32, from any dtype."""
     return tl.load(pointer + channel, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_if_any(vector, channel, inside):
-    """As `load`; 0 where there is no vector."""
+    """As `load`; 0 if the vector is None."""
     return load(vector, channel, inside) if vector is not None else 0.0
 
 
@@ -46,15 +46,15 @@ def load_scale(weight, channel, inside, OFFSET: tl.constexpr):
 
 @triton.jit
 def store(pointer, channel, inside, values):
-    """The one cast of a result, to what it is stored in."""
+    """Store a tile, cast to the pointer's dtype."""
     tl.store(pointer + channel, values.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_again(pointer, channel, inside):
-    """As `load`, for what was loaded before: from the cache, rather than from registers kept in between.
+    """As `load`, for values loaded before: reads the cache instead of keeping registers.
 
-    The eviction policy says that nobody reads it a third time, and keeps the compiler from merging both loads.
+    The eviction policy keeps the compiler from merging both loads.
     """
     return tl.load(pointer + channel, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
@@ -78,9 +78,9 @@ def row_moments(row, width, eps, GROUPS: tl.constexpr, TILES: tl.constexpr, CENT
 
 @triton.jit
 def merge_moments(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr, CENTRED: tl.constexpr):
-    """Mean and sum of squared deviations of the tiles before this one, with those of this one.
+    """Merge a tile into the mean and sum of squared deviations of the previous tiles.
 
-    Chan, Golub and LeVeque's update, which loses nothing where the mean is large against the deviations.
+    Chan, Golub and LeVeque's update: accurate also if the mean is large against the deviations.
     """
     if CENTRED:
         mean, squares, z = merge_mean(z, inside, tile, mean, squares, width, GROUPS)
@@ -91,7 +91,7 @@ def merge_moments(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr, C
 def merge_moments_and_sum(
     z, beside, inside, tile, mean, squares, width, GROUPS: tl.constexpr, CENTRED: tl.constexpr
 ):  # fmt: skip
-    """As `merge_moments`, and the sum of a tile `beside` z in the same exchange."""
+    """As `merge_moments`, and the sum of a second tile, `beside`, in the same reduction."""
     if CENTRED:
         mean, squares, z = merge_mean(z, inside, tile, mean, squares, width, GROUPS)
     more, of_beside = sum_two(z * z, beside)
@@ -100,7 +100,7 @@ def merge_moments_and_sum(
 
 @triton.jit
 def merge_mean(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr):
-    """The mean of all tiles so far; what the gap between those before and this adds to the squares; z less its mean."""
+    """Updated mean, squares with the term of the means' gap, and z minus its own tile's mean."""
     seen = tile * GROUPS * 32
     count = tl.minimum(width - seen, GROUPS * 32)
     tile_mean = tl.sum(z) / count
@@ -112,9 +112,9 @@ def merge_mean(z, inside, tile, mean, squares, width, GROUPS: tl.constexpr):
 
 @triton.jit
 def sum_two(a, b):
-    """Sums of two tiles. The threads of a program wait for each other once, where `tl.sum` of each would twice.
+    """Sums of two tiles with one sync of the program's threads; `tl.sum` of each would sync twice.
 
-    Not `tl.reduce` of a tuple, which the interpreter walks through element by element.
+    Not `tl.reduce` of a tuple, which the interpreter evaluates element by element.
     """
     return tl.split(tl.sum(tl.join(tl.sum(a, axis=1), tl.sum(b, axis=1)), axis=0))
 

@@ -1,4 +1,4 @@
-"""The operations as PyTorch knows them: schema, shapes, autograd, and the launch of the kernels of the same name.
+"""The kernels as PyTorch operations: schema, shapes, autograd and launch, in files named like the kernels'.
 
-Importing this needs PyTorch only; Triton is imported by the first launch.
+Importing this needs only PyTorch; the first launch imports Triton.
 """

@@ -33,9 +33,9 @@ def attention_curvature(
     key_norm: HeadNorm | None = None,
     move: reference.Move | None = None,
 ) -> reference.AttentionSums:
-    """As `reference.attention_curvature`, in two sweeps over the scores and without a matrix of them; no derivative.
+    """As `reference.attention_curvature`, in two sweeps over the scores without storing them; no derivative.
 
-    Products take their operands in the dtype of `query`, sums over tokens in float32 where that is float16.
+    Products take their operands in the dtype of `query`; sums over tokens are float32 if that is float16.
     """
     given = (query, key, value, output, weights, attends)
     if refusal(query, value, query_norm, key_norm, move):
@@ -74,14 +74,14 @@ def refusal(
     key_norm: HeadNorm | None,
     move: reference.Move | None,
 ) -> str | None:
-    """Why the kernels leave a call to the reference; None where they take it."""
+    """Why a call needs the reference; None if the kernels accept it."""
     limit = launch.widest_head(query.element_size())
     if max(query.shape[-1], value.shape[-1]) > limit:
-        return f"heads are wider than {limit} channels, whose tiles fit neither into registers nor shared memory"
+        return f"heads are wider than {limit} channels, and their tiles exceed registers and shared memory"
     if any(norm is not None and norm.joint for norm in (query_norm, key_norm)):
-        return "a norm over all heads together needs what no program has: the other heads"
+        return "a norm over all heads together needs the other heads, and a program has one"
     if move is not None and move.value.shape[1] != move.read_value.shape[1]:
-        return "a move whose values and whose change have different numbers of heads, which nothing makes"
+        return "the move's values and their change have different numbers of heads"
     return None
 
 
@@ -164,7 +164,7 @@ def forward(
         "heads": heads,
         "groups": heads // key.shape[1],
         "read_groups": 1 if read_value is None else heads // read_value.shape[1],
-        # A window that holds every key is none, and fits into 32 bits.
+        # Clamped to fit into 32 bits: a window over all keys is none.
         "window": None if window is None else min(window, 2 * tokens),
         "scale": scale,
         "softcap": softcap,
@@ -195,7 +195,7 @@ def forward(
     programs = sequences * heads * -(-tokens // config.block_columns)
     start_by_names(attention_curvature_keys, programs, query, config, arguments, constants)
 
-    # Products in float32, but where the operands have its range in 16 bits.
+    # Products are float32, or bfloat16, which has float32's range.
     config = tiles_of(attention_curvature_sums, mean_key, widest)
     tiles = -(-width // config.block_columns) * -(-depth // config.block_columns)
     blocks = 2 * sequences * heads * tiles
@@ -211,7 +211,7 @@ def forward(
 
 
 def empty(query: Tensor, key: Tensor, value: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs, unwritten; what moved is empty without a move."""
+    """The outputs, uninitialized; `moved` is empty without a move."""
     sequences, heads, tokens, width = query.shape
     read_value = more[13]
     read = 0 if read_value is None else read_value.shape[-1]
@@ -227,7 +227,7 @@ def _rows_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _angles_of(angle: Tensor) -> tuple[Any, ...]:
-    """(B or 1, T, pairs): the same for all heads, and for all sequences if there is one."""
+    """(B or 1, T, pairs) with strides that broadcast over heads, and over sequences if there is one row."""
     angle = angle if angle.shape[-1] <= 1 or angle.stride(-1) == 1 else angle.contiguous()
     return angle, angle.stride(0) if angle.shape[0] > 1 else 0, 0, angle.stride(1)
 
@@ -238,11 +238,11 @@ def _weights_of(weights: Tensor) -> tuple[Any, ...]:
 
 
 def _spread(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """The mask as (B, heads, T, T), with stride 0 where it has only one of them."""
+    """The mask as (B, heads, T, T), with stride 0 where it broadcasts."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
-        # Bytes: a boolean is one bit to a compiler.
+        # As bytes: Triton takes a boolean for one bit.
         mask = mask.view(torch.uint8)
     elif mask.dtype == torch.float64:
         mask = mask.float()

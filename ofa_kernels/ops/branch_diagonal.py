@@ -25,7 +25,7 @@ library.define(f"attention_diagonal({_WEIGHTS}, {_SUMS}, Tensor? scale) -> (Tens
 def mlp_diagonal(
     weights: Sequence[Tensor], down: Tensor, sums: Sequence[Tensor], scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `reference.mlp_diagonal`, one read of the weights for 16 sequences, of the last one two for an image."""
+    """As `reference.mlp_diagonal`, with one read of the weights per 16 sequences; an image reads W_d once more."""
     check_mlp_weights(weights, down, sums)
     pairs = [(weights[0], sums[0]), (weights[1], sums[1]) if len(weights) > 1 else (None, None)]
     (gate, gate_sum), (up, up_sum) = pairs
@@ -42,7 +42,7 @@ def attention_trace(
     factor: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.attention_trace`, in one read of the weights."""
+    """As `reference.attention_trace`, with one read of the weights."""
     check_attention_weights(query, key, value, output, factor)
     trace: Tensor = call_trace(query, key, value, output, *sums, factor, scale)
     return trace
@@ -56,7 +56,7 @@ def attention_diagonal(
     sums: tuple[Tensor, Tensor, Tensor],
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `reference.attention_diagonal`, in one read of the weights, of the last one two for an image."""
+    """As `reference.attention_diagonal`, with one read of the weights; an image reads W_o once more."""
     check_attention_weights(query, key, value, output, scale)
     diagonal, image = call_diagonal(query, key, value, output, *sums, scale)
     return diagonal, None if scale is None else image
@@ -70,7 +70,7 @@ def forward_mlp(
     up_sum: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel for every 16 sequences, and add up what its programs found."""
+    """Launch the kernel for every 16 sequences, and add up the programs' sums."""
     from ofa_kernels.kernels.branch_diagonal import mlp_diagonal_tiles
 
     (inner, width), parts = gate.shape, 1 if up is None else 2
@@ -112,7 +112,7 @@ def forward_mlp(
 
 
 def empty_mlp(gate: Tensor, up: Tensor | None, down: Tensor, gate_sum: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
-    """The outputs, unwritten; no image is empty."""
+    """The outputs, uninitialized; the image is empty without a scale."""
     diagonal = gate.new_empty((gate_sum.shape[0], gate.shape[1]), dtype=torch.float32)
     return diagonal, diagonal.new_empty(0) if more[-1] is None else torch.empty_like(diagonal)
 
@@ -128,7 +128,7 @@ def forward_trace(
     factor: Tensor,
     scale: Tensor | None,
 ) -> Tensor:
-    """Launch the kernel, and add up what its programs found."""
+    """Launch the kernel, and add up the programs' sums."""
     from ofa_kernels.kernels.branch_diagonal import attention_trace_tiles
 
     sequences, heads, depth, width = query_sum.shape
@@ -143,7 +143,7 @@ def forward_trace(
 
 
 def empty_trace(query: Tensor, key: Tensor, value: Tensor, output: Tensor, query_sum: Tensor, *more: Any) -> Tensor:
-    """The output, unwritten."""
+    """The output, uninitialized."""
     return query.new_empty(query_sum.shape[0], dtype=torch.float32)
 
 
@@ -157,7 +157,7 @@ def forward_diagonal(
     value_sum: Tensor,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel, and add up what its programs found."""
+    """Launch the kernel, and add up the programs' sums."""
     from ofa_kernels.kernels.branch_diagonal import attention_diagonal_tiles
 
     (heads, depth, _), width = query_sum.shape, query.shape[2]
@@ -177,13 +177,13 @@ def forward_diagonal(
 
 
 def empty_diagonal(query: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
-    """The outputs, unwritten; no image is empty."""
+    """The outputs, uninitialized; the image is empty without a scale."""
     diagonal = query.new_empty(query.shape[2], dtype=torch.float32)
     return diagonal, diagonal.new_empty(0) if more[-1] is None else torch.empty_like(diagonal)
 
 
 def _image(weight: Tensor, vectors: Tensor) -> Tensor:
-    """W x of every sequence for a weight (heads, width, inner) and x, (B, heads, inner)."""
+    """Σ_h W_h x_h of every sequence for a weight (heads, width, inner) and x, (B, heads, inner): (B, width)."""
     from ofa_kernels.kernels.branch_diagonal import image_rows
 
     (heads, width, inner), sequences = weight.shape, len(vectors)
@@ -236,7 +236,7 @@ def _attention_constants(query: Tensor, shape: Sequence[int]) -> dict[str, Any]:
 
 
 def _matrix(weight: Tensor | None) -> tuple[Any, ...] | None:
-    """A weight as the only head of a group."""
+    """A matrix as the group of a weight with one head."""
     return None if weight is None else (weight, 0, *weight.stride())
 
 

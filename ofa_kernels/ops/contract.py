@@ -33,7 +33,7 @@ library.define(
 def contract(
     base: Tensor, copies: Tensor, *, seed: int, step: int = 0, probe: str = "rademacher"
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.contract`; the backward pass computes the probes again and reads nothing but gradients."""
+    """As `reference.contract`; the backward pass recomputes the probes and does not read the copies."""
     reference.check_stack(base, copies)
     check_probe(probe)
     return call(base, copies, seed, step, probe == "gaussian")
@@ -46,7 +46,7 @@ def squared_norm(update: Tensor) -> Tensor:
 
 
 def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
-    """The update, to be used in place of the one given, and its `squared_norm`: their gradients are one launch."""
+    """The update, to use instead of the argument, and its `squared_norm`; one launch computes both gradients."""
     if torch.compiler.is_compiling() or not (is_direct((update,)) and torch.is_grad_enabled() and update.requires_grad):
         return update, squared_norm(update)
     passed, squared = _WithLength.apply(update)
@@ -110,15 +110,15 @@ def backward(
     gaussian: bool,
     passed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; the copies' gradient is empty where no product has one.
+    """Launch the backward kernel; the copies' gradient is empty if the products have none.
 
-    `passed` is a gradient that reaches the base by another way, shaped like it; it is added to the base's own.
+    `passed` is a gradient of the base from elsewhere, shaped like it; the kernel adds it.
     """
     from ofa_kernels.kernels.contract import contract_backward
 
     grad_base, grad_copies = empty_gradients(base, grad_products, grad_sqnorm, samples, seed, step, gaussian)
     width = base.shape[-1]
-    b, way = as_rows(base, width), None if passed is None else as_rows(passed, width)
+    b, other = as_rows(base, width), None if passed is None else as_rows(passed, width)
     run(
         contract_backward,
         b.shape[0] * configuration(contract_backward, base, width).tiles,
@@ -127,12 +127,12 @@ def backward(
         b,
         None if grad_products is None else grad_products.contiguous(),
         None if grad_sqnorm is None else grad_sqnorm.contiguous(),
-        way,
+        other,
         grad_base,
         None if grad_products is None else grad_copies,
         width,
         b.stride(0),
-        None if way is None else way.stride(0),
+        None if other is None else other.stride(0),
         *key(seed, step),
         SAMPLES=samples,
         GAUSSIAN=gaussian,

@@ -1,4 +1,4 @@
-"""Between tensors and kernels: rows, seeds, and the one function through which every kernel is launched."""
+"""Defines PyTorch operations and launches their kernels."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 from ofa_kernels import binaries, launch
 
 library = torch.library.Library("ofa_kernels", "DEF")
-"""Where all operations are defined: `torch.ops.ofa_kernels`."""
+"""The library of all operations, `torch.ops.ofa_kernels`."""
 
 
 def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Give an operation its launches on every device, and its shapes where there is no data."""
+    """Register an operation's implementation for every device, and its output shapes for tensors without data."""
     torch.library.impl(f"ofa_kernels::{name}", "default", function, lib=library)
     torch.library.register_fake(f"ofa_kernels::{name}", fake, lib=library)
 
 
 def differentiable_once(name: str) -> None:
-    """Make the second derivative of a backward operation an error; PyTorch would only warn and go on without it."""
+    """Make differentiating an operation an error; PyTorch would only warn and treat it as a constant."""
 
     def refuse(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(
-            f"{name} has no derivative, as kernels are differentiable once or not at all; set OFA_KERNELS=reference in "
-            "the environment"
+            f"{name} has no derivative: kernels are differentiable at most once; set OFA_KERNELS=reference in the "
+            "environment"
         )
 
     torch.library.register_autograd(f"ofa_kernels::{name}", refuse, lib=library)
@@ -38,10 +38,7 @@ def differentiable_once(name: str) -> None:
 
 @dataclass(frozen=True)
 class Derivative:
-    """The gradient of an operation: what its forward pass keeps, and what its backward pass makes of that.
-
-    `save(ctx, inputs, output)` and `differentiate(ctx, *grads)` are those of `torch.library.register_autograd`.
-    """
+    """The gradient of an operation: `setup_context` and `backward` of `torch.library.register_autograd`."""
 
     save: Callable[[Any, tuple[Any, ...], Any], None]
     differentiate: Callable[..., Any]
@@ -50,13 +47,12 @@ class Derivative:
 def operation(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], derivative: Derivative | None = None
 ) -> Callable[..., Any]:
-    """Implement a defined operation, differentiable by `derivative` or not at all; returns what calls it.
+    """Implement a defined operation, differentiable by `derivative` or not at all; returns a function that calls it.
 
-    The registered operation is there for whoever looks at operations: `torch.compile`, tensors without data, dispatch
-    modes. Going through PyTorch's dispatcher and back into Python for each of its keys takes several times as long as
-    a launch, so that any other call goes to `function` at once, by way of a plain autograd function if need be.
+    `torch.compile`, fake tensors and dispatch modes get the registered operation. All other calls bypass PyTorch's
+    dispatcher, which takes several times as long as a launch: they go to `function`, or a plain autograd function.
     """
-    implement(name, _of_their_own(function), fake)
+    implement(name, _without_aliases(function), fake)
     if derivative is None:
         differentiable_once(name)
     else:
@@ -64,7 +60,7 @@ def operation(
             f"ofa_kernels::{name}", derivative.differentiate, setup_context=derivative.save, lib=library
         )
     registered = getattr(torch.ops.ofa_kernels, name).default
-    # Without a derivative: the registered one, which refuses to be differentiated.
+    # Without a derivative: the registered operation, whose backward raises.
     tracked = registered if derivative is None else _autograd_function(function, derivative).apply
 
     def call(*args: Any) -> Any:
@@ -75,8 +71,8 @@ def operation(
     return call
 
 
-def _of_their_own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with copies of results that are parts of one tensor: those of a registered operation may not be."""
+def _without_aliases(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with results that share storage cloned: a registered operation may not return views."""
 
     def registered(*args: Any) -> Any:
         results = function(*args)
@@ -103,7 +99,7 @@ def _autograd_function(function: Callable[..., Any], derivative: Derivative) -> 
 
 
 def is_direct(args: tuple[Any, ...]) -> bool:
-    """Whether nobody but autograd looks at operations on these arguments: plain tensors, no mode, no transform."""
+    """True if the dispatcher can be bypassed: plain tensors, no mode, no transform."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return _PLAIN.issuperset(map(type, args))
@@ -120,7 +116,7 @@ Launcher = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
 
 
 def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of `tensor`, whose dtype and the row's width decide how. No rows, no launch."""
+    """Launch a row kernel on the device of `tensor`, configured by its dtype and the row's width; not without rows."""
     if grid == 0 or width == 0:
         return
     config = configuration(kernel, tensor, width)
@@ -143,8 +139,8 @@ def start(
     max_registers: int | None,
     **options: Any,
 ) -> None:
-    """Launch a kernel with everything decided: its arguments, its compile-time constants, the compiler's options."""
-    # Fused multiply-adds round once instead of twice; Triton 3.10 turns them off unless asked.
+    """Launch a kernel with these arguments, compile-time constants and compiler options."""
+    # Fused multiply-adds round once instead of twice; they are off by default in Triton 3.10.
     options["enable_fp_fusion"] = True
     if max_registers is not None:
         options["maxnreg"] = max_registers
@@ -154,7 +150,7 @@ def start(
         return
     binaries.offer(architecture(tensor.device))
     index = tensor.get_device()
-    # Triton launches on the current device. Changing it takes as long as half a launch, and is hardly ever needed.
+    # Triton launches on the current device; switch only if needed, since that takes half as long as a launch.
     if index == torch.cuda.current_device():
         _launcher(kernel, grid, args, keywords)
         return
@@ -170,7 +166,7 @@ def start_by_names(
     arguments: dict[str, Any],
     constants: dict[str, Any],
 ) -> None:
-    """Launch a kernel with those of the arguments and compile-time constants that it names. No programs, no launch."""
+    """Launch a kernel with the arguments and compile-time constants that its signature names; not without programs."""
     if programs == 0:
         return
     constants = constants | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
@@ -182,7 +178,7 @@ def start_by_names(
 
 @dataclass(frozen=True)
 class _Names:
-    """What a kernel names: its arguments, taken in order from a mapping, and its compile-time constants."""
+    """A kernel's signature: a getter of its arguments, in order, from a mapping, and the names of its constants."""
 
     arguments: Callable[[dict[str, Any]], tuple[Any, ...]]
     constants: tuple[str, ...]
@@ -197,9 +193,9 @@ def _names(kernel: Any) -> _Names:
 
 @contextmanager
 def launching_by(launcher: Launcher, architecture: str) -> Iterator[None]:
-    """As long as this context lasts, hand every launch to `launcher(kernel, grid, args, keywords)` instead.
+    """In this context, call `launcher(kernel, grid, args, keywords)` instead of launching.
 
-    Launches are configured for `architecture`, whatever the tensors' device is.
+    Launches are configured for `architecture` instead of the tensors' device.
     """
     global _launcher, _architecture
     before = _launcher, _architecture
@@ -224,18 +220,18 @@ def configuration(kernel: Any, tensor: Tensor, width: int) -> launch.Launch:
 
 
 def tiles_of(kernel: Any, tensor: Tensor, width: int = 1, *, crowded: bool = False) -> launch.TileLaunch:
-    """The launch configuration of a kernel of the curvature for tensors like this, with heads of `width` channels."""
+    """The launch configuration of a curvature kernel for tensors like this, with heads of `width` channels."""
     return launch.configure_tiles(kernel.fn.__name__, width, tensor.element_size(), target(tensor), crowded)
 
 
 def target(tensor: Tensor) -> str:
-    """What launches for a tensor are configured for: its device's architecture, or that of `launching_by`."""
+    """The architecture to configure launches for: that of `launching_by`, else the device's."""
     return _architecture or architecture(tensor.device)
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """What the device is to a compiler, such as sm_90 or gfx942; sm_90 where there is none."""
+    """The compiler's name of a device, such as sm_90 or gfx942; sm_90 without a GPU."""
     if device.type != "cuda":
         return "sm_90"
     properties = torch.cuda.get_device_properties(device)
@@ -246,30 +242,30 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a device has; one where there is none."""
+    """Number of multiprocessors of a device; 1 without a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def runs_and_tiles(kernel: Any, rows: int, tensor: Tensor, width: int) -> tuple[int, int]:
-    """Of a kernel whose programs take one tile of a run of rows each: how many runs there are, and tiles of a row.
+    """(runs of rows, tiles of a row) for a kernel whose programs take one tile of a run of rows each.
 
-    The tiles of a row are work for as many programs, so that fewer runs of rows keep a GPU busy.
+    Every tile has its own program, so fewer runs keep the GPU busy.
     """
     tiles = configuration(kernel, tensor, width).tiles
     return (launch.programs(rows, max(1, multiprocessors(tensor.device) // tiles)) if rows else 0), tiles
 
 
 class ScaleGradients:
-    """Sums of the gradients of γ and β over the rows of each program, and over the programs in their order.
+    """Buffers for the gradients of γ and β, summed by each program over its rows, then over the programs in order.
 
-    `weight` and `bias` (None unless there is a shift) are (programs, width) float32 and go to the kernel; `written`
-    says whether it writes them at all.
+    `weight` and `bias` (None without a shift) are (programs, width) float32 arguments of the kernel; `written` says
+    whether it writes them.
     """
 
     def __init__(self, kernel: Any, rows: int, tensor: Tensor, width: int, *, biased: bool, written: bool) -> None:
         config = configuration(kernel, tensor, width)
         self.programs = launch.programs(rows, multiprocessors(tensor.device))
-        # A program whose rows are one tile writes its sum in the end; the others add to what is there.
+        # A program whose rows are one tile overwrites; with several tiles it adds in memory and needs zeros.
         whole = written and rows > 0 and config.tiles == 1
 
         def sums() -> Tensor:
@@ -280,18 +276,18 @@ class ScaleGradients:
         self.weight, self.bias = sums(), sums() if biased else None
 
     def total(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of γ and β, shaped and typed like `weight`; that of β is empty without a shift."""
+        """The gradients of γ and β, with the shape and dtype of `weight`; that of β is empty without a shift."""
         bias = weight.new_empty(0) if self.bias is None else self.bias.sum(0).to(weight.dtype)
         return self.weight.sum(0).to(weight.dtype), bias
 
 
 def as_rows(tensor: Tensor, width: int) -> Tensor:
-    """(…, width) as (rows, width) with dense columns: a view where the strides allow it, a copy elsewhere."""
+    """(…, width) as (rows, width) with dense columns: a view if the strides allow it, else a copy."""
     return _dense_columns(tensor, width).reshape(tensor.shape[:-1].numel(), width)
 
 
 def as_stack(tensor: Tensor, width: int) -> Tensor:
-    """(samples, …, width) as (samples, rows, width) with dense columns, likewise."""
+    """(samples, …, width) as (samples, rows, width) with dense columns: a view or a copy."""
     return _dense_columns(tensor, width).reshape(tensor.shape[0], tensor.shape[1:-1].numel(), width)
 
 
@@ -300,12 +296,12 @@ def _dense_columns(tensor: Tensor, width: int) -> Tensor:
 
 
 def key(seed: int, step: int) -> tuple[int, int, int]:
-    """(step, low word, high word of the seed) as signed 32-bit numbers, so that every value has the same type."""
+    """(step, low word, high word of the seed) as signed 32-bit numbers: one type for every value, so one binary."""
     return _signed(step), _signed(seed), _signed(seed >> 32)
 
 
 def slots(samples: int) -> int:
-    """The power of two that holds as many samples: what the kernels keep of each is a tile like any other."""
+    """The power of two that holds `samples`, the width of the kernels' tile of values per sample."""
     return 1 << max(samples - 1, 0).bit_length()
 
 

@@ -17,7 +17,7 @@ library.define(
 )
 
 _BLOCK = 1024
-"""Numbers that a program adds up over their partial sums."""
+"""Elements per program of `add_partials`."""
 
 
 def mlp_curvature(
@@ -32,7 +32,7 @@ def mlp_curvature(
     up_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `reference.mlp_curvature`, in one read of the pre-activations; no derivative."""
-    # Through all rows the change is read by a product of its own size, which is no business of a kernel of rows.
+    # Projecting the change onto all rows is a full matrix product, which PyTorch does better.
     if read is not None and read.shape[1] > launch.WIDEST_READ:
         return reference.mlp_curvature(
             gate, up, weights, activation=activation, limit=limit, read=read, gate_shift=gate_shift, up_shift=up_shift
@@ -52,7 +52,7 @@ def forward(
     activation: str,
     limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the sweep over the tokens, and add up what its programs found."""
+    """Launch the sweep over the tokens, and add up the programs' sums."""
     from ofa_kernels.kernels.mlp_curvature import add_partials, mlp_curvature_tokens
 
     (sequences, tokens, width), parts = gate.shape, 1 if up is None else 2
@@ -97,7 +97,7 @@ def forward(
 def empty(
     gate: Tensor, up: Tensor | None, weights: Tensor, read: Tensor | None, *more: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs, unwritten; empty for what there is not."""
+    """The outputs, uninitialized; empty without `up` or `read`."""
     sequences, tokens, width = gate.shape
     gate_sum = gate.new_empty((sequences, width), dtype=torch.float32)
     up_sum = gate_sum.new_empty(0) if up is None else torch.empty_like(gate_sum)
@@ -105,7 +105,7 @@ def empty(
 
 
 def _tokens_of(tensor: Tensor) -> tuple[Any, ...]:
-    """(B, T, channels) with dense channels, and for one channel with dense tokens."""
+    """The group of (B, T, channels), made dense in the channels, or with one channel in the tokens."""
     if tensor.shape[-1] == 1:
         tensor = tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
     elif tensor.stride(-1) != 1:

@@ -53,7 +53,7 @@ def normalize(
     kind: str = "rms",
     offset: float = 0.0,
 ) -> Tensor:
-    """As `reference.normalize`: `norm_step` without the zeros that stand for the length of an update."""
+    """As `reference.normalize`."""
     reference.check_norm(stream, weight, bias, kind)
     normalized: Tensor = call(stream, None, weight, bias, eps, kind == "layer", offset)[1]
     return normalized
@@ -68,7 +68,7 @@ def forward(
     centred: bool,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel. `stream` and `update_sqnorm` are empty without an update, `mean` unless centred."""
+    """Launch the forward kernel; `stream` and `update_sqnorm` are empty without an update, `mean` unless centred."""
     from ofa_kernels.kernels.norm_step import norm_step_forward
 
     outputs = empty(residual, update, weight, bias, eps, centred, offset)
@@ -108,7 +108,7 @@ def empty(
     centred: bool,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of the forward pass, unwritten."""
+    """The outputs of the forward pass, uninitialized."""
     rows = residual.shape[:-1]
 
     def scalars(wanted: bool) -> Tensor:
@@ -137,7 +137,7 @@ def backward(
     offset: float,
     biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernel. `grad_update` is empty where it is the same as `grad_residual`."""
+    """Launch the backward kernel; `grad_update` is empty if it equals `grad_residual`."""
     from ofa_kernels.kernels.norm_step import norm_step_backward
 
     width, rows = stream.shape[-1], rstd.numel()
@@ -190,7 +190,7 @@ def empty_gradients(
     offset: float,
     biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of the backward pass, unwritten."""
+    """The outputs of the backward pass, uninitialized."""
     return (
         stream.new_empty(stream.shape),
         stream.new_empty(stream.shape if grad_sqnorm is not None else (0,)),
@@ -211,7 +211,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
     _, update, *_ = saved = ctx.saved_tensors
     gradients: Callable[..., Any] = call_backward
-    # Grad mode is on here with create_graph=True, and the backward kernel has no derivative.
+    # Grad mode is on if create_graph=True, and the backward kernel has no derivative.
     if torch.is_grad_enabled() or any(map(_is_batched, grads)):
         gradients = partial(_gradients_written_out, eps=ctx.eps)
     grad_residual, grad_update, grad_weight, grad_bias = gradients(
@@ -236,7 +236,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 def _is_batched(grad: Tensor | None) -> bool:
-    """Whether a gradient is many at once, which have no storage for a kernel: `is_grads_batched`, or inside of vmap."""
+    """Whether a gradient is batched (`is_grads_batched` or vmap): it has no storage that a kernel could read."""
     if grad is None:
         return False
     functorch = torch._C._functorch
@@ -258,7 +258,7 @@ def _gradients_written_out(
     biased: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `backward`, from plain operations; 1/σ and μ are computed anew, since the kernel's are constants."""
+    """As `backward`, from plain operations; recomputes 1/σ and μ, since the kernel's carry no graph."""
     z = upcast(stream)
     mu, own_rstd = moments(z, eps, "layer" if centred else "rms")
     r = own_rstd.unsqueeze(-1)

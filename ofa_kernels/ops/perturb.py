@@ -35,7 +35,7 @@ def perturb(
     probe: str = "rademacher",
     undisturbed: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.perturb`; the stream is read once and the probes stay in registers."""
+    """As `reference.perturb`, with one read of the stream and probes in registers."""
     reference.check_norm(stream, weight, bias, kind)
     check_probe(probe)
     if undisturbed is not None:

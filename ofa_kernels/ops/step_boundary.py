@@ -110,7 +110,7 @@ def empty(
     samples: int,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of the forward pass, unwritten."""
+    """The outputs of the forward pass, uninitialized."""
     return (
         residual.new_empty(residual.shape),
         residual.new_empty((1 + samples, *residual.shape)),
@@ -137,7 +137,7 @@ def backward(
     gaussian: bool,
     biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernel. `grad_update` is empty where it is `grad_residual`, `grad_copies` where it is 0."""
+    """Launch the backward kernel; `grad_update` is empty if it equals `grad_residual`, `grad_copies` if it is 0."""
     from ofa_kernels.kernels.step_boundary import step_boundary_backward
 
     width, rows = stream.shape[-1], stream.shape[:-1].numel()
@@ -189,7 +189,7 @@ def empty_gradients(
     copies: int,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of the backward pass, unwritten."""
+    """The outputs of the backward pass, uninitialized."""
     biased = settings[-1]
     measured = grad_sqnorm is not None or grad_products is not None
     return (

@@ -1,8 +1,7 @@
 """The specification of every operation, in plain differentiable PyTorch.
 
-It is the oracle of the kernels' tests and the baseline of the benchmarks, and on the CPU it is what runs. Tensors may
-have any leading shape; a row is everything but the last dimension. Arithmetic is float32 (float64 for float64 inputs)
-from the load to one cast at the store.
+Oracle of the kernels' tests, baseline of the benchmarks, and implementation on the CPU. Tensors may have any leading
+shape; the last dimension is a row. Arithmetic is float32 (float64 for float64 inputs), rounded once at the end.
 """
 
 from ofa_kernels.reference.attention_curvature import (

@@ -1,16 +1,15 @@
 """Token sums of the own-token Jacobian of an attention, (C, K, ā) of every query head; derived in docs/theory.md.
 
-With a the softmax's weights, κ the slope of a soft-cap (else 1), R_i the rotary turn, s the scale, w the tokens'
-weights, and σ_q, σ_k of norms on the heads (else 1, and no second terms):
+With a the softmax's weights, κ the slope of a soft-cap (else 1), R_i the rotation of the rotary embedding, s the scale,
+w the tokens' weights, and σ_q, σ_k of norms on the heads (else 1, without the second terms):
 
     ā = Σ_i w_i a_ii
     C = s Σ_i (w_i/σ_q,i) Σ_j a_ij κ_ij (v_j − o_i)(Γ_q R_iᵀk_j)ᵀ  −  Σ_i (w_i/σ_q,i) r_i q̂_iᵀ/d
         with r_i = Σ_j a_ij κ_ij s (q_i·k_j)(v_j − o_i)
     K = s Σ_i (w_i/σ_k,i) a_ii κ_ii (v_i − o_i) [ Γ_k R_iᵀq_i − (q_i·k_i) k̂_i/d ]ᵀ
 
-so that Σ_i w_i A_i = Σ_h W_o (ā W_v + C W_q + K W_k). No matrix of all queries and keys is formed: R_i mixes channels
-in pairs, so that Σ_i w_i a_ij R_iᵀk_j needs only the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i over the queries of
-each key.
+and Σ_i w_i A_i = Σ_h W_o (ā W_v + C W_q + K W_k). The scores are never stored as one matrix: R_i mixes channels in
+pairs, so Σ_i w_i a_ij R_iᵀk_j needs only the sums of w_i a_ij cos θ_i and w_i a_ij sin θ_i over the queries of a key.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from ofa_kernels.reference.attention_heads import (
 from ofa_kernels.reference.stream import upcast
 
 BLOCK = 1 << 21
-"""Scores that are held at a time: 8 MB in float32."""
+"""Scores in memory at a time: 8 MB in float32."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """A direction in which every token's own query, key and value move, seen through m linear readings of the values.
+    """A direction of every token's own query, key and value, with values and outputs projected onto m rows.
 
     Attributes:
         query: δq, (B, H, T, d), or None for q itself.
         key: δk, (B, K, T, d), or None for k itself.
-        value: δv, read: (B, H or K, T, m).
-        read_value, read_output: v and o, read: (B, H or K, T, m) and (B, H, T, m).
+        value: δv, projected, (B, H or K, T, m).
+        read_value, read_output: v and o, projected, (B, H or K, T, m) and (B, H, T, m).
     """
 
     query: Tensor | None
@@ -62,8 +61,8 @@ class AttentionSums(NamedTuple):
         query, key: C and K, (B, H, e, d). For a norm over all heads together, without the second terms.
         value: ā, (B, H).
         query_pull, key_pull: for norms over all heads together, w_i r_i/σ_q,i and w_i s a_ii κ_ii (q_i·k_i)(v_i − o_i)
-            /σ_k,i, (B, H, T, e), which stand with q̂_i/width and k̂_i/width in the second terms; else None.
-        moved: δo_i along the `Move`, read, (B, H, T, m); None without one.
+            /σ_k,i, (B, H, T, e), the factors of q̂_i/width and k̂_i/width in the second terms; else None.
+        moved: δo_i along the `Move`, projected, (B, H, T, m); None without one.
     """
 
     query: Tensor
@@ -93,7 +92,7 @@ def attention_curvature(
 
     Args:
         query: q, (B, H, T, d), as they enter the scores: normalized and rotated if the model does that.
-        key: k, (B, K, T, d), likewise; each serves H/K consecutive heads.
+        key: k, (B, K, T, d), as they enter the scores; each serves H/K consecutive heads.
         value: v, (B, K, T, e).
         output: o = Σ_j a_ij v_j, (B, H, T, e).
         weights: w, (B, T); 0 at padding.
@@ -171,7 +170,7 @@ def attention_adjoint(
     pulled: Tensor,
     attends: Attends,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The own-token backward pass of an attention: what t_i, the gradient in o_i, is in q_i, k_i and v_i.
+    """The own-token backward pass of an attention: gradients in q_i, k_i and v_i from t_i, the gradient in o_i.
 
         b_ij = s a_ij κ_ij t_i·(v_j − o_i):    q_i: Σ_j b_ij k_j,    k_i: b_ii q_i,    v_i: a_ii t_i
 
@@ -195,7 +194,7 @@ def attention_adjoint(
 
 
 def score_blocks(q: Tensor, k: Tensor, attends: Attends) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
-    """Some queries at a time, with the keys that they may attend to.
+    """Blocks of queries with the keys that they may attend to.
 
     Yields the two ranges, the scores s q_i·k_j, the weights a_ij, and a_ij κ_ij: (B, H, rows, columns) each.
     """
@@ -220,7 +219,7 @@ def _softmax(scores: Tensor, attends: Attends, rows: slice, columns: slice) -> T
     sinks = attends.sinks
     if attends.mask is None and sinks is None:
         return torch.softmax(scores, -1)
-    # A query that attends to nothing, as at padding, has weights of 0.
+    # Fully masked queries, as at padding, have weights of 0.
     some = (scores > -torch.inf).any(-1, keepdim=True)
     scores = torch.where(some, scores, 0.0)
     if sinks is None:
@@ -267,7 +266,7 @@ def _angles(weights: Tensor, rotary: Rotary | None, heads: Tensor) -> Tensor:
 
 
 def _transposed_turns(alpha: Tensor, key: Tensor, rotary: Rotary | None) -> Tensor:
-    """Σ_i w_i a_ij R_iᵀk_j of every query head from the sums over queries: (B, H, T, d)."""
+    """Σ_i w_i a_ij R_iᵀk_j of every query head, (B, H, T, d), from the sums over queries."""
     k = per_query_head(key, alpha.shape[1])
     if rotary is None:
         return alpha * k
@@ -278,7 +277,7 @@ def _transposed_turns(alpha: Tensor, key: Tensor, rotary: Rotary | None) -> Tens
 
 
 def _own_move(move: Move, q: Tensor, k: Tensor, weight: Tensor, own_slope: Tensor, scale: float) -> Tensor:
-    """What the token's own key and value add to δo_i."""
+    """The terms of the token's own key and value in δo_i."""
     heads = q.shape[1]
     key = k if move.key is None else upcast(move.key)
     score = own_slope * scale * (q * per_query_head(key, heads)).sum(-1)

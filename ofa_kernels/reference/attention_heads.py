@@ -1,4 +1,4 @@
-"""What an attention is made of beside its weights: rotary embedding, norms of its heads, which keys it attends to."""
+"""The parts of an attention besides its projections: rotary embedding, norms on heads, which keys it attends to."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class HeadNorm:
     """An RMSNorm of queries or keys, before they are rotated: γ ⊙ q̂, q̂ = q̄/σ.
 
     Attributes:
-        entering: q̄, what it reads, (B, H, T, d).
+        entering: q̄, the norm's input, (B, H, T, d).
         weight: γ, (d,), the same for all heads; (H, 1, d) for one norm over all heads together.
         eps: added to the mean square.
     """
@@ -61,12 +61,12 @@ class HeadNorm:
 
     @property
     def joint(self) -> bool:
-        """Whether σ is that of all heads together (OLMo-2) and not of each head (Qwen3)."""
+        """Whether all heads share one σ (OLMo-2); else each head has its own (Qwen3)."""
         return self.weight.dim() == 3
 
     @property
     def width(self) -> int:
-        """How many channels share one σ."""
+        """Number of channels that share one σ."""
         heads, channels = self.entering.shape[1], self.entering.shape[-1]
         return heads * channels if self.joint else channels
 
@@ -96,16 +96,15 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Attends:
-    """Which keys a query attends to, and how its scores are made.
+    """Which keys a query attends to, and how its scores are computed.
 
     Attributes:
         scale: of the scores q·k.
         causal: query i attends to keys up to i.
-        window: a query attends to the last `window` keys at most, itself included; also on the other side of it if not
-            `causal`.
+        window: a query attends to the last `window` keys, its own included; also to as many later keys unless `causal`.
         mask: bool (True: attends) or added to the scores, broadcast against (B, H, T, T).
         softcap: t, scores become t·tanh(s/t) before the mask (Gemma 2).
-        sinks: a score per head, (H,), that takes part in the softmax's sum and has no value (gpt-oss).
+        sinks: a score per head, (H,), that is in the softmax's sum and has no value (gpt-oss).
     """
 
     scale: float
@@ -121,7 +120,7 @@ class Attends:
         return start, last if self.causal else tokens
 
     def bias(self, rows: slice, columns: slice, like: Tensor) -> Tensor | None:
-        """What is added to the scores of some queries and keys: 0, a float mask's value, −∞; None where it is all 0."""
+        """The addend of the scores of some queries and keys: 0, a float mask's value or −∞; None if it is all 0."""
         query = torch.arange(rows.start, rows.stop, device=like.device).unsqueeze(1)
         key = torch.arange(columns.start, columns.stop, device=like.device).unsqueeze(0)
         allowed: Tensor | None = key <= query if self.causal else None
@@ -144,13 +143,13 @@ class Attends:
 
 
 def check_window(window: int | None) -> None:
-    """Refuse, with a ValueError, a window without even the query's own key."""
+    """Raise a ValueError for a window without the query's own key."""
     if window is not None and window < 1:
-        raise ValueError(f"a window of {window} keys leaves queries nothing to attend to; it counts their own")
+        raise ValueError(f"a window counts the query's own key and must be at least 1, not {window}")
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-    """Refuse, with a ValueError, queries, keys, values and outputs that are no self-attention together."""
+    """Raise a ValueError unless the shapes are those of one self-attention."""
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} are not (B, H, T, d) and (B, K, T, d)")
     (sequences, heads, tokens, _), shared = query.shape, key.shape[1]
@@ -165,7 +164,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> No
 
 
 def check_shapes(expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Refuse, with a ValueError, the first tensor that has not the shape beside it."""
+    """Raise a ValueError for the first tensor whose shape differs from the expected one."""
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} should be {shape}")

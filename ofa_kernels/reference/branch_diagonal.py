@@ -1,7 +1,7 @@
-"""What token sums of own-token Jacobians give together with the weights: traces and diagonals; see docs/theory.md.
+"""Traces and diagonals of summed own-token Jacobians, from token sums and weights; see docs/theory.md.
 
-Ā = Σ_i w_i A_i of a branch is a product of its weights with the token sums in between. Its diagonal D_k = Ā_kk and, for
-a LayerNorm, its image Āγ take one read of the weights; so does the trace of Ā against G = diag(e) − γγᵀ/d. Weights have
+Ā = Σ_i w_i A_i of a branch is a product of its weights with the token sums in between. One read of the weights gives
+its diagonal D_k = Ā_kk and, for a LayerNorm, its image Āγ; another one tr(Ā G) for G = diag(e) − γγᵀ/d. Weights have
 any floating dtype and any strides; arithmetic and results have the dtype of the sums.
 """
 
@@ -16,7 +16,7 @@ TRANSPOSED = 1 << 20
 """Elements of W_d that are transposed at a time on a CPU: long rows are read in order, and the copy stays small."""
 
 BLOCK = 1 << 16
-"""Elements of it that are worked on at a time, so that products stay in a cache."""
+"""Elements of W_d per product on a CPU, few enough to stay in the cache."""
 
 
 def mlp_diagonal(
@@ -28,7 +28,7 @@ def mlp_diagonal(
         weights: W_g and, for a gated MLP, W_u, (f, d) each.
         down: W_d, (d, f).
         sums: p_g and p_u of `mlp_curvature`, (B, f) each.
-        scale: γ, (d,), where Āγ is wanted.
+        scale: γ, (d,), to compute Āγ; or None.
 
     Returns:
         D, (B, d), and Āγ, (B, d), or None.
@@ -69,8 +69,8 @@ def attention_trace(
         key, value: W_k and W_v, (K, width, d), each shared by H / K query heads in a row.
         output: W_o, (H, d, width).
         sums: C, K and ā of `attention_curvature`, (B, H, width, width) twice and (B, H).
-        factor: e, (d,): G = diag(e), less γγᵀ/d where γ is given.
-        scale: γ, (d,), behind a LayerNorm.
+        factor: e, (d,): G = diag(e), minus γγᵀ/d if γ is given.
+        scale: γ, (d,), of a LayerNorm before the branch; or None.
 
     Raises:
         ValueError: shapes that do not match.
@@ -99,7 +99,7 @@ def attention_diagonal(
     Args:
         query, key, value, output: as for `attention_trace`.
         sums: C, K and ā of one sequence, or a weighted sum over sequences: (H, width, width) twice and (H,).
-        scale: γ, (d,), where Āγ is wanted.
+        scale: γ, (d,), to compute Āγ; or None.
 
     Returns:
         D, and Āγ or None.
@@ -117,7 +117,7 @@ def attention_diagonal(
 
 
 def check_mlp_weights(weights: Sequence[Tensor], down: Tensor, sums: Sequence[Tensor]) -> None:
-    """Refuse, with a ValueError, weights of an MLP and sums that do not fit together."""
+    """Raise a ValueError unless weights and sums are of one MLP."""
     inner, width = weights[0].shape
     fits = all(w.shape == (inner, width) for w in weights) and all(p.shape[1] == inner for p in sums)
     if down.shape != (width, inner) or not fits or len(weights) != len(sums):
@@ -126,12 +126,12 @@ def check_mlp_weights(weights: Sequence[Tensor], down: Tensor, sums: Sequence[Te
 
 
 def check_attention_weights(query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: Tensor | None) -> None:
-    """Refuse, with a ValueError, weights of an attention that do not fit together."""
+    """Raise a ValueError unless the weights are of one attention."""
     heads, head, width = query.shape
     if key.shape[1:] != (head, width) or len(key) == 0 or heads % len(key) or len(value) != len(key):
         raise ValueError(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit query {tuple(query.shape)}: heads that "
-            "divide its own, and the same rest"
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit query {tuple(query.shape)}; their heads "
+            "must divide its heads, and key must have its other dimensions"
         )
     if output.shape != (heads, width, value.shape[1]) or (scale is not None and scale.shape != (width,)):
         raise ValueError(f"output {tuple(output.shape)} does not fit query {tuple(query.shape)}")
@@ -146,7 +146,7 @@ def _blocks(weight: Tensor, rows: slice, elements: int) -> Iterator[slice]:
 def _per_query_head(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """All in one dtype, and every query head with a key and a value head of its own."""
+    """The weights in one dtype, with key and value heads repeated for every query head."""
     groups = len(query) // len(key)
     key, value = (weight.to(dtype).repeat_interleave(groups, 0) for weight in (key, value))
     return query.to(dtype), key, value, output.to(dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ofa_kernels.reference.stream import check_same_shape, upcast
 
 BLOCK = 1 << 16
-"""Pre-activations that are worked on at a time on a CPU: what is made of them stays in a cache."""
+"""Pre-activations per block on a CPU, few enough that intermediates stay in the cache."""
 
 
 def mlp_curvature(
@@ -27,24 +27,25 @@ def mlp_curvature(
     gate_shift: Tensor | None = None,
     up_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sums over a sequence's tokens of the slopes of φ(g) ⊙ u, and how the activation changes along its input.
+    """Sums over a sequence's tokens of the slopes of φ(g) ⊙ u, and the change of φ(g) ⊙ u along the branch's input.
 
         p_g = Σ_i w_i φ'(g_i) ⊙ u_i,   p_u = Σ_i w_i φ(g_i):   Σ_i w_i A_i = W_d ( diag(p_g) W_g + diag(p_u) W_u )
         moved_i = read · ( φ'(g_i) ⊙ u_i ⊙ (g_i − b_g) + φ(g_i) ⊙ (u_i − b_u) )
 
-    Without `up`, u = 1 and there is nothing of p_u and b_u.
+    Without `up`, u = 1 and the terms with p_u and b_u vanish.
 
     Args:
         gate: g = W_g n + bias, (B, T, f), floating point; for a plain MLP its only pre-activation.
         up: u = W_u n + bias, same shape, or None.
         weights: w, (B, T); 0 at padding.
         activation: φ, one of `ACTIVATIONS`.
-        limit: gpt-oss' clamp: φ(min(g, limit)) ⊙ (u clamped to ±limit, and 1).
-        read: rows of W_d, (B or 1, m, f), through which the change is read; None where it is not wanted.
-        gate_shift, up_shift: what of g and u does not come from n − β, (f,), or None where that is nothing.
+        limit: gpt-oss' clamp: φ(min(g, limit)) ⊙ (clamp(u, ±limit) + 1).
+        read: rows of W_d, (B or 1, m, f), onto which the change is projected; None to leave it out.
+        gate_shift, up_shift: b_g and b_u, the parts of g and u that do not depend on n − β, (f,); None for 0.
 
     Returns:
-        p_g and p_u, (B, f), and moved, (B, T, m), in float32 or wider; None for what there is not. Differentiable.
+        p_g and p_u, (B, f), and moved, (B, T, m), in float32 or wider; p_u is None without `up`, moved without `read`.
+        Differentiable.
 
     Raises:
         ValueError: unknown `activation`, or shapes that do not match.
@@ -73,13 +74,13 @@ def mlp_slopes(
 
 
 def check_mlp(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, limit: float | None) -> None:
-    """Refuse, with a ValueError, an MLP that does not fit together."""
+    """Raise a ValueError for an unknown activation or shapes that are not of one MLP."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if up is not None:
         check_same_shape("up", up, "gate", gate)
     elif limit is not None:
-        raise ValueError("limit without up: only a gated MLP is clamped")
+        raise ValueError("limit needs up, since only a gated MLP is clamped; leave it out")
     if gate.dim() != 3 or weights.shape != gate.shape[:2]:
         raise ValueError(f"weights {tuple(weights.shape)} are not one number per token of gate {tuple(gate.shape)}")
 
@@ -93,7 +94,7 @@ def _slopes(
     up_shift: Tensor | None,
     read: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """φ'(g) ⊙ u, φ(g) and the change along the input, each with the factors of the clamp."""
+    """φ'(g) ⊙ u, φ(g) and the change along the input, with the clamp's derivative."""
     g, phi = upcast(gate), ACTIVATIONS[activation]
     from_gate = g if gate_shift is None else g - upcast(gate_shift)
     clamped = g if limit is None else g.clamp(max=limit)
@@ -119,7 +120,7 @@ def _blocks(gate: Tensor) -> Iterator[slice]:
 
 
 class Activation(NamedTuple):
-    """φ, and what φ' makes of a gradient: (gradient, x) → gradient ⊙ φ'(x)."""
+    """φ, and its backward pass: (gradient, x) → gradient ⊙ φ'(x)."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -146,4 +147,4 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0)),
     "quick_gelu": Activation(lambda x: x * torch.sigmoid(1.702 * x), _quick_gelu_backward),
 }
-"""Every activation there is a closed form for; gelu_tanh is also known as gelu_new."""
+"""Every activation with a closed form; gelu_tanh is also known as gelu_new."""

@@ -1,4 +1,4 @@
-"""What happens to rows of the residual stream: norms, probes, contractions."""
+"""Operations on rows of the residual stream: norms, probes, contractions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def norm_step(
 
     Args:
         residual: the residual stream, (..., d), floating point.
-        update: what a branch adds to it, same shape; None where there is nothing to add.
+        update: a branch's output, same shape; None to add nothing.
         weight: norm scale γ, (d,); `offset=1` for families that store γ − 1.
         bias: norm shift β, (d,), or None.
         eps: added to the second moment, in squared units of the stream.
@@ -94,13 +94,13 @@ def perturb(
 
         copy_i = N(z + ε P ν_i),   P = diag(offset + weight)/σ(z)
 
-    The displacement is added in float32, so that it survives a bfloat16 stream; the norm of a copy is its own.
+    The displacement is added in float32, since bfloat16 would round it away; each copy has its own σ.
 
     Args:
         stream: z, (..., d).
         epsilon: finite-difference step ε, in units of the stream per unit of Pν.
         seed, step: the probes' Philox key and counter word, see `philox.probes`.
-        undisturbed: rows to put in front of the copies, shaped like the stream: what a branch reads without probes.
+        undisturbed: the branch's input without probes, shaped like the stream, returned as the first copy.
 
     Returns:
         (samples, ..., d) in the stream's dtype; (1 + samples, ..., d) with `undisturbed`, in its dtype.
@@ -131,10 +131,12 @@ def displace(
     step: int = 0,
     probe: str = "rademacher",
 ) -> Tensor:
-    """Copies of the stream moved along preconditioned probes, not normalized: z + ε p ⊙ ν_i.
+    """Copies of the stream moved along preconditioned probes, without a norm: z + ε p ⊙ ν_i.
 
     For steps whose branch reads the stream itself. `preconditioner` is the diagonal p, broadcast against (..., d).
-    Returns (samples, ..., d) in the stream's dtype.
+
+    Returns:
+        (samples, ..., d) in the stream's dtype.
     """
     moves = epsilon * upcast(preconditioner) * _probes_like(stream, samples, seed, step, probe)
     return (upcast(stream) + moves).to(stream.dtype)
@@ -143,10 +145,10 @@ def displace(
 def contract(
     base: Tensor, copies: Tensor, *, seed: int, step: int = 0, probe: str = "rademacher"
 ) -> tuple[Tensor, Tensor]:
-    """The regenerated probes against what they changed, νᵢᵀ(copyᵢ − base), and ‖base‖², per row.
+    """Dot products of the recomputed probes with the changes they caused, νᵢᵀ(copyᵢ − base), and ‖base‖², per row.
 
     Args:
-        base: branch output of the undisturbed stream, (..., d).
+        base: branch output of the unperturbed stream, (..., d).
         copies: branch outputs of the displaced copies, (samples, ..., d).
 
     Returns:
@@ -176,14 +178,14 @@ def step_boundary(
     step: int = 0,
     probe: str = "rademacher",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The end of a measured step and the beginning of the next: `contract`, `norm_step` and `perturb` in one.
+    """The end of a measured step and the start of the next: `contract`, `norm_step` and `perturb` in one.
 
     Args:
         residual: the stream that `step` started from, (..., d).
         update: its branch's output, same shape.
         copies: its branch's outputs of displaced copies, (n, ..., d); n may be 0.
         weight, bias, eps, kind, offset: the norm that `step` + 1 starts with, see `norm_step`.
-        samples: how many perturbed copies step + 1 gets; may be 0.
+        samples: number of perturbed copies of step + 1; may be 0.
 
     Returns:
         stream, (..., d), residual + update; stack, (1 + samples, ..., d), the stream normalized and its perturbed
@@ -234,7 +236,7 @@ def _probes_like(stream: Tensor, samples: int, seed: int, step: int, probe: str)
 
 
 def check_norm(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
-    """Refuse, with a ValueError, a norm that does not fit the stream."""
+    """Raise a ValueError for an unknown kind or a weight that does not fit the stream."""
     _check_kind(kind)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != stream.shape[-1:]:
@@ -242,13 +244,13 @@ def check_norm(stream: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -
 
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse, with a ValueError, a tensor that would have to be broadcast."""
+    """Raise a ValueError unless both shapes are equal; nothing is broadcast."""
     if tensor.shape != other.shape:
         raise ValueError(f"{name} {tuple(tensor.shape)} does not have the shape of {other_name} {tuple(other.shape)}")
 
 
 def check_stack(base: Tensor, copies: Tensor) -> None:
-    """Refuse, with a ValueError, copies that are no stack of tensors like `base`."""
+    """Raise a ValueError unless `copies` is a stack of tensors shaped like `base`."""
     if copies.dim() == 0 or copies.shape[1:] != base.shape:
         raise ValueError(f"copies {tuple(copies.shape)} is not a stack of tensors shaped {tuple(base.shape)}")
 
@@ -263,7 +265,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
-    # PyTorch sends this question through its dispatcher, and it is asked of every tensor.
+    # A table, since `promote_types` goes through PyTorch's dispatcher and this is called for every tensor.
     return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)
 
 
