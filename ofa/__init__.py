@@ -15,6 +15,7 @@ _LAZY = {
     "save_adapter": "ofa.adapters.save_and_load",
     "load_adapter": "ofa.adapters.save_and_load",
     "merge": "ofa.adapters.save_and_load",
+    "merge_gguf": "ofa.adapters.gguf_norms",
     "push_to_hub": "ofa.adapters.push",
     "adapt": "ofa.adaptation",
     "Adaptation": "ofa.adaptation",
@@ -39,6 +40,7 @@ __all__ = ["InputError", *_names]
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation as Adaptation
     from ofa.adaptation import adapt as adapt
+    from ofa.adapters.gguf_norms import merge_gguf as merge_gguf
     from ofa.adapters.push import push_to_hub as push_to_hub
     from ofa.adapters.save_and_load import load_adapter as load_adapter
     from ofa.adapters.save_and_load import merge as merge

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ofa._lazy import on_first_use
 
 if TYPE_CHECKING:
+    from ofa.adapters.base_norms import fingerprints as fingerprints
+    from ofa.adapters.gguf_norms import merge_gguf as merge_gguf
     from ofa.adapters.push import push_to_hub as push_to_hub
     from ofa.adapters.save_and_load import Adapter as Adapter
-    from ofa.adapters.save_and_load import fingerprints as fingerprints
     from ofa.adapters.save_and_load import load_adapter as load_adapter
     from ofa.adapters.save_and_load import merge as merge
     from ofa.adapters.save_and_load import read_adapter as read_adapter
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
     {
+        "merge_gguf": "ofa.adapters.gguf_norms",
         "push_to_hub": "ofa.adapters.push",
         "Adapter": "ofa.adapters.save_and_load",
-        "fingerprints": "ofa.adapters.save_and_load",
+        "fingerprints": "ofa.adapters.base_norms",
         "load_adapter": "ofa.adapters.save_and_load",
         "merge": "ofa.adapters.save_and_load",
         "read_adapter": "ofa.adapters.save_and_load",

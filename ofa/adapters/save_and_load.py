@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ofa import sharding
 from ofa._version import __version__
+from ofa.adapters.base_norms import fingerprints
 from ofa.adapters.base_weights import difference, weight_digests
 from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS, read_config, read_details
 from ofa.adapters.model_card import model_card
@@ -78,9 +79,10 @@ def save_adapter(
             "lower learning rate"
         )
     tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
+    known = {**(details or {}), **fingerprints(model)}  # gathered by all ranks
 
     def write() -> None:
-        _write(model, at_home(folder), base, tensors, base_model=base_model, details=details, overwrite=overwrite)
+        _write(model, at_home(folder), base, tensors, base_model=base_model, details=known, overwrite=overwrite)
 
     sharding.on_first_rank(f"writing {folder}", _exact_digest(tensors), write)
     return at_home(folder)
@@ -93,7 +95,7 @@ def _write(
     tensors: dict[str, Tensor],
     *,
     base_model: str | None,
-    details: dict[str, Any] | None,
+    details: dict[str, Any],
     overwrite: bool,
 ) -> None:
     from peft import LNTuningConfig
@@ -111,9 +113,8 @@ def _write(
     ).to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     known = {
-        **(details or {}),
+        **details,
         "base_model": name,
-        **_fingerprints(base),
         "base_weights": weight_digests(model),
         "parameters": sum(scale.numel() for scale in scales.values()),
         "versions": versions(),
@@ -204,30 +205,6 @@ def merge(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def fingerprints(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of the base's own norm parameters in bfloat16; two models of one base agree in at least one of them.
-
-    The second is of the values rounded to float16 first. A base loaded in float32 agrees with itself loaded in
-    bfloat16 in the first, and with itself loaded in float16 in the second.
-    """
-    return _fingerprints(base_parameters(model))
-
-
-def _fingerprints(base: dict[str, Tensor]) -> dict[str, str]:
-    return {
-        "base_fingerprint": _digest(base, torch.float32),
-        "base_fingerprint_float16": _digest(base, torch.float16),
-    }
-
-
-def _digest(parameters: dict[str, Tensor], first: torch.dtype) -> str:
-    digest = hashlib.sha256()
-    for path, value in parameters.items():
-        digest.update(path.encode())
-        digest.update(value.to("cpu", first).to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _exact_digest(tensors: dict[str, Tensor]) -> str:

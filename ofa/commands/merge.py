@@ -1,4 +1,4 @@
-"""`ofa merge`: a full checkpoint with the adapter's scales in it, for anything that serves models."""
+"""`ofa merge`: a checkpoint or a GGUF file with the adapter's scales in it, for anything that serves models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ from ofa.commands.options import (
     QuietOption,
     TrustOption,
 )
+from ofa.errors import InputError
 
 
 @reports_errors
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged checkpoint, or with --gguf the new .gguf file.")],
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="A GGUF file of the base, at any quantization: it is copied, and only its norms, in float32, become "
+            "the adapter's."
+        ),
+    ] = None,
     model: ModelOption = None,
     dtype: Annotated[
         str,
@@ -35,10 +43,17 @@ def merge(
     quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Write the base model with the adapter's norm scales as one ordinary checkpoint.
+    """Write the base model with the adapter's norm scales as one ordinary checkpoint, or as a GGUF file.
 
     Example: ofa merge adapter --out checkpoint
+
+    For llama.cpp: ofa merge adapter --gguf base.Q4_K_M.gguf --out tuned.gguf
     """
+    if gguf is not None:
+        if model is not None or dtype != "auto":
+            raise InputError("--gguf names the base, and nothing in it changes its type: leave out --model and --dtype")
+        _merge_gguf(adapter, gguf, out, overwrite)
+        return
     from ofa.commands.adapted import base_of
     from ofa.files import claimed_folder
     from ofa.models.load import check_source, load_model
@@ -62,3 +77,10 @@ def merge(
         write_merged(loaded.model, adapter, target, tokenizer=loaded.tokenizer, overwrite=True)
     size = sum(file.stat().st_size for file in target.iterdir())
     notice(f"merged checkpoint: {target} ({size / 1e6:.0f} MB), loads with AutoModelForCausalLM.from_pretrained")
+
+
+def _merge_gguf(adapter: Path, base: Path, out: Path, overwrite: bool) -> None:
+    from ofa.adapters.gguf_norms import merge_gguf
+
+    written = merge_gguf(adapter, base, out, overwrite=overwrite)
+    notice(f"merged GGUF file: {written} ({written.stat().st_size / 1e6:.0f} MB); all but its norms is {base}'s")

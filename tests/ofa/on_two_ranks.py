@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ofa
 from ofa import sharding
-from ofa.adapters.save_and_load import fingerprints
+from ofa.adapters.base_norms import fingerprints
 from ofa.tuning.norms import base_parameters
 from tests.families import build, inputs
 from tests.ofa.traces import EVERY

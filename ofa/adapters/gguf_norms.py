@@ -1,0 +1,180 @@
+"""An adapter's scales written into a GGUF file of its base, in place of the base's own and of nothing else.
+
+However few bits its matrices have, such a file holds norms in float32, so that nothing is requantized. Which tensor is
+which norm says the `gguf` package, whose names llama.cpp's converter uses; the base's fingerprint proves it for a file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ofa.adapters.base_norms import fingerprints_of
+from ofa.adapters.save_and_load import Adapter, read_adapter
+from ofa.errors import InputError, first_sentence
+from ofa.files import at_home, write_atomically
+from ofa.models.embedded import check_gguf
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+_ADDED = dict.fromkeys(
+    (
+        *("llama", "qwen2", "qwen3", "qwen3moe", "smollm3", "granite", "phi2", "phi3", "olmo2", "command-r"),
+        *("gpt2", "gptneox", "gpt-oss", "falcon", "bert"),
+    ),
+    0.0,
+) | dict.fromkeys(("gemma", "gemma2", "gemma3"), 1.0)
+"""Architecture of a file → what the converter adds to every norm's weight w: Gemma's norms multiply by 1 + w."""
+
+
+def merge_gguf(adapter: str | Path | Adapter, base: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Copy a GGUF file of the adapter's base with the adapter's scales in it; every other byte stays as it is.
+
+    Args:
+        base: what llama.cpp's converter made of the base, at any quantization; or the file that the adapter was tuned
+            on.
+
+    Raises:
+        InputError: the file is damaged, of another base, of an architecture that is not known here, in parts, or holds
+            a norm in another type than float32; `out` is there and `overwrite` is off, or cannot be written.
+    """
+    read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    source, target = at_home(base), check_gguf_out(out, base, overwrite=overwrite)
+    norms = _norms_in(source, read)
+    _check_base(norms, read)
+
+    def write(path: Path) -> None:
+        shutil.copyfile(source, path)
+        with path.open("r+b") as file:
+            for norm in norms:
+                file.seek(norm.tensor.data_offset)
+                file.write(norm.tuned.tobytes())
+
+    write_atomically(target, write)
+    return target
+
+
+def check_gguf_out(out: str | Path, base: str | Path, *, overwrite: bool) -> Path:
+    """The path of a GGUF file that is to be written.
+
+    Raises:
+        InputError: it has no such name or folder, is the base itself, or is there and `overwrite` is off.
+    """
+    target = at_home(out)
+    if target.suffix.lower() != ".gguf" or target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"{target} cannot be written as a GGUF file: give a name that ends in .gguf, in a folder here")
+    if target.exists() and at_home(base).exists() and target.samefile(at_home(base)):
+        raise InputError(f"{target} is the base itself, which is kept; choose another name")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} is already there; choose another name or pass --overwrite")
+    return target
+
+
+def check_merged(adapter: Adapter, file: str | Path) -> None:
+    """Refuse a GGUF file that does not hold the adapter's scales to the bit.
+
+    Raises:
+        InputError: it holds others, or cannot be read.
+    """
+    path = at_home(file)
+    if not all(np.array_equal(norm.tensor.data, norm.tuned) for norm in _norms_in(path, adapter)):
+        raise InputError(
+            f"{path} does not hold the scales of {adapter.folder}; make it with `ofa merge {adapter.folder} --gguf "
+            f"BASE.gguf --out {path}`"
+        )
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A scale or shift: its path in the adapter, its tensor in the file, and what an adapter puts there."""
+
+    path: str
+    tensor: ReaderTensor
+    added: float
+    tuned: np.ndarray[Any, Any]
+
+
+def _norms_in(file: Path, adapter: Adapter) -> list[_Norm]:
+    reader = _open(file)
+    architecture, names = _names(reader, file)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    norms = []
+    for path, value in adapter.parameters.items():
+        module, _, kind = path.rpartition(".")
+        # Encoders inside of a classifier have its name for them in front, which the converter takes off.
+        name = names.get_name(module) or names.get_name(module.partition(".")[2])
+        tensor = tensors.get(f"{name}.{kind}")
+        if tensor is None:
+            raise InputError(
+                f"{adapter.folder} was made for {adapter.base or 'another model'}, and {file} ({architecture}) has no "
+                f"tensor for its norm {path}; give a GGUF file of that base"
+            )
+        _check_tensor(file, tensor, path, value.numel())
+        added = _ADDED[architecture] if kind == "weight" else 0.0
+        norms.append(_Norm(path, tensor, added, (value.float().numpy() + np.float32(added)).astype(tensor.data.dtype)))
+    return norms
+
+
+def _names(reader: GGUFReader, file: Path) -> tuple[str, Any]:
+    import gguf
+
+    architecture = str(_field(reader, gguf.Keys.General.ARCHITECTURE))
+    if architecture not in _ADDED:
+        raise InputError(
+            f"{file} holds a model of the architecture {architecture}, whose norms are not known here; known are "
+            f"{', '.join(sorted(_ADDED))}: write a checkpoint with `ofa merge ADAPTER --out FOLDER` and convert that "
+            "with llama.cpp"
+        )
+    parts = _field(reader, gguf.Keys.Split.LLM_KV_SPLIT_COUNT) or 1
+    if parts > 1:
+        raise InputError(
+            f"{file} is one of {parts} parts of a model; join them with `llama-gguf-split --merge`, and give that file"
+        )
+    kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    layers = _field(reader, gguf.Keys.LLM.BLOCK_COUNT.format(arch=architecture))
+    return architecture, gguf.get_tensor_name_map(kind, int(layers or 0))
+
+
+def _check_tensor(file: Path, tensor: ReaderTensor, path: str, width: int) -> None:
+    if tensor.n_elements != width:
+        raise InputError(
+            f"{tensor.name} of {file} has {tensor.n_elements} channels and {path} of the adapter {width}; give a GGUF "
+            "file of the adapter's base"
+        )
+    if tensor.tensor_type.name != "F32":
+        raise InputError(
+            f"{file} holds {tensor.name} in {tensor.tensor_type.name}, which would round the tuned scales; convert the "
+            "base again with llama.cpp, which keeps norms in float32"
+        )
+
+
+def _check_base(norms: list[_Norm], adapter: Adapter) -> None:
+    values = {norm.path: torch.from_numpy(norm.tensor.data.astype(np.float32) - norm.added) for norm in norms}
+    found = fingerprints_of(values, {norm.path: norm.added for norm in norms})
+    expected = {adapter.details[name] for name in found if name in adapter.details}
+    if expected and expected.isdisjoint(found.values()):
+        raise InputError(
+            f"{adapter.folder} was made for {adapter.base or 'another model'}, and the norms of this GGUF file are "
+            "others; give a file of that base without an adapter in it"
+        )
+
+
+def _open(file: Path) -> GGUFReader:
+    check_gguf(file)
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # a damaged file makes the reader fail in any way at all
+        raise InputError(f"{file} is damaged or cut short ({first_sentence(error)}); fetch it again") from error
+
+
+def _field(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
