@@ -1,0 +1,87 @@
+"""The figure of README.md and docs/results.md: every method, and what the two terms change, from committed records.
+
+python -m benchmarks.overview               writes docs/figures/result.png
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies import FIGURES
+from ofa.comparison.outcomes import Draw, Outcome, Row, by_row, metric
+from ofa.comparison.store import read_records
+from ofa.report.statistics import FEWEST_PAIRS, Difference, Spread, macro_average, paired_difference
+
+COMPARISON, CURVATURE = Path("benchmarks/results/comparison_cpu"), Path("studies/records/curvature")
+FIGURE = FIGURES / "result.png"
+BASELINE = "norm-tuning"
+Rows = Mapping[Row, Mapping[Draw, Outcome]]
+
+
+def main() -> None:
+    """Draw it."""
+    figure(without_demonstrations(COMPARISON), without_demonstrations(CURVATURE), FIGURE)
+
+
+def without_demonstrations(folder: Path) -> dict[Row, Mapping[Draw, Outcome]]:
+    """The rows of a comparison with nothing in front of a text; in-context learning has its shots always."""
+    rows = by_row(read_records(folder))
+    bare = {row.name for row in rows if row.context == "prompt"}
+    return {row: outcomes for row, outcomes in rows.items() if row.context == "prompt" or row.name not in bare}
+
+
+def figure(comparison: Rows, curvature: Rows, path: Path) -> None:
+    """Accuracy of every method on the left; on the right OFA's rows against norm tuning, in both comparisons."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=(1, 1.1))
+    accuracies = sorted(averages(comparison).items(), key=lambda item: item[1].mean)
+    for place, (row, spread) in enumerate(accuracies):
+        color = "tab:orange" if row.method.startswith("ofa") else "black" if row.method == BASELINE else "tab:blue"
+        left.errorbar(100 * spread.mean, place, xerr=100 * (spread.deviation or 0), fmt="o", color=color, linewidth=1)
+    left.set_yticks(range(len(accuracies)), [row.method for row, _ in accuracies], fontsize=8)
+    left.set_title("accuracy in %, five shots per class (± over seeds)", fontsize=9)
+    compared = [*terms(comparison).items(), *terms(curvature).items()]
+    for place, (_, difference) in enumerate(compared):
+        _draw(right, place, difference)
+    labels = [f"{_short(row.name)}, {difference.pairs} pairs" for row, difference in compared]
+    right.set_yticks(range(len(compared)), labels, fontsize=8)
+    right.axvline(0, color="gray", linewidth=0.8)
+    right.set_title("points against norm tuning (95 %)", fontsize=9)
+    right.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110)
+
+
+def averages(rows: Rows) -> dict[Row, Spread]:
+    """Macro average over the tasks of every row that finished all of them with some seed."""
+    problems = sorted({draw.problem for outcomes in rows.values() for draw in outcomes})
+    found = {row: macro_average(metric(outcomes), problems) for row, outcomes in rows.items()}
+    return {row: spread for row, spread in found.items() if spread}
+
+
+def terms(rows: Rows) -> dict[Row, Difference]:
+    """OFA's rows against norm tuning on the same shots."""
+    base = next(metric(outcomes) for row, outcomes in rows.items() if row.method == BASELINE)
+    chosen = {row: paired_difference(metric(rows[row]), base) for row in rows if row.method.startswith("ofa")}
+    return {row: difference for row, difference in chosen.items() if difference}
+
+
+def _draw(axis: Any, place: int, difference: Difference) -> None:
+    """A point, and its interval where there are pairs enough for one."""
+    axis.plot(100 * difference.mean, place, "o", color="tab:orange")
+    if difference.interval and difference.pairs >= FEWEST_PAIRS:
+        axis.plot([100 * difference.interval.low, 100 * difference.interval.high], [place, place], color="tab:orange")
+
+
+def _short(name: str) -> str:
+    """The row without what is a default today or shared by a whole study."""
+    return re.sub(r"gradient=preconditioner, |max_steps=\d+(, )?", "", name)
+
+
+if __name__ == "__main__":
+    main()
