@@ -1,6 +1,6 @@
-"""The parts of the pages that are made from the code: docs/reference.md, and the list of modules in docs/architecture.md.
+"""The pages that are made from the code: docs/reference.md whole, and the list of modules in docs/architecture.md.
 
-    python -m benchmarks.pages                  writes both
+python -m benchmarks.pages                  writes both
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The pages lead where they say: every internal link, to the heading, and every file of the project that they name."""
+"""The pages lead where they say: every internal link, to the heading, and every file of the project that they name.
+
+What is made from the code is as `python -m benchmarks.pages` would write it today, and leaves nothing out.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+
+import ofa
+import ofa_kernels
+from benchmarks import pages
+from ofa.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -44,5 +53,32 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 @pytest.mark.parametrize("page", sorted({*PAGES} - {*HISTORY}), ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """In commands and in the text, where no link would show that a file has moved."""
-    named = set(_FILE.findall(page.read_text(encoding="utf-8")))
+    named = {name for name in _FILE.findall(page.read_text(encoding="utf-8")) if "NAME" not in name}
     assert sorted(name for name in named if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}*"))) == []
+
+
+def test_generated_parts_are_of_today() -> None:
+    """After a change of a docstring or an option: `python -m benchmarks.pages`."""
+    architecture = pages.ARCHITECTURE.read_text(encoding="utf-8")
+    assert pages.with_modules(architecture) == architecture
+    assert pages.reference() == pages.REFERENCE.read_text(encoding="utf-8")
+
+
+def test_the_reference_leaves_nothing_out() -> None:
+    """Every exported name has a heading, every command a section with each of its options."""
+    page = pages.REFERENCE.read_text(encoding="utf-8")
+    headings = set(_HEADING.findall(_FENCE.sub("", page)))
+    exported = [f"ofa.{name}" for name in ofa.__all__] + [f"ofa_kernels.{name}" for name in ofa_kernels.__all__]
+    assert {f"`{name}`" for name in exported} - headings == {"`ofa_kernels.reference`"}  # a module
+    sections = dict(re.findall(r"^### `ofa (\w+)`\n(.*?)(?=^### |\Z)", page, re.DOTALL | re.MULTILINE))
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {name: _options(command) for name, command in commands.items()} == {
+        name: set(re.findall(r"^\* `(?:-\w, )?(--[\w-]+)", text, re.MULTILINE)) - {"--help"}
+        for name, text in sections.items()
+    }
+
+
+def _options(command: typer.core.TyperCommand) -> set[str]:
+    return {
+        next(flag for flag in part.opts if flag.startswith("--")) for part in command.params if "--" in str(part.opts)
+    }
