@@ -1,4 +1,4 @@
-"""The two regularizers of OFA in any training loop: attach, measure, penalty, detach."""
+"""The two regularizers of OFA for any training loop: attach, measure, add the penalty, detach."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""The two regularizers of OFA in any training loop: attach, measure, penalty, detach.
+"""The two regularizers of OFA for any training loop: attach, measure, add the penalty, detach.
 
 Every measured forward pass yields J (step ratio) and H (sharpness) as tensors with a graph; `penalty()` is λ₁J + λ₂H.
-The copies of the finite differences travel in the batch of the real pass, so that a step costs one forward and one
-backward pass of a wider batch, not N more passes per layer.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from ofa.regularizers.reminders import Reminders
 from ofa.regularizers.schedule import Schedule
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Regularizers]] = weakref.WeakKeyDictionary()
-"""By every norm that they read, and by the model itself. The model's hooks hold them; nothing else needs to."""
+"""Attached regularizers by each of their norms and by the model; the model's hooks keep them alive."""
 
 
 def fused_regularizers(
@@ -75,13 +73,16 @@ def fused_regularizers(
         gradient: how H is differentiated. "preconditioner": in γ alone, curvature and tokens held fixed; computed in
             the forward pass. "full": through everything, as the paper's Algorithm 1 under autograd; "exact" then needs
             frozen weights and memory for its graph.
-        every: the sharpness is measured in one optimizer step of `every`, and its last gradient is used in between. A
-            step is noticed by the version counters of the scales, which every optimizer in `torch.optim` moves.
-        radial: how "exact" computes the terms that need every token's own Jacobian when it trains: "channels" (through
-            the 8 channels that hold most of them), "exact" or "none". Passes without gradients always have them exact.
+        every: measure the sharpness in one optimizer step of `every`, and use its last gradient in between. Steps are
+            detected by the version counters of the scales, which every optimizer in `torch.optim` changes.
+        radial: how "exact" computes the terms that need every token's own Jacobian in training: "channels" (through the
+            8 channels that hold most of them), "exact" or "none". Passes without gradients always use "exact".
         into_loss: add the penalty to the model's own `loss` (for `transformers.Trainer` and TRL).
-        seed: of the probes.
+        seed: seed of the probes.
         tokens: "all" real tokens or only the "last" one count for the step ratio.
+
+    Returns:
+        The attached `Regularizers`; `penalty()` is the term to add to the loss.
 
     Raises:
         InputError: an option is out of range, the model's steps are not recognized, or it is already regularized.
@@ -107,7 +108,7 @@ def fused_regularizers(
             "attaching others (ofa.regularizers.attached(model) finds them)"
         )
     found = anatomies.find(model)
-    chosen: TraceEstimator = FullHutchinson()  # which attaches nothing, where nothing is traced
+    chosen: TraceEstimator = FullHutchinson()  # attaches no hooks: used if nothing is traced
     if sharpness > 0:
         wanted = EstimatorOptions(estimator, gradient, granularity, radial, samples, epsilon, probe)
         chosen = choose(wanted, model, found)
@@ -116,7 +117,7 @@ def fused_regularizers(
 
 
 def attached(model: nn.Module) -> Regularizers | None:
-    """The regularizers that a model has, also one that holds it, is a part of it, or shares layers with it; or None."""
+    """The regularizers attached to a model or to one that shares modules with it, such as a wrapper; or None."""
     for module in model.modules():
         reference = _attached.get(module)
         found = None if reference is None else reference()
@@ -137,7 +138,7 @@ class _Settings:
 
 
 class Regularizers:
-    """The attached regularizers; made by `fused_regularizers`. Also a context manager that closes itself."""
+    """The regularizers attached by `fused_regularizers`; as a context manager they close themselves."""
 
     def __init__(
         self,
@@ -152,11 +153,11 @@ class Regularizers:
         self.estimator = estimator.name
         self._trace_estimator = estimator
         self.passes = 0
-        """Measured forward passes so far: with the seed, all that the next pass's probes depend on."""
+        """Measured forward passes so far; the next pass's probes depend only on this and the seed."""
         self._settings = settings
         self._model = weakref.ref(model, _forgetting(self))
         self._signature = inspect.signature(model.forward)
-        # PEFT hands what it does not know on to the model that it holds.
+        # PEFT passes unknown arguments on to the model that it wraps.
         held: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._takes_cache = "use_cache" in inspect.signature(held.forward).parameters
         self._pass: MeasuredPass | None = None
@@ -168,7 +169,7 @@ class Regularizers:
         self.schedule = Schedule(settings.every)
         self._reminders = Reminders()
         self._preparing = False
-        """Whether the model is being run to prepare the estimator, in the middle of the hook that asked for it."""
+        """True while a hook runs the model to prepare the estimator."""
         active = settings.step_ratio > 0 or settings.sharpness > 0
         self._layers = {step.layer: RecomputeTracker() for step in steps}
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
@@ -185,7 +186,7 @@ class Regularizers:
         branches = [meter.branch for meter in self._meters]
         ends = {path for branch in branches for path in (branch.entry, branch.exit)}
         if active:
-            # The second run of a checkpointed layer may end in the middle, far from the model's own hook.
+            # A recomputed layer may raise in the backward pass, outside the model's own hook.
             for module in map(model.get_submodule, sorted(ends)):
                 self._handles.append(module.register_forward_hook(self._at_failure, always_call=True))
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -200,7 +201,7 @@ class Regularizers:
 
     @property
     def measurements(self) -> objectives.Measurements:
-        """What the last measured forward pass measured, with its graph.
+        """The measurements of the last measured forward pass, with their graph.
 
         Raises:
             RuntimeError: no forward pass has been measured yet.
@@ -216,7 +217,7 @@ class Regularizers:
         """λ₁ J + λ₂ H of the last measured forward pass, a float32 scalar with its graph.
 
         Raises:
-            RuntimeError: no forward pass has been measured, or the last one ended in an exception.
+            RuntimeError: no forward pass has been measured, or the last one raised.
         """
         if not self._meters:
             return torch.zeros(())
@@ -225,7 +226,7 @@ class Regularizers:
 
     @contextmanager
     def measuring(self) -> Iterator[Regularizers]:
-        """Also measure forward passes without gradients, for as long as this context lasts."""
+        """Also measure forward passes without gradients, inside this context."""
         before, self._without_grad = self._without_grad, True
         try:
             yield self
@@ -233,11 +234,11 @@ class Regularizers:
             self._without_grad = before
 
     def forget(self) -> None:
-        """Let go of the last measurement and its graph, which `penalty()` would return."""
+        """Release the last measurement and its graph."""
         self._measured = None
 
     def close(self) -> None:
-        """Detach: every hook is removed and the model is what it was before. Closing twice does nothing."""
+        """Detach: remove every hook, so that the model is as before attaching. A second call does nothing."""
         self._reminders.at_end()
         for handle in self._handles:
             handle.remove()
@@ -248,8 +249,8 @@ class Regularizers:
 
     def __deepcopy__(self, memo: Any) -> Regularizers:
         raise InputError(
-            "a part of a model with regularizers attached cannot be copied; copy the whole model, whose copy has none, "
-            "or close() them before"
+            "a part of a model with regularizers attached cannot be copied; copy the whole model (the copy has no "
+            "regularizers), or close() them before"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -308,11 +309,11 @@ class Regularizers:
 
     @torch.compiler.disable
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._thread.elsewhere:  # this one was refused
+        if self._thread.elsewhere:  # this thread's pass was refused
             return None
         current = self._pass
         self._set_pass(None)
-        if current is None or output is None:  # None: the forward pass raised an exception, which goes its way
+        if current is None or output is None:  # output is None if forward raised; let it propagate
             return None
         self._measured = self.schedule.complete(current.measurements(len(self.steps)), current.gradients)
         values = self._measured.step_norms, self._measured.sharpness
@@ -331,13 +332,13 @@ class Regularizers:
             self._preparing = False
 
     def _abandon(self) -> None:
-        """Make sure that nothing is left of a branch that was entered, whatever ended it."""
+        """Release the state of branches that were entered and not left."""
         self._trace_estimator.abandon()
         for meter in self._meters:
             meter.abandon()
 
     def _at_failure(self, module: nn.Module, args: Any, output: Any) -> None:
-        if output is None:  # the module raised an exception, which goes its way
+        if output is None:  # the module raised; let it propagate
             self._abandon()
 
     def _set_pass(self, current: MeasuredPass | None) -> None:
@@ -353,7 +354,7 @@ class Regularizers:
                 layer.begin(current, again)
 
     def _pass_seed(self) -> int:
-        """A 63-bit seed of its own for every (seed, pass)."""
+        """A different 63-bit seed for every (seed, pass)."""
         return ((self._settings.seed & 0x7FFFFFFF) << 32) | (self.passes & 0xFFFFFFFF)
 
     def _refuse_cache(self, given: dict[str, Any]) -> None:
@@ -368,13 +369,13 @@ class Regularizers:
         active = next(dropping, None) if traced else None
         if active is not None:
             raise InputError(
-                f"dropout is active in {active}, and a trace is that of a model without it; call model.eval() before "
-                "training (gradients still flow), or set its rate to 0"
+                f"dropout is active in {active}, but traces are defined without it; call model.eval() before training "
+                "(gradients still flow), or set its rate to 0"
             )
 
 
 def _forgetting(regularizers: Regularizers) -> Callable[[Any], None]:
-    """Forgets what was measured once the model is gone: no collector finds a cycle through a graph of autograd."""
+    """A weakref callback that releases the measurement with the model: Python cannot collect cycles through a graph."""
     reference = weakref.ref(regularizers)
 
     def forget(_: Any) -> None:
@@ -386,18 +387,18 @@ def _forgetting(regularizers: Regularizers) -> Callable[[Any], None]:
 
 
 def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """A (B, T) mask of ones and zeros; masks of higher rank say nothing certain about padding and are left out."""
+    """A (B, T) mask of ones and zeros; None for masks of higher rank, from which padding cannot be read."""
     if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask.to(torch.float32)
 
 
 def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that may drop something in training mode; their rates may still change."""
+    """Modules with a dropout rate in training mode, also 0, since rates may change later."""
     return [(path, module) for path, module in model.named_modules() if _dropout_rates(module)]
 
 
 def _dropout_rates(module: nn.Module) -> list[float]:
-    """The rate of an `nn.Dropout`, and rates that a module keeps for the functional form."""
+    """The rate of an `nn.Dropout`, and rates that a module stores for `F.dropout`."""
     own = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
     return own + [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

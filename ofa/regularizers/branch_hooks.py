@@ -19,7 +19,7 @@ from ofa.regularizers.step_length import with_length
 
 
 class BranchHooks:
-    """The hooks of one branch: feed the displaced copies in at its entry, take them out again at its exit."""
+    """The hooks of one branch: they add the displaced copies at its entry and remove them at its exit."""
 
     def __init__(
         self,
@@ -36,18 +36,18 @@ class BranchHooks:
         self.norm_module = model.get_submodule(branch.norm.path)
         self._layer = layer
         self._first = first
-        """Whether the step is the first of its layer: it sees the tensor that the layer was called with."""
+        """Whether the step is the first of its layer, whose stream is the layer's input."""
         self._ends_its_step = len(step.branches) == 1 and not step.adds_in_place and branch.writes != "stream"
-        """Whether what leaves the branch, and nothing else, is added to the stream as it is."""
+        """Whether the branch's output alone is added to the stream, unchanged."""
         self._stream: Tensor | None = None
         self._fed: Tensor | None = None
         self._norm_input: Tensor | None = None
         end = model.get_submodule(branch.exit)
         self.handles: list[RemovableHandle] = [
-            # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
+            # Prepended: tuned norms of a bfloat16 model upcast their input, and this reads the stream before.
             self.norm_module.register_forward_pre_hook(self._at_norm, with_kwargs=True, prepend=True),
             model.get_submodule(branch.entry).register_forward_pre_hook(self._at_entry, with_kwargs=True),
-            # Ahead of fully_shard's own hook, behind which the scale is in parts again.
+            # Before fully_shard's own hook, which reshards the scale.
             end.register_forward_hook(self._at_exit, prepend=sharding.is_unit(end)),
         ]
         if branch.residual_reader:
@@ -55,18 +55,18 @@ class BranchHooks:
             self.handles.append(reader.register_forward_pre_hook(self._at_residual))
 
     def abandon(self) -> None:
-        """The branch may never be left: let go of what entered it."""
+        """Release the tensors of a branch that was entered and may never be left."""
         self._stream = self._fed = self._norm_input = None
 
     def __deepcopy__(self, memo: Any) -> BranchHooks:
         raise InputError(
-            "a part of a model with regularizers attached cannot be copied, nor wrapped by what copies it; close() "
-            "them before"
+            "a part of a model with regularizers attached cannot be copied, nor wrapped by code that copies it; "
+            "close() them before"
         )
 
     @property
     def current(self) -> MeasuredPass | None:
-        """The pass being measured; None where nothing is."""
+        """The pass being measured, or None."""
         return self._layer.current
 
     @property
@@ -101,16 +101,16 @@ class BranchHooks:
             return None
         batch, copies = entering.shape[0], self.estimator.copies
 
-        def widen(name: str, tensor: Tensor) -> Tensor:
+        def repeated(name: str, tensor: Tensor) -> Tensor:
             if tensor is entering:
                 return fed
             if not copies:
                 return tensor
-            # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
+            # Falcon's alibi is (batch · heads, …); other tensors begin with the batch or broadcast over it.
             batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
             return tensor.repeat(1 + copies, *[1] * (tensor.dim() - 1)) if batched else tensor
 
-        return replace_tensors(args, kwargs, widen)
+        return replace_tensors(args, kwargs, repeated)
 
     def _at_residual(self, module: nn.Module, args: Any) -> Any:
         if self._busy or not self._traced or self._fed is None:
@@ -128,13 +128,12 @@ class BranchHooks:
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
         if self.current.with_grad and self.norm_module.weight.requires_grad and not leaving.requires_grad:
             raise InputError(
-                f"{self.branch.exit} returns nothing that gradients could follow to {self.branch.norm.path}, whose "
-                "scale would not train; a layer in it is for inference only, so load the model in a form that can be "
-                "trained"
+                f"the output of {self.branch.exit} has no gradient to {self.branch.norm.path}, whose scale would not "
+                "train, because one of its layers is for inference only; load the model in a form that can be trained"
             )
         sqnorm = trace = None
         assert stream is not None
-        # Let go of everything first: checkpointing stops a second run in the middle, and its tensors would stay.
+        # Release tensors first: checkpointing stops a recomputation in the middle, which would keep them alive.
         self._stream = self._fed = self._norm_input = None
         ends = self.current.unfinished.pop(self.index, {})
         if self.current.traced:
@@ -142,15 +141,15 @@ class BranchHooks:
             if norm_input is not None and self.estimator.copies:
                 norm_input = norm_input[: stream.shape[0]]
             assert self.current.shape is not None
-            rows = stream.view(*self.current.shape, -1)  # OPT flattens sequences and tokens
+            rows = stream.view(*self.current.shape, -1)  # OPT flattens (B, T)
             left = self.estimator.leave(self.branch, self._norm(), rows, leaving, self._probe(), norm_input)
             leaving, sqnorm, trace = left.output, left.sqnorm, left.trace
-        on_the_way = self.current.lengths and sqnorm is None and self._ends_its_step
-        if on_the_way:
+        measured_here = self.current.lengths and sqnorm is None and self._ends_its_step
+        if measured_here:
             leaving, sqnorm = with_length(leaving)
         if self.step.adds_in_place:
             output = replace_hidden_output(output, leaving.clone(), lambda tensor: tensor)
-        elif trace is not None or on_the_way:
+        elif trace is not None or measured_here:
             batch = leaving.shape[0]
             output = replace_hidden_output(output, leaving, lambda tensor: tensor[:batch])
         weight: Any = self.norm_module.weight

@@ -1,10 +1,4 @@
-"""A model that regularizers are attached to may be wrapped, copied and changed by others: what is right, what is loud.
-
-- `unwrap` is the module whose forward pass is measured, whatever it is wrapped in.
-- `DeepcopyGuard` lets `copy.deepcopy` of the model make one without the regularizers.
-- `ModuleIdentityGuard` notices modules that were exchanged since, such as by `peft.get_peft_model`.
-- `ThreadGuard` refuses a second thread while the first one is in a measured forward pass.
-"""
+"""Guards for a model that other code wraps, copies or modifies while regularizers are attached."""
 
 from __future__ import annotations
 
@@ -24,10 +18,10 @@ from ofa.regularizers.closed_form.attention_interface import PREFIX, own_name
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module to attach to: what wrappers of processes and compilers hold, or what PEFT hands its prompts to.
+    """The module to attach to: the model inside distributed or compiled wrappers, and inside PEFT's prompt learning.
 
     Raises:
-        InputError: a wrapper that runs copies of the model or hides its scales.
+        InputError: a wrapper runs copies of the model or hides its scales.
     """
     model = sharding.unwrapped(model)
     tuning = getattr(sys.modules.get("peft.tuners.ln_tuning.layer"), "LNTuningLayer", ())
@@ -36,27 +30,27 @@ def unwrap(model: nn.Module) -> nn.Module:
     )
     if path is not None:
         raise InputError(
-            f"{path} is inside of PEFT's LN tuning, which keeps scales of its own; tune the base model with "
-            "ofa.tune_norms, or continue from that adapter with ofa.load_adapter"
+            f"{path} is inside PEFT's LN tuning, which keeps its own scales; tune the base model with ofa.tune_norms, "
+            "or continue from that adapter with ofa.load_adapter"
         )
     if sharding.is_a(model, "peft", "PeftModel") and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
-        # Its own arguments know nothing of the virtual tokens that the base model is given.
+        # Only the base model's arguments include the virtual tokens.
         inner: nn.Module = model.get_base_model()  # type: ignore[operator]
         return inner
     return model
 
 
 class DeepcopyGuard:
-    """Lets a model be copied as it would be with nothing attached, until it is removed."""
+    """Makes `copy.deepcopy` of a model leave out the regularizers, until removed."""
 
     def __init__(self, model: nn.Module, handles: Iterable[RemovableHandle]) -> None:
         self._model = weakref.ref(model)
         self._hooks = list(handles)
-        # `copy.deepcopy` asks the object itself, not its class; so also where the model is part of something copied.
+        # On the instance: `copy.deepcopy` looks there first, also if the model is part of a copied object.
         vars(model)["__deepcopy__"] = self._copy
 
     def remove(self) -> None:
-        """Leave copying to the model again."""
+        """Restore the model's own copying."""
         model = self._model()
         if model is not None:
             vars(model).pop("__deepcopy__", None)
@@ -79,7 +73,7 @@ class DeepcopyGuard:
         return copied
 
     def _registers(self) -> dict[int, tuple[Any, set[int]]]:
-        """Every register of hooks with the numbers of ours in it."""
+        """Every dict of hooks, with the ids of our hooks in it."""
         found: dict[int, tuple[Any, set[int]]] = {}
         for handle in self._hooks:
             for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
@@ -90,7 +84,7 @@ class DeepcopyGuard:
 
 
 class ModuleIdentityGuard:
-    """Where the modules are that something relies on."""
+    """Detects modules that were replaced after attaching, such as by `peft.get_peft_model`."""
 
     def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
         self._places = []
@@ -99,40 +93,40 @@ class ModuleIdentityGuard:
             self._places.append((path, model.get_submodule(parent), name, model.get_submodule(path)))
 
     def check(self) -> None:
-        """Raise where another module is called now.
+        """Compare the modules with those at attaching.
 
         Raises:
-            InputError: the first one.
+            InputError: a module was replaced; names the first.
         """
         for path, parent, name, module in self._places:
             if parent._modules.get(name) is not module:
                 raise InputError(
-                    f"{path} was exchanged after the regularizers were attached, as adapters do; close() them and "
-                    "attach them behind that"
+                    f"{path} was replaced after the regularizers were attached, as adapters do; close() them, and "
+                    "attach them after that"
                 )
 
 
 class ThreadGuard:
-    """Which thread is in the middle of a forward pass."""
+    """Refuses a second thread while one is in a measured forward pass."""
 
     def __init__(self) -> None:
         self._owner: threading.Thread | None = None
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it is in another thread, which lives."""
+        """Whether another live thread is in a measured forward pass."""
         owner = self._owner
         return owner is not None and owner is not threading.current_thread() and owner.is_alive()
 
     def begin(self) -> None:
-        """A measured forward pass begins in this thread."""
+        """A measured forward pass starts in this thread."""
         self._owner = threading.current_thread()
 
     def check(self) -> None:
-        """Refuse to begin another one, measured or not.
+        """Refuse a forward pass, measured or not, during another thread's.
 
         Raises:
-            InputError: another thread has not come to the end of its own.
+            InputError: another thread is in a measured forward pass.
         """
         if self.elsewhere:
             raise InputError(
@@ -141,5 +135,5 @@ class ThreadGuard:
             )
 
     def end(self) -> None:
-        """It has ended, or was given up."""
+        """The measured forward pass ended or was abandoned."""
         self._owner = None

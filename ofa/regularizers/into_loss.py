@@ -1,10 +1,9 @@
-"""Adds the penalty to the loss that a model computes itself, weighed as the trainer weighs that loss.
+"""Adds the penalty to the loss that a model computes itself, with the trainer's weight of that loss.
 
-Trainers accumulate: the losses of several forward passes make one optimizer step, each divided by the labels of all of
-them. The penalty is divided alike, so that over one step its weights add up to 1. And trainers differ in what they take
-from the output. Most take `loss`. TRL's SFTTrainer (1.15 and newer) takes the mean of the labels' `log_probs`, so the
-penalty is taken from each of these. Whatever else is differentiated would train without the penalty, and is refused in
-the backward pass.
+With gradient accumulation, trainers divide each pass's loss by the labels of the whole optimizer step; so is the
+penalty, whose weights then add up to 1 over a step. Most trainers differentiate `loss`. TRL's SFTTrainer (1.15 and
+newer) differentiates the mean of the labels' `log_probs`, so the penalty is subtracted from each of these. Any other
+loss would train without the penalty, and the backward pass refuses it.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalt
     """The model's output with the penalty in its loss.
 
     Args:
-        model: whose forward pass it was.
-        kwargs: the named arguments of that pass.
+        model: the model that returned it.
+        kwargs: the named arguments of the forward pass.
         output: a `ModelOutput` with a scalar `loss`, or a tuple that begins with it.
         penalty: a scalar.
 
     Raises:
-        InputError: the forward pass computed no loss; and in the backward pass, if what is differentiated is another
-            loss, made of the model's other outputs.
+        InputError: the forward pass computed no loss; or, in the backward pass, the trainer differentiates another loss
+            of the model's other outputs.
     """
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -57,10 +56,10 @@ def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalt
 
 
 def _share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
-    """Part of the optimizer step's labels in this forward pass; 1 when the caller does not say.
+    """The share of the optimizer step's labels in this forward pass; 1 without `num_items_in_batch`.
 
-    Labels are counted as `Trainer` counts them for `num_items_in_batch`: a causal loss never uses the first. In a step
-    without labels (all answers were cut off) the part is 0, as the cross-entropy's gradient is.
+    Labels are counted as `Trainer` counts them: a causal loss does not use the first. In a step without labels (all
+    answers were truncated) the share is 0, like the cross-entropy's gradient.
     """
     items, labels, shifted = kwargs.get("num_items_in_batch"), kwargs.get("labels"), kwargs.get("shift_labels")
     if items is None or (labels is None and shifted is None):
@@ -82,18 +81,18 @@ def _has_label_log_probs(output: Mapping[str, Any]) -> bool:
 
 
 def _lowered(log_probs: Tensor, label_mask: Tensor, penalty: Tensor) -> Tensor:
-    """Log-probabilities whose negative mean over any number of labels is larger by these labels' share of the penalty.
+    """Log-probabilities minus the penalty at the labels, so that a mean over labels contains their share of it.
 
-    That holds only where all weigh the same, which their gradient shows: TRL's "dft" weighs each label by its
-    probability, and positions without one by 1.
+    Valid only if all labels have the same weight, which a hook checks in their gradient: TRL's "dft" weighs each label
+    by its probability.
     """
     lowered = log_probs - penalty.to(log_probs) * label_mask
 
     def check_weights(gradient: Tensor) -> None:
-        # The gradient of a mean is one number expanded; a trainer may scale it, all places alike.
+        # The gradient of a mean is constant, also if the trainer scales it.
         if not torch.allclose(gradient, gradient.reshape(-1)[:1], rtol=1e-4, atol=0.0, equal_nan=True):
             raise InputError(
-                "into_loss=True needs a loss that weighs every label alike, but this one does not (loss_type='dft' "
+                "into_loss=True needs a loss that weighs all labels equally, but this one does not (loss_type='dft' "
                 f"weighs by probability); use loss_type='nll', or {_WAY_OUT}"
             )
 
@@ -103,9 +102,9 @@ def _lowered(log_probs: Tensor, label_mask: Tensor, penalty: Tensor) -> Tensor:
 
 
 def _refuse_other_losses(carriers: list[Tensor], output: Any) -> None:
-    """Watch the backward pass: gradients that reach other outputs must have come by way of one that has the penalty.
+    """Raise in the backward pass if other outputs get a gradient and none of the carriers of the penalty did.
 
-    A tensor's hook runs when all of its gradient is there, and so after those of what was computed from it.
+    Carriers are computed from the other outputs, so their hooks run first.
     """
     reached: list[bool] = []
     for carrier in carriers:
@@ -115,8 +114,8 @@ def _refuse_other_losses(carriers: list[Tensor], output: Any) -> None:
     def check(gradient: Tensor) -> None:
         if not reached:
             raise InputError(
-                "into_loss=True put the penalty into the model's own loss, but the loss being differentiated is "
-                f"another one, made of the model's other outputs; {_WAY_OUT}"
+                "into_loss=True put the penalty into the model's own loss, but the trainer differentiates another loss "
+                f"of the model's other outputs; {_WAY_OUT}"
             )
 
     for value in _tensors(output):
@@ -130,17 +129,14 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def refuse_packed(given: Mapping[str, Any]) -> None:
-    """Refuse a batch whose rows are several sequences, from the arguments of a forward pass.
-
-    J is a ratio of lengths over one sequence and H a mean over sequences, both measured per row, so that packed rows
-    would be another objective. Padding costs no accuracy: it is never measured.
+    """Refuse a batch with several sequences in a row: J and H are defined per sequence and measured per row.
 
     Args:
-        given: among others `position_ids`, int64 (B, T), which start again at every sequence; `attention_mask`, (B, T);
-            `cu_seq_lens_q`, which collators without padding hand to flash attention.
+        given: arguments of the forward pass, among others `position_ids`, int64 (B, T), which restart at every
+            sequence; `attention_mask`, (B, T); `cu_seq_lens_q`, sequence lengths for flash attention.
 
     Raises:
-        InputError: positions start again within a row, or lengths of sequences are given.
+        InputError: positions restart within a row, or lengths of sequences are given.
     """
     if torch.compiler.is_compiling():
         return

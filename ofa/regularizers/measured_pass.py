@@ -1,4 +1,4 @@
-"""One measured forward pass of the model: what it measures and what it has collected."""
+"""One measured forward pass of the model and its measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ofa_kernels import dispatch
 
 @dataclass(frozen=True)
 class BranchEnd:
-    """What a branch adds to the stream, ‖update‖² per row if it is known, and its trace and scale γ if measured."""
+    """A branch's output, ‖update‖² per row if already known, its trace if measured, and its scale γ."""
 
     update: Tensor
     sqnorm: Tensor | None
@@ -27,7 +27,7 @@ class BranchEnd:
 
 @dataclass(frozen=True)
 class Rows:
-    """Values per row of the stream, and the factor that they are all multiplied by."""
+    """Values per row of the stream, all to be multiplied by `factor`."""
 
     values: Tensor
     factor: float
@@ -35,12 +35,12 @@ class Rows:
 
 @dataclass
 class MeasuredPass:
-    """One measured forward pass: what it may measure, and what it has measured so far.
+    """Settings of one measured forward pass, and the measurements so far.
 
-    `mask` is 1 at real tokens and 0 at padding, (B, T), or None when every token is real; `last_token_only` restricts
-    the lengths of the steps to the last real token. `traced` says whether the traces of the steps are measured, `sign`
-    is that of h. A pass that does not `keep` computes the same and forgets it: the second run of a layer under
-    activation checkpointing. Lengths are kept as the branches return them and reduced once, for all steps together.
+    `mask` is 1 at real tokens and 0 at padding, (B, T), or None if every token is real. `last_token_only` restricts the
+    lengths of the steps to the last real token. `lengths` and `traced` say what is measured, `held` that the gradient
+    of H is in P alone, `sign` is that of h. A pass without `keep` computes the same and discards it: the recomputation
+    of a layer under activation checkpointing.
     """
 
     seed: int
@@ -61,14 +61,14 @@ class MeasuredPass:
 
     @property
     def measures(self) -> bool:
-        """Whether anything of the steps is wanted."""
+        """Whether lengths or traces are measured."""
         return self.lengths or self.traced
 
     def see_stream(self, stream: Tensor) -> None:
-        """Learn (B, T) from the first stream that goes by, and hold the mask to it.
+        """Take (B, T) from the first stream, and check the mask's shape.
 
         Raises:
-            InputError: the attention mask covers another number of tokens than the stream has.
+            InputError: the attention mask and the stream differ in (B, T).
         """
         if self.shape is not None or stream.dim() != 3:
             return
@@ -81,18 +81,18 @@ class MeasuredPass:
 
     @property
     def real(self) -> Tensor | None:
-        """Which sequences have a real token, (B,); None where all of them do."""
+        """Whether each sequence has a real token, (B,); None if all of them have."""
         return None if self.mask is None else self.mask.bool().any(1)
 
     def again(self) -> MeasuredPass:
-        """The measurement for a layer that is run a second time; keeps nothing. A gradient in P is there already."""
+        """The pass for recomputed layers: keeps nothing, and traces only if their gradient is not known already."""
         traced = self.traced and not self.held
         return replace(
             self, keep=False, traced=traced, shape=None, squared_norms={}, traces={}, gradients={}, unfinished={}
         )
 
     def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd]) -> None:
-        """Take what the branches of a step measured, once all parallel ones are in."""
+        """Record the measurements of a step's branches, once all parallel branches are done."""
         if len(ends) < len(step.branches):
             self.unfinished[index] = ends
             return
@@ -128,7 +128,7 @@ class MeasuredPass:
         device = rows[0].values.device
         values = torch.stack([row.values.to(device).reshape(self.shape) for row in rows])
         if values.requires_grad:
-            # The gradient of a sum is one number expanded, and every step's kernel would make a dense copy of its own.
+            # The gradient of a sum is an expanded scalar: make it dense once, not once per step's kernel.
             values.register_hook(Tensor.contiguous)
         factors = tuple(row.factor for row in rows)
         factor: Tensor | float = factors[0]
@@ -146,7 +146,7 @@ class MeasuredPass:
         """Everything measured, as one record.
 
         Raises:
-            RuntimeError: the forward pass did not go through every step.
+            RuntimeError: the forward pass skipped a step.
         """
         expected = (range(steps) if self.lengths else (), range(steps) if self.traced else ())
         if sorted(self.squared_norms) != list(expected[0]) or sorted(self.traces) != list(expected[1]):
@@ -155,7 +155,7 @@ class MeasuredPass:
                 "layers were skipped, or the model was changed after the regularizers were attached"
             )
         norms = ratios = step_ratio = traces = sharpness = None
-        # Rows of nothing but padding fill up batches of a fixed size, and are no sequences.
+        # `real` leaves out rows that are all padding, which fill up batches of a fixed size.
         if self.lengths:
             norms = objectives.step_norms(self._squared_norms())
             ratios = objectives.ratios(norms)
@@ -168,7 +168,7 @@ class MeasuredPass:
 
 
 def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """Numbers as a column on the device of a tensor: brought there once, since bringing them waits for the device."""
+    """Numbers as a column on the device of a tensor, cached: every copy to the device would sync."""
     # Do not cache columns for fake tensors: real tensors would receive them.
     build = _kept_column if type(like) is Tensor else _kept_column.__wrapped__
     return build(numbers, like.dtype, like.device)
@@ -181,7 +181,7 @@ def _kept_column(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.d
 
 
 def _squared_length(ends: tuple[BranchEnd, ...]) -> Tensor:
-    """‖Σ updates‖² per row; parallel branches make one step."""
+    """‖Σ updates‖² per row, over the parallel branches of a step."""
     if len(ends) == 1 and ends[0].sqnorm is not None:
         return ends[0].sqnorm
     updates = [end.update for end in ends]

@@ -1,4 +1,4 @@
-"""Step ratio and sharpness as pure functions of what was measured. The derivation is in docs/theory.md."""
+"""Step ratio and sharpness as pure functions of the measurements. The derivation is in docs/theory.md."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOWEST = -30.0
-"""Softplus and its slope are below 1e-13 from here on, nothing beside the loss, and count as constant. Gradients of
-e⁻⁹⁰ would be denormal numbers, with which a processor multiplies matrices ten times slower."""
+"""Softplus and its slope are below 1e-13 here, negligible in the loss, and are treated as constant below. Gradients of
+e⁻⁹⁰ would be denormal numbers, which make matrix products on a CPU ten times slower."""
 
 
 @dataclass(frozen=True)
 class BranchTrace:
     """tr(J P) per token of every sequence, (B,), of one branch.
 
-    `gradient` maps slopes s, (B,), to Σ_b s_b ∂tr_b/∂γ, (d,), with the curvature held fixed; without it `values` carry
-    a graph.
+    `gradient` maps slopes s, (B,), to Σ_b s_b ∂tr_b/∂γ, (d,), with the curvature held fixed; if it is None, `values`
+    have a graph.
     """
 
     values: Tensor
@@ -29,7 +29,7 @@ class BranchTrace:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What one forward pass of B sequences through T steps measured; None for a term that was not asked for.
+    """The measurements of one forward pass of B sequences through T steps; None for a term of weight 0.
 
     Attributes:
         step_norms: ‖Z_{t+1} − Z_t‖ over the real tokens, (T, B), float32.
@@ -46,21 +46,21 @@ class Measurements:
     sharpness: Tensor | None = None
 
     def __str__(self) -> str:
-        """Six lines for a reader: what was measured, and in which range its values are."""
+        """Six lines: what was measured, with minimum, maximum and mean."""
         known = next((value for value in (self.step_norms, self.traces) if value is not None), None)
         size = "nothing" if known is None else f"{known.shape[0]} steps of {known.shape[1]} sequences"
         lines = {
             "measured": size,
-            "step norms": _told(self.step_norms),
-            "ratios": _told(self.ratios),
-            "traces h": _told(self.traces),
-            "step ratio J": _told(self.step_ratio),
-            "sharpness H": _told(self.sharpness),
+            "step norms": _range(self.step_norms),
+            "ratios": _range(self.ratios),
+            "traces h": _range(self.traces),
+            "step ratio J": _range(self.step_ratio),
+            "sharpness H": _range(self.sharpness),
         }
         return "\n".join(f"{name:14}{value}" for name, value in lines.items())
 
 
-def _told(value: Tensor | None) -> str:
+def _range(value: Tensor | None) -> str:
     if value is None:
         return "not measured"
     value = value.detach().float()
@@ -83,7 +83,7 @@ def ratios(norms: Tensor) -> Tensor:
 
 
 def sequence_mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """Mean of values (B,) over the sequences; `real`, (B,) and boolean, leaves out rows of nothing but padding."""
+    """Mean of values (B,) over the sequences; `real`, bool (B,), leaves out rows that are all padding."""
     if real is None:
         return values.mean()
     real = real.to(values.device)
@@ -122,7 +122,7 @@ def sharpness_slopes(traces: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def with_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The value, whose gradient in each tensor is the one beside it; nothing is saved for the backward pass."""
+    """The value with a given gradient in each tensor; its own graph is discarded."""
     if not gradients or not torch.is_grad_enabled():
         return value
     tensors, known = zip(*gradients, strict=True)
@@ -147,7 +147,7 @@ def _opmath(tensor: Tensor) -> torch.dtype:
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:
-    """λ₁ J + λ₂ H, a float32 scalar; terms that were not measured count zero."""
+    """λ₁ J + λ₂ H, a float32 scalar; terms that were not measured count as 0."""
     weighted = (step_ratio_weight, measured.step_ratio), (sharpness_weight, measured.sharpness)
     terms = [weight * value for weight, value in weighted if value is not None]
     return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=device)

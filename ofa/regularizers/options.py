@@ -11,7 +11,7 @@ from ofa.regularizers.estimators.choice import ESTIMATORS, GRADIENTS
 from ofa_kernels.philox import PROBES
 
 CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
-"""Sign of h_t before the trace tr(J_t P_t): −F is the gradient in the theory; Algorithm 1 prints it as +F."""
+"""Sign of h_t relative to the trace tr(J_t P_t): the gradient is −F in the theory and +F in Algorithm 1."""
 
 
 TOKENS = ("all", "last")
@@ -43,7 +43,7 @@ def check_options(**options: Any) -> None:
         raise InputError(f"every counts optimizer steps and must be at least 1, not {options['every']!r}")
     if options["every"] > 1 and options["gradient"] == "full":
         raise InputError(
-            "every > 1 uses a gradient again that was measured before, and gradient='full' keeps none; leave out one"
+            "every > 1 reuses a measured gradient, and gradient='full' keeps none; leave out one of the two"
         )
     if options["epsilon"] is not None and not options["epsilon"] > 0:
         raise InputError(f"epsilon must be above 0, not {options['epsilon']!r}")

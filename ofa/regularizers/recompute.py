@@ -1,4 +1,4 @@
-"""Activation checkpointing runs a layer again; the second run belongs to the pass of the first."""
+"""Finds the pass that a layer recomputed by activation checkpointing belongs to."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from ofa.regularizers.measured_pass import MeasuredPass
 class RecomputeTracker:
     """The pass that a decoder layer is being measured for; shared by the branches of the layer.
 
-    Non-reentrant activation checkpointing runs a layer again in the backward pass, maybe after other forward passes,
-    and must meet the probes and the mask of its own forward. The stream that enters the layer tells which pass it
-    belongs to: it is the very tensor that the layer was first called with, or, where checkpoints are offloaded, a copy
-    of it that comes from the same place in the graph. Any other call of a layer from outside a forward pass of the
-    model is not measured.
+    Non-reentrant activation checkpointing recomputes a layer in the backward pass, maybe after other forward passes,
+    and needs the probes and the mask of its own forward pass. The layer's input identifies it: it is the same tensor
+    as in the forward pass, or, with offloaded checkpoints, a copy with the same place in the graph. Other calls of a
+    layer outside a forward pass of the model are not measured.
     """
 
     def __init__(self) -> None:
         self.current: MeasuredPass | None = None
         self._again: MeasuredPass | None = None
         self._passes = WeakTensorKeyDictionary()
-        """By stream, for streams that are constants."""
+        """By stream, for streams without a gradient."""
         self._node: Node | None = None
 
     def begin(self, current: MeasuredPass, again: MeasuredPass) -> None:
-        """A measured forward pass of the model starts; `again` serves the second runs of this layer."""
+        """A measured forward pass of the model starts; `again` is the pass for recomputations of this layer."""
         self.current, self._again = current, again
 
     def end(self) -> None:
@@ -36,7 +35,7 @@ class RecomputeTracker:
         self.current = self._again = self._node = None
 
     def enter(self, stream: Tensor) -> None:
-        """The stream enters the layer: remember its pass, or recall it."""
+        """Remember the pass of the layer's input, or in a recomputation, find it."""
         if torch.compiler.is_compiling():
             return
         if self._again is None:
@@ -50,7 +49,7 @@ class RecomputeTracker:
             return
         node, output = _origin(stream)
         node.metadata[self, output] = again  # type: ignore[index]
-        self._node = node  # nothing else holds that of a leaf until something is computed from it
+        self._node = node  # keeps a leaf's node alive until something is computed from it
 
     def _recall(self, stream: Tensor) -> MeasuredPass | None:
         if not stream.requires_grad:
@@ -60,9 +59,9 @@ class RecomputeTracker:
 
 
 def _origin(stream: Tensor) -> tuple[Node, int]:
-    """Where in the graph a tensor comes from, and which output it is there.
+    """The graph node that a tensor comes from, and its output index there.
 
-    Not FSDP2's own node in front of a layer: in PyTorch 2.11 every run of the layer has a new one.
+    Skips FSDP2's node before a layer: PyTorch 2.11 makes a new one in every run of the layer.
     """
     edge = get_gradient_edge(stream)
     node, output = edge.node, edge.output_nr

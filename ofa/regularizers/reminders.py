@@ -1,4 +1,4 @@
-"""What a training loop with regularizers is easily made without: said once, with the line to add."""
+"""Warns once about lines that a training loop with regularizers lacks: `tune_norms`, or adding the penalty."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 from torch import nn
 
 _PASSES = 4
-"""Measured passes without any use after which it is no accident."""
+"""Measured passes without use of the penalty before the warning."""
 
 logger = logging.getLogger(__name__)
 
 
 class Reminders:
-    """Of one attachment: whether its model was tuned, and whether what it measures is used."""
+    """The warnings of one attachment: all weights train, or the penalty is not used."""
 
     def __init__(self) -> None:
         self.used = False
@@ -26,8 +26,8 @@ class Reminders:
         self._passes += 1
         if self._passes == 1 and all(parameter.requires_grad for parameter in model.parameters()):
             logger.warning(
-                "all weights of the model train, while OFA tunes its norm scales alone; to freeze the rest, call this "
-                "ahead of the optimizer: params = ofa.tune_norms(model)"
+                "all weights of the model train, while OFA tunes only its norm scales; to freeze the rest, call this "
+                "before making the optimizer: params = ofa.tune_norms(model)"
             )
         if self._passes == _PASSES:
             self.at_end()
@@ -37,6 +37,6 @@ class Reminders:
         if self._passes and not self.used and not self._told:
             self._told = True
             logger.warning(
-                "the regularizers are measured and never used, so that training goes on without them; add them where "
-                "the loss is computed: loss = model(**batch).loss + reg.penalty()"
+                "the regularizers are measured and never used, so training ignores them; add them where the loss is "
+                "computed: loss = model(**batch).loss + reg.penalty()"
             )

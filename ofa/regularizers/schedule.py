@@ -1,4 +1,4 @@
-"""Measure the sharpness in one optimizer step of several, and use its last gradient in between."""
+"""Measures the sharpness in one optimizer step of several, and uses its last gradient in between."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ofa.regularizers.objectives import Measurements
 
 
 class Schedule:
-    """Which passes measure the sharpness, and the gradient that the others use.
+    """Decides which passes measure the sharpness, and keeps the gradient for the others.
 
-    The gradient of the last measured step is used as it is, not `every` times at once: Adam's second moment would see
-    spikes. Where a step accumulates several passes, each pass in between has the mean of the measured ones.
+    Every step uses the last measured gradient, instead of one step in `every` using a multiple: spikes would distort
+    Adam's second moment. With gradient accumulation, passes that do not measure use the mean of the measured ones.
     """
 
     def __init__(self, every: int) -> None:
@@ -28,7 +28,7 @@ class Schedule:
         self._passes = 0
 
     def measures(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the pass that begins is measured; `weights` are the scales that an optimizer steps on."""
+        """Whether the pass that starts is measured; `weights` are the scales that an optimizer steps on."""
         if self._every == 1 or not torch.is_grad_enabled():
             return True
         versions = [weight._version for weight in weights]
@@ -39,7 +39,7 @@ class Schedule:
         return self._step % self._every == 0 or self._value is None
 
     def complete(self, measured: Measurements, gradients: dict[int, list[tuple[Tensor, Tensor]]]) -> Measurements:
-        """What was measured, its sharpness with the gradient in γ that goes with it."""
+        """The measurements, with the gradient in γ of their sharpness, measured now or before."""
         if not torch.is_grad_enabled():
             return measured
         found = add_up(pair for index in sorted(gradients) for pair in gradients[index])
@@ -51,7 +51,7 @@ class Schedule:
         return measured if held is None else replace(measured, sharpness=objectives.with_gradients(*held))
 
     def held(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-        """The sharpness that passes between measured steps have, and its gradient beside the scale that it is of."""
+        """The sharpness of passes between measured steps, and (scale, gradient) pairs; None before the first."""
         if self._value is None:
             return None
         return self._value / self._passes, [
@@ -59,7 +59,7 @@ class Schedule:
         ]
 
     def resume(self, steps: int, value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Continue as after `steps` optimizer steps, with what was held then."""
+        """Continue after `steps` optimizer steps, with the value and gradients that `held` returned then."""
         self._step, self._versions = steps - 1, None
         self._value, self._sums, self._passes = value, add_up(gradients), 1
 
@@ -70,7 +70,7 @@ class Schedule:
 
 
 def add_up(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Gradients by the tensor that they are of, parallel branches with one norm added up."""
+    """(Tensor, gradient) by the tensor's id, with the gradients of a repeated tensor summed."""
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for weight, gradient in pairs:
         _, before = sums.get(id(weight), (weight, None))

@@ -1,7 +1,7 @@
-"""‖update‖² of each row, taken on the update's way into the stream.
+"""‖update‖² of each row, as an operation that passes the update through.
 
-As an operation beside the residual addition it would have a gradient of the update's size, to be added to that of the
-stream; on the way both are one sweep.
+A separate operation would have a gradient of the update's size, to be added to the stream's; this adds both in one
+sweep.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ofa_kernels.ops import contract
 
 
 def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
-    """The update as it is, to be used in place of the one given, and its squared length per row, at least float32."""
+    """The update, to use instead of the argument, and its squared length per row, float32 or wider."""
     if dispatch.choose("squared_norm", update).name == "triton":
         return contract.with_length(update)
     narrow = update.dtype.itemsize < torch.float32.itemsize

@@ -18,7 +18,7 @@ from tests import families, oracle
 from tests.device import DEVICE
 
 OTHERS = ("bert", "opt_post_norm")
-"""Families whose norms stand behind the residual sum: they have no closed form."""
+"""Families whose norms come after the residual sum: they have no closed form."""
 
 CLOSED = [name for name in families.BUILDERS if name not in OTHERS]
 

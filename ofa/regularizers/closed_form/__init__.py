@@ -1,6 +1,6 @@
-"""What the exact trace must know of a branch beyond its wiring: weights, pre-activations, attention heads.
+"""The exact trace of a branch in closed form.
 
-`modules` finds the modules and their weights, `recognize` decides by a trial run what they compute (which activation,
-which rotary embedding, how a fused projection is laid out) or why there is no closed form, `taps` collect what goes by
-in a branch, `attention_interface` what the attention function sees, and `branch_trace` computes the trace.
+`modules` finds the modules and their weights; `recognize` decides by a trial run what they compute (activation, rotary
+embedding, layout of fused projections) or why there is no closed form; `taps` and `attention_interface` collect the
+activations of a pass; `branch_trace` computes the trace from them.
 """

@@ -1,8 +1,8 @@
-"""Queries, keys and values as a model's attention sees them, through transformers' own registry of attention functions.
+"""Captures the arguments of attention functions, through transformers' registry of attention functions.
 
-While a model is measured, its configuration names a function of ours. It calls the model's own attention function and
-shows the arguments to the observers of the module. Masks are made as before: the mask function of the old name is
-registered under the new one as well.
+While regularizers are attached, the model's configuration names our function. It passes the arguments to the module's
+observers and calls the model's own attention function. The mask function is registered under the new name as well, so
+masks are made as before.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ PREFIX = "ofa_"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an attention function was called with: heads as (B, H, T, d), and which keys a query attends to."""
+    """The arguments of an attention function: heads as (B, H, T, d), and which keys a query attends to."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     attends: Attends
     unusual: str | None = None
-    """An argument that the closed form does not know."""
+    """The name of an argument that the closed form does not support, or None."""
 
 
 class AttentionObserver:
-    """Sees every call of the attention function of a module that has one of its methods as a forward pre-hook.
+    """Gets every call of a module's attention function, if one of its methods is a forward pre-hook of the module.
 
-    A module's own hooks are the register: they go with the module, and `torch.compile` can follow them.
+    The hooks serve as the registry, since copies of the module keep them and `torch.compile` supports them.
     """
 
     def on_attention(self, call: AttentionCall) -> None:
-        """The attention function is about to be called."""
+        """Called before the attention function."""
         raise NotImplementedError
 
 
 _uses: dict[int, list[Any]] = {}
-"""By the identity of a configuration: itself, how many hold it, and the name that it had."""
+"""By id of a configuration: the configuration, its number of captures, and its own function's name."""
 
 _counting = threading.RLock()
-"""Models in several threads may share a configuration; taken twice where the collector ends one holder in another."""
+"""Models in several threads may share a configuration; reentrant, since the garbage collector may release a capture."""
 
 
 class AttentionCapture:
-    """Redirects the attention functions of some modules to ours, until it is removed."""
+    """Redirects the attention functions of some modules to ours, until removed."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        # The others compare the name with their own, and would do something else under a new one.
+        # Not for modules without the registry: they compare the name with fixed ones.
         watched = [module for module in modules if supports(module)]
         configs: dict[int, Any] = {id(module.config): module.config for module in watched}
         for key, config in configs.items():
@@ -68,11 +68,11 @@ class AttentionCapture:
                 held = _uses.setdefault(key, [config, 0, own_name(config)])
                 held[1] += 1
                 config._attn_implementation = _register(held[2])
-        # Also when nobody closes the regularizers and they are collected with their model.
+        # Also if the regularizers are never closed, but garbage-collected with the model.
         self._release = weakref.finalize(self, _release, list(configs))
 
     def remove(self) -> None:
-        """Let go; the last one puts the old name back. Removing twice does nothing."""
+        """Release the configurations; the last capture restores the name. A second call does nothing."""
         self._release()
 
 
@@ -84,23 +84,23 @@ def _release(keys: list[int]) -> None:
             held[1] -= 1
             if not held[1]:
                 del _uses[key]
-                if config._attn_implementation == _register(name):  # else it was given another one meanwhile
+                if config._attn_implementation == _register(name):  # else it was changed since
                     config._attn_implementation = name
 
 
 def own_name(config: Any) -> str | None:
-    """The name of a configuration's attention function, also of one that was copied from a watched one."""
+    """The name of a configuration's attention function without our prefix, which copied configurations keep."""
     name: str | None = config._attn_implementation
     return None if name is None else name.removeprefix(PREFIX)
 
 
 def supports(module: nn.Module) -> bool:
-    """Whether a module takes its attention function from the registry."""
+    """Whether a module gets its attention function from the registry."""
     return hasattr(_source(module), "ALL_ATTENTION_FUNCTIONS") and getattr(module, "config", None) is not None
 
 
 def _source(module: nn.Module) -> Any:
-    """The file that a module's class is written in."""
+    """The Python module that defines a module's class."""
     return sys.modules[own_class(module).__module__]
 
 
@@ -127,7 +127,7 @@ def _register(name: str | None) -> str:
 
 
 def _remembering(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A mask function of which it is remembered that what it made is causal, if it was told so: nobody has to look."""
+    """The mask function, caching which of its masks are causal by construction: reading a mask would sync."""
 
     @wraps(make)
     def made(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +140,7 @@ def _remembering(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forbids_later(mask_function: Any) -> bool:
-    """Whether transformers' description of a mask is causality, or that and something else."""
+    """Whether transformers' description of a mask is causality, alone or combined with others."""
     from transformers import masking_utils
 
     if mask_function is masking_utils.causal_mask_function:
@@ -158,7 +158,7 @@ def _observers(module: nn.Module) -> list[AttentionObserver]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is known of a mask at a version of it; `captured` if it was made while a CUDA graph was captured."""
+    """Whether a mask was causal at a version; `captured` if it was made during CUDA-graph capture."""
 
     version: int
     causal: bool
@@ -166,18 +166,17 @@ class _Seen:
 
 
 _causal_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Masks that are known or were seen to be causal, or not to be: a model hands the same one to all its layers, and
-looking waits for the device."""
+"""Cache of which masks are causal: all layers get the same mask, and reading it syncs."""
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask, (..., T, S), forbids every later key, so that blocks of them need not be looked at."""
+    """Whether a mask, (..., T, S), forbids all later keys, whose blocks can be skipped."""
     if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.shape[-2] != mask.shape[-1]:
         return False
     seen = _causal_masks.get(mask)
     if capturing(mask):
-        # Nobody may look. One that the graph makes by itself is what it was made to be; any other may be another when
-        # the graph is run.
+        # Values cannot be read during CUDA-graph capture. Masks created in the capture are reproduced on replay; others
+        # may differ.
         return seen is not None and seen.captured and seen.causal and seen.version == mask._version
     if seen is None or seen.version != mask._version:
         later = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -186,7 +185,7 @@ def _is_causal(mask: Tensor) -> bool:
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether what is computed from a tensor goes into a CUDA graph, and nobody can look at its value now."""
+    """Whether a CUDA graph is being captured, so that a tensor's values cannot be read."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -201,8 +200,8 @@ def _call(
     if mask is not None and not isinstance(mask, Tensor):
         unusual, mask = type(mask).__name__, None
     elif mask is None or mask.dim() == 2:
-        # Flash attention is told of windows and padding in words; the others get a mask, or none where causality
-        # says it all.
+        # Flash attention gets windows and padding as arguments; the others get a mask, or none if attention is only
+        # causal.
         window = kwargs.get("sliding_window") if "flash" in name else None
         mask = None if mask is None else mask[:, None, None, :].bool()
     else:

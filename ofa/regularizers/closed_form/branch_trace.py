@@ -1,11 +1,11 @@
-"""One measured branch at work: the trace of each sequence, and its derivative in γ with the curvature held fixed.
+"""The trace of a branch, and its derivative in γ with the curvature held fixed.
 
-With Ā = Σ_i w_i A_i over the tokens of a sequence, D its diagonal, ẑ and ŷ the rows that the norms before and behind
-the branch make of what they read, and f, p, q vectors made of their scales (γ and γ', 1 where there is no norm):
+With Ā = Σ_i w_i A_i over the tokens of a sequence, D its diagonal, ẑ and ŷ the normalized rows of the norms before and
+after the branch, and f, p, q products of their scales (γ and γ', 1 without a norm):
 
     ∂tr/∂γ = 2 f ⊙ ( p ⊙ D − c Āγ/d − X ),      tr = ½ q·∂tr/∂γ
 
-X collects the terms that need A_i token by token: A_iñ_i of the radial term, and A_iᵀŷ_i of a norm behind the branch.
+X collects the terms that need A_i token by token: A_iñ_i of the radial term, and A_iᵀŷ_i of a norm after the branch.
 Derived in docs/theory.md, "The curvature held fixed".
 """
 
@@ -40,7 +40,7 @@ from ofa_kernels.reference import AttentionSums, HeadNorm, Move, Rotary, per_que
 from ofa_kernels.reference.stream import moments, upcast
 
 RADIAL = ("channels", "exact", "none")
-"""How the terms that need A_i token by token are computed: through a few channels, through all of them, or not."""
+"""How to compute the terms that need A_i token by token: through a few channels, through all of them, or not."""
 
 CHANNELS = 8
 """Channels of a sequence that hold most of its radial term: those with the largest Σ_i w_i ẑ_ik²."""
@@ -48,7 +48,7 @@ CHANNELS = 8
 
 @dataclass(frozen=True)
 class NormAt:
-    """A norm of a branch and what it reads, (B, T, d)."""
+    """A norm of a branch and its input, (B, T, d)."""
 
     norm: NormView
     reads: Tensor
@@ -66,13 +66,13 @@ class NormAt:
 
 
 class Sums(Protocol):
-    """Σ_i w_i A_i of every sequence, as far as traces and diagonals need it."""
+    """Σ_i w_i A_i of every sequence, reduced to what traces and diagonals need."""
 
     moved: Tensor | None
-    """A_iñ_i of every token, read through the channels that were asked for: (B, T, m)."""
+    """A_iñ_i of every token in the requested channels, (B, T, m)."""
 
     def trace(self, factor: Tensor, scale: Tensor | None) -> Tensor:
-        """Σ_k e_k D_k for e = `factor`, less γᵀĀγ/d where γ is given, (B,)."""
+        """Σ_k e_k D_k for e = `factor`, minus γᵀĀγ/d if γ is given, (B,)."""
         ...
 
     def diagonal(self, slopes: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -81,10 +81,10 @@ class Sums(Protocol):
 
 
 class Body(Protocol):
-    """What a branch computed between its norms, of which the own-token Jacobians A_i are taken."""
+    """The function of a branch between its norms, whose own-token Jacobians are A_i."""
 
     def sums(self, weights: Tensor, read: Tensor | None, beta: Tensor | None) -> Sums:
-        """The sums for token weights (B, T); `read` are the channels whose A_iñ_i is wanted, (B, m) or all for (0,)."""
+        """The sums for token weights (B, T), with A_iñ_i in the channels `read`, (B, m); an empty `read` means all."""
         ...
 
     def adjoint(self, rows: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class Body(Protocol):
 def branch_trace(
     body: Body, before: NormAt | None, behind: NormAt | None, share: Tensor, radial: str = "exact"
 ) -> BranchTrace:
-    """The trace of a branch from what it computed.
+    """The trace of a branch from its activations.
 
     Args:
-        body: what stands between the norms.
-        before, behind: the norms; P is that of `before` where there is one.
+        body: the function between the norms.
+        before, behind: the norms before and after the branch; P is that of `before` if there is one.
         share: weights of the tokens, (B, T), that add up to 1 over the real tokens of a sequence.
         radial: one of `RADIAL`.
     """
@@ -174,14 +174,14 @@ def _correction(
         turned = own * (row @ (back * pulled)).squeeze(1)
         total = turned if total is None else total + turned
         if hat is not None:
-            # ŷᵀA_iñ_i, with ñ = γ ⊙ ẑ: norms in front of a norm behind the branch are RMSNorms.
+            # ŷᵀA_iñ_i, with ñ = γ ⊙ ẑ: `recognize` allows only RMSNorms here.
             both = (pulled * hat * own).sum(-1, keepdim=True) / width
             total = total - (row @ (back * hat * both)).squeeze(1)
     return None if total is None else total / width
 
 
 def body_of(recognized: Recognized, seen: Any) -> Body:
-    """What a branch computed, from what its tap has collected."""
+    """The body of a recognized branch, from the activations that its tap collected."""
     modules, spec = recognized.modules, recognized.spec
     if isinstance(modules, MlpModules):
         assert isinstance(spec, MlpSpec)
@@ -194,7 +194,7 @@ def body_of(recognized: Recognized, seen: Any) -> Body:
 
 
 class _DiagonalSums:
-    """Sums whose diagonals are known sequence by sequence: D, (B, d), and Āγ, (B, d), where γ is given."""
+    """Sums whose diagonals are known for every sequence: D, (B, d), and if γ is given Āγ, (B, d)."""
 
     def __init__(
         self, diagonals: Callable[[Tensor | None], tuple[Tensor, Tensor | None]], moved: Tensor | None
@@ -262,7 +262,7 @@ class MlpBody:
 class ExpertsBody:
     """Σ_e g_e(n) E_e(n): the experts' own Jacobians, and that of the router's softmax.
 
-    With y the gated sum and q the softmax that the gates are of (over the chosen experts if they are renormalized):
+    With y the gated sum and q the router's softmax (over the chosen experts if gates are renormalized):
 
         A_i = Σ_e g_ie ∂E_e/∂n + Σ_e g_ie E_e W_r[e] − y Σ_e q_ie W_r[e]
     """
@@ -309,7 +309,7 @@ class ExpertsBody:
         return _DiagonalSums(lambda scale: (diagonal, None), moved)
 
     def adjoint(self, rows: Tensor) -> Tensor:
-        raise AssertionError("no family has a norm behind its experts, and `recognize` refuses one")
+        raise AssertionError("`recognize` refuses a norm after the experts")
 
     def _router(self, beta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """W_r, (E, d), the softmax q, (tokens, E), and the logits without their biases."""
@@ -384,7 +384,7 @@ class AttentionBody:
         )
 
     def joint_diagonal(self, sums: AttentionSums) -> Tensor | None:
-        """What norms over all heads together take off the diagonal of every sequence, (B, d)."""
+        """The term of norms over all heads together in the diagonal of every sequence, (B, d), to subtract."""
         query, key, *_ = self._weights()
         last, total = upcast(self._modules.output.weight()), None
         for pull, norm, weight in ((sums.query_pull, self._norms[0], query), (sums.key_pull, self._norms[1], key)):
@@ -400,7 +400,7 @@ class AttentionBody:
         return self._seen.output.unflatten(-1, (self._spec.shape.heads, -1)).transpose(1, 2)
 
     def _move(self, beta: Tensor | None, last: Tensor, read: Tensor) -> Move:
-        """How the token's own query, key and value change along ñ: without what biases put into them."""
+        """The change of the token's own query, key and value along ñ, which excludes biases."""
         call, heads, output = self._call, self._spec.shape.heads, self._output()
         shifts = head_shifts(self._modules, self._spec, beta)
         query, key = (
@@ -422,7 +422,7 @@ class AttentionBody:
         weights = modules.query.weight(), modules.key.weight(), modules.value.weight()
         query, key, value = shape.split(self._spec.layout, weights)
         if self._spec.query_factor != 1:
-            # In float32: a factor that is no power of two has no place in half precision.
+            # In float32: a factor that is not a power of two would round in half precision.
             query = upcast(query) * self._spec.query_factor
         output = modules.output.weight().unflatten(1, (shape.heads, -1)).transpose(0, 1)
         return query, key, value, output
@@ -447,24 +447,24 @@ class _AttentionSums:
 
 
 def observed(modules: AttentionModules, spec: AttentionSpec, seen: AttentionSeen) -> tuple[Any, Rotary | None]:
-    """What an attention saw, and the rotary embedding in it; made of the projections where it cannot be observed.
+    """The arguments of an attention function, captured or computed from the projections, and its rotary embedding.
 
     Raises:
-        RuntimeError: it could be observed when the regularizers were attached, and was not called.
-        InputError: it is called with something now that the closed form does not know.
+        RuntimeError: the attention function was replaced after the regularizers were attached.
+        InputError: it has an argument in this pass that the closed form does not support.
     """
     rotary = rotary_of(spec.rotary, seen.positions) if getattr(modules.module, "use_rope", True) else None
     if seen.call is not None:
         if seen.call.unusual:
             raise InputError(
-                f"{modules.path} attends with {seen.call.unusual} in this pass, which the exact trace does not know; "
-                "use estimator='hutchinson', or leave it out"
+                f"{modules.path} attends with {seen.call.unusual} in this pass, which the exact trace does not "
+                "support; use estimator='hutchinson', or leave it out"
             )
         return seen.call, rotary
     if seen.projected is None:
         raise RuntimeError(
             f"the attention function of {modules.path} was changed after the regularizers were attached; call "
-            "set_attn_implementation before"
+            "set_attn_implementation before attaching them"
         )
     query, key, value = heads_of(spec, *seen.projected)
     query = query * spec.query_factor
@@ -474,7 +474,7 @@ def observed(modules: AttentionModules, spec: AttentionSpec, seen: AttentionSeen
 
 
 def head_shifts(modules: AttentionModules, spec: AttentionSpec, beta: Tensor | None) -> tuple[Tensor | None, ...]:
-    """W β + bias of queries, keys and values, (H or K, width) each, or None where that is nothing."""
+    """W β + bias of queries, keys and values, (H or K, width) each, or None for 0."""
     linears = modules.query, modules.key, modules.value
     rows = [linear.shift(beta) for linear in linears]
     given = next((row for row in rows if row is not None), None)
@@ -488,7 +488,7 @@ def head_shifts(modules: AttentionModules, spec: AttentionSpec, beta: Tensor | N
 
 
 def _moved(heads: Tensor, shift: Tensor | None, norm: HeadNorm | None, rotary: Rotary | None) -> Tensor | None:
-    """How queries or keys change along ñ: R_i J W ñ, J that of a norm on the heads; None where it is by themselves."""
+    """The change of queries or keys along ñ: R_i J W ñ with J of a norm on heads; None if it equals the heads."""
     if norm is not None:
         entering = upcast(norm.entering)
         pushed = norm.push(entering if shift is None else entering - upcast(shift).unsqueeze(-2))
@@ -500,7 +500,7 @@ def _moved(heads: Tensor, shift: Tensor | None, norm: HeadNorm | None, rotary: R
 
 
 def _rows(last: Tensor, read: Tensor | None) -> Tensor | None:
-    """The rows of the last projection that are read: (B, m, f), or (1, d, f) for all."""
+    """The rows `read` of the last projection, (B, m, f), or all of them, (1, d, f)."""
     if read is None:
         return None
     return last.unsqueeze(0) if read.numel() == 0 else last[read]

@@ -1,4 +1,4 @@
-"""The modules that a branch is made of, by name, and their weights as the mathematics writes them."""
+"""The modules of a branch, found by name, and their effective weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ofa.errors import InputError
 from ofa_kernels.reference.stream import upcast
 
 LAYOUTS = ("separate", "stacked", "per head", "grouped")
-"""Rows of fused projections: all of q, then k, then v; (q, k, v) of every head in turn; or a group of query heads, the
-key head and the value head that they share. Separate projections have a layout of their own."""
+"""Order of the rows of q, k and v in separate projections, or in a fused one: all of q, then k, then v ("stacked"); (q,
+k, v) of each head ("per head"); a group of query heads with its shared key head and value head ("grouped")."""
 
 
 class NoClosedForm(Exception):
-    """Why a branch has no closed form here; the reason is a clause that can stand behind "because"."""
+    """A branch has no closed form; the message is a clause that follows "because"."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map x ↦ W x + b. W is the weight that acts: dequantized, and with the adapters of PEFT in it."""
+    """A linear map x ↦ W x + b. W is the effective weight: dequantized, and including PEFT's adapters."""
 
     path: str
     module: nn.Module
     plain: bool
-    """Whether the weight is stored as it is; `torch.compile` cannot look at a tensor's class by name."""
+    """Whether the weight is stored without quantization. A field, since `torch.compile` cannot check class names."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,7 +42,7 @@ class Linear:
         return rows, columns
 
     def weight(self) -> Tensor:
-        """W, (outputs, inputs), in the dtype that it is stored in; a view where the module holds it as it is."""
+        """W, (outputs, inputs), in its stored dtype; a view unless it is dequantized or has adapters."""
         return _effective_weight(self.module, plain=self.plain)
 
     def image(self, rows: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Linear:
         return _effective_bias(self.module)
 
     def shift(self, beta: Tensor | None) -> Tensor | None:
-        """W β + b, what of its output does not come from n − β; None where that is nothing."""
+        """W β + b, (outputs): the part of the output that does not depend on n − β; None for 0."""
         bias = self.bias()
         if beta is None:
             return bias
@@ -66,9 +66,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class MlpModules:
-    """The projections of an MLP; `up` is None for a plain one, and `gate` itself where both are fused.
+    """The projections of an MLP; `up` is None for a plain one, and equals `gate` if both are fused.
 
-    `activation` is what stands between them, where the module has it under a known name.
+    `activation` is the function between them, if the module has it under a known name.
     """
 
     gate: Linear
@@ -78,7 +78,7 @@ class MlpModules:
 
     @property
     def fused(self) -> bool:
-        """Whether one projection makes both halves, the gate's first."""
+        """Whether one projection computes both halves, the gate's first."""
         return self.up is not None and self.up.module is self.gate.module
 
     def linears(self) -> Iterator[Linear]:
@@ -88,7 +88,7 @@ class MlpModules:
 
 @dataclass(frozen=True)
 class AttentionModules:
-    """The projections of an attention, and the norms of its heads if it has any."""
+    """The projections of an attention, and the norms on its heads if it has any."""
 
     module: nn.Module
     query: Linear
@@ -100,12 +100,12 @@ class AttentionModules:
 
     @property
     def path(self) -> str:
-        """Where the attention is in the model."""
+        """The attention's path in the model."""
         return self.query.path.rpartition(".")[0]
 
     @property
     def fused(self) -> bool:
-        """Whether one projection makes queries, keys and values."""
+        """Whether one projection computes queries, keys and values."""
         return self.query.module is self.key.module
 
     def linears(self) -> Iterator[Linear]:
@@ -116,7 +116,7 @@ class AttentionModules:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Query heads, key heads that they share, and channels of a head."""
+    """Numbers of query heads, of key heads that they share, and of channels of a head."""
 
     heads: int
     shared: int
@@ -126,7 +126,7 @@ class HeadShape:
         """Rows of the projections as heads: (H or K, width, ...) for queries, keys and values.
 
         Raises:
-            ValueError: the rows cannot be laid out so.
+            ValueError: the rows do not fit the layout.
         """
         width, shared = self.width, self.shared
         if layout == "separate":
@@ -145,7 +145,7 @@ class HeadShape:
 
 
 def ends_in_norm(branch: Branch) -> bool:
-    """Whether a norm stands between the branch's modules and the stream."""
+    """Whether a norm comes between the branch's modules and the stream."""
     return branch.exit != branch.entry and "norm" in branch.exit.rpartition(".")[2]
 
 
@@ -179,7 +179,7 @@ def mlp_modules(model: nn.Module, branch: Branch) -> MlpModules:
 
 @dataclass(frozen=True)
 class ExpertsModules:
-    """A mixture of experts: router and experts, whose weights are stacked in one parameter each (transformers 5)."""
+    """A mixture of experts: a router, and experts with weights stacked in one parameter each (transformers 5)."""
 
     path: str
     block: nn.Module
@@ -188,7 +188,7 @@ class ExpertsModules:
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:
-        """What stands between the projections, where the module has it under a known name."""
+        """The function between the projections, if the module has it under a known name."""
         return _activation(self.experts)
 
     def router_weight(self) -> Tensor:
@@ -208,7 +208,7 @@ class ExpertsModules:
         return *self._halves(gate_up), down
 
     def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of gate, up and down projections, or None."""
+        """Biases of the gate, up and down projections of an expert, (f), (f) and (d), or None."""
         if not hasattr(self.experts, "gate_up_proj_bias"):
             return None, None, None
         gate_up, down = (
@@ -227,7 +227,11 @@ _EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def experts_modules(model: nn.Module, branch: Branch) -> ExpertsModules | None:
-    """Router and experts of a mixture of experts, or None where a branch is none."""
+    """Router and experts of a mixture of experts; None for other branches.
+
+    Raises:
+        NoClosedForm: weights are not stacked, or there is a shared expert.
+    """
     block = model.get_submodule(branch.entry)
     experts = getattr(block, "experts", None)
     router = next((getattr(block, name) for name in ROUTER_NAMES if hasattr(block, name)), None)
@@ -256,15 +260,15 @@ def attention_modules(model: nn.Module, branch: Branch) -> AttentionModules:
 
 
 def check_frozen(linears: Iterable[Linear]) -> None:
-    """Refuse projections that are trained: the full gradient of the trace takes them as constants.
+    """Refuse trained projections, since the full gradient of the trace treats them as constants.
 
     Raises:
-        InputError: the first one.
+        InputError: a projection is trained; names the first.
     """
     for linear in linears:
         if any(parameter.requires_grad for parameter in linear.module.parameters()):
             raise InputError(
-                f"{linear.path} is trained, and estimator='exact' with gradient='full' takes the weights as constants; "
+                f"{linear.path} is trained, but estimator='exact' with gradient='full' treats it as a constant; "
                 "use gradient='preconditioner', or estimator='hutchinson'"
             )
 
@@ -301,7 +305,7 @@ def _can_dequantize(base: nn.Module) -> bool:
 
 
 def _base(module: nn.Module) -> nn.Module:
-    """The layer that an adapter of PEFT wraps, or the module itself."""
+    """The layer inside a PEFT adapter, or the module itself."""
     return module.base_layer if hasattr(module, "base_layer") else module  # type: ignore[return-value]
 
 
@@ -321,7 +325,7 @@ def _unknown_adapter(module: Any) -> str | None:
 def _dequantized(base: nn.Module) -> Tensor:
     weight: Any = base.weight
     if type(weight).__name__ == "Int8Params":
-        # Not by PEFT, which on a CPU puts another weight into the module, without its scales.
+        # Not by PEFT, which on a CPU replaces the module's weight and drops its scales.
         state: Any = base.state
         rows, scales = (
             getattr(weight, name) if getattr(weight, name) is not None else getattr(state, name)
@@ -343,7 +347,7 @@ def _effective_weight(module: Any, *, plain: bool) -> Tensor:
     for name in _acting(module, "lora_A"):
         update = module.lora_B[name].weight.detach() @ module.lora_A[name].weight.detach()
         weight = upcast(weight) + upcast(update) * module.scaling[name]
-    # (1, inputs) in a feed-forward layer, else (outputs, 1): the factors broadcast over W either way.
+    # (1, inputs) in a feed-forward layer, else (outputs, 1): both broadcast over W.
     for name in _acting(module, "ia3_l"):
         weight = upcast(weight) * upcast(module.ia3_l[name].detach())
     return weight
@@ -360,7 +364,7 @@ def _effective_bias(module: Any) -> Tensor | None:
 
 
 def _acting(module: Any, kind: str) -> list[str]:
-    """The adapters of a kind that act on a module beside its weight: none where they are merged or switched off."""
+    """The active adapters of a kind that are not merged into the weight."""
     if not hasattr(module, kind) or module.merged or module.disable_adapters:
         return []
     return [name for name in module.active_adapters if name in getattr(module, kind)]

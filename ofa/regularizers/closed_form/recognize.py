@@ -1,8 +1,7 @@
-"""Decides by a trial run what a branch computes, and whether the closed form describes it.
+"""Decides by a trial run what a branch computes, and whether it has a closed form.
 
-Every claim that the closed form makes of a branch is compared with the tensors that went by: that the pre-activations
-are images of the branch's input, which activation follows, how heads are laid out, normalized and rotated, what they
-attend to, and that the last projection ends it.
+Every assumption is compared with the tensors of the run: pre-activations are images of the branch's input, the
+activation, the layout, norms and rotation of heads, what they attend to, and that the last projection ends the branch.
 """
 
 from __future__ import annotations
@@ -38,24 +37,24 @@ from ofa_kernels.reference import Attends, HeadNorm, Rotary, per_query_head, sco
 from ofa_kernels.reference.stream import upcast
 
 ROTARIES = ("none", "half", "interleaved", "single")
-"""Pairs are halves of a head, or neighbours; models hand on cos and sin of every pair twice, "single" halves once."""
+"""Channel pairs are halves of a head or interleaved; models repeat cos and sin for both, except "single" (halves)."""
 
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """What an MLP computes: down(φ(gate) ⊙ up)."""
+    """An MLP, down(φ(gate) ⊙ up)."""
 
     activation: str
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """What a mixture of experts computes.
+    """A mixture of experts.
 
     Attributes:
         activation: φ of every expert.
         limit: gpt-oss' clamp of gate and up, or None.
-        renormalized: whether the gates of the chosen experts are made to add up to 1.
+        renormalized: whether the gates of the chosen experts are rescaled to add up to 1.
     """
 
     activation: str
@@ -65,8 +64,8 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What an attention computes; `query_factor` multiplies queries ahead of the heads (OPT), `norm_offset` is 1 for
-    head norms that store γ − 1, and `norm_eps` is theirs.
+    """An attention. `query_factor` multiplies the projected queries (OPT); `norm_offset` is 1 for head norms that store
+    γ − 1, and `norm_eps` is their ε.
     """
 
     shape: HeadShape
@@ -85,7 +84,7 @@ Modules = MlpModules | ExpertsModules | AttentionModules
 
 @dataclass(frozen=True)
 class Recognized:
-    """A branch, its modules, what they compute, and the norms before and behind them."""
+    """A branch, its modules, what they compute, and the norms before and after them."""
 
     branch: Branch
     modules: Modules
@@ -95,10 +94,10 @@ class Recognized:
 
 
 def recognize(model: nn.Module, anatomy: Anatomy, steps: Iterable[Step]) -> tuple[Recognized, ...]:
-    """Every branch of the steps with what it computes; one layer of each kind is run on a few tokens.
+    """Every branch of the steps with what it computes, from a trial run of one branch of each kind.
 
     Raises:
-        NoClosedForm: the first branch that the closed form does not describe, and why.
+        NoClosedForm: a branch has no closed form, and why; names the first.
     """
     branches = [(step.layer, branch) for step in steps for branch in step.branches]
     modules = {branch: _modules(model, branch) for _, branch in branches}
@@ -126,9 +125,9 @@ def recognize(model: nn.Module, anatomy: Anatomy, steps: Iterable[Step]) -> tupl
 
 
 def why_not(model: nn.Module, anatomy: Anatomy) -> str | None:
-    """Why a model's branches have no closed form; None where they have one."""
+    """Why a model's branches have no closed form; None if they have one."""
     if not anatomy.sublayer_steps:
-        return "the norm stands behind the residual sum"
+        return "the norm comes after the residual sum"
     try:
         recognize(model, anatomy, anatomy.sublayer_steps)
     except NoClosedForm as reason:
@@ -138,7 +137,7 @@ def why_not(model: nn.Module, anatomy: Anatomy) -> str | None:
 
 def _modules(model: nn.Module, branch: Branch) -> Modules:
     if branch.writes == "stream":
-        raise NoClosedForm(f"the norm of {branch.entry} stands behind the residual sum")
+        raise NoClosedForm(f"the norm of {branch.entry} comes after the residual sum")
     if branch.role != "mlp":
         return attention_modules(model, branch)
     return experts_modules(model, branch) or mlp_modules(model, branch)
@@ -150,20 +149,20 @@ def _norms(branch: Branch, anatomy: Anatomy, modules: Modules) -> tuple[Norm | N
     if ends_in_norm(branch):
         behind = next(norm for norm in anatomy.norms if norm.path == branch.exit)
         if any(norm is not None and norm.kind != "rms" for norm in (before, behind)):
-            raise NoClosedForm(f"{behind.path} behind {branch.entry} is a LayerNorm")
+            raise NoClosedForm(f"{behind.path} after {branch.entry} is a LayerNorm")
     if isinstance(modules, ExpertsModules) and (behind is not None or branch.norm.kind != "rms"):
-        raise NoClosedForm(f"the experts of {branch.entry} do not stand behind one RMSNorm alone")
+        raise NoClosedForm(f"the experts of {branch.entry} have other norms than one RMSNorm before them")
     return before, behind
 
 
 def _kind(modules: Modules) -> Any:
-    """What distinguishes branches that may compute different things."""
+    """A key; branches with the same key compute the same function."""
     if isinstance(modules, ExpertsModules):
         return "experts", type(modules.experts), tuple(modules.router_weight().shape)
     shapes = tuple(linear.shape for linear in modules.linears())
     if isinstance(modules, MlpModules):
         return "mlp", modules.up is None, type(modules.activation), repr(modules.activation), shapes
-    # SmolLM3 leaves out the rotary embedding in some layers.
+    # SmolLM3 has no rotary embedding in some layers.
     module = modules.module
     rotates = bool(getattr(module, "use_rope", True))
     norms = tuple(norm if norm is None else (type(norm), repr(norm)) for norm in (modules.query_norm, modules.key_norm))
@@ -171,21 +170,21 @@ def _kind(modules: Modules) -> Any:
 
 
 def tap_of(modules: Modules) -> Tap:
-    """The hooks that collect what one branch does, attached."""
+    """The tap of a branch, attached to its modules."""
     if isinstance(modules, MlpModules):
         return MlpTap(modules)
     return ExpertsTap(modules) if isinstance(modules, ExpertsModules) else AttentionTap(modules)
 
 
 def _tap(model: nn.Module, branch: Branch, modules: Modules) -> tuple[Tap, list[Any]]:
-    """A tap that starts when the trial run comes by, and all hooks."""
+    """A tap that the branch's entry starts, and all hooks."""
     tap = tap_of(modules)
 
     def start(module: nn.Module, args: Any, kwargs: Any) -> None:
         tap.start(hidden_input(args, kwargs))
 
     entry = model.get_submodule(branch.entry)
-    # First in line: the tap's own hooks on this module must find it started.
+    # Prepended: the tap's own hooks on this module need it started.
     return tap, [entry.register_forward_pre_hook(start, with_kwargs=True, prepend=True), *tap.handles]
 
 
@@ -197,7 +196,7 @@ def _spec(modules: Modules, seen: Any) -> Spec:
             return _experts_spec(modules, seen)
         return _attention_spec(modules, seen)
     except ImportError as error:
-        raise NoClosedForm(f"its quantized weights cannot be dequantized ({error})") from None
+        raise NoClosedForm(f"its quantized weights cannot be dequantized: {error}") from None
 
 
 def _mlp_spec(modules: MlpModules, seen: MlpSeen) -> MlpSpec:
@@ -214,13 +213,13 @@ def _mlp_spec(modules: MlpModules, seen: MlpSeen) -> MlpSpec:
         phi = reference.ACTIVATIONS[name].forward(upcast(seen.gate))
         if trial.close(seen.hidden, phi if seen.up is None else phi * upcast(seen.up)):
             return MlpSpec(name)
-    raise NoClosedForm(f"the activation in front of {modules.down.path} is none of {known}")
+    raise NoClosedForm(f"the activation before {modules.down.path} is none of {known}")
 
 
 def _activations(found: Callable[[Tensor], Tensor] | None) -> list[str]:
-    """The names that an activation may have: by its values, since those of a few tokens need not tell two apart.
+    """Names of the known activations that equal this one on a grid, since a few tokens may not distinguish two.
 
-    All of them where the model does not say what its activation is.
+    All names if the module's activation was not found.
     """
     if found is None:
         return list(reference.ACTIVATIONS)
@@ -252,7 +251,7 @@ def _experts_spec(modules: ExpertsModules, seen: ExpertsSeen) -> ExpertsSpec:
 
 
 def experts_output(modules: ExpertsModules, spec: ExpertsSpec, seen: ExpertsSeen) -> Tensor:
-    """What a mixture of experts returns of its tokens, (tokens, d), in float32 or wider."""
+    """The output of a mixture of experts, (tokens, d), in float32 or wider."""
     output = torch.zeros_like(upcast(seen.entering))
     for expert in seen.chosen.unique().tolist():
         tokens, place = (seen.chosen == expert).nonzero(as_tuple=True)
@@ -322,7 +321,7 @@ def _describes(spec: AttentionSpec, modules: AttentionModules, seen: AttentionSe
 
 
 def _heads(spec: AttentionSpec, modules: AttentionModules, seen: AttentionSeen) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as the spec says they come from the branch's input."""
+    """Queries, keys and values computed from the branch's input by the spec."""
     q, k, v = _projected(spec, modules, seen)
     query_norm, key_norm = (head_norm(spec, norm, x) for norm, x in ((modules.query_norm, q), (modules.key_norm, k)))
     q = q if query_norm is None else query_norm.normalized()
@@ -332,7 +331,7 @@ def _heads(spec: AttentionSpec, modules: AttentionModules, seen: AttentionSeen) 
 
 
 def head_norm(spec: AttentionSpec, norm: nn.Module | None, heads: Tensor | None) -> HeadNorm | None:
-    """The norm of an attention's heads, from what it reads as heads, (B, heads, T, width)."""
+    """The norm on an attention's heads with its input, (B, heads, T, width)."""
     if norm is None or heads is None:
         return None
     weight: Any = norm.weight
@@ -343,7 +342,7 @@ def head_norm(spec: AttentionSpec, norm: nn.Module | None, heads: Tensor | None)
 
 
 def entering_heads(spec: AttentionSpec, entering: Tensor | None) -> Tensor | None:
-    """What a norm of heads reads, (B, heads, T, width), from the tensor that its module is given."""
+    """The input of a norm on heads, (B, heads, T, width), from its module's argument."""
     if entering is None:
         return None
     if entering.dim() == 3:  # one norm over all heads
@@ -353,7 +352,7 @@ def entering_heads(spec: AttentionSpec, entering: Tensor | None) -> Tensor | Non
 
 
 def _projected(spec: AttentionSpec, modules: AttentionModules, seen: AttentionSeen) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads as the projections leave them, (B, H or K, T, width)."""
+    """Heads as the projections return them, (B, H or K, T, width)."""
     images = [linear.image(seen.entering) for linear in (modules.query, modules.key, modules.value)]
     q, k, v = heads_of(spec, *images)
     return q * spec.query_factor, k, v
@@ -374,7 +373,7 @@ def _tokens_first(spec: AttentionSpec, modules: AttentionModules, seen: Attentio
 
 
 def rotary_of(kind: str, positions: tuple[Tensor, Tensor] | None) -> Rotary | None:
-    """The rotary embedding of a kind, from cos and sin as models hand them on."""
+    """The rotary embedding of a kind in `ROTARIES`, from the model's cos and sin."""
     if kind == "none" or positions is None:
         return None
     cos, sin = (value if value.dim() == 3 else value.unsqueeze(0) for value in positions)
@@ -385,7 +384,7 @@ def rotary_of(kind: str, positions: tuple[Tensor, Tensor] | None) -> Rotary | No
 
 
 def call_of(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, seen: AttentionSeen) -> AttentionCall:
-    """The call of an attention that cannot be observed, from the arguments of its module."""
+    """The call of an attention without the registry, from the arguments of its module."""
     mask, scale = seen.rest.get("attention_mask"), query.shape[-1] ** -0.5
     causal = mask is None and query.shape[-2] > 1
     if spec.adds_alibi:
@@ -394,7 +393,7 @@ def call_of(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, seen
 
 
 def _attend(call: AttentionCall) -> Tensor:
-    """What the call returns, (B, H, T, d): its weights applied to the values."""
+    """The output of an attention call, (B, H, T, d)."""
     q, k, v = (x.double() for x in (call.query, call.key, call.value))
     blocks = score_blocks(q, k, call.attends)
     outputs = [weights @ per_query_head(v[:, :, keys], q.shape[1]) for _, keys, _, weights, _ in blocks]

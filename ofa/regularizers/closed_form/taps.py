@@ -1,6 +1,6 @@
-"""Hooks that collect what goes on inside a branch, between its entry and its last projection.
+"""Hooks that collect the activations of a branch, between its entry and its last projection.
 
-A tap is silent unless it is started. What it collected is taken once, at the branch's end.
+A tap collects after `start`, and `take` at the branch's end returns and releases the activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ofa.regularizers.closed_form.modules import AttentionModules, ExpertsModule
 
 @dataclass(frozen=True)
 class MlpSeen:
-    """Of one MLP: its input, its pre-activations, and what goes into the last projection."""
+    """Activations of one MLP: input, pre-activations, and input of the last projection."""
 
     entering: Tensor
     gate: Tensor
@@ -30,7 +30,7 @@ class MlpSeen:
 
 @dataclass(frozen=True)
 class ExpertsSeen:
-    """Of one mixture of experts: its input, (tokens, d), and what its router returned of every token.
+    """Activations of one mixture of experts: input, (tokens, d), the router's outputs, and output, (tokens, d).
 
     `logits` are those of all experts, (tokens, E); `gates` and `chosen` are of the chosen ones, (tokens, k).
     """
@@ -44,11 +44,11 @@ class ExpertsSeen:
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """Of one attention: its input, what its attention function saw, and what goes into the last projection.
+    """Activations of one attention: input, arguments of the attention function, and input of the last projection.
 
-    `call` is None where the attention function cannot be observed; `projected` are the outputs of the query, key and
-    value projections then. `positions` is (cos, sin) as the module was given them, `rest` its other arguments.
-    `query_entering` and `key_entering` are what the norms of the heads read.
+    `call` is None if the attention function cannot be captured; `projected` are then the outputs of the query, key and
+    value projections. `positions` is the module's argument (cos, sin), `rest` its other arguments. `query_entering` and
+    `key_entering` are the inputs of the norms on heads.
     """
 
     entering: Tensor
@@ -76,20 +76,20 @@ class Tap:
 
     @property
     def started(self) -> bool:
-        """Whether it is collecting, or has collected and was not asked for it yet."""
+        """Whether the tap is collecting, or has activations to take."""
         return self._open or self._seen is not None
 
     def start(self, entering: Tensor) -> None:
-        """Collect, from here to the last projection."""
+        """Collect until the last projection."""
         self._open, self._seen = True, None
         self._kept = {"entering": entering}
 
     def stop(self) -> None:
-        """Fall silent and let go of everything."""
+        """Stop collecting and release everything."""
         self._open, self._kept, self._seen = False, {}, None
 
     def take(self) -> Any:
-        """What was collected since `start`; None if the last projection was not reached."""
+        """The activations since `start`; None if the last projection was not reached."""
         seen = self._seen
         self.stop()
         return seen
@@ -156,14 +156,14 @@ class AttentionTap(Tap, AttentionObserver):
         super().__init__(modules.output.module)
         self._modules = modules
         module = modules.module
-        # This hook also makes the module's attention function show itself: see `AttentionObserver`.
+        # This hook also makes the tap an `AttentionObserver` of the module.
         self.handles.append(module.register_forward_pre_hook(self._at_module, with_kwargs=True))
         if not attention_interface.supports(module):
             for name, linear in (("query", modules.query), ("key", modules.key), ("value", modules.value)):
                 self.handles.append(linear.module.register_forward_hook(self._keep(name)))
         for name, norm in (("query_norm", modules.query_norm), ("key_norm", modules.key_norm)):
             if norm is not None:
-                # First in line, as for the norms of branches: tuned norms of a bfloat16 model upcast their input.
+                # Prepended: tuned norms of a bfloat16 model upcast their input.
                 self.handles.append(norm.register_forward_pre_hook(self._keep(name), prepend=True))
 
     def _at_module(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class AttentionTap(Tap, AttentionObserver):
             self._kept["arguments"] = args, kwargs
 
     def on_attention(self, call: AttentionCall) -> None:
-        """Kept until the branch's last projection."""
+        """Keep the call until the branch's last projection."""
         if self._open:
             self._kept["call"] = call
 
@@ -192,7 +192,7 @@ class AttentionTap(Tap, AttentionObserver):
 
 
 def _positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) of the rotary embedding, (B or 1, T, ·): handed to the module, or looked up by it (GPT-J)."""
+    """(cos, sin) of the rotary embedding, (B or 1, T, ·): an argument of the module, or its table (GPT-J)."""
     given = kwargs.get("position_embeddings")
     if given is None:
         given = next((value for value in args if type(value) is tuple and len(value) == 2), None)

@@ -1,7 +1,7 @@
-"""Ways to measure the trace of a step; all are held to the same limit by the tests.
+"""The interface of the trace estimators.
 
-An estimator is asked twice per branch. `enter` sees the stream and the branch's input and says what to feed instead;
-`leave` sees what came out and returns the branch's own output and the trace of every sequence.
+An estimator is called twice per branch. `enter` gets the stream and the branch's input and returns the input to use
+instead; `leave` gets the output and returns the branch's own output and the trace of every sequence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ofa.regularizers.objectives import BranchTrace
 
 
 class ProbedPass(Protocol):
-    """A forward pass that is measured: the key of its probes, its padding, and whether it is trained on."""
+    """The part of a measured forward pass that estimators read: key of the probes, padding mask, grad mode."""
 
     seed: int
     with_grad: bool
@@ -26,24 +26,24 @@ class ProbedPass(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """Which random numbers a step of a pass uses: a 64-bit Philox key and the step's counter word."""
+    """The random numbers of a step: its pass's 64-bit Philox key, and the step's counter word."""
 
     of_pass: ProbedPass
     step: int
 
     @property
     def seed(self) -> int:
-        """The key; read only where numbers are drawn, since `torch.compile` compiles again for every value it reads."""
+        """The key. A property, since `torch.compile` would compile again for every value that it reads."""
         return self.of_pass.seed
 
 
 @dataclass(frozen=True)
 class BranchMeasurement:
-    """What left a branch: its own output, and what was measured there.
+    """A branch's own output, and the measurements of the branch.
 
     Attributes:
-        output: what the branch computes without probes.
-        sqnorm: ‖output‖², (rows), float32, or None where nothing was gained by computing it here.
+        output: the branch's output without probes.
+        sqnorm: ‖output‖², (rows), float32, if the estimator's kernel computes it anyway; else None.
         trace: tr(J P) per token of every sequence.
     """
 
@@ -53,10 +53,10 @@ class BranchMeasurement:
 
 
 class Handle(Protocol):
-    """Something attached to a model, until it is removed."""
+    """Something attached to a model that can be removed."""
 
     def remove(self) -> None:
-        """Detach it; a second time does nothing."""
+        """Detach it; a second call does nothing."""
         ...
 
 
@@ -65,47 +65,47 @@ class TraceEstimator(Protocol):
 
     @property
     def name(self) -> str:
-        """The name it is asked for by."""
+        """The name in `ESTIMATORS`."""
         ...
 
     @property
     def held(self) -> bool:
-        """Whether the gradient is that in P alone, computed in the forward pass; else traces carry a graph."""
+        """Whether the gradient is in P alone and computed in the forward pass; else traces have a graph."""
         ...
 
     @property
     def copies(self) -> int:
-        """Branch evaluations that travel in the batch beside the real one."""
+        """Number of copies of the branch's input in the batch, besides the real one."""
         ...
 
     @property
     def busy(self) -> bool:
-        """Whether it is running a branch again by itself: such a run is not measured."""
+        """Whether the estimator is itself running a branch; such a run is not measured."""
         ...
 
     @property
     def relies_on(self) -> Sequence[str]:
-        """Paths of modules inside the branches that must be the ones it was made for."""
+        """Paths of modules inside the branches that must not be replaced after attaching."""
         ...
 
     def attach(self) -> Sequence[Handle]:
-        """Attach hooks of its own to the model, after those that call `enter` and `leave`."""
+        """Attach the estimator's own hooks to the model, after those that call `enter` and `leave`."""
         ...
 
     def begin(self, branches: Collection[Branch]) -> None:
-        """A forward pass of the model begins in which these branches are measured."""
+        """A forward pass of the model starts that measures these branches."""
         ...
 
     def abandon(self) -> None:
-        """A branch that was entered may never be left, because an exception ended it: let go of everything."""
+        """Release all state: after an exception a branch that was entered may never be left."""
         ...
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
-        """What to feed the branch instead of `entering`, with 1 + `copies` times its leading dimension."""
+        """The input to use instead of `entering`, with 1 + `copies` times its leading dimension."""
         ...
 
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
     ) -> BranchMeasurement:
-        """Take apart what left the branch; `normed` is what the norm reads where it does not read the stream."""
+        """The branch's own output and measurements; `normed` is the norm's input if that is not the stream."""
         ...

@@ -1,4 +1,4 @@
-"""The estimator that a model's branches allow."""
+"""Chooses an estimator by name, or by what the model's branches allow."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ofa.regularizers.estimators.hutchinson import FullHutchinson, Hutchinson, e
 ESTIMATORS = ("auto", "exact", "hutchinson")
 GRADIENTS = ("preconditioner", "full")
 
-# The name that people filter by: the choice is made where regularizers are attached.
+# The package's logger, which users filter by, not this module's.
 _logger = logging.getLogger("ofa.regularizers")
 
 
 @dataclass(frozen=True)
 class EstimatorOptions:
-    """What `choose` is asked for; see `ofa.fused_regularizers`."""
+    """The options of `choose`; see `ofa.fused_regularizers`."""
 
     estimator: str
     gradient: str
@@ -35,10 +35,10 @@ class EstimatorOptions:
 
 
 def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
-    """The estimator of a name among `ESTIMATORS`, not attached yet; what "auto" chose, and why, is logged.
+    """The estimator of a name among `ESTIMATORS`, not attached yet; the choice of "auto" is logged with its reason.
 
     Raises:
-        InputError: "exact" for a model that there is no closed form for.
+        InputError: "exact" for a model without a closed form.
     """
     name = options.estimator
     if name == "hutchinson":
@@ -48,14 +48,14 @@ def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> Tra
     except NoClosedForm as reason:
         if name == "exact":
             raise InputError(
-                f"estimator='exact' does not know the inside of this {anatomy.model_type} model, because {reason}; "
-                "use estimator='hutchinson'"
+                f"estimator='exact' has no closed form for this {anatomy.model_type} model, because {reason}; use "
+                "estimator='hutchinson'"
             ) from None
         _logger.warning(
             "estimator='auto' chose hutchinson with %d probe(s) for a %s model, because %s",
             options.samples,
             anatomy.model_type,
-            str(reason),  # not the exception, whose frames would keep the model alive in a log record
+            str(reason),  # not the exception: its frames would keep the model alive in the log record
         )
         return _differences(options, model, anatomy)
     _logger.info("estimator=%r chose exact for a %s model", name, anatomy.model_type)

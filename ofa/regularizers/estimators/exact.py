@@ -1,11 +1,10 @@
-"""The trace in closed form: no probes, no noise, and a gradient in P that needs no backward pass.
+"""The trace in closed form: no probes, no noise, and a gradient in P without a backward pass.
 
     tr(J_i P_i) = ( tr(A_i G) − ñ_iᵀ A_i ñ_i / d ) / σ_i²,     G = Γ² − c γγᵀ/d,   ñ = n − β
 
-with A_i the own-token Jacobian of the branch seen from its normalized input n_i, c = 1 for LayerNorm and 0 for RMSNorm.
-Sums over the tokens and one read of the weights give the mean over a sequence, and its derivative in γ with the
-curvature held fixed. The derivation is in docs/theory.md. Works for the branches that `ofa.regularizers.closed_form`
-recognizes.
+with A_i the own-token Jacobian of the branch in its normalized input n_i, c = 1 for LayerNorm and 0 for RMSNorm. Sums
+over the tokens and one read of the weights give the mean over a sequence, and its derivative in γ with the curvature
+held fixed. The derivation is in docs/theory.md. Works for the branches that `ofa.regularizers.closed_form` recognizes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ofa.regularizers.objectives import BranchTrace, token_shares
 
 
 class Exact:
-    """The closed form of every branch of a model's steps, attached to the model until its handles go."""
+    """The closed form of every branch of a model's steps."""
 
     name = "exact"
     copies = 0
@@ -39,15 +38,15 @@ class Exact:
         """Recognize every branch.
 
         Args:
-            radial: how the radial terms of training passes are computed, one of `branch_trace.RADIAL`; passes that are
-                not trained on have them exact.
+            radial: how training passes compute the radial terms, one of `branch_trace.RADIAL`; other passes compute
+                them exactly.
             full: differentiate through everything, in plain PyTorch, instead of in P alone.
 
         Raises:
-            NoClosedForm: a branch is none of those that there is a closed form for, and why.
+            NoClosedForm: a branch has no closed form, and why.
         """
         if granularity != "sublayer":
-            raise NoClosedForm("a step of granularity 'layer' is more than one branch with one norm")
+            raise NoClosedForm("with granularity='layer' a step is more than one branch with one norm")
         self.held = not full
         self._radial = "exact" if full else radial
         self._recognized = {one.branch: one for one in recognize(model, anatomy, anatomy.steps(granularity))}
@@ -58,7 +57,7 @@ class Exact:
         }
         self._taps: dict[Branch, Tap] = {}
         self._behind: dict[Branch, Tensor] = {}
-        """What the norms behind branches read, until the branch is left."""
+        """Inputs of the norms after branches, until the branch is left."""
         self._linears: list[Linear] = [
             linear
             for one in self._recognized.values()
@@ -68,7 +67,7 @@ class Exact:
         self.relies_on = [linear.path for linear in self._linears]
 
     def attach(self) -> list[Handle]:
-        """The hooks inside the branches, and the model's attention functions shown to them."""
+        """Attach the hooks inside the branches, and redirect the model's attention functions."""
         modules = [one.modules for one in self._recognized.values()]
         handles: list[Handle] = [AttentionCapture(one.module for one in modules if isinstance(one, AttentionModules))]
         self._taps = {branch: tap_of(one.modules) for branch, one in self._recognized.items()}
@@ -77,27 +76,30 @@ class Exact:
         return handles + [self._watch(branch) for branch in self._norms_behind]
 
     def begin(self, branches: Collection[Branch]) -> None:
-        """Refuse trained weights, whose gradient would lack what the full gradient of the trace has of them."""
+        """Refuse trained weights with the full gradient: their part of it would be missing."""
         if not self.held:
             check_frozen(self._linears)
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
-        """The branch's input as it is; the branch is watched from here on."""
+        """The branch's input unchanged; the tap starts to collect."""
         self._taps[branch].start(entering)
         return entering
 
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
     ) -> BranchMeasurement:
-        """The branch's output as it is, and the trace of every sequence.
+        """The branch's output unchanged, and the trace of every sequence.
 
         Raises:
-            RuntimeError: the branch did not go through its last projection.
+            RuntimeError: the branch skipped its last projection.
         """
         recognized, seen = self._recognized[branch], self._taps[branch].take()
         reads = self._behind.pop(branch, None)
         if seen is None:
-            raise RuntimeError(f"{branch.entry} did not go through its last projection; was the model changed?")
+            raise RuntimeError(
+                f"{branch.entry} skipped its last projection, so the model was changed after the regularizers were "
+                "attached; close() them, and attach them after that"
+            )
         before = NormAt(norm, stream) if recognized.before is not None else None
         behind = None
         if recognized.behind is not None:
@@ -111,7 +113,7 @@ class Exact:
         return BranchMeasurement(leaving, None, trace if self.held else BranchTrace(trace.values))
 
     def abandon(self) -> None:
-        """Let go of what a branch that was entered and never left has collected."""
+        """Release the tensors of branches that were entered and not left."""
         for tap in self._taps.values():
             tap.stop()
         self._behind.clear()
@@ -121,12 +123,12 @@ class Exact:
             if self._taps[branch].started:
                 self._behind[branch] = hidden_input(args, kwargs)
 
-        # First in line: tuned norms of a bfloat16 model upcast their input.
+        # Prepended: tuned norms of a bfloat16 model upcast their input.
         return self._norms_behind[branch].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 
 @contextmanager
 def _plain(stream: Tensor, *, grad: bool) -> Iterator[None]:
-    """No graph unless it is wanted, and no autocast: sums are taken in float32 or wider."""
+    """No graph unless `grad`, and no autocast: sums are float32 or wider."""
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), torch.autocast(stream.device.type, enabled=False):
         yield

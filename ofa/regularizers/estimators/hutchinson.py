@@ -2,21 +2,21 @@
 
     tr(J P) ≈ 1/(εN) Σᵢ νᵢᵀ(F(Z + εPνᵢ) − F(Z))
 
-for random νᵢ with E[ννᵀ] = I (Hutchinson 1990). Where the branch reads the norm's output, its input is the norm of the
-displaced stream. Where the norm stands behind the branch, P = Γ/σ has a σ that is known only afterwards; since σ is
-one number per token, tr(J Γ/σ) = E[(ν/σ)ᵀ J Γν], and the rows are divided by σ when they come out.
+for random νᵢ with E[ννᵀ] = I (Hutchinson 1990). If the branch reads the norm's output, its input is the norm of the
+displaced stream. If the norm comes after the branch, the σ of P = Γ/σ is not known before; since σ is one number per
+token, tr(J Γ/σ) = E[(ν/σ)ᵀ J Γν], and the output rows are divided by σ.
 
 With the curvature held fixed, the derivative in γ is a diagonal, and E[ν ⊙ (J ν/σ)] = diag(J)/σ:
 
     ∂tr/∂γ_k ≈ 2/(εN) Σᵢ ν_ik (F(Z + εν_i/σ) − F(Z))_k,     tr ≈ ½ Σ_k γ_k ∂tr/∂γ_k
 
-The copies are moved without γ, run after the branch and without a graph. Probes along Pν would have to be divided by
-γ_k, some of which are near 0: their noise is 1.2 to 79 gradients long in branches of the embedded model, this one's 0.3
-to 4.5.
+The copies are displaced without γ, and run after the branch without a graph. Probes along Pν would have to be divided
+by γ_k, some of which are near 0: their noise is 1.2 to 79 times the gradient in branches of the embedded model, that of
+ν/σ 0.3 to 4.5 times.
 
-Works for any architecture. Error: the probes' variance, and O(ε) curvature against O(1/ε) rounding. Both depend on how
-far a token is moved in relation to its own length, and lengths grow a hundredfold from the first layer to the last. So
-the default ε is one per branch, δ times its reach: the ε that moves a token by a vector as long as itself.
+Works for any architecture. Error: the probes' variance, and O(ε) curvature against O(1/ε) rounding. Both depend on the
+displacement relative to the token's length, and lengths grow a hundredfold from the first layer to the last. So the
+default ε is δ times the branch's `EpsilonScale`, the ε that displaces a token by its own length.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ from ofa_kernels.philox import probes
 from ofa_kernels.reference.stream import upcast
 
 DELTA = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""How far the default step moves a token, relative to its length, by the dtype that the branch computes in.
+"""Displacement of a token by the default step, relative to its length, by the dtype that the branch computes in.
 
-About the square root of the unit roundoff u, where O(δ) curvature meets O(u/δ) rounding (float64 models round to
+About the square root of the unit roundoff u, where O(δ) curvature equals O(u/δ) rounding (float64 models round to
 float32 inside, in norms and softmax). Measured by `python -m benchmarks.precision` on the embedded model: the largest
 error of a group of layers, and the median error of gradients, are 4e-4 and 4e-4 in float32, 2.6 % and 1.5 % in float16,
-1.9 % and 4.8 % in bfloat16 (5.3 % and 5.0 % under autocast), where the noise of one probe is 5 to 7 %. Three times more
-or less costs up to six times that; the best ε that is the same for all layers has 13 % in bfloat16.
+1.9 % and 4.8 % in bfloat16 (5.3 % and 5.0 % under autocast), where the noise of one probe is 5 to 7 %. With a δ three
+times larger or smaller, errors are up to six times larger; the best ε for all layers alike has 13 % in bfloat16.
 """
 
 INT8_DELTA = 3e-2
-"""The same for branches with layers that round what they read to 8 bits (LLM.int8).
+"""The least δ of branches with layers that round their input to 8 bits (LLM.int8).
 
-Measured likewise, against forward mode through the dequantized weights: 3 to 6 % there, 7 to 14 % for 1e-2 and 3 to
-12 % for 1e-1; for 3e-4, which suits float32, the rounding is as large as the trace.
+Measured against forward mode through the dequantized weights: the error is 3 to 6 %; 7 to 14 % for 1e-2 and 3 to 12 %
+for 1e-1. For float32's 3e-4, the rounding is as large as the trace.
 """
 
 
 @dataclass(frozen=True)
 class EpsilonScale:
-    """What is known of a branch ahead of measuring it.
+    """The scale of a branch's ε, found before measuring it.
 
     Attributes:
         epsilon: the ε for which εPν is as long as a token of the stream Z.
-        scale: the root mean square of γ, by which Pν is longer than ν/σ.
-        at_least: the least δ that is not lost in the rounding of quantized layers, whatever the stream's dtype; else 0.
+        scale: the root mean square of γ, the ratio of the lengths of Pν and ν/σ.
+        at_least: the least δ above the rounding of quantized layers; 0 without any.
     """
 
     epsilon: float
@@ -77,10 +77,10 @@ class EpsilonScale:
 
 @dataclass(frozen=True)
 class _Differences:
-    """N probes by finite differences, ε chosen by branch.
+    """N probes by finite differences.
 
-    `epsilon` is the same for all branches; None chooses it by the dtype and by the `reach` of each branch, see
-    `epsilon_scales`; without one, as for a branch whose tokens and scales are about 1.
+    `epsilon` is the same for all branches; None chooses one per branch by the dtype and by `reach`, the branch's
+    `EpsilonScale` (1 for branches without one).
     """
 
     samples: int = 1
@@ -92,7 +92,7 @@ class _Differences:
     relies_on: ClassVar[tuple[str, ...]] = ()
 
     def begin(self, branches: Collection[Branch]) -> None:
-        """Find the reach of the branches, if this is the first pass that needs it."""
+        """Find the epsilon scales of the branches before the first pass."""
         if isinstance(self.reach, LazyEpsilonScales):
             self.reach.find()
 
@@ -115,7 +115,7 @@ class _Differences:
 
 @dataclass(frozen=True)
 class Hutchinson(_Differences):
-    """With the gradient in P alone: the copies run after the branch, without a graph."""
+    """Finite differences with the gradient in P alone: the copies run after the branch, without a graph."""
 
     held: ClassVar[bool] = True
     copies: ClassVar[int] = 0
@@ -127,30 +127,30 @@ class Hutchinson(_Differences):
 
     @property
     def busy(self) -> bool:
-        """Whether a branch is running on copies."""
+        """Whether a branch is being run on copies."""
         return bool(self._running)
 
     def attach(self) -> list[Handle]:
-        """The hooks that keep the arguments of the branches."""
+        """Attach the hooks that record the arguments of the branches."""
         model, branches = self._subject.pop()
         self._replays.update({branch: Replay(model, branch) for branch in branches})
         return [handle for replay in self._replays.values() for handle in replay.handles]
 
     def abandon(self) -> None:
-        """Let go of the arguments of a branch that was entered and never left."""
+        """Release the arguments of branches that were entered and not left."""
         self._running.clear()
         for replay in self._replays.values():
             replay.stop()
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
-        """The branch's input as it is; its arguments are kept from here on."""
+        """The branch's input unchanged; recording of its arguments starts."""
         self._replays[branch].start()
         return entering
 
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
     ) -> BranchMeasurement:
-        """The branch's output as it is, and the trace of every sequence from its change on the copies."""
+        """The branch's output unchanged, and the trace of every sequence from the copies' outputs."""
         keys, replay = self._keys(branch, stream, probe), self._replays[branch]
         with torch.no_grad():
             moved = dispatch.displace(stream.detach(), self._direction(norm, stream, normed), **keys)
@@ -178,7 +178,7 @@ class Hutchinson(_Differences):
         return BranchMeasurement(leaving, None, BranchTrace(trace, lambda slopes: 2 * (slopes @ diagonal)))
 
     def _direction(self, norm: NormView, stream: Tensor, normed: Tensor | None) -> Tensor:
-        """What probes are multiplied by: 1/σ, or 1 where the norm that P belongs to stands behind the branch."""
+        """The factor of the probes: 1/σ, or 1 if the branch's norm comes after it."""
         if normed is not None:
             return torch.ones((), dtype=upcast(stream[:0]).dtype, device=stream.device)
         return dispatch.rstd(stream.detach(), eps=norm.eps, kind=norm.kind).unsqueeze(-1)
@@ -187,13 +187,13 @@ class Hutchinson(_Differences):
         if self.epsilon is not None:
             return self.epsilon
         reach = self.reach.get(branch)
-        # Without γ in it, the displacement is shorter than Pν by the scale's typical size.
+        # The displacement ν/σ is shorter than Pν by the root mean square of γ.
         return self._delta(branch, stream) * (1.0 if reach is None else reach.epsilon * reach.scale)
 
 
 @dataclass(frozen=True)
 class FullHutchinson(_Differences):
-    """With the gradient through everything: the copies travel in the batch of the real pass."""
+    """Finite differences with the gradient through everything: the copies are in the batch of the real pass."""
 
     held: ClassVar[bool] = False
     busy: ClassVar[bool] = False
@@ -204,11 +204,11 @@ class FullHutchinson(_Differences):
         return self.samples
 
     def attach(self) -> tuple[Handle, ...]:
-        """No hooks of its own."""
+        """No hooks."""
         return ()
 
     def abandon(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
         """The branch's input with `copies` displaced inputs after it, (1 + copies)·B along the first dimension."""
@@ -228,7 +228,7 @@ class FullHutchinson(_Differences):
         keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
         products, sqnorm = dispatch.contract(real, copies, **keys)
         if branch.writes == "stream":
-            # The copies still hold their own displaced stream; F is what was added to it, so tr(P) goes off again.
+            # The copies' outputs contain their displaced streams; subtract them, that is tr(P).
             moved = dispatch.displace(
                 stream, self._preconditioner(branch, norm, stream), **self._keys(branch, stream, probe)
             )
@@ -251,7 +251,7 @@ class FullHutchinson(_Differences):
 def token_mean(
     rows: Tensor, branch: Branch, norm: NormView, stream: Tensor, probe: Probe, normed: Tensor | None
 ) -> Tensor:
-    """Mean of one value per token over the real tokens, (B,); divided by σ where the norm stands behind the branch."""
+    """Mean of one value per token over the real tokens, (B,); divided by σ if the norm comes after the branch."""
     if normed is not None:
         rows = rows * dispatch.rstd(normed, eps=norm.eps, kind=norm.kind).view(rows.shape)
     shares = token_shares(probe.of_pass.mask, stream)
@@ -259,11 +259,9 @@ def token_mean(
 
 
 class LazyEpsilonScales(Mapping[Branch, EpsilonScale]):
-    """`epsilon_scales` of a model as it is now, found when the first pass begins: attaching takes no pass through the
-    model.
+    """`epsilon_scales` for the norm scales at attaching, computed by the first pass, so that attaching runs no model.
 
-    The scales are put back to what they are now while it is run, so that a run that is resumed in between finds what
-    the first one found; the other weights of the branches are frozen where only norms are tuned.
+    The scales at attaching are put back for that run: a resumed training run then finds the same values.
     """
 
     def __init__(self, model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> None:
@@ -273,10 +271,7 @@ class LazyEpsilonScales(Mapping[Branch, EpsilonScale]):
         self._found: dict[Branch, EpsilonScale] | None = None
 
     def find(self) -> None:
-        """Run the model on a few tokens; does nothing the second time.
-
-        What counts, traces or rounds the operations of a pass is switched off, since they are none of that pass.
-        """
+        """Run the model on a few tokens, without dispatch modes and autocast; a second call does nothing."""
         model = self._model()
         if self._found is not None or model is None:
             return
@@ -284,7 +279,7 @@ class LazyEpsilonScales(Mapping[Branch, EpsilonScale]):
         try:
             with _disable_current_modes(), torch.autocast(device, enabled=False), _use_params(model, self._scales):
                 self._found = epsilon_scales(model, self._steps)
-        except AttributeError:  # layers are gone, as the pass that follows will say
+        except AttributeError:  # layers were removed; the next pass raises the error
             self._found = {}
         self._scales = {}
 
@@ -299,10 +294,9 @@ class LazyEpsilonScales(Mapping[Branch, EpsilonScale]):
 
 
 def epsilon_scales_of(model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> Mapping[Branch, EpsilonScale]:
-    """The reach of every branch of a model as it is now.
+    """The epsilon scales of every branch, computed now or by the first pass.
 
-    Found later where that makes no difference: ranks must all run the model, and `fully_shard` cannot run it for this
-    in the middle of a pass.
+    Now for distributed models: all ranks must run the model together, and `fully_shard` allows no run inside a pass.
     """
     if sharding.is_sharded(model) or (distributed.is_available() and distributed.is_initialized()):
         return epsilon_scales(model, steps)
@@ -311,7 +305,7 @@ def epsilon_scales_of(model: nn.Module, norms: Iterable[str], steps: Sequence[St
 
 @contextmanager
 def _use_params(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in some parameters for a while; no version counter moves."""
+    """Use other values for some parameters in this context, without changing version counters."""
     parameters = {name: model.get_parameter(name) for name in values}
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -324,11 +318,10 @@ def _use_params(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 
 def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, EpsilonScale]:
-    """The reach of every branch.
+    """The epsilon scale of every branch, from a trial run on a few tokens.
 
-    Found on the few tokens of a trial run, not on a batch: the measured trace of a sequence then depends neither on the
-    others nor on the process that measures it, and no pass waits for a number. A factor of two costs little, see
-    docs/theory.md, "Choosing ε".
+    Not from the batch: a sequence's trace then does not depend on the other sequences or the rank, and no pass syncs. A
+    factor of two matters little, see docs/theory.md, "Choosing ε".
     """
     found: dict[Branch, EpsilonScale] = {}
     branches = [branch for step in steps for branch in step.branches]
@@ -340,7 +333,7 @@ def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Epsi
             found.setdefault(branch, EpsilonScale(epsilon, _scale(branch, weight), _at_least(model, branch)))
 
         reader = branch.norm.path if branch.reads == "normalized" else branch.entry
-        # First in line: tuned norms of a bfloat16 model widen their input, and the stream itself is wanted.
+        # Prepended: tuned norms of a bfloat16 model upcast their input, and this reads the stream before.
         return model.get_submodule(reader).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
     handles: list[Any] = [model.register_forward_pre_hook(_many_tokens, with_kwargs=True)]
@@ -354,7 +347,7 @@ def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Epsi
 
 
 def _many_tokens(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Sixteen tokens from all over the vocabulary: the first ones are special, and longer than others by far."""
+    """Sixteen tokens spread over the vocabulary: the first ones are special tokens, with much longer embeddings."""
     ids = kwargs.get("input_ids")
     if ids is None:
         return None
@@ -364,10 +357,10 @@ def _many_tokens(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _length(branch: Branch, weight: Tensor, stream: Tensor) -> float:
-    """The length of a typical token, in units of that of Pν."""
+    """The median length of a token, relative to the length of Pν."""
     norm = branch.norm
     lengths = 1.0 / dispatch.rstd(stream, eps=norm.eps, kind=norm.kind)
-    # A token that is longer than the others by orders of magnitude (an attention sink) is none to go by.
+    # The median, since attention sinks are longer by orders of magnitude.
     length = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / _scale(branch, weight)
     return length if length > 0 else 1.0
 
@@ -377,7 +370,7 @@ def _scale(branch: Branch, weight: Tensor) -> float:
 
 
 def _at_least(model: nn.Module, branch: Branch) -> float:
-    """The least δ for the quantized layers of a branch; 4-bit layers compute in a dtype of their own."""
+    """The least δ for the quantized layers of a branch; 4-bit layers have their own compute dtype."""
     layers = [layer for path in (branch.entry, branch.exit) for layer in model.get_submodule(path).modules()]
     least = [DELTA.get(getattr(layer, "compute_dtype", None), 0.0) for layer in layers]  # type: ignore[arg-type]
     if any(type(layer).__name__ == "Linear8bitLt" for layer in layers):
@@ -386,6 +379,6 @@ def _at_least(model: nn.Module, branch: Branch) -> float:
 
 
 def _branch_dtype(stream: Tensor) -> torch.dtype:
-    """The dtype a branch computes in: the stream's own, or autocast's where that is on."""
+    """The dtype a branch computes in: the stream's, or autocast's if that is on."""
     device = stream.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stream.dtype

@@ -1,7 +1,7 @@
-"""Runs a branch once more on other inputs, without a graph, after the model has run it.
+"""Runs a branch again on other inputs, without a graph.
 
-The hooks keep the arguments with which the branch's first and last module were called. `run` calls the same modules
-with other hidden states in their place, for several copies of the batch at once.
+Hooks record the arguments of the branch's first and last module. `run` calls these modules with other hidden states,
+for several copies of the batch at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Call:
 
 
 class Replay:
-    """The calls of one branch, and the branch as a function of its input."""
+    """The recorded calls of one branch, and the branch as a function of its input."""
 
     def __init__(self, model: nn.Module, branch: Branch) -> None:
         self._branch = branch
@@ -45,19 +45,19 @@ class Replay:
             self.handles.append(self._exit.register_forward_pre_hook(self._at_exit, with_kwargs=True))
 
     def start(self) -> None:
-        """Keep the calls of the branch that is entered now."""
+        """Record the calls of the branch from now on."""
         self.stop()
         self._open = True
 
     def stop(self) -> None:
-        """Let go of what was kept."""
+        """Stop recording and release the recorded calls."""
         self._open, self._first, self._last = False, None, None
 
     def run(self, inputs: Tensor, stream: Tensor, copies: int) -> Tensor:
-        """What the branch returns for `copies` other batches, (copies·B, T, d); `stream` is what they were made from.
+        """The branch's output for `copies` other batches, (copies·B, T, d); `stream` is their displaced stream.
 
         Raises:
-            InputError: something stands between the branch's modules that is not known here.
+            InputError: the computation between the branch's modules is unknown.
         """
         assert self._first is not None
         leaving = self._call(self._entry, self._first, inputs, stream, copies)
@@ -80,18 +80,18 @@ class Replay:
                 and tensor.shape == own.shape[:-1] + stream.shape[-1:]
             ):
                 return stream.to(tensor.dtype)
-            # Falcon's alibi has (batch · heads) first; the rest either leads with the batch or broadcasts over it.
+            # Falcon's alibi is (batch · heads, …); other tensors begin with the batch or broadcast over it.
             batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
             return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if batched else tensor
 
         args, kwargs = replace_tensors(call.args, call.kwargs, other)
-        # A cache of keys and values would grow by those of the copies.
+        # The copies must not be added to a key-value cache.
         kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        # Not the module itself: its hooks belong to the model's own run.
+        # `forward`, not the module's call: its hooks are for the model's own run.
         return hidden_output(module.forward(*args, **kwargs))
 
     def _connect(self) -> Callable[[Tensor], Tensor]:
-        """What stands between the first module's output and the last one's input: nothing, or an activation."""
+        """The function between the first module's output and the last one's input: identity or an activation."""
         if self._between is None:
             assert self._first is not None
             assert self._last is not None
@@ -104,8 +104,8 @@ class Replay:
                     break
             else:
                 raise InputError(
-                    f"what stands between {self._branch.entry} and {self._branch.exit} is not known here; use "
-                    "gradient='full', which runs the branch as a part of the model"
+                    f"the computation between {self._branch.entry} and {self._branch.exit} is neither the identity nor "
+                    "a known activation; use gradient='full', which runs the branch as part of the model"
                 )
         return self._between
 

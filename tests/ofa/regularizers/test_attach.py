@@ -302,7 +302,7 @@ def test_dropout_kept_as_a_number_is_noticed() -> None:
         ({"gradient": "half"}, "gradient must be one of preconditioner, full, not 'half'"),
         ({"radial": "some"}, "radial must be one of channels, exact, none, not 'some'"),
         ({"every": 0}, "every counts optimizer steps and must be at least 1, not 0"),
-        ({"every": 2, "gradient": "full"}, "every > 1 uses a gradient again that was measured before, and"),
+        ({"every": 2, "gradient": "full"}, "every > 1 reuses a measured gradient, and"),
         ({"epsilon": 0.0}, "epsilon must be above 0, not 0.0"),
     ],
     ids=str,

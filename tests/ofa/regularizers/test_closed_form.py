@@ -191,7 +191,7 @@ def test_activations_are_found_by_what_they_compute(name: str, activation: str, 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_other_activations_have_no_closed_form(name: str, activation: str) -> None:
     """None that is merely similar: the reason says which ones there are."""
-    with pytest.raises(NoClosedForm, match=r"the activation in front of .* is none of silu, .*, relu, quick_gelu$"):
+    with pytest.raises(NoClosedForm, match=r"the activation before .* is none of silu, .*, relu, quick_gelu$"):
         recognized(_with(name, activation))
 
 

@@ -228,12 +228,12 @@ def _with_mish() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "bert": (lambda: built("bert"), "the norm of bert.encoder.layer.0.attention stands behind the residual sum"),
-    "layer": (lambda: built("llama"), "a step of granularity 'layer' is more than one branch with one norm"),
+    "bert": (lambda: built("bert"), "the norm of bert.encoder.layer.0.attention comes after the residual sum"),
+    "layer": (lambda: built("llama"), "with granularity='layer' a step is more than one branch with one norm"),
     "quantized": (_quantized, "the weight of model.layers.0.mlp.up_proj is quantized in a way that is not known here"),
     "activation": (
         _with_mish,
-        "the activation in front of model.layers.0.mlp.down_proj is none of silu, gelu, gelu_tanh, relu, quick_gelu",
+        "the activation before model.layers.0.mlp.down_proj is none of silu, gelu, gelu_tanh, relu, quick_gelu",
     ),
 }
 
@@ -246,7 +246,7 @@ def test_what_has_no_closed_form_is_refused_with_the_reason(case: str) -> None:
     hooks, implementation = hooks_of(model), model.config._attn_implementation
     with pytest.raises(InputError) as error:
         measuring(model, granularity=granularity)
-    start = f"estimator='exact' does not know the inside of this {model.config.model_type} model, because "
+    start = f"estimator='exact' has no closed form for this {model.config.model_type} model, because "
     assert str(error.value) == f"{start}{reason}; use estimator='hutchinson'"
     assert hooks_of(model) == hooks
     assert model.config._attn_implementation == implementation
@@ -412,7 +412,7 @@ def test_a_projection_that_was_replaced_is_noticed() -> None:
     model, given = built("llama"), families.inputs("llama")
     with measuring(model):
         model.model.layers[1].mlp.down_proj = nn.Linear(48, 32, bias=False).to(DEVICE)
-        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj was exchanged after"):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj was replaced after"):
             model(**given)
 
 

@@ -122,7 +122,7 @@ def test_lora_put_on_behind_attaching_is_noticed() -> None:
     model = tuned()
     with attach(model):
         get_peft_model(model, LORA)
-        with pytest.raises(InputError, match=r"self_attn\.q_proj was exchanged after the regularizers were attached"):
+        with pytest.raises(InputError, match=r"self_attn\.q_proj was replaced after the regularizers were attached"):
             model(**inputs("llama"))
         with torch.no_grad():
             model(**inputs("llama"))
@@ -140,7 +140,7 @@ def test_lora_behind_attaching_is_measured_where_branches_stay_whole(kind: str) 
     opt = build("opt")
     with attach(opt, kind):
         get_peft_model(opt, LoraConfig(target_modules=["fc1"], **CAUSAL))
-        with pytest.raises(InputError, match=r"fc1 was exchanged after the regularizers were attached"):
+        with pytest.raises(InputError, match=r"fc1 was replaced after the regularizers were attached"):
             opt(**inputs("opt"))
 
 
@@ -171,10 +171,10 @@ def test_norms_that_peft_tunes_are_refused() -> None:
     config = LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"], **CAUSAL)
     wrapped = get_peft_model(build("llama"), config)
     for model in (wrapped, wrapped.get_base_model()):
-        with pytest.raises(InputError, match=r"layers\.0\.input_layernorm is inside of PEFT's LN tuning"):
+        with pytest.raises(InputError, match=r"layers\.0\.input_layernorm is inside PEFT's LN tuning"):
             attach(model)
     model = tuned()
-    with attach(model), pytest.raises(InputError, match="nor wrapped by what copies it; close"):
+    with attach(model), pytest.raises(InputError, match="nor wrapped by code that copies it; close"):
         get_peft_model(model, config)
 
 

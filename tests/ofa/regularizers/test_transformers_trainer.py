@@ -160,7 +160,7 @@ def trainer_with_a_loss_of_its_own() -> type:
     [
         (lambda: {"label_smoothing_factor": 0.1}, "returned none .label smoothing.*compute_loss"),
         (lambda: {"compute_loss_func": mean_of_log_likelihoods}, "returned none .label smoothing, compute_loss_func"),
-        (lambda: {"kind": trainer_with_a_loss_of_its_own()}, "another one, made of the model's other outputs"),
+        (lambda: {"kind": trainer_with_a_loss_of_its_own()}, "another loss of the model's other outputs"),
     ],
     ids=["label smoothing", "compute_loss_func", "compute_loss"],
 )
