@@ -16,7 +16,7 @@ from ofa.evaluation.scorer import Evaluation
 from ofa.methods import Predictor
 from ofa.methods.norm_tuning import fit_ofa
 from ofa.tasks import Data, FewShot, Shots, TaskData, examples_from, few_shot, load_task
-from ofa.training.config import checked_config
+from ofa.training.config import TrainingConfig
 from ofa.training.records import StepRecord, TrainingResult
 
 
@@ -65,7 +65,7 @@ class Adaptation:
 
     def details(self) -> dict[str, Any]:
         """What `ofa_config.json` keeps: task, shots and their indices, seed, settings, seconds. No training text."""
-        config = checked_config(**self.settings)
+        config = TrainingConfig(**self.settings)
         return {
             "method": "ofa" if config.step_ratio > 0 or config.sharpness > 0 else "norm-tuning",
             "task": self.data.task.to_dict(),

@@ -1,28 +1,22 @@
-"""An adapter folder and its base model, ready to predict."""
+"""What an adapter folder says of its task and its base, and the model with the adapter in it."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ofa.adapters.folder import WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
+from ofa.commands.options import DataOptions, ModelOptions
 from ofa.errors import InputError
 from ofa.files import at_home
 from ofa.tasks import Task, with_columns
 
-
-@dataclass(frozen=True)
-class Adapted:
-    """The base model with an adapter's scales in it, its tokenizer, and the task it was made for."""
-
-    model: Any
-    tokenizer: Any
-    task: Task
-    details: dict[str, Any]
-    source: str
+if TYPE_CHECKING:
+    from ofa.models.load import LoadedModel
 
 
 def read_task(folder: Path, text_column: str | None = None, label_column: str | None = None) -> Task:
@@ -36,6 +30,29 @@ def read_task(folder: Path, text_column: str | None = None, label_column: str | 
     if "task" not in details:
         raise InputError(f"{folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
     return with_columns(Task.from_dict(details["task"]), text_column or "", label_column or "")
+
+
+def asked_task(folders: Sequence[Path], data: str, how: DataOptions, *, offline: bool) -> Task:
+    """The task of the adapters, or of the data and the options where there is no adapter.
+
+    Raises:
+        InputError: the adapters were made for different tasks, or the options contradict them; or see `read_task` and
+            `training_data`.
+    """
+    from ofa.commands.data import training_data
+
+    if not folders:
+        return training_data(data, how, offline=offline).task
+    if how.template or how.labels:
+        raise InputError(f"{folders[0]} brings its own template and labels; leave out --template and --labels")
+    tasks = [read_task(folder, how.text_column, how.label_column) for folder in folders]
+    for folder, task in zip(folders, tasks, strict=True):
+        if replace(task, name="any") != replace(tasks[0], name="any"):
+            raise InputError(
+                f"{folder} was made for another template or other labels than {folders[0]}; "
+                "probe adapters of different tasks one by one"
+            )
+    return tasks[0]
 
 
 def base_of(folder: Path, model: str | None) -> str:
@@ -59,42 +76,35 @@ def base_of(folder: Path, model: str | None) -> str:
     return str(named)
 
 
+def with_base(options: ModelOptions, adapter: Path | None) -> ModelOptions:
+    """The options with the adapter's base where no model is given, refused at once where they name none.
+
+    Raises:
+        InputError: see `base_of` and `check_source`.
+    """
+    from ofa.models.load import check_source
+
+    model = base_of(adapter, options.model) if adapter else options.model
+    check_source(model, dtype=options.dtype, device=options.device)
+    return replace(options, model=model)
+
+
 def adapter_digest(folder: Path) -> str:
     """SHA-256 of an adapter's scales."""
     return hashlib.sha256((at_home(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
-def open_adapter(
-    folder: Path,
-    model: str | None,
-    *,
-    dtype: str,
-    device: str,
-    offline: bool,
-    trust_remote_code: bool,
-    text_column: str | None = None,
-    label_column: str | None = None,
-) -> Adapted:
-    """Load the adapter's base, or `model` in its place, and put the adapter's scales in.
-
-    The task reads the columns that the adapter was made with, unless others are given.
+def open_model(options: ModelOptions, adapter: Path | None = None) -> LoadedModel:
+    """Load the model, and put the adapter's scales in where there is one.
 
     Raises:
         InputError: the folder is no adapter of ours, or does not fit the model.
     """
     from ofa.adapters.save_and_load import load_adapter, read_adapter
-
-    task = read_task(folder, text_column, label_column)
-    adapter = read_adapter(folder)
     from ofa.models.load import load_model
 
-    loaded = load_model(
-        base_of(folder, model),
-        dtype=dtype,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        progress=notice,
-    )
-    load_adapter(loaded.model, adapter)
-    return Adapted(loaded.model, loaded.tokenizer, task, adapter.details, loaded.source)
+    read = read_adapter(adapter) if adapter else None  # before a base is fetched for it
+    loaded = load_model(progress=notice, **asdict(options))
+    if read is not None:
+        load_adapter(loaded.model, read)
+    return loaded

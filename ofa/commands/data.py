@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+from ofa.commands.options import DataOptions
 from ofa.errors import InputError
 from ofa.files import at_home
 from ofa.tasks import (
@@ -40,16 +41,7 @@ def split_labels(labels: str | None) -> tuple[str, ...]:
     return tuple(label.strip() for row in rows for label in row if label.strip())
 
 
-def training_data(
-    data: str,
-    template: str | None,
-    labels: str | None,
-    *,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    separator: str | None = None,
-    offline: bool,
-) -> TaskData:
+def training_data(data: str, how: DataOptions, *, offline: bool) -> TaskData:
     """The task and training examples of what `load_task` loads, with template and labels as they were typed.
 
     Raises:
@@ -57,22 +49,13 @@ def training_data(
     """
     return load_task(
         data,
-        template=None if template is None else unescape_template(template),
-        labels=split_labels(labels),
-        text_column=text_column or "",
-        label_column=label_column or "",
-        separator=separator,
+        template=None if how.template is None else unescape_template(how.template),
+        labels=split_labels(how.labels),
+        text_column=how.text_column or "",
+        label_column=how.label_column or "",
+        separator=how.separator,
         offline=offline,
     )
-
-
-def test_data(data: str, task: Task, *, separator: str | None, offline: bool) -> tuple[Example, ...]:
-    """The examples to evaluate a known task on: a file, or the test part of a folder or a known task.
-
-    Raises:
-        InputError: the data cannot be read, has labels the task does not know, or has no test part.
-    """
-    return examples_from(data, task, separator=separator, offline=offline)
 
 
 def demonstration_pool(data: str, task: Task, *, separator: str | None, offline: bool) -> tuple[Example, ...]:

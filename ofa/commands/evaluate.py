@@ -7,41 +7,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
+    DataOptions,
     JsonOption,
-    LabelColumnOption,
-    LabelsOption,
-    ModelOption,
-    OfflineOption,
+    ModelOptions,
     QuietOption,
-    SeparatorOption,
     ShotsOption,
-    TemplateOption,
-    TextColumnOption,
     ThreadsOption,
-    TrustOption,
+    grouped,
     set_threads,
 )
 from ofa.errors import InputError
 
 if TYPE_CHECKING:
-    from ofa.commands.adapted import Adapted
     from ofa.evaluation.scorer import Evaluation
-    from ofa.models.load import LoadedModel
     from ofa.tasks import Example, Shots, Task
 
 
 @reports_errors
+@grouped
 def evaluate(
     data: Annotated[
         str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
     ],
+    how: DataOptions,
+    source: ModelOptions,
     adapter: Annotated[
         Path | None, typer.Argument(help="Adapter folder. Without it the bare model is evaluated (zero-shot).")
     ] = None,
@@ -56,18 +50,8 @@ def evaluate(
     size: Annotated[
         int | None, typer.Option(min=1, help="Evaluate on a class-balanced subset of this many examples.")
     ] = None,
-    template: TemplateOption = None,
-    labels: LabelsOption = None,
-    text_column: TextColumnOption = None,
-    label_column: LabelColumnOption = None,
-    separator: SeparatorOption = None,
-    model: ModelOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
-    offline: OfflineOption = False,
-    trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -76,23 +60,23 @@ def evaluate(
 
     Example: ofa evaluate adapter --data test.jsonl --json
     """
-    from ofa.commands.adapted import base_of
-    from ofa.commands.data import data_origin, test_data
-    from ofa.models.load import check_source
-    from ofa.tasks import class_balanced
+    from ofa.adapters.folder import read_details
+    from ofa.commands.adapted import asked_task, open_model, with_base
+    from ofa.commands.data import data_origin
+    from ofa.tasks import class_balanced, examples_from
 
-    columns = {"text_column": text_column, "label_column": label_column}
-    check_source(base_of(adapter, model) if adapter else model, dtype=dtype, device=device)
-    task, details = _task(adapter, data, template, labels, columns, separator, offline)
-    examples = test_data(data, task, separator=separator, offline=offline)
+    source = with_base(source, adapter)
+    where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
+    task = asked_task([adapter] if adapter else [], data, how, offline=source.offline)
+    examples = examples_from(data, task, **where)
     if size is not None:
         examples = class_balanced(examples, task.labels, size, seed)
-    shown = _demonstrations(demonstrations, task, details, shots, seed, separator, offline)
+    details = read_details(adapter) if adapter else {}
+    shown = _demonstrations(demonstrations, task, details, shots, seed, where)
     from ofa.evaluation.scorer import evaluate as measure
 
     set_threads(threads)
-    where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
-    subject = _subject(adapter, model, where)
+    subject = open_model(source, adapter)
     with progress_bar("evaluating") as update:
         result = measure(
             subject.model,
@@ -120,42 +104,13 @@ def evaluate(
         _show(result, document, data_origin(data)["name"])
 
 
-def _task(
-    adapter: Path | None,
-    data: str,
-    template: str | None,
-    labels: str | None,
-    columns: dict[str, str | None],
-    separator: str | None,
-    offline: bool,
-) -> tuple[Task, dict[str, Any]]:
-    """What is asked, by the adapter or by the options, and what the adapter says of itself."""
-    from ofa.adapters.folder import read_details
-    from ofa.commands.adapted import read_task
-    from ofa.commands.data import training_data
-
-    if adapter is None:
-        return training_data(data, template, labels, **columns, separator=separator, offline=offline).task, {}
-    if template or labels:
-        raise InputError(f"{adapter} brings its own template and labels; leave out --template and --labels")
-    return read_task(adapter, **columns), read_details(adapter)
-
-
-def _subject(adapter: Path | None, model: str | None, where: dict[str, Any]) -> Adapted | LoadedModel:
-    from ofa.commands.adapted import open_adapter
-    from ofa.models.load import load_model
-
-    return open_adapter(adapter, model, **where) if adapter else load_model(model, progress=notice, **where)
-
-
 def _demonstrations(
     source: str | None,
     task: Task,
     details: dict[str, Any],
     shots: Shots,
     seed: int,
-    separator: str | None,
-    offline: bool,
+    where: dict[str, Any],
 ) -> tuple[Example, ...]:
     """The examples to put in context: an adapter's own shots by their indices, or a fresh draw."""
     if source is None:
@@ -163,7 +118,7 @@ def _demonstrations(
     from ofa.commands.data import demonstration_pool
     from ofa.tasks import FewShot, few_shot
 
-    pool = demonstration_pool(source, task, separator=separator, offline=offline)
+    pool = demonstration_pool(source, task, **where)
     indices = details.get("indices")
     if indices is None:
         return few_shot(pool, task.labels, shots, seed).examples

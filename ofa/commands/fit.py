@@ -12,24 +12,18 @@ from ofa.commands.console import notice, progress_bar, reports_errors, show_json
 from ofa.commands.options import (
     DATA_FILES,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
+    DataOptions,
     JsonOption,
-    LabelColumnOption,
-    LabelsOption,
-    ModelOption,
-    OfflineOption,
+    ModelOptions,
     OverwriteOption,
     QuietOption,
-    SeparatorOption,
     ShotsOption,
-    TemplateOption,
-    TextColumnOption,
     ThreadsOption,
-    TrustOption,
+    grouped,
     set_threads,
 )
 from ofa.errors import InputError
+from ofa.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
@@ -42,6 +36,7 @@ _UNUSED_TESTED = 200
 
 
 @reports_errors
+@grouped
 def fit(
     data: Annotated[
         str,
@@ -51,53 +46,11 @@ def fit(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, its metrics and its figure.")],
-    template: TemplateOption = None,
-    labels: LabelsOption = None,
-    text_column: TextColumnOption = None,
-    label_column: LabelColumnOption = None,
-    separator: SeparatorOption = None,
+    how: DataOptions,
+    source: ModelOptions,
+    training: TrainingConfig,
     shots: ShotsOption = 5,
-    seed: Annotated[int, typer.Option(help="Fixes the shots, the batches and the probes.")] = 42,
-    model: ModelOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(help="Passes over the shots. Without it 60 optimizer steps, or 7 passes if that is more."),
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, whatever --epochs says.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 1e-3,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
-    label_loss: Annotated[float, typer.Option(help="Weight of the loss over the label words alone.")] = 0.0,
-    stop_loss: Annotated[float | None, typer.Option(help="End after the epoch whose mean loss is below this.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 4,
-    accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
-    step_ratio: Annotated[
-        float, typer.Option(help="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.")
-    ] = 1e-2,
-    sharpness: Annotated[float, typer.Option(help="Weight λ₂ of the sharpness term.")] = 1.0,
-    estimator: Annotated[
-        str,
-        typer.Option(help="How the trace is measured: auto (exact where possible), exact or hutchinson."),
-    ] = "auto",
-    granularity: Annotated[str, typer.Option(help="What a step is: sublayer, or layer as in the paper.")] = "sublayer",
-    samples: Annotated[int, typer.Option(help="Probes N per step.")] = 1,
-    epsilon: Annotated[float | None, typer.Option(help="Finite-difference step; chosen by dtype if left out.")] = None,
-    probe: Annotated[str, typer.Option(help="rademacher or gaussian.")] = "rademacher",
-    convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",
-    gradient: Annotated[
-        str,
-        typer.Option(help="How the sharpness is differentiated: preconditioner (in γ alone), or full as in the paper."),
-    ] = "preconditioner",
-    every: Annotated[
-        int, typer.Option(help="Measure the sharpness in one optimizer step of this many; reuse its gradient between.")
-    ] = 1,
-    radial: Annotated[
-        str, typer.Option(help="Radial terms of the exact trace in training: channels (8 of them), exact or none.")
-    ] = "channels",
-    tokens: Annotated[str, typer.Option(help="Tokens that count for the step ratio: all or last.")] = "all",
     validation: Annotated[
         str | None, typer.Option(help="Examples to choose the best epoch by; without them the last is kept.")
     ] = None,
@@ -110,8 +63,6 @@ def fit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped in the folder.")] = False,
     overwrite: OverwriteOption = False,
-    offline: OfflineOption = False,
-    trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -123,49 +74,17 @@ def fit(
 
     Ctrl-C stops behind the step under way; the same command with --resume continues to the same result.
     """
-    from ofa.commands.data import data_origin, test_data, training_data
+    from ofa.commands.adapted import open_model, with_base
+    from ofa.commands.data import data_origin, training_data
     from ofa.files import claimed_folder
-    from ofa.models.load import check_source
-    from ofa.tasks import class_balanced, few_shot, unused
+    from ofa.tasks import class_balanced, examples_from, few_shot, unused
     from ofa.tasks.duplicates import warn_of_shared_texts
 
     _refuse_stopped(out, resume or overwrite)
-    check_source(model, dtype=dtype, device=device)
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "label_loss": label_loss,
-        "stop_loss": stop_loss,
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-        "step_ratio": step_ratio,
-        "sharpness": sharpness,
-        "estimator": estimator,
-        "granularity": granularity,
-        "samples": samples,
-        "epsilon": epsilon,
-        "probe": probe,
-        "convention": convention,
-        "gradient": gradient,
-        "every": every,
-        "radial": radial,
-        "tokens": tokens,
-    }
-    given = training_data(
-        data,
-        template,
-        labels,
-        text_column=text_column,
-        label_column=label_column,
-        separator=separator,
-        offline=offline,
-    )
-    held_out, tested = (
-        test_data(part, given.task, separator=separator, offline=offline) if part else () for part in (validation, test)
-    )
+    source, seed = with_base(source, None), training.seed
+    where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
+    given = training_data(data, how, offline=source.offline)
+    held_out, tested = (examples_from(part, given.task, **where) if part else () for part in (validation, test))
     drawn = few_shot(given.train, given.task.labels, shots, seed)
     for name, part in ((validation, held_out), (test, tested)):
         warn_of_shared_texts(drawn.examples, part, name)
@@ -173,17 +92,13 @@ def fit(
     if left and not test:
         tested = class_balanced(left, given.task.labels, _UNUSED_TESTED, seed)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
-        _check_settings(settings)
         from ofa.adaptation import adapt
         from ofa.adapters.folder import CHECKPOINT
-        from ofa.models.load import load_model
         from ofa.training.checkpoint import recorded_threads
 
         # The same bits come of the same number of threads.
         set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
-        loaded = load_model(
-            model, dtype=dtype, device=device, offline=offline, trust_remote_code=trust_remote_code, progress=notice
-        )
+        loaded = open_model(source)
         with progress_bar("training") as update:
             adaptation = adapt(
                 loaded.model,
@@ -195,7 +110,7 @@ def fit(
                 resume=resume,
                 validation=held_out,
                 progress=_reporter(update),
-                **settings,
+                **training.model_dump(exclude={"seed"}),
             )
         tell_truncated(adaptation.training.truncated, "training texts")
         origins = {part: data_origin(name) for part, name in (("train", data), ("test", test)) if name}
@@ -218,14 +133,6 @@ def _refuse_stopped(folder: Path, decided: bool) -> None:
             f"{folder} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to begin "
             "again, or choose another folder"
         )
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings that cannot be used, before anything slow begins."""
-    from ofa.regularizers.options import check_options
-    from ofa.training.config import checked_config
-
-    check_options(**checked_config(**settings).regularizer_options)
 
 
 def _reporter(update: Callable[[int, int, str], None]) -> Callable[[StepRecord, int], None]:

@@ -1,13 +1,19 @@
-"""Options that several commands share, and the YAML file that can replace them."""
+"""Options that several commands share, one by one and in groups, and the YAML file that can replace them."""
 
 from __future__ import annotations
 
 import csv
+import functools
+import inspect
 import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import BaseModel
 
 from ofa.commands.console import notice, set_quiet
 from ofa.errors import InputError
@@ -88,6 +94,95 @@ DATA_FILES = (
     "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
     "also as .gz)"
 )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model of a command, as `load_model` takes it."""
+
+    model: ModelOption = None
+    dtype: DtypeOption = "float32"
+    device: DeviceOption = "auto"
+    offline: OfflineOption = False
+    trust_remote_code: TrustOption = False
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How the data of a command is read, as it was typed."""
+
+    template: TemplateOption = None
+    labels: LabelsOption = None
+    text_column: TextColumnOption = None
+    label_column: LabelColumnOption = None
+    separator: SeparatorOption = None
+
+
+@dataclass(frozen=True)
+class Only:
+    """The fields of a configuration that a command has as options, where it has not all of them."""
+
+    names: tuple[str, ...]
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def grouped(command: Command) -> Command:
+    """Give a command the options of its groups: a parameter that is a dataclass or a configuration has one per field.
+
+    A field of a dataclass brings its option in its annotation; that of a configuration has its description as help.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    options: dict[str, Parameter] = {}
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    for name, parameter in signature.parameters.items():
+        own = {option.name: option for option in _options_of(parameter.annotation)}
+        options |= own or {name: parameter}
+        if own:
+            groups[name] = (get_args(parameter.annotation) or (parameter.annotation,))[0], list(own)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        for name, (kind, names) in groups.items():
+            given[name] = kind(**{option: given.pop(option) for option in names})
+        return command(**given)
+
+    by_name = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options.values()]
+    run.__signature__ = signature.replace(parameters=by_name)  # type: ignore[attr-defined]
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return run  # type: ignore[return-value]
+
+
+def _options_of(annotation: Any) -> Iterator[Parameter]:
+    """The options of a group; none of what is no group."""
+    kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+    elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        only = next((mark.names for mark in marks if isinstance(mark, Only)), None)
+        yield from (_setting(kind, name) for name in _own_first(kind) if only is None or name in only)
+
+
+def _own_first(config: type[BaseModel]) -> dict[str, None]:
+    """The names of a configuration's fields, those that it does not inherit first."""
+    return {name: None for kind in _kinds(config) for name in inspect.get_annotations(kind)}
+
+
+def _kinds(config: type[BaseModel]) -> list[type[BaseModel]]:
+    """A configuration and those that it inherits from."""
+    return [kind for kind in config.__mro__ if issubclass(kind, BaseModel) and kind is not BaseModel]
+
+
+def _setting(config: type[BaseModel], name: str) -> Parameter:
+    """The option of a field, in the panel of the configuration that declares it; checked by the configuration."""
+    field = config.model_fields[name]
+    panel = next(kind for kind in _kinds(config) if name in inspect.get_annotations(kind)).model_config["title"]
+    typed = str if get_origin(field.annotation) is Literal else field.annotation
+    option = typer.Option(help=field.description, rich_help_panel=panel)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[typed, option])
 
 
 def set_threads(threads: int | None) -> None:

@@ -14,16 +14,13 @@ from ofa.commands.console import notice, progress_bar, reports_errors, show, sho
 from ofa.commands.options import (
     BatchOption,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
-    ModelOption,
-    OfflineOption,
+    ModelOptions,
     QuietOption,
     SeparatorOption,
     TextColumnOption,
     ThreadsOption,
-    TrustOption,
+    grouped,
     set_threads,
 )
 from ofa.errors import InputError
@@ -39,8 +36,10 @@ _BATCHES = 64
 
 
 @reports_errors
+@grouped
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
+    source: ModelOptions,
     text: Annotated[list[str] | None, typer.Option(help="A text to label; may be given several times.")] = None,
     data: Annotated[
         str | None,
@@ -62,13 +61,8 @@ def predict(
     separator: SeparatorOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the file of a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    model: ModelOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
-    offline: OfflineOption = False,
-    trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -82,14 +76,13 @@ def predict(
     Every row has its answer, in order; one without text has none. Ctrl-C stops a run with --out, and the same command
     with --resume continues it.
     """
-    from ofa.commands.adapted import adapter_digest, base_of, open_adapter, read_task
+    from ofa.commands.adapted import adapter_digest, open_model, read_task, with_base
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
-    from ofa.models.load import check_source
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
     if out is not None:
         check_out(out)
-    check_source(base_of(adapter, model), dtype=dtype, device=device)
+    named, source = source.model, with_base(source, adapter)
     task = read_task(adapter, text_column)
     if data is None or suffix_of(data) in TEXT_SUFFIXES:
         task = _of_texts(task, data)
@@ -100,15 +93,19 @@ def predict(
     for position, one in enumerate(text or [], start=1):
         if not one.strip():
             raise InputError(f"--text number {position} is nothing but blanks: give it some words, or leave it out")
-    where: dict[str, Any] = {"device": device, "offline": offline, "trust_remote_code": trust_remote_code}
     from ofa.evaluation.scorer import Scorer
 
     set_threads(threads)
-    subject = open_adapter(adapter, model, dtype=dtype, **where)
+    subject = open_model(source, adapter)
     scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size)
     naming = Naming(found.columns, task.labels)
     if out is not None:
-        made_with = {"adapter": adapter_digest(adapter), "model": model, "dtype": dtype, "template": task.to_dict()}
+        made_with = {
+            "adapter": adapter_digest(adapter),
+            "model": named,
+            "dtype": source.dtype,
+            "template": task.to_dict(),
+        }
         file = PredictionFile(out, naming, made_with)
         with file.opened(resume=resume, overwrite=overwrite):
             _write(file, rows, scorer, found)

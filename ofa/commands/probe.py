@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,28 +15,22 @@ from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
+    DataOptions,
     JsonOption,
-    LabelColumnOption,
-    LabelsOption,
-    ModelOption,
-    OfflineOption,
+    ModelOptions,
+    Only,
     OverwriteOption,
     QuietOption,
-    SeparatorOption,
     ShotsOption,
-    TemplateOption,
-    TextColumnOption,
     ThreadsOption,
-    TrustOption,
+    grouped,
     set_threads,
 )
 from ofa.errors import InputError
+from ofa.regularizers.options import RegularizerOptions
 
 if TYPE_CHECKING:
     from ofa.adapters.save_and_load import Adapter
-    from ofa.commands.adapted import Adapted
     from ofa.models.load import LoadedModel
     from ofa.probing.results import Probe
     from ofa.tasks import Example, Task
@@ -46,11 +40,15 @@ BASE = "base model"
 
 
 @reports_errors
+@grouped
 def probe(
     data: Annotated[
         str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for probe.png, probe.csv and probe.json.")],
+    how: DataOptions,
+    source: ModelOptions,
+    measured: Annotated[RegularizerOptions, Only(("estimator", "samples", "convention", "tokens"))],
     adapters: Annotated[
         list[Path] | None, typer.Argument(help="Adapter folders to see beside their base; without any, the base alone.")
     ] = None,
@@ -67,26 +65,9 @@ def probe(
         str | None, typer.Option(help="Training examples to draw demonstrations from, the same for every model.")
     ] = None,
     shots: ShotsOption = 5,
-    estimator: Annotated[
-        str,
-        typer.Option(help="How the trace of a branch is measured: auto, exact or hutchinson."),
-    ] = "auto",
-    samples: Annotated[int, typer.Option(min=1, help="Probes N per step, where it is measured with probes.")] = 1,
-    convention: Annotated[str, typer.Option(help="Sign of the trace: theory or algorithm1.")] = "theory",
-    tokens: Annotated[str, typer.Option(help="Tokens that count for the step ratio: all or last.")] = "all",
-    template: TemplateOption = None,
-    labels: LabelsOption = None,
-    text_column: TextColumnOption = None,
-    label_column: LabelColumnOption = None,
-    separator: SeparatorOption = None,
-    model: ModelOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     overwrite: OverwriteOption = False,
-    offline: OfflineOption = False,
-    trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -97,42 +78,37 @@ def probe(
 
     The accuracy is that of the logit lens: every layer's hidden state, read by the model's own final norm and head.
     """
-    from ofa.commands.adapted import base_of
-    from ofa.commands.data import data_origin, demonstration_pool, test_data
+    from ofa.commands.adapted import asked_task, open_model, with_base
+    from ofa.commands.data import data_origin, demonstration_pool
     from ofa.files import claimed_folder
-    from ofa.models.load import check_source
-    from ofa.tasks import few_shot
+    from ofa.tasks import examples_from, few_shot
 
     folders = adapters or []
     names = _names(folders)
-    how: dict[str, Any] = {"estimator": estimator, "samples": samples, "convention": convention, "tokens": tokens}
-    check_source(base_of(folders[0], model) if folders else model, dtype=dtype, device=device)
-    where = {"dtype": dtype, "device": device, "offline": offline, "trust_remote_code": trust_remote_code}
-    columns = {"text_column": text_column, "label_column": label_column}
+    source = with_base(source, folders[0] if folders else None)
+    where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
     with claimed_folder(out, overwrite=overwrite) as folder:
-        task = _task(folders, data, template, labels, columns, separator, offline)
-        examples = _at_most(size, test_data(data, task, separator=separator, offline=offline), task, seed)
+        task = asked_task(folders, data, how, offline=source.offline)
+        examples = _at_most(size, examples_from(data, task, **where), task, seed)
         pool, shown = (
-            demonstration_pool(name, task, separator=separator, offline=offline) if name else ()
-            for name in (linear_probe, demonstrations)
+            demonstration_pool(name, task, **where) if name else () for name in (linear_probe, demonstrations)
         )
-        _check_options(**how)
-        how |= {"seed": seed, "batch_size": batch_size}
-        how["training"] = _at_most(linear_size, pool, task, seed)
-        how["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
+        asked: dict[str, Any] = measured.model_dump(exclude_unset=True) | {"seed": seed, "batch_size": batch_size}
+        asked["training"] = _at_most(linear_size, pool, task, seed)
+        asked["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
         from ofa.adapters.save_and_load import read_adapter
 
         read = [read_adapter(one) for one in folders]
         set_threads(threads)
-        subject = _subject(folders, model, where)
-        probes = _probe_all(subject, task, dict(zip(names, read, strict=True)), examples, how)
+        subject = open_model(source)
+        probes = _probe_all(subject, task, dict(zip(names, read, strict=True)), examples, asked)
         document = {
             "model": subject.model.name_or_path,
             "data": data,
             "task": task.to_dict(),
             "texts": len(examples),
-            **{name: len(value) if isinstance(value, tuple) else value for name, value in how.items()},
-            "dtype": dtype,
+            **{name: len(value) if isinstance(value, tuple) else value for name, value in asked.items()},
+            "dtype": source.dtype,
             **_told(probes, dict(zip(names, folders, strict=True))),
         }
         title = f"{data_origin(data)['name']}: {len(examples)} texts"
@@ -166,59 +142,12 @@ def _at_most(size: int | None, examples: tuple[Example, ...], task: Task, seed: 
     return class_balanced(examples, task.labels, size, seed) if size is not None and examples else examples
 
 
-def _task(
-    folders: list[Path],
-    data: str,
-    template: str | None,
-    labels: str | None,
-    columns: dict[str, str | None],
-    separator: str | None,
-    offline: bool,
-) -> Task:
-    """What is asked, by the adapters, of which the first is as good as any, or by the options."""
-    from ofa.commands.adapted import read_task
-    from ofa.commands.data import training_data
-
-    if not folders:
-        return training_data(data, template, labels, **columns, separator=separator, offline=offline).task
-    if template or labels:
-        raise InputError(f"{folders[0]} brings its own template and labels; leave out --template and --labels")
-    tasks = [read_task(folder, **columns) for folder in folders]
-    for folder, task in zip(folders, tasks, strict=True):
-        if replace(task, name="any") != replace(tasks[0], name="any"):
-            raise InputError(
-                f"{folder} was made for another template or other labels than {folders[0]}; "
-                "probe adapters of different tasks one by one"
-            )
-    return tasks[0]
-
-
-def _check_options(**how: Any) -> None:
-    from ofa.regularizers.options import check_options
-
-    fixed = {"epsilon": None, "probe": "rademacher", "gradient": "full", "every": 1, "radial": "exact"}
-    check_options(**how, **fixed, step_ratio=1, sharpness=1, granularity="layer")
-
-
-def _subject(folders: list[Path], model: str | None, where: dict[str, Any]) -> Adapted | LoadedModel:
-    """The base model, without any adapter in it."""
-    from ofa.commands.adapted import open_adapter
-    from ofa.models.load import load_model
-    from ofa.tuning.norms import restore_norms
-
-    if not folders:
-        return load_model(model, progress=notice, **where)
-    subject = open_adapter(folders[0], model, **where)
-    restore_norms(subject.model)
-    return subject
-
-
 def _probe_all(
-    subject: Adapted | LoadedModel,
+    subject: LoadedModel,
     task: Task,
     adapters: dict[str, Adapter],
     examples: tuple[Example, ...],
-    how: dict[str, Any],
+    asked: dict[str, Any],
 ) -> dict[str, Probe]:
     """The base and then every adapter in it; that all of them fit is known before the first is measured."""
     from ofa.adapters.save_and_load import load_adapter
@@ -238,7 +167,7 @@ def _probe_all(
 
             if adapter_or_none is not None:
                 load_adapter(model, adapter_or_none)
-            probes[name] = measure(model, subject.tokenizer, task, examples, progress=report, **how)
+            probes[name] = measure(model, subject.tokenizer, task, examples, progress=report, **asked)
             restore_norms(model)
     return probes
 

@@ -57,11 +57,10 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_training(name: str, settings: Mapping[str, Any]) -> None:
-    from ofa.regularizers.options import check_options
-    from ofa.training.config import checked_config
+    from ofa.training.config import TrainingConfig
 
     try:
-        check_options(**checked_config(**settings).regularizer_options)
+        TrainingConfig(**settings)
     except InputError as error:
         raise InputError(f"in the method {name}, {error}") from error
 

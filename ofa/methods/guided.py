@@ -26,7 +26,7 @@ from ofa.methods.structured_guidance import (
 )
 from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
-from ofa.training.config import checked_config
+from ofa.training.config import TrainingConfig
 from ofa.training.loss import cross_entropy_in_parts, encode_example
 from ofa.training.records import StepRecord
 from ofa.tuning.norms import restore_norms, tune_norms
@@ -92,7 +92,7 @@ def fit_guided(
     Raises:
         InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `training.loop.train`.
     """
-    config = checked_config(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
+    config = TrainingConfig(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
     others = other_tasks if weights.alignment > 0 else ()
     guide = guidance(weights, source_losses(model, tokenizer, others, config.batch_size))
     predictor = fit_norm_scales(

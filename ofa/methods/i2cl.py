@@ -25,7 +25,7 @@ from ofa.methods import Predictor
 from ofa.methods.last_token import last_token_outputs
 from ofa.methods.options import special_case
 from ofa.tasks.task import Example, Task
-from ofa.training.config import checked_config
+from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord, TrainingResult
 
@@ -71,7 +71,7 @@ def fit(
             see also `training.loop.train`.
     """
     settings = special_case("i2cl", {**SETTINGS, **settings}, step_ratio=0.0, sharpness=0.0)
-    config = checked_config(seed=seed, **settings)
+    config = TrainingConfig(seed=seed, **settings)
     scorer = Scorer(model, tokenizer, task)
     mixture = Mixture(model, context_vectors(model, scorer.encoder, shots))
     mixture.attach()

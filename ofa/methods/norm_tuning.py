@@ -12,7 +12,7 @@ from ofa.methods import Predictor
 from ofa.methods.options import special_case
 from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
-from ofa.training.config import TrainingConfig, checked_config
+from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
 from ofa.tuning.norms import restore_norms
@@ -87,7 +87,7 @@ def fit_ofa(
         tokenizer,
         task,
         shots,
-        checked_config(seed=seed, **settings),
+        TrainingConfig(seed=seed, **settings),
         folder=folder,
         resume=resume,
         validation=validation,

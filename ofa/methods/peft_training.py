@@ -15,8 +15,9 @@ from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.models.introspection import model_window
+from ofa.regularizers.options import RegularizerOptions
 from ofa.tasks.task import Example, Task
-from ofa.training.config import TrainingConfig, checked_config
+from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
 
@@ -99,10 +100,10 @@ def stored_bytes(model: Any) -> int:
 
 
 def _training_config(seed: int, settings: Mapping[str, Any]) -> TrainingConfig:
-    foreign = settings.keys() & (checked_config().regularizer_options.keys() - {"seed"})
+    foreign = settings.keys() & (RegularizerOptions.model_fields.keys() - {"seed"})
     if foreign:
         raise InputError(f"{min(foreign)} is a setting of OFA, and this method has no regularizers; leave it out")
-    return checked_config(seed=seed, step_ratio=0.0, sharpness=0.0, **settings)
+    return TrainingConfig(seed=seed, step_ratio=0.0, sharpness=0.0, **settings)
 
 
 def _check_model(model: Any) -> None:

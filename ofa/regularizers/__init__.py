@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from ofa.regularizers.attach import attached as attached
     from ofa.regularizers.attach import fused_regularizers as fused_regularizers
     from ofa.regularizers.options import CONVENTIONS as CONVENTIONS
-    from ofa.regularizers.options import TOKENS as TOKENS
-    from ofa.regularizers.options import check_options as check_options
+    from ofa.regularizers.options import RegularizerOptions as RegularizerOptions
 
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
@@ -21,7 +20,6 @@ __all__, __getattr__, __dir__ = on_first_use(
         "attached": "ofa.regularizers.attach",
         "fused_regularizers": "ofa.regularizers.attach",
         "CONVENTIONS": "ofa.regularizers.options",
-        "TOKENS": "ofa.regularizers.options",
-        "check_options": "ofa.regularizers.options",
+        "RegularizerOptions": "ofa.regularizers.options",
     },
 )

@@ -9,7 +9,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -22,12 +21,12 @@ from ofa.errors import InputError
 from ofa.regularizers import objectives
 from ofa.regularizers.branch_hooks import BranchHooks
 from ofa.regularizers.estimators import Handle, TraceEstimator
-from ofa.regularizers.estimators.choice import EstimatorOptions, choose
+from ofa.regularizers.estimators.choice import choose
 from ofa.regularizers.estimators.hutchinson import FullHutchinson
 from ofa.regularizers.guards import DeepcopyGuard, ModuleIdentityGuard, ThreadGuard, unwrap
 from ofa.regularizers.into_loss import add_penalty, refuse_packed
 from ofa.regularizers.measured_pass import MeasuredPass
-from ofa.regularizers.options import CONVENTIONS, check_options
+from ofa.regularizers.options import CONVENTIONS, RegularizerOptions
 from ofa.regularizers.recompute import RecomputeTracker
 from ofa.regularizers.reminders import Reminders
 from ofa.regularizers.schedule import Schedule
@@ -87,7 +86,7 @@ def fused_regularizers(
     Raises:
         InputError: an option is out of range, the model's steps are not recognized, or it is already regularized.
     """
-    check_options(
+    options = RegularizerOptions(
         step_ratio=step_ratio,
         sharpness=sharpness,
         estimator=estimator,
@@ -99,6 +98,7 @@ def fused_regularizers(
         gradient=gradient,
         every=every,
         radial=radial,
+        seed=seed,
         tokens=tokens,
     )
     model = unwrap(model)
@@ -110,10 +110,8 @@ def fused_regularizers(
     found = anatomies.find(model)
     chosen: TraceEstimator = FullHutchinson()  # attaches no hooks: used if nothing is traced
     if sharpness > 0:
-        wanted = EstimatorOptions(estimator, gradient, granularity, radial, samples, epsilon, probe)
-        chosen = choose(wanted, model, found)
-    settings = _Settings(step_ratio, sharpness, CONVENTIONS[convention], every, into_loss, seed, tokens == "last")
-    return Regularizers(model, found, found.steps(granularity), chosen, settings)
+        chosen = choose(options, model, found)
+    return Regularizers(model, found, chosen, options, into_loss=into_loss)
 
 
 def attached(model: nn.Module) -> Regularizers | None:
@@ -126,17 +124,6 @@ def attached(model: nn.Module) -> Regularizers | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Settings:
-    step_ratio: float
-    sharpness: float
-    sign: float
-    every: int
-    into_loss: bool
-    seed: int
-    last_token_only: bool
-
-
 class Regularizers:
     """The regularizers attached by `fused_regularizers`; as a context manager they close themselves."""
 
@@ -144,17 +131,19 @@ class Regularizers:
         self,
         model: nn.Module,
         anatomy: anatomies.Anatomy,
-        steps: tuple[anatomies.Step, ...],
         estimator: TraceEstimator,
-        settings: _Settings,
+        options: RegularizerOptions,
+        *,
+        into_loss: bool,
     ) -> None:
         self.anatomy = anatomy
-        self.steps = steps
+        self.steps = steps = anatomy.steps(options.granularity)
         self.estimator = estimator.name
         self._trace_estimator = estimator
         self.passes = 0
         """Measured forward passes so far; the next pass's probes depend only on this and the seed."""
-        self._settings = settings
+        self._options = options
+        self._into_loss = into_loss
         self._model = weakref.ref(model, _forgetting(self))
         self._signature = inspect.signature(model.forward)
         # PEFT passes unknown arguments on to the model that it wraps.
@@ -166,11 +155,11 @@ class Regularizers:
         self._without_grad = False
         self._dropouts = _dropouts(model)
         self._thread = ThreadGuard()
-        self.schedule = Schedule(settings.every)
+        self.schedule = Schedule(options.every)
         self._reminders = Reminders()
         self._preparing = False
         """True while a hook runs the model to prepare the estimator."""
-        active = settings.step_ratio > 0 or settings.sharpness > 0
+        active = options.step_ratio > 0 or options.sharpness > 0
         self._layers = {step.layer: RecomputeTracker() for step in steps}
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
         self._meters = [
@@ -181,7 +170,7 @@ class Regularizers:
             for branch in step.branches
         ]
         self._handles: list[Handle] = [handle for meter in self._meters for handle in meter.handles]
-        if settings.sharpness > 0:
+        if options.sharpness > 0:
             self._handles += estimator.attach()
         branches = [meter.branch for meter in self._meters]
         ends = {path for branch in branches for path in (branch.entry, branch.exit)}
@@ -194,7 +183,7 @@ class Regularizers:
             self._handles.append(DeepcopyGuard(model, (h for h in self._handles if isinstance(h, RemovableHandle))))
         norms = [branch.norm.path for branch in branches]
         self._places = ModuleIdentityGuard(
-            model, [*norms, *sorted(ends), *(estimator.relies_on if settings.sharpness > 0 else ())]
+            model, [*norms, *sorted(ends), *(estimator.relies_on if options.sharpness > 0 else ())]
         )
         for module in (model, *map(model.get_submodule, norms)):
             _attached[module] = weakref.ref(self)
@@ -221,7 +210,7 @@ class Regularizers:
         """
         if not self._meters:
             return torch.zeros(())
-        weights = self._settings.step_ratio, self._settings.sharpness
+        weights = self._options.step_ratio, self._options.sharpness
         return objectives.penalty(self.measurements, *weights, self._device)
 
     @contextmanager
@@ -281,24 +270,24 @@ class Regularizers:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._refuse_cache(given)
-        if self._settings.into_loss:
+        if self._into_loss:
             refuse_packed(given)
-        traced = self._settings.sharpness > 0 and self.schedule.measures(self._weights())
+        traced = self._options.sharpness > 0 and self.schedule.measures(self._weights())
         self._refuse_dropout(traced)
         self._places.check()
         if traced:
             self._prepare()
         self._thread.begin()
-        settings = self._settings
+        options = self._options
         self._set_pass(
             MeasuredPass(
                 seed=self._pass_seed(),
                 with_grad=torch.is_grad_enabled(),
-                lengths=settings.step_ratio > 0,
-                last_token_only=settings.last_token_only,
+                lengths=options.step_ratio > 0,
+                last_token_only=options.tokens == "last",
                 traced=traced,
                 held=self._trace_estimator.held,
-                sign=settings.sign,
+                sign=CONVENTIONS[options.convention],
                 mask=_padding_mask(given.get("attention_mask")),
             )
         )
@@ -318,7 +307,7 @@ class Regularizers:
         self._measured = self.schedule.complete(current.measurements(len(self.steps)), current.gradients)
         values = self._measured.step_norms, self._measured.sharpness
         self._device = next(value.device for value in values if value is not None)
-        return add_penalty(model, kwargs, output, self.penalty()) if self._settings.into_loss else None
+        return add_penalty(model, kwargs, output, self.penalty()) if self._into_loss else None
 
     def _weights(self) -> list[Tensor]:
         return [meter.norm_module.weight for meter in self._meters]  # type: ignore[misc]
@@ -355,7 +344,7 @@ class Regularizers:
 
     def _pass_seed(self) -> int:
         """A different 63-bit seed for every (seed, pass)."""
-        return ((self._settings.seed & 0x7FFFFFFF) << 32) | (self.passes & 0xFFFFFFFF)
+        return ((self._options.seed & 0x7FFFFFFF) << 32) | (self.passes & 0xFFFFFFFF)
 
     def _refuse_cache(self, given: dict[str, Any]) -> None:
         if given.get("use_cache") or given.get("past_key_values") is not None:

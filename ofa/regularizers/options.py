@@ -1,49 +1,89 @@
-"""The options of `fused_regularizers`, checked before anything is loaded or attached."""
+"""The options of `fused_regularizers`, declared once: training settings and the command line take them from here."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Self
 
-from ofa import anatomy as anatomies
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from ofa.errors import InputError
-from ofa.regularizers.closed_form.branch_trace import RADIAL
-from ofa.regularizers.estimators.choice import ESTIMATORS, GRADIENTS
-from ofa_kernels.philox import PROBES
 
 CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 """Sign of h_t relative to the trace tr(J_t P_t): the gradient is −F in the theory and +F in Algorithm 1."""
 
 
-TOKENS = ("all", "last")
-
-
-def check_options(**options: Any) -> None:
-    """Refuse options of `fused_regularizers` that are out of range, before anything is loaded or attached.
+class RegularizerOptions(BaseModel):
+    """How long steps and sharpness are weighed and measured; the descriptions are the help of the command line.
 
     Raises:
-        InputError: one sentence on the first option that cannot be used.
+        InputError: an option is unknown or out of range; it is named.
     """
-    for name, allowed in (
-        ("estimator", ESTIMATORS),
-        ("granularity", anatomies.GRANULARITIES),
-        ("probe", PROBES),
-        ("convention", tuple(CONVENTIONS)),
-        ("tokens", TOKENS),
-        ("gradient", GRADIENTS),
-        ("radial", RADIAL),
-    ):
-        if options[name] not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(allowed)}, not {options[name]!r}")
-    for name in ("step_ratio", "sharpness"):
-        if not 0 <= options[name] < float("inf"):
-            raise InputError(f"{name} is a weight and must be a finite number of at least 0, not {options[name]!r}")
-    if options["samples"] < 1:
-        raise InputError(f"samples must be at least 1, not {options['samples']!r}")
-    if options["every"] < 1:
-        raise InputError(f"every counts optimizer steps and must be at least 1, not {options['every']!r}")
-    if options["every"] > 1 and options["gradient"] == "full":
-        raise InputError(
-            "every > 1 reuses a measured gradient, and gradient='full' keeps none; leave out one of the two"
-        )
-    if options["epsilon"] is not None and not options["epsilon"] > 0:
-        raise InputError(f"epsilon must be above 0, not {options['epsilon']!r}")
+
+    model_config = ConfigDict(title="Regularizers", extra="forbid", frozen=True)
+
+    step_ratio: float = Field(
+        default=1e-2,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.",
+    )
+    sharpness: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
+    estimator: Literal["auto", "exact", "hutchinson"] = Field(
+        default="auto", description="How the trace is measured: auto (exact where possible), exact or hutchinson."
+    )
+    granularity: Literal["sublayer", "layer"] = Field(
+        default="sublayer", description="What a step is: sublayer, or layer as in the paper."
+    )
+    samples: int = Field(default=1, ge=1, description="Probes N per step, where the trace is measured with probes.")
+    epsilon: float | None = Field(
+        default=None, gt=0, description="Finite-difference step; chosen by dtype if left out."
+    )
+    probe: Literal["rademacher", "gaussian"] = Field(
+        default="rademacher", description="Distribution of the probes: rademacher or gaussian."
+    )
+    convention: Literal["theory", "algorithm1"] = Field(
+        default="theory", description="Sign of the trace: theory or algorithm1."
+    )
+    gradient: Literal["preconditioner", "full"] = Field(
+        default="preconditioner",
+        description="How the sharpness is differentiated: preconditioner (in γ alone), or full as in the paper.",
+    )
+    every: int = Field(
+        default=1,
+        ge=1,
+        description="Measure the sharpness in one optimizer step of this many; reuse its gradient between.",
+    )
+    radial: Literal["channels", "exact", "none"] = Field(
+        default="channels",
+        description="Radial terms of the exact trace in training: channels (8 of them), exact or none.",
+    )
+    tokens: Literal["all", "last"] = Field(
+        default="all", description="Tokens that count for the step ratio: all or last."
+    )
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="Seed of the probes.")
+
+    def __init__(self, **options: Any) -> None:
+        """Check the options."""
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise InputError(_sentence(error)) from error
+
+    @model_validator(mode="after")
+    def _check_reuse(self) -> Self:
+        if self.every > 1 and self.gradient == "full":
+            raise InputError(
+                "every > 1 reuses a measured gradient, and gradient='full' keeps none; leave out one of the two"
+            )
+        return self
+
+
+def _sentence(error: ValidationError) -> str:
+    """What is wrong with the first option that cannot be used."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = first["loc"][0]
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {name} to be {first['input']!r}"
+    return f"{name} {first['msg'].replace('Input should', 'must')}, not {first['input']!r}"

@@ -8,7 +8,6 @@ from ofa._lazy import on_first_use
 
 if TYPE_CHECKING:
     from ofa.training.config import TrainingConfig as TrainingConfig
-    from ofa.training.config import checked_config as checked_config
     from ofa.training.loop import Diverged as Diverged
     from ofa.training.loop import Guidance as Guidance
     from ofa.training.loop import Interrupted as Interrupted
@@ -23,7 +22,6 @@ __all__, __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "TrainingConfig": "ofa.training.config",
-        "checked_config": "ofa.training.config",
         "Diverged": "ofa.training.loop",
         "Guidance": "ofa.training.loop",
         "Interrupted": "ofa.training.loop",

@@ -140,7 +140,7 @@ def test_an_open_ended_task_is_adapted_to_its_completions(tiny_model):
         ("revews", {}, r"reviews"),
         (DATA, {"epochs": 0}, r"epochs=0"),
         (DATA, {"step_ration": 0.1}, r"step_ration"),
-        (DATA, {"probe": "normal"}, r"probe must be one of"),
+        (DATA, {"probe": "normal"}, r"probe must be 'rademacher' or"),
         (DATA, {"resume": True}, r"folder"),
     ],
     ids=["too few", "no shots", "no examples", "no task", "range", "unknown", "option", "nothing to resume"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -13,29 +12,14 @@ from ofa.regularizers.closed_form.modules import NoClosedForm
 from ofa.regularizers.estimators import TraceEstimator
 from ofa.regularizers.estimators.exact import Exact
 from ofa.regularizers.estimators.hutchinson import FullHutchinson, Hutchinson, epsilon_scales_of
-
-ESTIMATORS = ("auto", "exact", "hutchinson")
-GRADIENTS = ("preconditioner", "full")
+from ofa.regularizers.options import RegularizerOptions
 
 # The package's logger, which users filter by, not this module's.
 _logger = logging.getLogger("ofa.regularizers")
 
 
-@dataclass(frozen=True)
-class EstimatorOptions:
-    """The options of `choose`; see `ofa.fused_regularizers`."""
-
-    estimator: str
-    gradient: str
-    granularity: str
-    radial: str
-    samples: int
-    epsilon: float | None
-    probe: str
-
-
-def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
-    """The estimator of a name among `ESTIMATORS`, not attached yet; the choice of "auto" is logged with its reason.
+def choose(options: RegularizerOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
+    """The estimator that the options name, not attached yet; the choice of "auto" is logged with its reason.
 
     Raises:
         InputError: "exact" for a model without a closed form.
@@ -62,7 +46,7 @@ def choose(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> Tra
     return chosen
 
 
-def _differences(options: EstimatorOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
+def _differences(options: RegularizerOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
     steps = anatomy.steps(options.granularity)
     norms = (norm.path for norm in anatomy.norms)
     reach = epsilon_scales_of(model, norms, steps) if options.epsilon is None else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import signal
@@ -18,7 +17,6 @@ import ofa as ofa_package
 from ofa.adapters.folder import CHECKPOINT
 from ofa.commands import doctor as doctor_module
 from ofa.commands.data import split_labels
-from ofa.commands.fit import fit
 from ofa.evaluation.scorer import Scorer
 from ofa.models.load import load_model
 from ofa.tasks import Example, Task, load_task
@@ -465,11 +463,13 @@ def test_validation_examples_choose_the_epoch(fitted: Round, tmp_path: Path) -> 
     assert details(tmp_path / "out")["method"] == "norm-tuning"
 
 
-def test_options_of_fit_have_the_defaults_of_the_configuration() -> None:
-    """A default is written twice, for --help and for the library: they must not drift apart, nor one be missing."""
-    options = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
-    fields = {name: field.default for name, field in TrainingConfig.model_fields.items()}
-    assert {name: options.get(name, "no such option") for name in fields} == fields
+def test_every_setting_is_an_option_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own help, and under the names that the library has."""
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = done("fit", "--help").out
+    for name, field in TrainingConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert field.description in shown
 
 
 def test_inspect_describes_the_model(tiny_folder: Path) -> None:

@@ -191,7 +191,7 @@ REFUSALS: dict[str, Case] = {
     ),
     "unknown estimator": (
         lambda p, here: [p.adapters[0], "--data", p.test, "--estimator", "guess"],
-        ("estimator must be one of auto", "not 'guess'"),
+        ("estimator must be 'auto'", "not 'guess'"),
     ),
     "label missing for the linear probe": (
         lambda p, here: [

@@ -198,7 +198,7 @@ DATA: dict[str, Case] = {
         lambda b: b.fit(template="{text} {label}:"),
         ("{label}, the column of the answer", "leave it out"),
     ),
-    "seed of more than 64 bits": (lambda b: b.fit("--seed", 10**30), ("the seed", "64 bits", "18 digits")),
+    "seed of more than 64 bits": (lambda b: b.fit("--seed", 10**30), ("seed must be less than",)),
     "seed of more than 64 bits to evaluate with": (
         lambda b: b.evaluate("--size", 2, "--seed", 10**30),
         ("the seed", "64 bits", "18 digits"),
@@ -443,11 +443,11 @@ OUTPUTS: dict[str, Case] = {
 }
 
 SETTINGS: dict[str, Case] = {
-    "no epochs": (lambda b: b.fit("--epochs", 0), ("setting epochs=0", "greater than or equal to 1")),
-    "negative weight": (lambda b: b.fit("--sharpness", -1), ("setting sharpness=-1.0", "greater than or equal to 0")),
+    "no epochs": (lambda b: b.fit("--epochs", 0), ("epochs must be", "greater than or equal to 1")),
+    "negative weight": (lambda b: b.fit("--sharpness", -1), ("sharpness must be", "greater than or equal to 0")),
     "infinite weight": (lambda b: b.fit("--step-ratio", "inf"), ("step_ratio", "finite number")),
-    "no steps": (lambda b: b.fit("--every", 0), ("setting every=0", "greater than or equal to 1")),
-    "unknown probe": (lambda b: b.fit("--probe", "coin"), ("probe must be one of rademacher, gaussian", "'coin'")),
+    "no steps": (lambda b: b.fit("--every", 0), ("every must be", "greater than or equal to 1")),
+    "unknown probe": (lambda b: b.fit("--probe", "coin"), ("probe must be 'rademacher' or 'gaussian'", "'coin'")),
     "no configuration file": (
         lambda b: b.fit("--config", "none.yaml"),
         ("configuration none.yaml cannot be read", "check the path"),

@@ -148,7 +148,7 @@ def test_settings_are_the_arguments_of_fit_and_of_training(name, settings):
     ("name", "settings", "words"),
     [
         ("ofa", {"sharpnes": 0.1}, 'ofa has no setting "sharpnes", did you mean "sharpness"'),
-        ("ofa", {"epochs": 0}, "in the method ofa, the setting epochs=0"),
+        ("ofa", {"epochs": 0}, "in the method ofa, epochs must be"),
         ("ofa", {"estimator": "guess"}, "in the method ofa, .*guess"),
         ("takes-all", {"pool": "x"}, 'no setting "pool"'),
         ("takes-all", {"seed": 3}, 'no setting "seed"'),

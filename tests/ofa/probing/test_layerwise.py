@@ -268,7 +268,7 @@ def test_an_interrupted_probe_leaves_the_model_as_it_was(unchanged):
         (TASK, (Example("warm", "good"),), {}, r"'good' is not a label of task 'mood': use one of negative, positive"),
         (TASK, (Example(" ", "positive"),), {}, r"text 1 of 1 is blank"),
         (TASK, EXAMPLES, {"training": SHOTS[:1]}, r"of the linear probe have none of the label 'negative': give some"),
-        (TASK, EXAMPLES, {"estimator": "guess"}, r"estimator must be one of auto, .*not 'guess'"),
+        (TASK, EXAMPLES, {"estimator": "guess"}, r"estimator must be 'auto', .*not 'guess'"),
         (TASK, EXAMPLES, {"batch_size": 0}, r"batch size is 0: give one of at least 1"),
     ],
     ids=["no examples", "open-ended", "unknown label", "empty text", "label untrained", "estimator", "batch size"],

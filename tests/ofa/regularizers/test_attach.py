@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import weakref
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ofa
-from ofa import InputError
+from ofa import InputError, anatomy
+from ofa.regularizers.options import RegularizerOptions
+from ofa_kernels.philox import PROBES
 from tests import families, oracle
 from tests.device import DEVICE
 from tests.ofa import traces
@@ -287,23 +290,36 @@ def test_dropout_kept_as_a_number_is_noticed() -> None:
         model(**families.inputs("llama"))
 
 
+def test_the_signature_has_the_defaults_of_the_options() -> None:
+    """The two are written out; the command line and the training settings have theirs from the second."""
+    signature = inspect.signature(ofa.fused_regularizers).parameters
+    fields = {name: field.default for name, field in RegularizerOptions.model_fields.items()}
+    assert {name: parameter.default for name, parameter in signature.items() if name in fields} == fields
+    assert signature.keys() - fields == {"model", "into_loss"}
+
+
+@pytest.mark.parametrize(("name", "known"), [("probe", PROBES), ("granularity", anatomy.GRANULARITIES)])
+def test_the_options_know_what_lower_floors_do(name: str, known: tuple[str, ...]) -> None:
+    assert get_args(RegularizerOptions.model_fields[name].annotation) == known
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"estimator": "exactly"}, "estimator must be one of"),
-        ({"probe": "uniform"}, "probe must be one of rademacher, gaussian, not 'uniform'"),
-        ({"convention": "paper"}, "convention must be one of theory, algorithm1, not 'paper'"),
-        ({"tokens": "first"}, "tokens must be one of all, last, not 'first'"),
-        ({"granularity": "token"}, "granularity must be one of sublayer, layer, not 'token'"),
-        ({"step_ratio": -1.0}, "step_ratio is a weight and must be a finite number of at least 0, not -1.0"),
-        ({"sharpness": float("nan")}, "sharpness is a weight and must be a finite number of at least 0, not nan"),
-        ({"sharpness": float("inf")}, "sharpness is a weight and must be a finite number of at least 0, not inf"),
-        ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"gradient": "half"}, "gradient must be one of preconditioner, full, not 'half'"),
-        ({"radial": "some"}, "radial must be one of channels, exact, none, not 'some'"),
-        ({"every": 0}, "every counts optimizer steps and must be at least 1, not 0"),
+        ({"estimator": "exactly"}, "estimator must be 'auto', 'exact' or 'hutchinson', not 'exactly'"),
+        ({"probe": "uniform"}, "probe must be 'rademacher' or 'gaussian', not 'uniform'"),
+        ({"convention": "paper"}, "convention must be 'theory' or 'algorithm1', not 'paper'"),
+        ({"tokens": "first"}, "tokens must be 'all' or 'last', not 'first'"),
+        ({"granularity": "token"}, "granularity must be 'sublayer' or 'layer', not 'token'"),
+        ({"step_ratio": -1.0}, "step_ratio must be greater than or equal to 0, not -1.0"),
+        ({"sharpness": float("nan")}, "sharpness must be a finite number, not nan"),
+        ({"sharpness": float("inf")}, "sharpness must be a finite number, not inf"),
+        ({"samples": 0}, "samples must be greater than or equal to 1, not 0"),
+        ({"gradient": "half"}, "gradient must be 'preconditioner' or 'full', not 'half'"),
+        ({"radial": "some"}, "radial must be 'channels', 'exact' or 'none', not 'some'"),
+        ({"every": 0}, "every must be greater than or equal to 1, not 0"),
         ({"every": 2, "gradient": "full"}, "every > 1 reuses a measured gradient, and"),
-        ({"epsilon": 0.0}, "epsilon must be above 0, not 0.0"),
+        ({"epsilon": 0.0}, "epsilon must be greater than 0, not 0.0"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
-from ofa.training.config import TrainingConfig, checked_config
+from ofa.training.config import TrainingConfig
 from ofa.training.loop import Diverged, Interrupted, learning_rate, train
 from ofa.training.records import StepRecord, read_metrics
 from ofa.tuning.norms import restore_norms
@@ -526,7 +526,7 @@ def test_a_norm_without_gradient_stops_the_run_at_once_and_is_named(tiny_model):
 )
 def test_a_wrong_setting_is_named_in_one_sentence(settings, named):
     with pytest.raises(InputError, match=named) as error:
-        checked_config(**settings)
+        TrainingConfig(**settings)
     assert "\n" not in str(error.value)
 
 
