@@ -1,4 +1,4 @@
-"""The tuned norm scales on disk: save, read, load, merge, push."""
+"""Save, read, load, merge and publish tuned norm scales as adapter folders."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which weights an adapter was made for, beside the norms it replaces: a few values of every tensor, by layer.
+"""Digest the frozen weights that an adapter was made for, from a few values of every tensor.
 
-A fine-tuned model often has the very norms of its base. Reading everything would cost more than loading it, so that a
-change counts that reaches one of the values that are read, which any training of a layer does.
+Fine-tuned models often keep the norms of their base, so the norms alone do not identify it. Hashing all weights would
+cost more than loading them; training a layer changes the sampled values too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ofa import sharding
 from ofa.tuning.norms import base_parameters
 
 _VALUES = 64
-"""Read of each tensor, evenly spread."""
+"""Values sampled from each tensor, evenly spaced."""
 
 
 @torch.no_grad()
 def weight_digests(model: nn.Module) -> dict[str, str]:
-    """Module path (a layer, the embedding, the head) → digest of some of its frozen weights, norms excepted.
+    """Map each module (a layer, the embedding, the head) to a digest of a sample of its frozen weights, without norms.
 
-    Two halves, of the values rounded to bfloat16 and to float16 first: models of one base, loaded in any two of float32
-    and these, agree in one of them. Weights that train are not the base's. Left out are modules with packed (quantized)
-    or offloaded weights; of a sharded model, all.
+    A digest has two halves, one from bfloat16 and one from values rounded to float16 first: copies of one base loaded
+    in float32, bfloat16 or float16 agree in at least one half. Modules with trainable, packed (quantized) or offloaded
+    weights are skipped; a sharded model gives no digests.
     """
     if sharding.is_sharded(model):
         return {}
@@ -43,7 +43,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
 
 def difference(saved: Mapping[str, str], model: nn.Module) -> str | None:
-    """Where the weights of a model are not those that the digests are of, in a few words; None where they are."""
+    """Name the modules whose weights differ from the saved digests; None if all agree."""
     own = weight_digests(model)
     half = len(next(iter(saved.values()), "")) // 2
     differing = [
@@ -58,7 +58,7 @@ def difference(saved: Mapping[str, str], model: nn.Module) -> str | None:
 
 
 def _group(name: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`, and the module elsewhere."""
+    """`model.layers.3` for `model.layers.3.mlp.up_proj.weight`; outside of layers, the parameter's module."""
     parts = name.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
     return ".".join(parts[: number + 1])
@@ -74,6 +74,6 @@ def _digest(tensors: list[tuple[str, Tensor]]) -> str:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """Values of a tensor without a copy of it, in float32, on its device."""
+    """A sample of a tensor's values in float32, on its device, without copying the tensor."""
     places = torch.linspace(0, tensor.numel() - 1, min(_VALUES, tensor.numel()), dtype=torch.float64).long()
     return tensor.detach()[torch.unravel_index(places.to(tensor.device), tensor.shape)].flatten().float()

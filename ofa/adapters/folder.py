@@ -1,4 +1,4 @@
-"""The files of an adapter's folder, and what two of them say without the libraries that load a model."""
+"""Name the files of an adapter folder, and read its configuration without importing torch."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ CARD = "README.md"
 
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
-"""Of a run that is under way or was stopped; a finished one leaves the adapter in its place."""
+"""State of an unfinished run; a finished run replaces it by the adapter."""
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`adapter_config.json` of an adapter of ours.
+    """Read `adapter_config.json` of an LN-tuning adapter.
 
     Raises:
-        InputError: the folder is none, or holds another kind of adapter.
+        InputError: the folder is not an adapter folder, or holds another kind of adapter.
     """
     path = at_home(folder)
     config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
     if config.get("peft_type") != "LN_TUNING":
         raise InputError(
-            f"{path} holds a {config.get('peft_type')} adapter; only LN_TUNING adapters can be loaded here"
+            f"{path} holds a {config.get('peft_type')} adapter, which cannot be loaded here; give an LN_TUNING adapter"
         )
     return config
 
 
 def read_details(folder: str | Path) -> dict[str, Any]:
-    """`ofa_config.json`; empty where there is none, as in a folder that PEFT wrote.
+    """Read `ofa_config.json`; empty if there is none, as in a folder that PEFT wrote.
 
     Raises:
         InputError: the file cannot be read.

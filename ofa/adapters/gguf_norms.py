@@ -1,7 +1,7 @@
-"""An adapter's scales written into a GGUF file of its base, in place of the base's own and of nothing else.
+"""Write an adapter's scales into a GGUF file of its base, replacing only the base's norms.
 
-However few bits its matrices have, such a file holds norms in float32, so that nothing is requantized. Which tensor is
-which norm says the `gguf` package, whose names llama.cpp's converter uses; the base's fingerprint proves it for a file.
+GGUF files store norms in float32 at every quantization, so nothing is requantized. The `gguf` package, whose names
+llama.cpp's converter uses, maps norms to tensors; the base's fingerprint verifies the mapping for each file.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ _ADDED = dict.fromkeys(
     ),
     0.0,
 ) | dict.fromkeys(("gemma", "gemma2", "gemma3"), 1.0)
-"""Architecture of a file → what the converter adds to every norm's weight w: Gemma's norms multiply by 1 + w."""
+"""Map the architecture of a file to the offset that the converter adds to norm weights: Gemma's scale is 1 + w."""
 
 
 def merge_gguf(adapter: str | Path | Adapter, base: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Copy a GGUF file of the adapter's base with the adapter's scales in it; every other byte stays as it is.
+    """Copy a GGUF file of the adapter's base with the adapter's scales in it; all other bytes are unchanged.
 
     Args:
-        base: what llama.cpp's converter made of the base, at any quantization; or the file that the adapter was tuned
-            on.
+        base: the base converted by llama.cpp, at any quantization; or the file that the adapter was tuned on.
+
+    Returns:
+        The path of the new file.
 
     Raises:
-        InputError: the file is damaged, of another base, of an architecture that is not known here, in parts, or holds
-            a norm in another type than float32; `out` is there and `overwrite` is off, or cannot be written.
+        InputError: the file is damaged, split, of another base or an unknown architecture, or has a norm that is not
+            float32; `out` exists and `overwrite` is off, or cannot be written.
     """
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     source, target = at_home(base), check_gguf_out(out, base, overwrite=overwrite)
@@ -61,10 +63,11 @@ def merge_gguf(adapter: str | Path | Adapter, base: str | Path, out: str | Path,
 
 
 def check_gguf_out(out: str | Path, base: str | Path, *, overwrite: bool) -> Path:
-    """The path of a GGUF file that is to be written.
+    """The path of the GGUF file to write.
 
     Raises:
-        InputError: it has no such name or folder, is the base itself, or is there and `overwrite` is off.
+        InputError: it does not end in .gguf, its folder does not exist, it is the base itself, or it exists and
+            `overwrite` is off.
     """
     target = at_home(out)
     if target.suffix.lower() != ".gguf" or target.is_dir() or not target.parent.is_dir():
@@ -77,7 +80,7 @@ def check_gguf_out(out: str | Path, base: str | Path, *, overwrite: bool) -> Pat
 
 
 def check_merged(adapter: Adapter, file: str | Path) -> None:
-    """Refuse a GGUF file that does not hold the adapter's scales to the bit.
+    """Check that a GGUF file holds exactly the adapter's scales.
 
     Raises:
         InputError: it holds others, or cannot be read.
@@ -92,7 +95,7 @@ def check_merged(adapter: Adapter, file: str | Path) -> None:
 
 @dataclass(frozen=True)
 class _Norm:
-    """A scale or shift: its path in the adapter, its tensor in the file, and what an adapter puts there."""
+    """A scale or shift: its path in the adapter, its tensor in the file, and the adapter's values for it."""
 
     path: str
     tensor: ReaderTensor
@@ -107,7 +110,7 @@ def _norms_in(file: Path, adapter: Adapter) -> list[_Norm]:
     norms = []
     for path, value in adapter.parameters.items():
         module, _, kind = path.rpartition(".")
-        # Encoders inside of a classifier have its name for them in front, which the converter takes off.
+        # The converter removes a classifier's prefix from the names of its encoder.
         name = names.get_name(module) or names.get_name(module.partition(".")[2])
         tensor = tensors.get(f"{name}.{kind}")
         if tensor is None:
@@ -160,8 +163,8 @@ def _check_base(norms: list[_Norm], adapter: Adapter) -> None:
     expected = {adapter.details[name] for name in found if name in adapter.details}
     if expected and expected.isdisjoint(found.values()):
         raise InputError(
-            f"{adapter.folder} was made for {adapter.base or 'another model'}, and the norms of this GGUF file are "
-            "others; give a file of that base without an adapter in it"
+            f"{adapter.folder} was made for {adapter.base or 'another model'}, and the norms of this GGUF file differ; "
+            "give a file of that base without an adapter in it"
         )
 
 
@@ -171,8 +174,8 @@ def _open(file: Path) -> GGUFReader:
 
     try:
         return GGUFReader(file)
-    except Exception as error:  # a damaged file makes the reader fail in any way at all
-        raise InputError(f"{file} is damaged or cut short ({first_sentence(error)}); fetch it again") from error
+    except Exception as error:  # on a damaged file the reader raises errors of any type
+        raise InputError(f"{file} is damaged or truncated ({first_sentence(error)}); fetch it again") from error
 
 
 def _field(reader: GGUFReader, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""The README.md of an adapter folder: what it is, what it was made from, how good it is, how to use it."""
+"""Write the model card of an adapter folder: base and task, training data, scores, usage."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ HERE = "PATH_OF_THIS_FOLDER"
 PAPER = "2505.19107"
 
 _QUANTIZED = """\
-It was tuned and scored on a 4-bit (Q4_1) copy of that base, the one `ofa` fetches by default and `ofa predict` goes
-back to; on the original weights the scores may differ.
+It was tuned and scored on a 4-bit (Q4_1) copy of that base, which `ofa` fetches by default and `ofa predict` uses
+again; on the original weights the scores may differ.
 """
 _PROTOCOL = """\
-Accuracy of the most probable label word behind the prompt, without demonstrations in it.
+Accuracy of the most probable label word after the prompt, without demonstrations in it.
 """
 _MEASURES = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro-F1"), "exact_match": ("exact_match",) * 2}
-"""Scores of ours that hubs list: their name for the measure, and the words for it."""
+"""Our scores that hubs list: the hub's id of the metric, and its name."""
 
 
 def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
-    """Markdown with the front matter that model hubs read.
+    """The card as Markdown, with the front matter that model hubs read.
 
     Args:
         details: the content of `ofa_config.json`.
-        task_type: PEFT's name for the kind of model, `CAUSAL_LM`, or None for an encoder.
+        task_type: PEFT's task type, `CAUSAL_LM`, or None for an encoder.
     """
     task = details.get("task") or {}
     parts = [
@@ -44,12 +44,12 @@ def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
 
 
 def named(base: str | None) -> str:
-    """The base model as the text of a card has it."""
+    """The base model's name in the text of a card."""
     return f"`{base}`" if base else "an unnamed model"
 
 
 def usage(place: str, task_type: str | None, *, published: bool, base: str | None = None) -> str:
-    """How to use the adapter of this base that lies in the folder `place`, or in the hub's repository of that name."""
+    """The section on use, for an adapter in the folder `place`, or `published` in the hub repository of that name."""
     if base is not None and base.lower().endswith(".gguf"):
         load = _load_gguf(base, place)
     elif task_type == "CAUSAL_LM":
@@ -66,7 +66,7 @@ def usage(place: str, task_type: str | None, *, published: bool, base: str | Non
 
 
 def _load_gguf(base: str, place: str) -> str:
-    """Python that loads the file; without its last argument some versions of transformers leave the weights packed."""
+    """Python that loads a GGUF base; without `dequantize`, some versions of transformers leave the weights packed."""
     folder, _, name = base.rpartition("/")
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, GgufConfig\n\n"
@@ -90,7 +90,7 @@ def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type
         library_name="peft",
         pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
         tags=["few-shot", "ln-tuning", "ofa", f"arxiv:{PAPER}"],
-        # Hubs look base models up: what is only a folder here stays in the text.
+        # Hubs look up the base model, so a local folder is named only in the text.
         base_model=base if is_known else None,
         base_model_relation="adapter" if is_known else None,
         datasets=list(dict.fromkeys(one["hub_id"] for one in data.values() if "hub_id" in one)) or None,

@@ -1,4 +1,4 @@
-"""An adapter folder on the Hugging Face hub: its own files, with a base model that others can have too."""
+"""Push an adapter folder to the Hugging Face hub, with a base model that others can load."""
 
 from __future__ import annotations
 
@@ -33,21 +33,24 @@ def push_to_hub(
     message: str = _MESSAGE,
     token: str | None = None,
 ) -> str:
-    """Put an adapter on the hub, in one commit; returns the page's address.
+    """Push an adapter to the hub, in one commit.
 
-    Scales, PEFT's configuration, `ofa_config.json` and the model card are sent, in which the repository's name stands
-    for the folder's; nothing else of the folder is, such as a checkpoint.
+    Only the scales, PEFT's configuration, `ofa_config.json` and the model card are uploaded; in the card, the
+    repository's name replaces the folder's.
 
     Args:
-        repo_id: "owner/name", or a name alone for one's own.
-        private: None leaves it to the owner's settings; an existing repository stays what it is.
-        base_model: hub id of the base, where the adapter was made from a folder or a file.
-        overwrite: commit to a repository that exists.
-        metrics: send the records and the figure of the training run too.
-        token: of a user who may write; None takes HF_TOKEN or what `hf auth login` keeps.
+        repo_id: "owner/name", or only the name for a repository of the token's user.
+        private: visibility of a new repository; None uses the owner's default.
+        base_model: hub id of the base, required if the adapter was made from a local folder or file.
+        overwrite: commit to an existing repository.
+        metrics: also upload the records and the figure of the training run.
+        token: a token with write access; None uses HF_TOKEN or the login of `hf auth login`.
+
+    Returns:
+        The URL of the repository.
 
     Raises:
-        InputError: the folder is no adapter, its base is on this machine alone, there is no token or it may not write,
+        InputError: the folder is no adapter, its base is only on this machine, there is no token or it may not write,
             the repository exists and `overwrite` is off, or the hub cannot be reached.
     """
     adapter = read_adapter(folder)
@@ -77,12 +80,12 @@ def _check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(
-            f"{repo_id!r} is no name for a repository of the hub; write owner/name, of letters, digits, -, _ and ."
+            f"{repo_id!r} is not a valid hub repository; write owner/name, with letters, digits, '-', '_' and '.'"
         ) from error
 
 
 def _public_base(adapter: Adapter, given: str | None) -> str:
-    """The base's hub id: what is only a folder or a file on this machine would leave others with scales of nothing."""
+    """The base's hub id; without the base, others could not use the scales."""
     if given is not None:
         if not is_hub_id(given):
             raise InputError(f"{given!r} is no hub id; give the base model as --base-model owner/name")
@@ -91,8 +94,8 @@ def _public_base(adapter: Adapter, given: str | None) -> str:
     if base is None or not is_hub_id(base) or Path(base).exists():
         known = f"was made for {base}, which is only on this machine" if base else "does not say its base model"
         raise InputError(
-            f"{adapter.folder} {known}, so that nobody else could use it; say which model of the hub that is with "
-            "--base-model HUB_ID, or push the base first"
+            f"{adapter.folder} {known}, so others could not use it; name the base on the hub with --base-model HUB_ID, "
+            "or push the base first"
         )
     return base
 
@@ -103,14 +106,14 @@ def _token(given: str | None) -> str:
     token = given or get_token()
     if token is None:
         raise InputError(
-            "there is no token of the hub on this machine; log in with `hf auth login`, or set HF_TOKEN to a token "
-            "that may write (https://huggingface.co/settings/tokens)"
+            "there is no hub token on this machine; log in with `hf auth login`, or set HF_TOKEN to a token with write "
+            "access (https://huggingface.co/settings/tokens)"
         )
     return token
 
 
 def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
-    """The files as they are to lie in the repository; those of the folder stay as they are."""
+    """The files for the repository, with the public name of the base; the folder is not modified."""
     config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
     files: dict[str, Any] = {CONFIG: {**config, "base_model_name_or_path": base}}
     if adapter.details:
@@ -124,7 +127,7 @@ def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
 
 
 def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> str | None:
-    """The folder's own card, whatever was added to it, for readers who have the repository and not the folder."""
+    """The folder's card, with edits by the user, rewritten for readers of the repository."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -139,15 +142,15 @@ def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> s
         card = ModelCard(_published(text, repo_id, task_type, adapter.base))
     except (ValueError, YAMLError) as error:
         raise InputError(
-            f"the front matter of {file} cannot be read ({first_sentence(error)}); correct it, or delete the file and "
-            "it will be written anew"
+            f"the front matter of {file} cannot be read ({first_sentence(error)}); correct it, or delete the file to "
+            "have it generated again"
         ) from error
     card.data.base_model, card.data.base_model_relation = base, "adapter"
     return str(card)
 
 
 def _published(text: str, repo_id: str, task_type: str | None, local_base: str | None) -> str:
-    for base in (local_base, None):  # the folder's own card, or one written anew for the base's name on the hub
+    for base in (local_base, None):  # the folder's own card, or one generated for the base's name on the hub
         own = usage(HERE, task_type, published=False, base=base)
         text = text.replace(own, usage(repo_id, task_type, published=True))
     return text
@@ -180,7 +183,7 @@ def _commit(api: HfApi, repo_id: str, operations: list[Any], message: str) -> No
 
 @contextmanager
 def _explained(target: _Target) -> Iterator[None]:
-    """Turn what the hub answers into a sentence; the token is in none of them."""
+    """Turn the hub's errors into `InputError`; none of the messages has the token."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -189,8 +192,8 @@ def _explained(target: _Target) -> Iterator[None]:
         raise InputError(_refusal(target, error)) from error
     except Exception as error:  # the network errors of the hub's client have no base class of their own
         raise InputError(
-            f"the hub cannot be reached ({first_sentence(error)}); connect, and run the same again with --overwrite if "
-            f"{target.repo_id} was created already"
+            f"the hub cannot be reached ({first_sentence(error)}); connect and run the command again, with --overwrite "
+            f"if {target.repo_id} was already created"
         ) from error
 
 
@@ -198,13 +201,14 @@ def _refusal(target: _Target, error: Any) -> str:
     status = error.response.status_code
     if status == 401:
         return (
-            "the hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN to one that may write"
+            "the hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN to one with write "
+            "access"
         )
     if status == 403:
         return (
-            f"the token may not write to {target.repo_id}; take a name of your own, or a token with write access "
+            f"the token may not write to {target.repo_id}; use a repository of your own, or a token with write access "
             "(https://huggingface.co/settings/tokens)"
         )
     if status == 409:
-        return f"{target.repo_id} exists on the hub already; choose another name, or commit to it with --overwrite"
+        return f"{target.repo_id} already exists on the hub; choose another name, or commit to it with --overwrite"
     return f"the hub refused {target.repo_id} ({status}: {first_sentence(error)}); try again later or report it there"

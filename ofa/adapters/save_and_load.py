@@ -1,7 +1,7 @@
-"""The tuned norm scales on disk: a PEFT LN-tuning folder that opens in PEFT and transformers as it is.
+"""Save, load and merge tuned norm scales: a PEFT LN-tuning folder that PEFT and transformers open directly.
 
-`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `ofa_config.json` says what the adapter was made from
-(task, shots, seed, versions, scores, a fingerprint of the base), `README.md` is the model card.
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `ofa_config.json` records how the adapter was made
+(task, shots, seed, versions, scores, fingerprints of the base); `README.md` is the model card.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from ofa.tuning.norms import base_parameters, hold_norms
 _PREFIX = "base_model.model."
 _LAYER = ".ln_tuning_layers."
 
-_told_of: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
-"""Adapters that a model was told to be another base for."""
+_warned: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
+"""Adapters, by model, for which a warning about another base was logged."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder read into memory: norm parameters by path, its base, and what `ofa_config.json` says."""
+    """An adapter folder in memory: its base, norm parameters by path, and `ofa_config.json` as `details`."""
 
     folder: Path
     base: str | None
@@ -56,17 +56,20 @@ def save_adapter(
 ) -> Path:
     """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
 
-    In several processes rank 0 writes. Call it on every rank, and all return when the folder is whole; a model that
-    is not sharded may instead be saved by rank 0 alone, every time.
+    In a distributed run, call it on every rank: rank 0 writes, and all ranks return when the folder is complete. If the
+    model is not sharded, rank 0 may call it alone.
 
     Args:
-        base_model: hub id or folder of the base; the model's own name when None.
-        details: what to keep in `ofa_config.json` besides versions and the base's fingerprint.
-        overwrite: write into a folder that already holds something.
+        base_model: hub id or folder of the base; None uses the model's own name.
+        details: entries for `ofa_config.json` besides versions and the base's fingerprints.
+        overwrite: write into a folder that is not empty.
+
+    Returns:
+        The folder.
 
     Raises:
-        InputError: a scale is not finite, or the folder cannot be written, or is not empty and `overwrite` is off; a
-            rank holds other scales than rank 0.
+        InputError: a scale is not finite, the folder cannot be written or is not empty, or the scales of a rank differ
+            from those of rank 0.
     """
     model = sharding.unwrapped(model)
     sharding.reshard(model)
@@ -75,8 +78,8 @@ def save_adapter(
     broken = _not_finite(current)
     if broken:
         raise InputError(
-            f"{broken} is not finite, so no adapter was written to {folder}; the training diverged: repeat it with a "
-            "lower learning rate"
+            f"{broken} is not finite because the training diverged, so no adapter was written to {folder}; train again "
+            "with a lower learning rate"
         )
     tensors = {_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
     known = {**(details or {}), **fingerprints(model)}  # gathered by all ranks
@@ -125,7 +128,7 @@ def _write(
                 target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
                 target / DETAILS: json_writer(known),
                 target / CARD: text_writer(model_card(known, config["task_type"])),
-                # Last, because this is the file by which a folder counts as an adapter.
+                # Last: this file makes the folder an adapter.
                 target / CONFIG: json_writer(config),
             }
         )
@@ -135,7 +138,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Read and check an adapter folder; safetensors only.
 
     Raises:
-        InputError: it is not an LN-tuning folder, offers a pickle, or its tensors are damaged.
+        InputError: it is not an LN-tuning folder, has only a pickle, or its tensors are damaged.
     """
     path = at_home(folder)
     config = read_config(path)
@@ -152,12 +155,15 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
-    """Put an adapter's scales into its base model; `restore_norms` takes them out again.
+    """Replace the norm scales of a base model by an adapter's; `restore_norms` restores them.
 
-    Nothing is changed unless everything fits.
+    The model changes only if the whole adapter fits.
+
+    Returns:
+        The adapter that was loaded.
 
     Raises:
-        InputError: the folder cannot be read, or belongs to another base or another width.
+        InputError: the folder cannot be read, or belongs to a base with other norms or another width.
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     _check_fit(sharding.unwrapped(model), adapter)
@@ -174,9 +180,12 @@ def merge(
     """Write a full checkpoint of the base with the adapter's scales in place of its own.
 
     Args:
-        model: the base, or its hub id or folder, to be loaded in its own dtype. A loaded model is left as it was, tuned
-            scales included.
-        tokenizer: saved beside the model when given; that of the base, as it came, when `model` is a name.
+        model: the base; or its hub id or folder, which is loaded in its own dtype. A given model is not modified, even
+            if its scales are tuned.
+        tokenizer: saved with the model; if `model` is a name, the base's tokenizer is the default.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: the adapter does not fit, or the folder cannot be written.
@@ -188,7 +197,7 @@ def merge(
         return merge(loaded.model, adapter, out, tokenizer=tokenizer or loaded.tokenizer, overwrite=overwrite)
     if sharding.is_sharded(model):
         raise InputError(
-            "a sharded model cannot be merged; save the adapter and merge it with the base's name or folder"
+            "a sharded model cannot be merged; save the adapter, and merge it with the base's name or folder"
         )
     read = read_adapter(adapter)
     _check_fit(model, read)
@@ -215,14 +224,14 @@ def _exact_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made an adapter."""
+    """Versions of the packages that an adapter was made with."""
     from importlib.metadata import version
 
     return {"ofa-adapt": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
 def _merged_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The base's tensors with the adapter's scales, in the base's dtype; the model itself is not touched."""
+    """The base's state dict with the adapter's scales, in the base's dtype; the model is not modified."""
     base = base_parameters(model)
     scales = {path: value.to(base[path]) for path, value in adapter.parameters.items()}
     return {**model.state_dict(), **base, **scales}
@@ -246,15 +255,15 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
     expected = {adapter.details[name] for name in actual if name in adapter.details}
     if expected and expected.isdisjoint(actual.values()):
         raise InputError(
-            f"{adapter.folder} was made for {name}, and this model's own norms are others; load that base instead"
+            f"{adapter.folder} was made for {name}, and this model's own norms differ; load that base instead"
         )
-    told = _told_of.setdefault(model, set())
+    warned = _warned.setdefault(model, set())
     differing = difference(adapter.details.get("base_weights", {}), model)
-    if differing is not None and adapter.folder not in told:
-        told.add(adapter.folder)
+    if differing is not None and adapter.folder not in warned:
+        warned.add(adapter.folder)
         logger.warning(
-            "%s was made for %s: this model has its norms, but other weights (%s); it may answer otherwise, so load "
-            "that base, or measure it here with `ofa evaluate`",
+            "%s was made for %s: this model has the same norms but other weights (%s), so predictions may differ; load "
+            "that base, or test this one with `ofa evaluate`",
             adapter.folder,
             name,
             differing,
@@ -279,9 +288,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         if pickles:
-            raise InputError(f"{pickles[0]} is a pickle, which can run code when it is read; convert it to {WEIGHTS}")
+            raise InputError(f"{pickles[0]} is a pickle, which can run code when loaded; convert it to {WEIGHTS}")
         raise InputError(f"{folder} has no {WEIGHTS}; give the folder that `ofa fit` wrote")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error
+        raise InputError(f"{path} is damaged or truncated ({error}); copy or save the adapter again") from error

@@ -1,4 +1,4 @@
-"""Adaptation methods behind one interface: `fit(model, tokenizer, task, shots, seed) → Predictor`."""
+"""Adaptation methods with one interface: `fit(model, tokenizer, task, shots, seed) → Predictor`."""
 
 from __future__ import annotations
 
@@ -44,12 +44,16 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model adapted to a task. Closing it brings the model back to what it was before `fit`.
+    """A model adapted to a task. `close` restores the model.
 
-    `trainable_parameters` counts what was trained; `training` is None for methods that train nothing. `contexts` says
-    what the method may be tested with in front of a text: nothing ("prompt"), its shots ("demonstrations").
-    `stored_bytes` is what keeping the adaptation takes, the shots themselves not counted; `notes` what the method tells
-    of itself, as JSON values.
+    Attributes:
+        scorer: scores the labels with the adapted model.
+        release: restores the model.
+        trainable_parameters: number of trained parameters.
+        training: None if the method trains nothing.
+        contexts: what may precede a text in a test: nothing ("prompt"), the shots ("demonstrations").
+        stored_bytes: size of the saved adaptation, without the shots.
+        notes: the method's own records, as JSON values.
     """
 
     scorer: Scorer
@@ -76,10 +80,9 @@ class Predictor:
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Predict the examples and measure the predictions, as `evaluation.scorer.evaluate` does, in the method's own
-        way.
+        """Predict the examples with this method and measure the predictions, see `evaluation.scorer.evaluate`.
 
-        Demonstrations and batch size are the scorer's where they are not given.
+        Demonstrations and batch size default to the scorer's.
         """
         scorer = copy(self.scorer)
         if demonstrations is not None:
@@ -89,7 +92,7 @@ class Predictor:
         return scorer.evaluate(examples, progress=progress)
 
     def close(self) -> None:
-        """Leave the model as `fit` found it."""
+        """Restore the model to its state before `fit`."""
         self.release()
 
     def __enter__(self) -> Predictor:
@@ -105,7 +108,7 @@ def method(name: str) -> Callable[..., Predictor]:
     """The `fit` of a method by name.
 
     Raises:
-        InputError: there is no such method; the nearest name is offered.
+        InputError: there is no such method; the message suggests the nearest name.
     """
     from ofa.tasks import did_you_mean
 
@@ -117,4 +120,4 @@ def method(name: str) -> Callable[..., Predictor]:
 
 
 def nothing_to_release() -> None:
-    """For methods that leave the model untouched."""
+    """`release` of methods that do not modify the model."""

@@ -1,4 +1,4 @@
-"""Calibrated in-context learning: label probabilities are divided by those of texts without content (2102.09690)."""
+"""Calibrated in-context learning: divide label probabilities by those of content-free texts (arXiv 2102.09690)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ofa.methods import Predictor, nothing_to_release
 from ofa.tasks.task import Example, Task
 
 CONTENT_FREE = ("N/A", "[MASK]", "-")
-"""The source has an empty text in place of the dash; a prompt here always has a text."""
+"""The paper has an empty text instead of the dash, but prompts here always have a text."""
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
-    """Score the label words behind the demonstrations, in the order of `shots`, and calibrate them."""
+    """Score the label words after the demonstrations, in the order of `shots`, and calibrate the scores."""
     scorer = CalibratedScorer(model, tokenizer, task, demonstrations=shots)
     return Predictor(scorer, nothing_to_release, contexts=("demonstrations",))
 
 
 class CalibratedScorer(Scorer):
-    """Scores labels relative to what the same demonstrations say of a text without content."""
+    """Scores labels relative to their scores for content-free texts after the same demonstrations."""
 
     def log_probabilities(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
         """The log of p(label | text) / mean p(label | content-free text), normalised over the labels."""
-        # In one call, so that all have the same demonstrations in front.
+        # One call, so that all texts get the same demonstrations.
         scores = super().log_probabilities([*CONTENT_FREE, *texts], progress=progress)
         free, scores = scores.split([len(CONTENT_FREE), len(texts)])
         return (scores - free.logsumexp(0)).log_softmax(1)

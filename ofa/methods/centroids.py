@@ -1,4 +1,4 @@
-"""Class centroids: the label whose shots' mean hidden state is nearest (prototypical networks, arXiv 1703.05175)."""
+"""Class centroids: predict the label with the nearest mean hidden state (prototypical networks, arXiv 1703.05175)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ofa.tasks.task import Example, Task
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
-    """Keep the mean of the last hidden states of each label's shots.
+    """Compute the mean of the last hidden states of each label's shots.
 
     Raises:
         InputError: the task is open-ended, or a label has no shot.
@@ -23,11 +23,11 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 
 
 def train(states: Tensor, classes: Tensor) -> tuple[Classifier, int]:
-    """softmax_c(−‖z − μ_c‖² / 2s²) on standardized states z, as for `ofa.probing.linear_probe`, and the number of
-    weights.
+    """The classifier softmax_c(−‖z − μ_c‖² / 2s²) on standardized states z, and its number of weights.
 
-    s² is the mean ‖z − μ_c‖² of the shots to their own centroids without its bias, n/(n − C), so that probabilities
-    do not depend on the width; with one shot per class, where it is not known, that of all shots to their mean.
+    States are standardized as in `ofa.probing.linear_probe`. s² is the unbiased mean ‖z − μ_c‖² of the shots to their
+    own centroids (factor n/(n − C)), so probabilities do not depend on the width. With one shot per class it is
+    undefined; s² is then the mean of all shots' distances to their common mean.
     """
     deviation, mean = torch.std_mean(states, 0, correction=0)
     scale = torch.where(deviation > 0, 1 / deviation, 0.0)

@@ -56,12 +56,12 @@ def fit(
         direction: λ_d, the weight of 1 − cos(g, r).
         magnitude: λ_m, the weight of max(0, ‖g‖ − τ)².
         alignment: λ_a, the weight of cos(g, s).
-        other_tasks: each with its shots, which s is the gradient of.
+        other_tasks: the source tasks with their shots; s is the gradient of their loss.
         options: as for `fit_guided`.
 
     Raises:
         InputError: a setting is wrong, or the model's attention has no second derivative; see also
-        `training.loop.train`.
+            `training.loop.train`.
     """
     check_attention(model)
     weights = Weights(direction, magnitude, alignment)
@@ -83,14 +83,14 @@ def fit_guided(
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
 ) -> Predictor:
-    """Tune every norm scale on the shots under a guidance; `settings` are fields of `TrainingConfig`.
+    """Tune every norm scale on the shots with a guidance; `settings` are fields of `TrainingConfig`.
 
-    With `validation` examples the scales of the epoch with the best accuracy on them are kept. A run that fails or is
-    interrupted leaves the model as it was. The notes are the guidance's log and, where alignment has a weight, the
-    names of the other tasks; without it those are not looked at.
+    With `validation` examples, the scales of the epoch with the best accuracy on them are kept. A failed or interrupted
+    run restores the model. The notes are the guidance's log and, if alignment has a weight, the names of the other
+    tasks; without a weight these are not read.
 
     Raises:
-        InputError: a setting is wrong or one of the regularizers', see `TrainingConfig` and `training.loop.train`.
+        InputError: a setting is wrong or belongs to the regularizers; see `TrainingConfig` and `training.loop.train`.
     """
     config = TrainingConfig(seed=seed, **special_case(method, settings, step_ratio=0.0, sharpness=0.0))
     others = other_tasks if weights.alignment > 0 else ()
@@ -105,7 +105,7 @@ def fit_guided(
 def source_losses(
     model: Any, tokenizer: Any, other_tasks: Sequence[tuple[Task, Sequence[Example]]], size: int
 ) -> list[Loss]:
-    """Losses of at most `size` examples each that sum to the mean over the tasks of the cross-entropy of their shots.
+    """Losses of at most `size` examples each, whose sum is the mean over the tasks of their shots' cross-entropy.
 
     Raises:
         InputError: a task has no shots.
@@ -140,14 +140,14 @@ def fit_first_order(
     """Tune every norm scale on the shots along gradients changed by projection, mixing and clipping.
 
     Args:
-        direction: a, the share of the average gradient that is mixed in; 0 also leaves conflicts with it alone.
-        magnitude: share of the excess of ‖g‖ over τ that is taken off; 1 clips to τ.
-        alignment: share of a conflict with the source tasks that is taken out; 1 projects.
-        other_tasks: each with its shots, which s is the gradient of.
+        direction: a, the share of the average gradient that is mixed in; 0 also keeps conflicts with it.
+        magnitude: share of the excess of ‖g‖ over τ that is removed; 1 clips to τ.
+        alignment: share of a conflict with the source tasks that is removed; 1 projects.
+        other_tasks: the source tasks with their shots; s is the gradient of their loss.
         options: as for `fit_guided`.
 
     Raises:
-        InputError: a setting is wrong, the shares must lie between 0 and 1; see also `training.loop.train`.
+        InputError: a setting is wrong, or a share is not between 0 and 1; see also `training.loop.train`.
     """
     shares, name = Weights(direction, magnitude, alignment), "guided-first-order"
     return fit_guided(name, FirstOrderGuidance, shares, model, tokenizer, task, shots, seed, other_tasks, **options)
@@ -168,8 +168,8 @@ def fit_finite_difference(
 ) -> Predictor:
     """Tune every norm scale on the shots; arguments as for `fit`.
 
-    A difference of two gradients is lost in the rounding of half precision: a model in bfloat16 or float16 computes in
-    float32 while it is tuned, which takes 4 bytes more per weight, and is given back in its own dtype.
+    Half precision would round the difference of two gradients away. So a bfloat16 or float16 model computes in float32
+    while it is tuned, with 4 more bytes per weight, and gets its own weights back afterwards.
 
     Raises:
         InputError: a setting is wrong, or the model is quantized; see also `training.loop.train`.
@@ -191,14 +191,14 @@ def _refuse_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise InputError(
-                f"{name} is quantized, and a difference of two gradients is lost in its rounding; load the model "
+                f"{name} is quantized, and its rounding hides a difference of two gradients; load the model "
                 "unquantized, or use guided or guided-first-order"
             )
 
 
 @contextmanager
 def _frozen_weights_in_float32(model: nn.Module) -> Iterator[None]:
-    """Compute in float32; behind it the weights are the very tensors they were."""
+    """Compute in float32; afterwards the original weight tensors are restored."""
     narrow = [p for p in model.parameters() if not p.requires_grad and p.dtype.itemsize < torch.float32.itemsize]
     own = [parameter.data for parameter in narrow]
     try:

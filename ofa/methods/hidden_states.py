@@ -1,4 +1,4 @@
-"""Scoring by the hidden state that a frozen model has at the prompt's last token; what two baselines share."""
+"""Classify texts by a frozen model's hidden state at the prompt's last token, for two baselines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ofa.models.introspection import accepted_arguments, evaluating
 from ofa.tasks.task import Example, Task
 
 Classifier = Callable[[Tensor], Tensor]
-"""Hidden states (n, d) → log-probabilities of the labels (n, C)."""
+"""Map hidden states (n, d) to log-probabilities of the labels (n, C)."""
 
 
 def fit_classifier(
@@ -32,10 +32,10 @@ def fit_classifier(
         InputError: the task is open-ended, or a label has no shot.
     """
     if task.open_ended:
-        raise InputError(f"task {task.name!r} has no labels to tell apart; choose another method")
+        raise InputError(f"task {task.name!r} has no labels to classify; choose another method")
     absent = next((label for label in task.labels if all(shot.label != label for shot in shots)), None)
     if absent is not None:
-        raise InputError(f"no shot has the label {absent!r}, so a classifier cannot know it; give one of every label")
+        raise InputError(f"no shot has the label {absent!r}, so a classifier cannot learn it; give one of every label")
     states = last_hidden_states(Scorer(model, tokenizer, task), [shot.text for shot in shots])
     classifier, weights = train(states, torch.tensor([task.labels.index(shot.label) for shot in shots]))
     scorer = HiddenStateScorer(model, tokenizer, task, classifier)
@@ -45,19 +45,19 @@ def fit_classifier(
 
 
 class HiddenStateScorer(Scorer):
-    """Labels a text by a classifier of the hidden state at the last token of its prompt."""
+    """Scores labels by a classifier of the hidden state at the last token of the prompt."""
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, classifier: Classifier) -> None:
         super().__init__(model, tokenizer, task)
         self._classifier = classifier
 
     def log_probabilities(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
-        """Log-probabilities (n, number of labels) by the classifier; label words play no part."""
+        """Log-probabilities (n, number of labels) by the classifier; label words are not used."""
         return self._classifier(last_hidden_states(self, texts, progress))
 
 
 def last_hidden_states(scorer: Scorer, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
-    """Hidden states (n, d), float32, on the CPU, that the head reads at the last token of each text's prompt."""
+    """The input of the head, (n, d), float32, on the CPU, at the last token of each text's prompt."""
     prompts = scorer.encoder.encode_prompts(texts)
     body: Any = scorer.model.base_model
     device = next(scorer.model.parameters()).device

@@ -1,9 +1,9 @@
 """I2CL: demonstrations as one vector per branch, mixed into every token by calibrated coefficients (arXiv 2405.14660).
 
-Every demonstration is run alone; the outputs of the attention and the MLP branches of all L layers at its last token
-(the line end behind the label), averaged over the demonstrations, are the context vectors v. At test every branch
-output `out` at every position becomes β·out + λ·v. The 4L coefficients are calibrated by cross-entropy on the same
-demonstrations' prompts; meanwhile 0.001·‖out‖·N(0, I) is added, with the norm of each token, without its gradient.
+Each demonstration is run alone. The context vectors v are the outputs of the attention and MLP branches of all L layers
+at its last token (the line end after the label), averaged over the demonstrations. At test, every branch output `out`
+becomes β·out + λ·v at every position. The 4L coefficients are calibrated by cross-entropy on the demonstrations'
+prompts, with noise 0.001·‖out‖·N(0, I), where ‖out‖ is the norm of each token, without gradient.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ofa.training.loop import train
 from ofa.training.records import StepRecord, TrainingResult
 
 SETTINGS = {"learning_rate": 0.01, "epochs": 100, "batch_size": 2}
-"""Where the method's own settings differ from `TrainingConfig`."""
+"""Defaults that differ from `TrainingConfig`."""
 
 LAMBDA, BETA = 0.1, 1.0
-"""The coefficients before they are calibrated."""
+"""The initial coefficients."""
 
 NOISE = 1e-3
 
@@ -61,10 +61,10 @@ def fit(
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
 ) -> ContextPredictor:
-    """Take the vectors of the shots and calibrate the coefficients; `settings` are fields of `TrainingConfig`.
+    """Compute the vectors of the shots and calibrate the coefficients; `settings` are fields of `TrainingConfig`.
 
-    With `validation` examples the coefficients of the epoch with the best accuracy on them are kept. The notes hold the
-    coefficients. A run that fails or is interrupted leaves the model as it was.
+    With `validation` examples, the coefficients of the epoch with the best accuracy on them are kept. The notes hold
+    the coefficients. A failed or interrupted run restores the model.
 
     Raises:
         InputError: a setting is wrong, no demonstration fits the window, or the model's branches are not recognized;
@@ -95,10 +95,10 @@ def fit(
 def transfer(
     model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], coefficients: Tensor
 ) -> ContextPredictor:
-    """The vectors of the shots with coefficients (2L, 2) that were calibrated on another task; nothing is trained.
+    """Use the vectors of the shots with coefficients (2L, 2) calibrated on another task; nothing is trained.
 
     Raises:
-        InputError: the coefficients are of another model, and as `fit`.
+        InputError: the coefficients do not fit the model; see also `fit`.
     """
     scorer = Scorer(model, tokenizer, task)
     mixture = Mixture(model, context_vectors(model, scorer.encoder, shots))
@@ -108,14 +108,14 @@ def transfer(
 
 
 def recompute(predictor: ContextPredictor, examples: Sequence[Example]) -> None:
-    """Replace the vectors by those of other demonstrations; the coefficients stay as they were calibrated.
+    """Replace the vectors by those of other demonstrations; the coefficients stay.
 
     Raises:
         InputError: the predictor is closed, or no demonstration fits the window.
     """
     scorer, mixture = predictor.scorer, predictor.mixture
     if not mixture.attached:
-        raise InputError("the predictor is closed and cannot take other demonstrations: call fit or transfer again")
+        raise InputError("the predictor is closed, so its demonstrations cannot change: call fit or transfer again")
     mixture.detach()
     try:
         mixture.vectors = context_vectors(scorer.model, scorer.encoder, examples)
@@ -124,7 +124,7 @@ def recompute(predictor: ContextPredictor, examples: Sequence[Example]) -> None:
 
 
 def similarity(first: Tensor, second: Tensor) -> float:
-    """Cosine between the coefficients of two tasks, flattened: how alike the tasks are to the model.
+    """Cosine between the flattened coefficients of two tasks, a measure of the tasks' similarity to the model.
 
     Raises:
         InputError: they are of different models.
@@ -138,23 +138,23 @@ def similarity(first: Tensor, second: Tensor) -> float:
 
 
 def context_vectors(model: Any, encoder: Encoder, examples: Sequence[Example]) -> list[Tensor]:
-    """Mean over the demonstrations of each branch's output (d,) at the last token of every one alone.
+    """Mean over the demonstrations, each run alone, of each branch's output (d,) at the last token.
 
-    A demonstration that does not fit the window is left out.
+    Demonstrations that do not fit the window are left out.
 
     Raises:
-        InputError: none is left.
+        InputError: none fits.
     """
     exits = _exits(model)
     demonstrations = [ids for example in examples if (ids := encoder.encode_demonstrations([example]))]
     if not demonstrations:
-        raise InputError("there is not one demonstration that fits the window: give at least one, or shorter ones")
+        raise InputError("no demonstration fits the window: give at least one, or shorter ones")
     outputs = [last_token_outputs(model, exits, ids) for ids in demonstrations]
     return [torch.stack(own).mean(0) for own in zip(*outputs, strict=True)]
 
 
 class Mixture:
-    """Makes every branch output of a model β·out + λ·v while it is attached."""
+    """Replaces every branch output of a model by β·out + λ·v while attached."""
 
     def __init__(self, model: Any, vectors: list[Tensor]) -> None:
         self.vectors = vectors
@@ -172,7 +172,7 @@ class Mixture:
 
     @torch.no_grad()
     def set(self, coefficients: Tensor) -> None:
-        """Take over λ and β (2L, 2); raises InputError where their number is another."""
+        """Set λ and β (2L, 2). Raises InputError if their number does not fit the model."""
         if coefficients.shape != (len(self.vectors), 2):
             raise InputError(
                 f"coefficients {tuple(coefficients.shape)} do not fit a model with {len(self.vectors)} branches: "
@@ -183,21 +183,21 @@ class Mixture:
 
     @property
     def attached(self) -> bool:
-        """Whether the model's outputs are mixtures at the moment."""
+        """True while the hooks are registered."""
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Begin to mix."""
+        """Register the hooks."""
         self._handles = [branch.register_forward_hook(self._hook(i)) for i, branch in enumerate(self._branches)]
 
     def detach(self) -> None:
-        """Leave the branches as they were; does nothing a second time."""
+        """Remove the hooks, if any."""
         while self._handles:
             self._handles.pop().remove()
 
     @contextmanager
     def calibrating(self, seed: int) -> Iterator[dict[str, nn.Parameter]]:
-        """The coefficients by name, trainable, and noise drawn by `seed` in passes that are recorded for a gradient."""
+        """The coefficients by name, trainable; forwards with gradients add noise drawn by `seed`."""
         self._noise = _Noise(seed)
         try:
             for parameter in (self._lambda, self._beta):
@@ -221,7 +221,7 @@ class Mixture:
 
 
 class _Noise:
-    """Standard normal draws of its own generators: whatever else draws in between does not change them."""
+    """Standard normal noise from generators of its own, independent of other random draws."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -237,7 +237,7 @@ class _Noise:
 def _exits(model: Any) -> list[str]:
     branches = [branch for step in anatomy.find(model).steps() for branch in step.branches]
     if any(branch.writes != "update" for branch in branches):
-        raise InputError("this model adds its branches to the stream inside of them, so i2cl has nothing to mix into")
+        raise InputError("i2cl needs the branches' outputs, but this model's branches add to the residual stream")
     return [branch.exit for branch in branches]
 
 

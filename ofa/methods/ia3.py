@@ -11,13 +11,13 @@ from ofa.methods.peft_training import fit_adapter
 from ofa.tasks.task import Example, Task
 
 SETTINGS = {"learning_rate": 3e-3}
-"""Where the method's own settings differ from `TrainingConfig`."""
+"""Defaults that differ from `TrainingConfig`."""
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
-    """Train one scale per output of the key and value projections and per input of the MLP's last one, 1 at first.
+    """Train a scale, initially 1, per output of the key and value projections and per input of the MLP's last one.
 
-    A projection that also makes queries is scaled whole, as PEFT does; `options` as for `fit_adapter`.
+    A fused projection that also computes queries is scaled whole, as in PEFT; `options` as for `fit_adapter`.
 
     Raises:
         InputError: see `fit_adapter`.
@@ -26,7 +26,7 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 
 
 def config_for(model: Any) -> Any:
-    """PEFT's configuration of these scales for a model; of a mixture of experts keys and values alone.
+    """PEFT's configuration of these scales for a model; for a mixture of experts only keys and values.
 
     Raises:
         InputError: the projections are not found.

@@ -1,4 +1,4 @@
-"""The model as it is, with no example in front of a text (zero-shot) or with the shots (in-context learning)."""
+"""The untuned model, without examples in front of a text (zero-shot) or with the shots (in-context learning)."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Label anchor: of the demonstrations only keys and values of template and labels stay (arXiv 2305.14160).
+"""Label anchor: keep only the demonstrations' keys and values of template and labels (arXiv 2305.14160).
 
 The demonstrations are run once, whole; then the keys and values of their texts are dropped, and every prompt attends to
-what is left. Of the tokens of "Review: a warm film\\nSentiment: positive\\n" those stay that stand for
+the rest. Of "Review: a warm film\\nSentiment: positive\\n" these tokens stay:
 
-- "Review:", the template before the text; in the first demonstration with the tokenizer's special tokens before it
-  (ours: a model trained behind such a token attends to it heavily);
-- "\\nSentiment: positive", the template behind the text and the label; in every demonstration, the last too (ours);
-- "\\n", the line end, which goes with what follows: the next demonstration's "Review:", behind the last one the prompt.
+- "Review:", the template before the text; in the first demonstration also the tokenizer's special tokens before it
+  (our choice: models attend heavily to such a token);
+- "\\nSentiment: positive", the template after the text and the label, also in the last demonstration (our choice);
+- "\\n", the line end.
 
-Where a token holds both text and template it stays if the template's part is more than a blank: " a" does not, ".\\n",
-one token in many vocabularies, does.
+A token with both text and template stays if the template's part is more than a blank: " a" is dropped, but ".\\n", one
+token in many vocabularies, stays.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ofa.tasks.task import Example, Task
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words of prompts that attend to the anchors of the demonstrations, in the order of `shots`.
 
-    Positions and what fits the window are as with all demonstrations in context, see `PrefixCache` and `Encoder`. The
-    notes tell how many anchors there are, special tokens not counted.
+    Positions and window are as with all demonstrations in context, see `PrefixCache` and `Encoder`. The notes have the
+    number of anchors, without special tokens.
 
     Raises:
-        InputError: the task has no labels, or the model cannot go on from a part of its cache.
+        InputError: the task has no labels, or the model cannot continue from a part of its cache.
     """
     if task.open_ended:
-        raise InputError(f"task {task.name!r} has no labels that could be anchors: use icl instead")
+        raise InputError(f"task {task.name!r} has no labels to use as anchors: use icl instead")
     scorer = LabelAnchorScorer(model, tokenizer, task, demonstrations=shots)
     with evaluating(model):
         prefix = scorer.shared_prefix(scorer.encoder.encode_demonstrations(shots))
@@ -51,19 +51,19 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 
 
 class LabelAnchorScorer(Scorer):
-    """Scores labels behind demonstrations of which the prompts see no text."""
+    """Scores labels after demonstrations whose texts are hidden from the prompts."""
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, *, demonstrations: Sequence[Example]) -> None:
         super().__init__(model, tokenizer, task, demonstrations=demonstrations)
         self.encoder: AnchorEncoder = AnchorEncoder(tokenizer, task, model_window(model))
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
-        """As the plain scorer's, but for the dropped keys and values of the demonstrations encoded last."""
+        """The prefix cache with only the anchors of the demonstrations encoded last."""
         return PrefixCache(self.model, demonstrations, self.encoder.pad_id, kept=self.encoder.anchors)
 
 
 class AnchorEncoder(Encoder):
-    """An encoder that knows which tokens of the demonstrations it encoded last, by position, are anchors."""
+    """An encoder that keeps the positions of the anchors in the demonstrations it encoded last."""
 
     def __init__(self, tokenizer: Any, task: Task, window: int | None) -> None:
         super().__init__(tokenizer, task, window)
@@ -74,14 +74,14 @@ class AnchorEncoder(Encoder):
         self.anchors = []
         for example in examples:
             own, head, tail = self._parts(example, first=not ids)
-            before, behind = _covered(own, head), _covered(own[::-1], tail[::-1])
-            kept = {*range(before), *range(len(own) - behind, len(own))}
+            before, after = _covered(own, head), _covered(own[::-1], tail[::-1])
+            kept = {*range(before), *range(len(own) - after, len(own))}
             self.anchors.extend(len(ids) + position for position in sorted(kept))
             ids.extend(own)
         return ids
 
     def _parts(self, example: Example, *, first: bool) -> tuple[list[int], list[int], list[int]]:
-        """Ids of a demonstration, of what stands before its text, and of what stands behind it."""
+        """Token ids of a demonstration, of the part before its text, and of the part after it."""
         parts = self.task.parts
         head, tail = parts.head.rstrip(" "), parts.tail + self.task.target(example.label) + "\n"
         if first:
@@ -91,7 +91,7 @@ class AnchorEncoder(Encoder):
 
 
 def _covered(ids: Sequence[int], part: Sequence[int]) -> int:
-    """How many of the first ids hold something of a part that was encoded alone."""
+    """The number of leading ids that overlap with a part that was encoded separately."""
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, part, strict=False)))
-    # What is left of the part has merged with the text next to it.
+    # The rest of the part has merged with the adjacent text into one token.
     return same + (same < len(part))

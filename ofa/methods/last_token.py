@@ -1,4 +1,4 @@
-"""What modules return at the last token of a text."""
+"""Record the outputs of modules at the last token of a text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ofa.models.introspection import evaluating
 
 
 def last_token_outputs(model: Any, paths: Sequence[str], ids: Sequence[int]) -> list[Tensor]:
-    """Output (d,) of each module at the last token of `ids`, in its own dtype, all from one pass."""
+    """Output (d,) of each module at the last token of `ids`, in its own dtype, from one forward."""
     outputs: dict[str, Tensor] = {}
 
     def recorder(path: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             hidden = hidden_output(output)
-            # OPT's MLP has no batch dimension. A copy, because some layers add into a branch's output.
+            # OPT's MLP has no batch dimension. Clone, because some layers add to a branch's output in place.
             outputs[path] = hidden.reshape(-1, hidden.shape[-1])[-1].clone()
 
         return record

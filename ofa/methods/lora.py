@@ -24,12 +24,13 @@ def fit(
     alpha: float = 16.0,
     **options: Any,
 ) -> Predictor:
-    """Train A (rank, inputs), uniform at first, and B (outputs, rank), 0 at first, of every query and value projection.
+    """Train A (rank, inputs) and B (outputs, rank) of every query and value projection.
 
-    A projection that also makes keys is adapted whole, as PEFT does. No dropout; `options` as for `fit_adapter`.
+    A is uniform and B is 0 initially. A fused projection that also computes keys is adapted whole, as in PEFT. There
+    is no dropout; `options` as for `fit_adapter`.
 
     Raises:
-        InputError: `rank` is no whole number of at least 1, `alpha` is not above 0; see also `fit_adapter`.
+        InputError: `rank` is not a whole number of at least 1, or `alpha` is not above 0; see also `fit_adapter`.
     """
     if not isinstance(rank, int) or rank < 1:
         raise InputError(f"the rank of LoRA is {rank!r}: give a whole number of at least 1")
@@ -66,6 +67,6 @@ def fit_rank_one(
     """Train adapters of rank 1 on the query and value projections; other options as for `fit`.
 
     Raises:
-        InputError: the options ask for another rank.
+        InputError: the options have another rank.
     """
     return fit(model, tokenizer, task, shots, seed, **special_case("lora-r1", options, rank=1))

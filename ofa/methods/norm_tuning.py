@@ -37,8 +37,8 @@ def fit_norm_scales(
 ) -> Predictor:
     """Tune every norm scale on the shots; `options` are those of `training.loop.train`.
 
-    With `validation` examples the scales of the epoch with the best accuracy on them are kept.
-    A run that fails or is interrupted leaves the model as it was.
+    With `validation` examples, the scales of the epoch with the best accuracy on them are kept. A failed or interrupted
+    run restores the model.
 
     Raises:
         InputError: see `training.loop.train`.
@@ -76,8 +76,8 @@ def fit_ofa(
 ) -> Predictor:
     """Tune every norm scale on the shots; `settings` are fields of `TrainingConfig`.
 
-    With `validation` examples the scales of the epoch with the best accuracy on them are kept.
-    A run that fails or is interrupted leaves the model as it was.
+    With `validation` examples, the scales of the epoch with the best accuracy on them are kept. A failed or interrupted
+    run restores the model.
 
     Raises:
         InputError: a setting is wrong, see `TrainingConfig` and `training.loop.train`.
@@ -101,7 +101,7 @@ def fit_ofa_step_ratio(
     """Tune every norm scale on the shots without the sharpness term; other options as for `fit_ofa`.
 
     Raises:
-        InputError: the options ask for the sharpness term, or for no step-ratio term.
+        InputError: the options have a sharpness term, or no step-ratio term.
     """
     chosen = special_case("ofa-step-ratio", options, term="step_ratio", sharpness=0.0)
     return fit_ofa(model, tokenizer, task, shots, seed, **chosen)
@@ -113,7 +113,7 @@ def fit_ofa_sharpness(
     """Tune every norm scale on the shots without the step-ratio term; other options as for `fit_ofa`.
 
     Raises:
-        InputError: the options ask for the step-ratio term, or for no sharpness term.
+        InputError: the options have a step-ratio term, or no sharpness term.
     """
     chosen = special_case("ofa-sharpness", options, term="sharpness", step_ratio=0.0)
     return fit_ofa(model, tokenizer, task, shots, seed, **chosen)

@@ -1,4 +1,4 @@
-"""PEFT adapters in the common training loop: put into the model, trained, and taken out again without a trace."""
+"""Train PEFT adapters in the common training loop: inject, train, and remove them completely."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def fit_adapter(
     notes: Mapping[str, Any],
     **settings: Any,
 ) -> Predictor:
-    """Train a PEFT adapter, and nothing else, on the shots by cross-entropy.
+    """Train only a PEFT adapter on the shots by cross-entropy.
 
-    The adapter's parameters are float32 (float64 in a float64 model) whatever the model's dtype, their initial values
-    follow from `seed`. With `validation` examples those of the epoch with the best accuracy on them are kept. A run
-    that fails or is interrupted leaves the model as it was.
+    The adapter's parameters are float32 in any model (float64 in a float64 model), with initial values drawn by `seed`.
+    With `validation` examples, those of the epoch with the best accuracy on them are kept. A failed or interrupted run
+    restores the model.
 
     Args:
         adapter: makes PEFT's configuration for a model; targets are full paths.
-        scored_by: scores with the model that has the adapter.
-        notes: what the predictor tells of itself, besides the names of the adapted modules.
-        settings: fields of `TrainingConfig` besides those of the regularizers.
+        scored_by: the scorer's class.
+        notes: the predictor's notes, to which the names of the adapted modules are added.
+        settings: fields of `TrainingConfig` except those of the regularizers.
 
     Raises:
-        InputError: a setting is wrong, the model is no causal language model, has an adapter already, or PEFT cannot
+        InputError: a setting is wrong, the model is not a causal language model or has an adapter, or PEFT cannot
             adapt it; see also `training.loop.train`.
     """
     config = _training_config(seed, settings)
@@ -80,21 +80,21 @@ def fit_adapter(
             training=result,
             stored_bytes=stored_bytes(adapted),
             notes={**notes, "adapted": names} if names else notes,
-            # Last, so that a failure in any of these is undone too.
+            # Last, so that a failure in the lines above is undone too.
             release=undo.pop_all().close,
         )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that get a gradient, by name."""
+    """The parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def stored_bytes(model: Any) -> int:
-    """Bytes of the tensors that PEFT would save of a model's adapter."""
+    """Size in bytes of the tensors that PEFT would save of the adapter."""
     from peft import get_peft_model_state_dict
 
-    # The embeddings are never trained here, and finding that out would ask the hub.
+    # Embeddings are never trained here; PEFT's check for it would ask the hub.
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -112,22 +112,21 @@ def _check_model(model: Any) -> None:
 
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise InputError(
-            f"a {type(model).__name__} is no causal language model, so it does not continue a prompt; load one that "
-            "transformers' AutoModelForCausalLM knows"
+            f"a {type(model).__name__} is not a causal language model and cannot continue a prompt; load one with "
+            "transformers' AutoModelForCausalLM"
         )
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise InputError("the model has a PEFT adapter already; merge or unload it first")
+        raise InputError("the model already has a PEFT adapter; merge or unload it first")
 
 
 def _attach(model: Any, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> Any:
-    """Put the adapter in and freeze everything else; `undo` brings back what PEFT replaces, sets and freezes.
+    """Inject the adapter and freeze everything else; `undo` restores all that PEFT replaces, sets and freezes.
 
-    PEFT's own `unload` is not used: it needs the whole adapter, which a failure halfway does not leave, and brings back
-    modules alone.
+    PEFT's own `unload` needs a complete adapter, which a failure may not leave, and restores only modules.
     """
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
-    # PEFT draws initial values on the CPU, so that forking its generator keeps everything else as it was.
+    # PEFT draws initial values on the CPU; forking its generator keeps the global random state.
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
         return _wrap(model, config, undo) if config.is_prompt_learning else _inject(model, config, targets, undo)
@@ -159,7 +158,7 @@ def _wrap(model: Any, config: PeftConfig, undo: ExitStack) -> Any:
         undo.callback(setattr, model.config, "pretraining_tp", model.config.pretraining_tp)
     hooks = getattr(model, "_require_grads_hooks", None)
     with warnings.catch_warnings():
-        # PEFT asks whether activations are checkpointed by a name that transformers calls old.
+        # PEFT still uses a property that transformers has deprecated.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         wrapped = get_peft_model(model, config)
     if getattr(model, "_require_grads_hooks", None) is not hooks:

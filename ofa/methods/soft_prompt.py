@@ -16,30 +16,30 @@ from ofa.methods.peft_training import fit_adapter
 from ofa.tasks.task import Example, Task
 
 SETTINGS = {"learning_rate": 0.1, "epochs": 50}
-"""Where the method's own settings differ from `TrainingConfig`."""
+"""Defaults that differ from `TrainingConfig`."""
 
 
 def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
-    """Train one vector (d,), at first the embedding of a token drawn from the vocabulary, uniformly, by `seed`.
+    """Train one vector (d,), initialized with the embedding of a token drawn uniformly from the vocabulary by `seed`.
 
-    Labels are scored at the last token of the prompt, one place further on than without the vector; demonstrations
-    stand between the two. `options` as for `fit_adapter`.
+    The vector comes first, then demonstrations, then the prompt; labels are scored at the prompt's last token.
+    `options` as for `fit_adapter`.
 
     Raises:
         InputError: the task is open-ended; see also `fit_adapter`.
     """
     if task.open_ended:
-        # PEFT gives a generation no positions, so that the padding of a batch would move its shorter prompts.
+        # PEFT's generation ignores positions, so padding would shift the shorter prompts of a batch.
         raise InputError(f"task {task.name!r} has no labels, and soft-prompt only scores labels; choose another method")
     own = {"scored_by": SoftPromptScorer, "notes": {"extra_tokens": 1}}
     return fit_adapter(model, tokenizer, task, shots, seed, config_for, **{**SETTINGS, **options, **own})
 
 
 class SoftPromptScorer(Scorer):
-    """Scores labels behind the vector, whose keys and values are computed once, with those of the demonstrations."""
+    """Scores labels after the vector, whose keys and values are cached together with the demonstrations'."""
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
-        """The base model behind the vector and the ids of demonstrations; PEFT's where no cache can be continued."""
+        """The cache of the vector and the demonstrations on the base model; on PEFT's if it cannot be continued."""
         base: Any = self.model.get_base_model()
         vectors = self.model.get_prompt(1)
         places = [self.encoder.pad_id] * vectors.shape[1]
@@ -57,7 +57,7 @@ def config_for(model: Any) -> Any:
 
 @contextmanager
 def _embedded_first(embedding: nn.Module, vectors: Tensor) -> Iterator[None]:
-    """Let `vectors` (1, K, d) take the places of the first K tokens' embeddings."""
+    """Replace the embeddings of the first K tokens by `vectors` (1, K, d)."""
 
     def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         output = output.clone()

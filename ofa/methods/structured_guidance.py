@@ -1,13 +1,13 @@
 """Structured gradient guidance: consistent direction, controlled magnitude and cross-task alignment of the gradient.
 
-The abstract of arXiv 2506.00726 asks for these three; its equations are not public, and the formulation here is ours
-(docs/theory.md, "Structured gradient guidance"). With θ what is tuned, g = ∇CE(θ), ĝ = g/‖g‖ and the constants r, τ, s
-of a `Reference`,
+The abstract of arXiv 2506.00726 names these three; its equations are not public, and the formulation here is ours
+(docs/theory.md, "Structured gradient guidance"). With the tuned parameters θ, g = ∇CE(θ), ĝ = g/‖g‖ and the constants
+r, τ, s of a `Reference`,
 
     L = CE + λ_d (1 − ⟨ĝ, r̂⟩) + λ_m max(0, ‖g‖ − τ)² − λ_a ⟨ĝ, ŝ⟩
 
-All added terms depend on θ through g alone, so that ∇L = g + H u with H the Hessian of CE and u their gradient in g.
-Gradients of all parameters together are vectors (n,) here, in float64 on the CPU: what is tuned is small, 1/‖g‖ is not.
+The added terms depend on θ only through g. So ∇L = g + H u, with H the Hessian of CE and u their gradient in g.
+The gradient of all parameters is one vector (n,), in float64 on the CPU: n is small, but 1/‖g‖ may be large.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ofa.errors import InputError
 Loss = Callable[[], Tensor]
 
 DECAY = 0.9
-"""β of the moving average of gradients: r ← β r + (1 − β) g behind every step."""
+"""β of the moving average of gradients: r ← β r + (1 − β) g after every step."""
 
 TWICE_DIFFERENTIABLE = ("sdpa", "eager")
-"""Attention implementations with a second derivative; that of sdpa takes its plain path for it."""
+"""Attention implementations with a second derivative; sdpa has it in its math backend."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the terms: λ_d, λ_m, λ_a, any number from 0; for the first-order variant shares from 0 to 1.
+    """Weights of the terms λ_d, λ_m, λ_a, at least 0; for the first-order variant, shares between 0 and 1.
 
     Raises:
         InputError: a weight is negative or not finite.
@@ -56,7 +56,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a gradient is compared with, all of it constant in θ: r (n,), τ and s (n,); None where there is none yet."""
+    """The constants that a gradient is compared with: r (n,), τ and s (n,); None if not known yet."""
 
     average: Tensor
     threshold: float | None = None
@@ -65,7 +65,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class GuidedStep:
-    """‖g‖ of one step, and the cosines of g with that of the step before (None in the first) and with r."""
+    """‖g‖ of one step, and the cosines of g with the previous g (None in the first step) and with r."""
 
     gradient_norm: float
     to_previous: float | None
@@ -89,7 +89,7 @@ def outer_gradient(gradient: Tensor, reference: Reference, weights: Weights) -> 
 
     u = 2 λ_m max(0, ‖g‖ − τ) ĝ − (λ_d/‖g‖)(r̂ − ⟨ĝ, r̂⟩ ĝ) − (λ_a/‖g‖)(ŝ − ⟨ĝ, ŝ⟩ ĝ)
 
-    It is 0 where g is: there a gradient has no direction, and its length is not too large.
+    It is 0 if g is 0: then g has no direction, and its length does not exceed τ.
     """
     norm = float(gradient.norm())
     result = torch.zeros_like(gradient)
@@ -105,12 +105,11 @@ def outer_gradient(gradient: Tensor, reference: Reference, weights: Weights) -> 
 
 
 def first_order_gradient(gradient: Tensor, reference: Reference, shares: Weights) -> Tensor:
-    """The gradient (n,) changed towards what the terms ask for, without a second derivative.
+    """The gradient (n,) changed in the direction of the terms' goals, without a second derivative.
 
-    1. direction a > 0: where ⟨g, r⟩ < 0, r is projected out of g; elsewhere g becomes (1 − a) g + a ‖g‖ r̂ with the
-       length it had.
-    2. alignment: where ⟨g, s⟩ < 0, that share of the part along s is taken out of g.
-    3. magnitude: that share of what ‖g‖ exceeds τ by is taken off.
+    1. direction a > 0: if ⟨g, r⟩ < 0, r is projected out of g; else g becomes (1 − a) g + a ‖g‖ r̂, rescaled to ‖g‖.
+    2. alignment: if ⟨g, s⟩ < 0, that share of g's component along s is removed.
+    3. magnitude: if ‖g‖ > τ, that share of the excess is removed.
     """
     if shares.direction > 0:
         gradient = _turned(gradient, _unit(reference.average), shares.direction)
@@ -125,11 +124,11 @@ def first_order_gradient(gradient: Tensor, reference: Reference, shares: Weights
 class StructuredGuidance(ABC):
     """The guidance of one run (see `ofa.training.loop.Guidance`): its moving average, its threshold and its log.
 
-    - r starts as the gradient on all shots, and g joins it behind its own step.
-    - τ is the median of ‖g‖ over the first epoch; until that is over there is none, and no magnitude term.
+    - r starts as the gradient on all shots and is updated with g after each step.
+    - τ is the median of ‖g‖ over the first epoch, during which there is no magnitude term.
     - s is the gradient of the source loss at the start of each epoch.
 
-    `source` are losses that sum to that of the source tasks; they are computed only where alignment has a weight.
+    `source` are losses whose sum is the loss of the source tasks; they are computed only if alignment has a weight.
     """
 
     def __init__(self, weights: Weights, source: Sequence[Loss] = ()) -> None:
@@ -197,7 +196,7 @@ class ExactGuidance(StructuredGuidance):
             if not outer.any():
                 return value.item(), gradient, gradient
             size = outer.norm()
-            # Along a unit vector, since u itself may be too large for the parameters' dtype.
+            # Along a unit vector, because u may overflow the parameters' dtype.
             directions = _split(outer / size, self._parameters)
             inner = torch.stack([(g * d).sum().cpu() for g, d in zip(parts, directions, strict=True)]).sum()
             product = _flat(torch.autograd.grad(inner, self._parameters, materialize_grads=True))
@@ -207,8 +206,7 @@ class ExactGuidance(StructuredGuidance):
 class FiniteDifferenceGuidance(StructuredGuidance):
     """∇L = g + H u, H u by a forward difference of g: H û ≈ (g(θ + δ û) − g(θ)) / δ with δ of `difference_step`.
 
-    Where an activation has a kink (ReLU), g jumps when the displacement crosses it. The difference sees that, H does
-    not.
+    If the displacement crosses a kink of an activation (ReLU), g jumps; the difference includes the jump, H does not.
     """
 
     def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
@@ -224,7 +222,7 @@ class FiniteDifferenceGuidance(StructuredGuidance):
 
 
 class FirstOrderGuidance(StructuredGuidance):
-    """`first_order_gradient` of every step; all weights are shares.
+    """Step along `first_order_gradient`; all weights are shares.
 
     Raises:
         InputError: a weight is larger than 1.
@@ -243,16 +241,16 @@ class FirstOrderGuidance(StructuredGuidance):
 
 
 def difference_step(parameters: Sequence[nn.Parameter], loss: float, gradient_norm: float) -> float:
-    """δ = ½ √(ε ‖(θ, 1)‖ CE/‖g‖), how far θ moves for a difference of gradients; ε is the epsilon of θ's dtype.
+    """Displacement δ = ½ √(ε ‖(θ, 1)‖ CE/‖g‖) of θ for a difference of gradients; ε is the epsilon of θ's dtype.
 
-    Rounding acts as if θ were known up to ε/4 (the mean square error of rounding to nearest) of its length, a scale
-    below 1 counting as 1, which makes the difference wrong by that over δ. The curve of g makes it wrong by δ over the
-    length on which H changes, for which CE/‖g‖ stands: on it the linear model of the loss falls to 0, and logits move
-    by about one. The sum is smallest at their geometric mean.
+    Two errors balance. Rounding perturbs θ by ε/4 of its length (the mean square error of rounding to nearest, with
+    scales below 1 counted as 1), an error of that over δ. The curvature of g gives an error of δ over the length on
+    which H changes, estimated by CE/‖g‖: on it the linearized loss falls to 0, and logits move by about one. The sum
+    of both is smallest at their geometric mean.
     """
     theta, precision = _flat(parameters), torch.finfo(parameters[0].dtype).eps
     length = math.hypot(float(theta.norm()), math.sqrt(theta.numel()))
-    # A loss that was rounded to 0 may have a gradient.
+    # A loss rounded to 0 may still have a gradient.
     return 0.5 * math.sqrt(precision * length * max(loss, precision) / gradient_norm)
 
 
@@ -266,7 +264,7 @@ def check_attention(model: nn.Module) -> None:
         used = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if used is not None and used not in TWICE_DIFFERENTIABLE:
             raise InputError(
-                f"exact guidance differentiates attention twice, which {used!r} does not allow; load the model with "
+                f"exact guidance differentiates attention twice, which {used!r} does not support; load the model with "
                 "attn_implementation='sdpa' or 'eager', or use guided-finite-difference"
             )
 
@@ -285,7 +283,7 @@ def _turned(gradient: Tensor, average: Tensor, share: float) -> Tensor:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    """The vector at length 1; 0 stays 0."""
+    """The normalized vector; 0 stays 0."""
     norm = vector.norm()
     return vector if norm == 0 else vector / norm
 
@@ -320,7 +318,7 @@ def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 @contextmanager
 def _displaced(parameters: Sequence[nn.Parameter], displacement: Tensor) -> Iterator[None]:
-    """Parameters moved by a vector (n,), and put back to the bit."""
+    """Displace the parameters by a vector (n,); afterwards they are restored bit-identically."""
     originals = [parameter.detach().clone() for parameter in parameters]
     moved = _split(_flat(parameters) + displacement, parameters)
     try:

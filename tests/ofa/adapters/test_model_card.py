@@ -1,4 +1,4 @@
-"""The card of an adapter folder: front matter that the hub's own library reads, and what a reader needs to know."""
+"""The model card: front matter that the hub's library reads, and the text."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def saved(folder, family="llama", base="owner/base", **details):
     return ModelCard((folder / CARD).read_text())
 
 
-def test_the_library_reads_back_what_it_was_told(tmp_path):
-    """Scores become a model index with the data set, its split and the measure; `ModelCard` checks the whole."""
+def test_the_hub_s_library_reads_the_front_matter_back(tmp_path):
+    """Scores become a model index with data set, split and metric; `ModelCard` validates it."""
     card = saved(tmp_path, task=TASK, scores=SCORES, shots=5, data=SST2)
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.base_model) == ("peft", "text-generation", "owner/base")
@@ -35,7 +35,7 @@ def test_the_library_reads_back_what_it_was_told(tmp_path):
     assert data.model_name == "Norm scales for reviews"
 
 
-def test_the_text_says_what_it_was_made_from_and_how_good_it_is(tmp_path):
+def test_the_text_has_origin_and_scores(tmp_path):
     settings = {"step_ratio": 0.01, "sharpness": 0.0}
     told = saved(tmp_path, task=TASK, scores=SCORES, shots=5, seed=7, method="ofa", settings=settings, data=SST2).text
     for words in (
@@ -60,8 +60,8 @@ def test_the_text_says_what_it_was_made_from_and_how_good_it_is(tmp_path):
 @pytest.mark.parametrize(
     "base", ["/home/me/models/base", "C:\\models: mine # 2", "models/../base", "base.gguf copy", None]
 )
-def test_a_base_that_is_no_hub_id_is_not_offered_as_one(base, tmp_path):
-    """A hub would look it up, or refuse the card; the text says it all the same."""
+def test_a_base_without_a_hub_id_is_only_in_the_text(base, tmp_path):
+    """In the front matter, the hub would look it up or refuse the card."""
     card = saved(tmp_path, base=base)
     assert card.data.base_model is None
     assert (f"`{base}`" if base else "an unnamed model") in card.text
@@ -76,7 +76,7 @@ def test_an_encoder_is_opened_with_its_own_class(tmp_path):
 
 
 def test_scores_without_their_data_are_no_result(tmp_path):
-    """A number that says not what it was measured on is shown, but is nothing to compare others with."""
+    """A score without its test data is shown in the text, but not in the model index."""
     card = saved(tmp_path, task=TASK, scores=SCORES)
     assert card.data.eval_results is None
     assert "| accuracy | 0.7500 |" in card.text
@@ -91,6 +91,6 @@ def test_scores_without_their_data_are_no_result(tmp_path):
         ("/home/me/secret project/train.jsonl", {"name": "train.jsonl", "origin": "local data"}),
     ],
 )
-def test_data_is_named_by_what_others_know_of_it(data, origin):
-    """No path of this machine: a card is there to be published."""
+def test_data_is_named_without_local_paths(data, origin):
+    """A card is for publication."""
     assert data_origin(data) == origin

@@ -1,4 +1,4 @@
-"""An adapter goes to the hub and comes back: the real client against a stand-in of the hub on this machine."""
+"""Push to the hub and load from it: the real client against a stub of the hub on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ofa.errors import InputError
 from tests.hub import OWNER_TOKEN, READER_TOKEN, running_hub
 from tests.ofa.command_line import ofa as command
 
-# PEFT says so of every norm, and then tunes it all the same.
+# PEFT warns about every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
 BASE, REPOSITORY = "owner/tiny-base", "owner/reviews-ofa"
@@ -29,7 +29,7 @@ IDS = torch.tensor([[5, 9, 30, 77, 12]])
 
 @pytest.fixture
 def hub(monkeypatch, tiny_folder):
-    """A hub that has the base; this process is logged in as its owner."""
+    """A hub stub that has the base; this process is logged in as its owner."""
     with running_hub() as server:
         server.add("models", BASE, {file.name: file.read_bytes() for file in tiny_folder.iterdir()})
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
@@ -40,7 +40,7 @@ def hub(monkeypatch, tiny_folder):
 
 @pytest.fixture
 def tuned(tiny_model):
-    """On the CPU, where the reader on another machine computes the same bits."""
+    """On the CPU, where another process computes the same bits."""
     model = tiny_model[0].cpu()
     with torch.no_grad():
         for scale in ofa.tune_norms(model):
@@ -50,7 +50,7 @@ def tuned(tiny_model):
 
 @pytest.fixture
 def adapter(tuned, tmp_path) -> Path:
-    """An adapter as `ofa fit` leaves it, with records, figure and, from a killed run, a checkpoint beside it."""
+    """An adapter folder of `ofa fit`, with records, figure and, from a killed run, a checkpoint."""
     task = {"name": "reviews", "template": "Review: {text}\nSentiment:", "labels": ["bad", "good"]}
     folder = ofa.save_adapter(tuned, tmp_path / "adapter", base_model=BASE, details={"task": task, "shots": 5})
     for name in ("metrics.jsonl", "training.png", "checkpoint.safetensors", "notes.txt"):
@@ -88,8 +88,8 @@ with torch.no_grad():
 """
 
 
-def test_what_is_pushed_opens_by_its_name_and_answers_the_same(hub, of_a_folder, tuned, tmp_path):
-    """To the bit, since nothing is rounded in float32; from an adapter whose base was a folder here.
+def test_a_pushed_adapter_loads_by_name_with_equal_logits(hub, of_a_folder, tuned, tmp_path):
+    """Bit-identical, because float32 is not rounded; the adapter's base was a local folder.
 
     With one thread, as in this process: several share a product in parts of their own.
     """
@@ -116,7 +116,7 @@ def test_what_is_pushed_opens_by_its_name_and_answers_the_same(hub, of_a_folder,
 
 
 def test_only_the_adapter_s_own_files_are_sent_in_one_commit(hub, adapter):
-    """No checkpoint, no notes; and nobody ever sees half of an adapter."""
+    """No checkpoint and no notes; readers never see half of an adapter."""
     push_to_hub(adapter, REPOSITORY, message="first try")
     repository = hub.repositories["models", REPOSITORY]
     assert repository.files.keys() == {WEIGHTS, CONFIG, DETAILS, CARD}
@@ -129,8 +129,8 @@ def test_only_the_adapter_s_own_files_are_sent_in_one_commit(hub, adapter):
     assert other.private
 
 
-def test_the_card_speaks_of_the_repository(hub, adapter):
-    """A reader has its name and not our folder; whatever the owner wrote into the card stays."""
+def test_the_card_names_the_repository(hub, adapter):
+    """It replaces the local folder; the owner's edits of the card stay."""
     written = (adapter / CARD).read_text() + "\nTried on film reviews only.\n"
     (adapter / CARD).write_text(written)
     push_to_hub(adapter, REPOSITORY)
@@ -144,9 +144,7 @@ def test_the_card_speaks_of_the_repository(hub, adapter):
 
 
 def test_a_base_on_this_machine_is_refused_with_the_way_out(hub, of_a_folder, tiny_folder):
-    with pytest.raises(
-        InputError, match=r"only on this machine, so that nobody else could use it.*--base-model HUB_ID"
-    ):
+    with pytest.raises(InputError, match=r"only on this machine, so others could not use it.*--base-model HUB_ID"):
         push_to_hub(of_a_folder, REPOSITORY)
     assert ("models", REPOSITORY) not in hub.repositories
     with pytest.raises(InputError, match="is no hub id; give the base model as --base-model owner/name"):
@@ -154,7 +152,7 @@ def test_a_base_on_this_machine_is_refused_with_the_way_out(hub, of_a_folder, ti
 
 
 def test_the_base_s_name_stands_where_its_path_stood(hub, of_a_folder, tiny_folder):
-    """In configuration, details and card: no path of this machine is published."""
+    """In configuration, details and card: no local path is published."""
     push_to_hub(of_a_folder, REPOSITORY, base_model=BASE)
     files = hub.files(REPOSITORY)
     assert not any(str(tiny_folder.parent).encode() in content for content in files.values())
@@ -163,19 +161,19 @@ def test_the_base_s_name_stands_where_its_path_stood(hub, of_a_folder, tiny_fold
     assert ModelCard(files[CARD].decode()).data.base_model == BASE
 
 
-def test_an_adapter_that_never_knew_its_base_is_told(hub, tuned, tmp_path):
-    """A model built in a script has no name; whoever publishes its adapter says which it is."""
+def test_an_adapter_without_a_base_name_gets_the_given_one(hub, tuned, tmp_path):
+    """A model built in a script has no name, so pushing its adapter requires one."""
     tuned.config.name_or_path = ""
     folder = ofa.save_adapter(tuned, tmp_path / "nameless")
-    with pytest.raises(InputError, match="does not say its base model, so that nobody else could use it"):
+    with pytest.raises(InputError, match="does not say its base model, so others could not use it"):
         push_to_hub(folder, REPOSITORY)
     push_to_hub(folder, REPOSITORY, base_model=BASE)
     assert f"tuned norm scales of `{BASE}`" in hub.files(REPOSITORY)[CARD].decode()
 
 
-def test_a_repository_that_exists_is_written_to_only_when_told(hub, adapter):
+def test_an_existing_repository_is_changed_only_with_overwrite(hub, adapter):
     hub.add("models", REPOSITORY, {"precious.txt": b"mine"})
-    with pytest.raises(InputError, match=f"{REPOSITORY} exists on the hub already; .* with --overwrite"):
+    with pytest.raises(InputError, match=f"{REPOSITORY} already exists on the hub; .* with --overwrite"):
         push_to_hub(adapter, REPOSITORY)
     assert hub.files(REPOSITORY) == {"precious.txt": b"mine"}
     push_to_hub(adapter, REPOSITORY, overwrite=True)
@@ -207,9 +205,12 @@ def broken_card(hub, adapter, patch):
 
 
 REFUSALS = {
-    "no token": (without_token, "there is no token of the hub on this machine; log in with `hf auth login`"),
+    "no token": (without_token, "there is no hub token on this machine; log in with `hf auth login`"),
     "an unknown token": (with_token("hf_unknown_secret"), "the hub does not know this token; log in again"),
-    "a token that may only read": (with_token(READER_TOKEN), f"the token may not write to {REPOSITORY}; take a name"),
+    "a token that may only read": (
+        with_token(READER_TOKEN),
+        f"the token may not write to {REPOSITORY}; use",
+    ),
     "no network": (without_network, r"the hub cannot be reached \(.*\); connect"),
     "a line that breaks": (line_that_breaks, r"cannot be reached \(Connection reset by peer\).*with --overwrite if"),
     "no adapter": (lambda hub, adapter, patch: (adapter / CONFIG).unlink(), "is not an adapter folder: it has no"),
@@ -219,7 +220,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("spoil", "words"), REFUSALS.values(), ids=REFUSALS)
 def test_what_cannot_be_pushed_is_refused_in_a_sentence(hub, adapter, monkeypatch, spoil, words, caplog, capfd):
-    """One sentence, nothing on the hub, and the token nowhere: not in the sentence, the log or on the terminal."""
+    """One sentence, nothing on the hub, and the token is neither in the message nor in any output."""
     spoil(hub, adapter, monkeypatch)
     with pytest.raises(InputError, match=words) as refusal, caplog.at_level("DEBUG"):
         push_to_hub(adapter, REPOSITORY)
@@ -231,21 +232,21 @@ def test_what_cannot_be_pushed_is_refused_in_a_sentence(hub, adapter, monkeypatc
 
 @pytest.mark.parametrize("name", ["owner/has space", "a/b/c", "-x", "owner/x..y"])
 def test_a_name_that_no_repository_can_have_is_refused(hub, adapter, name):
-    with pytest.raises(InputError, match="is no name for a repository of the hub; write owner/name"):
+    with pytest.raises(InputError, match="is not a valid hub repository; write owner/name"):
         push_to_hub(adapter, name)
 
 
-def test_the_command_says_where_the_adapter_is(hub, adapter, tuned):
+def test_the_command_prints_the_repository_s_url(hub, adapter, tuned):
     done = command("push", adapter, REPOSITORY, "--private", "--metrics")
     assert (done.status, done.out) == (0, f"{hub.url}/{REPOSITORY}\n")
     assert done.err == f'try: AutoPeftModelForCausalLM.from_pretrained("{REPOSITORY}")\n'
     assert hub.repositories["models", REPOSITORY].private
     again = command("push", adapter, REPOSITORY)
     assert (again.status, again.out) == (2, "")
-    assert again.err.startswith(f"ofa: {REPOSITORY} exists on the hub already")
+    assert again.err.startswith(f"ofa: {REPOSITORY} already exists on the hub")
 
 
-def test_a_lost_card_is_written_anew(hub, adapter):
+def test_a_missing_card_is_generated(hub, adapter):
     (adapter / CARD).unlink()
     push_to_hub(adapter, REPOSITORY)
     assert ModelCard(hub.files(REPOSITORY)[CARD].decode()).data.base_model == BASE

@@ -1,4 +1,4 @@
-"""An adapter is a PEFT LN-tuning folder: whoever opens it gets the same logits, and a wrong one changes nothing."""
+"""An adapter is a PEFT LN-tuning folder: every loader gives the same logits, and a refused one changes nothing."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from tests import oracle
 from tests.device import DEVICE
 from tests.families import BUILDERS, build, inputs
 
-# PEFT says so of every norm, and then tunes it all the same.
+# PEFT warns about every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
 CAUSAL = [name for name in BUILDERS if name not in ("bert", "vit")]
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-# What safetensors raises on a full disk; it is not an OSError.
+# Raised by safetensors on a full disk; not an OSError.
 NO_SPACE_IN_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 FIRST_NORM = "model.layers.0.input_layernorm.weight"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter of a family and what its model answers with it and without it."""
+    """An adapter of a family, and the model's logits with and without it."""
 
     name: str
     pristine: nn.Module
@@ -60,7 +60,7 @@ def _no_gradients():
 
 def logits(model, name="llama"):
     if name in oracle.EXPERTS:
-        model.set_experts_implementation("eager")  # a configuration that is saved does not say it
+        model.set_experts_implementation("eager")  # not part of the saved configuration
     return model(**inputs(name)).logits
 
 
@@ -97,7 +97,7 @@ def damaged(llama, tmp_path):
 
 
 def snapshot(model):
-    """Everything that a refusal or a merge must leave alone: the objects, their values, flags and hooks."""
+    """The state that a refusal or a merge must not change: objects, values, flags and hooks."""
     return (
         {path: (id(p), p.requires_grad, p.clone()) for path, p in model.named_parameters(remove_duplicate=False)},
         [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()],
@@ -117,7 +117,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# What opens a folder.
+# Loaders of a folder.
 
 
 def test_peft_loads_and_merges_it(saved):
@@ -138,7 +138,7 @@ def test_peft_finds_the_base_of_a_causal_model(saved):
     assert torch.equal(logits(model, saved.name), saved.tuned_logits)
 
 
-def test_ofa_loads_it_and_takes_it_out_again(saved):
+def test_ofa_loads_it_and_restores_the_base(saved):
     model = saved.fresh()
     before = snapshot(model)
     assert not torch.equal(saved.tuned_logits, saved.base_logits)
@@ -158,7 +158,7 @@ def test_a_merged_checkpoint_is_an_ordinary_one(saved, tmp_path):
     assert contents(out).keys() == contents(saved.base).keys()
 
 
-def test_the_folder_is_as_peft_writes_it(saved):
+def test_the_folder_equals_one_written_by_peft(saved):
     model, held = saved.fresh(), load_file(saved.folder / WEIGHTS)
     config, details = (json.loads((saved.folder / name).read_text()) for name in (CONFIG, DETAILS))
     norms = {path: module for path, module in model.named_modules() if "Norm" in type(module).__name__}
@@ -202,13 +202,13 @@ def test_an_adapter_of_the_default_model_is_small(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("narrow_first", [False, True], ids=["float32 to narrow", "narrow to float32"])
 def test_the_base_is_recognized_in_another_precision(llama, tmp_path, dtype, narrow_first):
-    """Fitted on one machine in float32 and used on another in half precision, or the other way round."""
+    """Fitted in float32 and used in half precision, or the reverse."""
     models = [llama.fresh(), llama.fresh().to(dtype)]
     first, second = reversed(models) if narrow_first else models
     tune(first)
     ofa.save_adapter(first, tmp_path)
     ofa.load_adapter(second, tmp_path)
-    # The scales themselves arrive unrounded: float32 on both sides.
+    # The scales are float32 on both sides, so they are not rounded.
     assert torch.equal(second.get_parameter(FIRST_NORM), first.get_parameter(FIRST_NORM))
 
 
@@ -223,7 +223,7 @@ def test_merging_keeps_the_dtype_of_the_base(llama, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_leaves_a_tuned_model_tuned(llama, tmp_path, dtype):
-    """A run may go on after its adapter was merged: the optimizer holds these very parameters."""
+    """Training may continue after a merge: the optimizer holds these parameters."""
     model = llama.fresh().to(dtype)
     scales = ofa.tune_norms(model)
     scales[0].zero_()
@@ -236,7 +236,7 @@ def test_merging_leaves_a_tuned_model_tuned(llama, tmp_path, dtype):
 
 
 def test_norms_that_an_adapter_leaves_out_are_merged_from_the_base(llama, damaged, tmp_path):
-    """Whatever the model at hand has tuned them to."""
+    """Not from the given model, whose norms may be tuned."""
     edit_tensors(lambda tensors: tensors.pop(next(iter(tensors))))(damaged)
     left_out = set(read_adapter(llama.folder).parameters) - set(read_adapter(damaged).parameters)
     model = llama.fresh()
@@ -297,7 +297,7 @@ def cut_short(folder):
 
 
 class Bomb:
-    """A pickle that leaves a mark where it is read."""
+    """A pickle that leaves a trace if it is loaded."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -323,10 +323,10 @@ DAMAGE = {
     "broken JSON": (lambda folder: (folder / CONFIG).write_text('{"peft'), r"adapter_config.json cannot be read \("),
     "JSON that is no object": (lambda folder: (folder / CONFIG).write_text("[]"), "does not hold a JSON object"),
     "binary JSON": (lambda folder: (folder / DETAILS).write_bytes(b"\xff\xfe"), "ofa_config.json cannot be read"),
-    "another method": (edit_json(CONFIG, peft_type="LORA"), "holds a LORA adapter; only LN_TUNING"),
+    "another method": (edit_json(CONFIG, peft_type="LORA"), "holds a LORA adapter, .*; give an LN_TUNING"),
     "no tensors": (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
-    "cut short": (cut_short, r"adapter_model.safetensors is damaged or cut short \("),
-    "empty file": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is damaged or cut short"),
+    "cut short": (cut_short, r"adapter_model.safetensors is damaged or truncated \("),
+    "empty file": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is damaged or truncated"),
     "no tensor in it": (edit_tensors(dict.clear), "holds no tensors"),
     "NaN": (edit_tensors(with_nan), "is damaged: .* is not finite"),
     "tensors of another method": (edit_tensors(with_lora), "lora_A.weight, which is no norm scale"),
@@ -334,7 +334,7 @@ DAMAGE = {
     "unknown norm": (edit_tensors(with_unknown_norm), "this model has no norm model.layers.9.input_layernorm.weight"),
     "another base": (
         edit_json(DETAILS, base_fingerprint="0" * 64, base_fingerprint_float16="0" * 64),
-        "was made for .*base, and this model's own norms are others; load that base instead",
+        "was made for .*base, and this model's own norms differ; load that base instead",
     ),
 }
 
@@ -361,7 +361,7 @@ def other_width():
 
 
 WRONG_MODELS = {
-    "another base of the same shape": (lambda: build("llama", seed=1), "this model's own norms are others"),
+    "another base of the same shape": (lambda: build("llama", seed=1), "this model's own norms differ"),
     "another width": (other_width, "of another width: .* has 64 channels here and 32 in the adapter"),
     "another family": (lambda: build("gpt2"), "this model has no norm model"),
 }
@@ -378,7 +378,7 @@ def test_another_model_is_refused(llama, make, words):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scales_that_cannot_be_loaded_are_not_saved(llama, tmp_path, value):
-    """And the adapter that was there stays."""
+    """And the existing adapter stays."""
     model = llama.fresh()
     ofa.tune_norms(model)[3][5] = value
     shutil.copytree(llama.folder, tmp_path / "out")
@@ -388,16 +388,16 @@ def test_scales_that_cannot_be_loaded_are_not_saved(llama, tmp_path, value):
 
 
 def test_a_tuned_model_is_still_its_own_base(llama, tmp_path):
-    """What counts is the scales that the model was loaded with, not what they were tuned to."""
+    """The fingerprint is of the scales that the model was loaded with, not of the tuned ones."""
     model = llama.fresh()
     tune(model)
     before = snapshot(model)
     ofa.load_adapter(model, llama.folder)
     other = build("llama", seed=1)
     ofa.tune_norms(other)[0].zero_()
-    with pytest.raises(InputError, match="own norms are others"):
+    with pytest.raises(InputError, match="own norms differ"):
         ofa.load_adapter(other, llama.folder)
-    # The adapter holds the values that `tune` gives, so loading it over them changes nothing.
+    # The adapter holds the values of `tune`, so loading it changes nothing.
     assert_untouched(model, before)
 
 
@@ -413,7 +413,7 @@ def writers(llama):
 
 
 @pytest.mark.parametrize("writer", ["save", "merge"])
-def test_output_is_not_written_over_unasked(llama, tmp_path, writer):
+def test_existing_output_is_kept_without_overwrite(llama, tmp_path, writer):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"already holds notes.txt; choose another one or pass --overwrite"):
         writers(llama)[writer](tmp_path)
@@ -431,7 +431,7 @@ def test_output_below_a_file_is_refused(llama, tmp_path, writer):
 
 
 def fail_on_call(monkeypatch, target, nth, error):
-    """Let the nth call of a function do half of its work and then fail."""
+    """Make the nth call of a function fail halfway."""
     calls = []
 
     def failing(*args, **kwargs):
@@ -461,7 +461,7 @@ FAILURES = {
 @pytest.mark.parametrize("existed", [False, True], ids=["new folder", "over an old adapter"])
 @pytest.mark.parametrize(("target", "nth", "error"), FAILURES.values(), ids=FAILURES)
 def test_a_disk_that_fills_up_leaves_the_old_adapter_whole(llama, tmp_path, monkeypatch, existed, target, nth, error):
-    """Not a mixture either: new scales under the old labels would be worse than no adapter."""
+    """Never a mixture: new scales with old labels would be wrong silently."""
     out = tmp_path / "out"
     if existed:
         shutil.copytree(llama.folder, out)
@@ -471,7 +471,7 @@ def test_a_disk_that_fills_up_leaves_the_old_adapter_whole(llama, tmp_path, monk
         ofa.save_adapter(llama.fresh(), out, overwrite=existed)
     assert contents(out) == before
     monkeypatch.undo()
-    # What failed on a full disk succeeds when there is room, without --overwrite.
+    # After freeing the disk, it succeeds without --overwrite.
     ofa.save_adapter(llama.fresh(), out, overwrite=existed)
     assert contents(out).keys() == {WEIGHTS, CONFIG, DETAILS, CARD}
 

@@ -164,7 +164,7 @@ REFUSALS: dict[str, Case] = {
     ),
     "adapter of another base": (
         lambda p, here: [p.adapters[0], _retold(p.adapters[1], here, base="0" * 64), "--data", p.test],
-        ("this model's own norms are others", "load that base instead"),
+        ("this model's own norms differ", "load that base instead"),
     ),
     "adapter without its task": (
         lambda p, here: [_retold(p.adapters[1], here, task=None), "--data", p.test],

@@ -353,7 +353,7 @@ ADAPTERS: dict[str, Case] = {
     ),
     "truncated safetensors": (
         lambda b: b.predict(b.adapter(cut("adapter_model.safetensors"))),
-        ("adapter_model.safetensors is damaged or cut short", "copy or save the adapter again"),
+        ("adapter_model.safetensors is damaged or truncated", "copy or save the adapter again"),
     ),
     "truncated configuration": (
         lambda b: b.predict(b.adapter(cut("adapter_config.json"))),
@@ -373,7 +373,7 @@ ADAPTERS: dict[str, Case] = {
     ),
     "another base": (
         lambda b: b.predict(b.good, "--model", b.base(scales(lambda value: value + 1, "model.safetensors"))),
-        ("was made for", "own norms are others", "load that base instead"),
+        ("was made for", "own norms differ", "load that base instead"),
     ),
     "another width": (
         lambda b: b.predict(b.good, "--model", b.other_base(hidden_size=32, intermediate_size=48)),
@@ -385,7 +385,7 @@ ADAPTERS: dict[str, Case] = {
     ),
     "merge with another base": (
         lambda b: b.merge("--model", b.base(scales(lambda value: value + 1, "model.safetensors"))),
-        ("was made for", "own norms are others", "load that base instead"),
+        ("was made for", "own norms differ", "load that base instead"),
     ),
     "merge of no adapter": (
         lambda b: ["merge", "nowhere", "--out", b.here / "new"],

@@ -22,5 +22,5 @@ def test_a_spread_model_gives_the_same_results(tiny_folder, make_plan):
 
 
 def test_a_gguf_file_is_not_spread(tiny_gguf):
-    with pytest.raises(InputError, match="GGUF file, which is read as a whole; leave out the device map"):
+    with pytest.raises(InputError, match="GGUF file, which is loaded on one device; leave out the device map"):
         load_model(str(tiny_gguf), device_map="auto")

@@ -8,7 +8,7 @@ import torch
 
 
 def with_vocabulary_of(tokenizer: Any, model: Any) -> Any:
-    """The model with as many embeddings as there are tokens, each of them another vector."""
+    """The model with one embedding per token of the tokenizer, all different."""
     model.resize_token_embeddings(len(tokenizer))
     generator = torch.Generator().manual_seed(1)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

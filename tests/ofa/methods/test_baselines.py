@@ -1,4 +1,4 @@
-"""Baselines without training of the model: they read the states and scores they say, and compute what they say."""
+"""Baselines that do not train the model: the states and scores they read, and what they compute."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_hidden_states_are_those_the_head_reads_at_the_last_token_of_each_prompt
     ],
 )
 def test_classifiers_learn_the_shots_and_leave_the_model_alone(tiny_model, name, classify):
-    """Label words play no part, and the probabilities are those of the classifier on the states."""
+    """Label words are not used; the probabilities are the classifier's on the states."""
     model, tokenizer = tiny_model
     before = state(model)
     scorer = Scorer(model, tokenizer, TASK)
@@ -72,7 +72,7 @@ def test_centroids_by_hand():
 
 
 def test_calibrated_scores_are_relative_to_texts_without_content(tiny_model):
-    """By in-context learning's own probabilities: p(label | text) / mean p(label | content-free), normalised."""
+    """Oracle: probabilities of in-context learning, p(label | text) / mean p(label | content-free), normalised."""
     model, tokenizer = tiny_model
     with method("icl")(model, tokenizer, TASK, SHOTS, 5) as plain:
         prior = plain.predict_proba(CONTENT_FREE).mean(0)

@@ -1,4 +1,4 @@
-"""Guided norm tuning: without weights it is norm tuning, with them it is not, and the model is given back."""
+"""Guided norm tuning: without weights it equals norm tuning, with them it differs, and the model is restored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fit_of(name):
 
 @pytest.fixture
 def unchanged(tiny_model):
-    """The tiny model with modes and flags of its own, all of which must be the same after the test."""
+    """A tiny model with mixed modes and flags; checks that the test restores them."""
     model, tokenizer = tiny_model
     model.train()
     model.model.layers[0].eval()
@@ -49,7 +49,7 @@ def unchanged(tiny_model):
 
 
 def trained(loaded, fit, **options):
-    """Tuned scales, records and notes of a run, the model being given back."""
+    """Tuned scales, records and notes of a run; the model is restored."""
     with fit(*loaded, TASK, SHOTS, 5, **{**QUICK, **options}) as predictor:
         scales = {name: p.detach().clone() for name, p in loaded[0].named_parameters() if p.requires_grad}
         return scales, predictor.training.records, predictor.notes
@@ -77,7 +77,7 @@ def test_without_weights_it_is_norm_tuning_bit_for_bit(unchanged, name, off):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_term_changes_the_result(unchanged, name):
-    """Each alone leads elsewhere than norm tuning. At a high rate, so that some ‖g‖ exceeds the first epoch's."""
+    """Each term alone differs from norm tuning. The rate is high, so that some ‖g‖ exceed the first epoch's."""
     fast = {"learning_rate": 0.1}
     plain, _, _ = trained(unchanged, method("norm-tuning"), **fast)
     other_tasks = [demo_shots("tickets")]
@@ -107,8 +107,8 @@ def test_the_finite_difference_follows_the_exact_gradient(unchanged):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_fit_learns_its_shots_tells_of_its_gradients_and_is_given_back(unchanged, name):
-    """Default weights; closed (twice), the model scores as before, to the bit (and see the fixture)."""
+def test_a_fit_learns_its_shots_logs_its_gradients_and_is_restored(unchanged, name):
+    """Default weights; after closing (twice), the model's scores are bit-identical to before."""
     model, tokenizer = unchanged
     base = Scorer(model, tokenizer, TASK).predict_proba(TEXTS)
     predictor = fit_of(name)(model, tokenizer, TASK, SHOTS, 5, **{**QUICK, "epochs": 10, "learning_rate": 0.05})
@@ -137,7 +137,7 @@ def test_the_seed_fixes_the_result(unchanged, name):
 
 
 def test_validation_keeps_the_best_epoch(unchanged):
-    """Labels that are what the untrained scales predict are best answered by the first epoch."""
+    """Validation labels are the untrained model's predictions, so the first epoch is best."""
     examples = [type(SHOTS[0])(text, Scorer(*unchanged, TASK).predict([text])[0]) for text in TEXTS]
     options = {**QUICK, **STRONG[FIRST_ORDER], "learning_rate": 1e-6, "validation": examples}
     with fit_of(FIRST_ORDER)(*unchanged, TASK, SHOTS, 5, **options) as predictor:
@@ -195,7 +195,7 @@ def test_wrong_options_are_refused(unchanged, name, options, words):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_difference_of_gradients_is_one_of_float32_gradients_in_a_half_precision_model(tiny_model, dtype):
-    """Bit for bit what a float32 model of the same weights gets, and the model's own weights come back."""
+    """Bit-identical to a float32 model of the same weights; afterwards the model has its own weights."""
     model, tokenizer = tiny_model[0].to(dtype), tiny_model[1]
     wide = deepcopy(model).float()
     before = state(model)
@@ -227,7 +227,7 @@ def break_gradient(model):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("error", [Interrupted, Diverged])
 def test_a_fit_that_fails_leaves_the_model_as_it_was(unchanged, name, error):
-    """On Ctrl-C, and where a gradient is no number; the fixture compares all that could be left."""
+    """On Ctrl-C, and at a gradient that is not a number; the fixture compares the state."""
     model, _ = unchanged
     act = {Interrupted: lambda: signal.raise_signal(signal.SIGINT), Diverged: lambda: break_gradient(model)}[error]
     with pytest.raises(error):

@@ -1,4 +1,4 @@
-"""Context vectors are the branches' own outputs, mixed into every token by coefficients that alone are trained."""
+"""Context vectors are branch outputs, mixed into every token by coefficients; only these are trained."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def some_coefficients(branches, seed=3):
 # Vectors and mixtures
 
 
-def test_vectors_are_the_mean_of_what_every_branch_returns_behind_each_demonstration(llama):
+def test_vectors_are_the_mean_branch_outputs_after_each_demonstration(llama):
     model, tokenizer = llama
     own = context_vectors(model, Scorer(model, tokenizer, TASK).encoder, SHOTS)
     torch.testing.assert_close(torch.stack(own), vectors_by_hand(model, tokenizer, SHOTS))
@@ -137,7 +137,7 @@ def test_parallel_branches_are_mixed_one_by_one():
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_lambda_0_and_beta_1_change_nothing_in_any_wiring(name):
-    """To the bit, in every wiring: 1·out + 0·v has no rounding. And each of the 4L coefficients has a gradient."""
+    """Bit-identical in every wiring, because 1·out + 0·v is not rounded; all 4L coefficients have a gradient."""
     model = families.build(name)
     inputs = {key: value for key, value in families.inputs(name).items() if key == "input_ids"}
     branches = sum(len(step.branches) for step in anatomy.find(model).steps())
@@ -166,8 +166,8 @@ def test_lambda_0_and_beta_1_are_zero_shot(llama):
 # Calibration
 
 
-def test_noise_has_the_size_it_should_and_only_while_calibrating(llama):
-    """0.001 of each token's output in every direction, by the seed; none without gradients, none when it is over."""
+def test_noise_has_its_defined_size_and_only_while_calibrating(llama):
+    """0.001 of each token's norm per channel, by the seed; none without gradients or after calibration."""
     model, tokenizer = llama
     vectors = context_vectors(model, Scorer(model, tokenizer, TASK).encoder, SHOTS)
     mixture = Mixture(model, vectors)
@@ -209,7 +209,7 @@ def test_the_norm_of_the_noise_carries_no_gradient(llama):
 
 
 def test_calibration_trains_the_coefficients_and_nothing_else(llama):
-    """From λ = 0.1 and β = 1; what is predicted behind it is the mixture by hand."""
+    """From λ = 0.1 and β = 1; the predictions afterwards equal the mixture by hand."""
     model, tokenizer = llama
     vectors = vectors_by_hand(model, tokenizer, SHOTS)
     parameters = [parameter.clone() for parameter in model.parameters()]
@@ -222,7 +222,7 @@ def test_calibration_trains_the_coefficients_and_nothing_else(llama):
         assert predictor.notes == {"lambda": coefficients[:, 0].tolist(), "beta": coefficients[:, 1].tolist()}
         assert all(torch.equal(old, new) for old, new in zip(parameters, model.parameters(), strict=True))
     assert records[-1].loss < records[0].loss
-    # 25 steps of at most 0.01: none can have gone farther from where it began, and all have gone.
+    # 25 steps of at most 0.01 bound the distance from the start; every coefficient has moved.
     moved = (coefficients - torch.tensor([0.1, 1.0])).abs()
     assert moved.min() > 0
     assert moved.max() < 0.25
@@ -245,8 +245,8 @@ def test_the_settings_are_the_methods_own(llama):
         assert first == [(total, pytest.approx(peak / (0.05 * total)))]
 
 
-def test_the_seed_fixes_the_coefficients_whatever_else_is_drawn(llama):
-    """Noise has a generator of its own: draws of the caller in between do not move it."""
+def test_the_seed_fixes_the_coefficients_despite_other_draws(llama):
+    """Noise has a generator of its own, independent of the caller's draws."""
     model, tokenizer = llama
 
     def coefficients(seed, progress=None):
@@ -259,7 +259,7 @@ def test_the_seed_fixes_the_coefficients_whatever_else_is_drawn(llama):
 
 
 def test_validation_keeps_the_best_epoch(llama, monkeypatch):
-    """The accuracies say the second; validation sees no noise."""
+    """The second, by its accuracy; validation has no noise."""
     model, tokenizer = llama
     seen, accuracies = [], iter((0.5, 0.75, 0.75, 0.25))
 
@@ -286,7 +286,7 @@ def test_similarity_is_the_cosine_of_all_coefficients(llama):
         similarity(first, second[:4])
 
 
-# What is refused and what stays
+# Refusals, and restoring the model
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_demonstrations_that_do_not_fit_the_window_are_left_out(llama):
     own = context_vectors(model, encoder, [huge, *SHOTS])
     torch.testing.assert_close(torch.stack(own), vectors_by_hand(model, tokenizer, SHOTS))
     for examples in ((), [huge]):
-        with pytest.raises(InputError, match="not one demonstration that fits"):
+        with pytest.raises(InputError, match="no demonstration fits"):
             fit(model, tokenizer, TASK, examples, 5)
 
 
@@ -318,7 +318,7 @@ def test_unseen_demonstrations_that_fail_change_nothing(llama):
     model, tokenizer = llama
     with transfer(model, tokenizer, TASK, SHOTS, some_coefficients(6)) as predictor:
         expected = predictor.scorer.log_probabilities(TEXTS)
-        with pytest.raises(InputError, match="not one demonstration"):
+        with pytest.raises(InputError, match="no demonstration fits"):
             recompute(predictor, ())
         assert torch.equal(predictor.scorer.log_probabilities(TEXTS), expected)
     with pytest.raises(InputError, match="the predictor is closed"):
@@ -327,7 +327,7 @@ def test_unseen_demonstrations_that_fail_change_nothing(llama):
 
 @pytest.fixture
 def unchanged(llama):
-    """A model with modes and flags of its own, all of which must be the same after the test."""
+    """A model with mixed modes and flags; checks that the test restores them."""
     model, tokenizer = llama
     model.train()
     model.model.layers[0].eval()
@@ -337,7 +337,7 @@ def unchanged(llama):
     assert state(model) == before
 
 
-def test_hooks_are_all_that_is_in_the_model_until_it_is_closed(unchanged):
+def test_the_model_has_only_hooks_until_closed(unchanged):
     model, tokenizer = unchanged
     before = state(model)
     predictor = fit(model, tokenizer, TASK, SHOTS, 5, epochs=2)

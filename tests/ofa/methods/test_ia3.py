@@ -1,4 +1,4 @@
-"""IA3 multiplies keys, values and the MLP's inner activation, and nothing else."""
+"""IA3 scales only keys, values and the MLP's inner activation."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_the_logits_are_those_of_activations_scaled_by_hand(tiny_model, family, 
     torch.testing.assert_close(logits(model), adapted, rtol=1e-9, atol=1e-11)
 
 
-def test_the_first_loss_is_that_of_the_model_itself(tiny_model):
-    """Scales are 1 at first."""
+def test_the_first_loss_is_the_base_model_s(tiny_model):
+    """Scales are initially 1."""
     first = []
     for name in ("ia3", "norm-tuning"):
         with method(name)(*tiny_model, TASK, SHOTS, 5, **TRAINING) as predictor:

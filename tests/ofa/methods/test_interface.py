@@ -1,4 +1,4 @@
-"""Methods share one interface, and whatever happens they give the model back as they found it."""
+"""Methods share one interface, and always restore the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OFF = {"step_ratio": 0.0, "sharpness": 0.0}
 
 @pytest.fixture
 def unchanged(tiny_model):
-    """The tiny model with modes and flags of its own, all of which must be the same after the test."""
+    """A tiny model with mixed modes and flags; checks that the test restores them."""
     model, tokenizer = tiny_model
     model.train()
     model.model.layers[0].eval()
@@ -37,7 +37,7 @@ def scales_of(model):
 
 
 def trained(loaded, name, **options):
-    """Scales and records of a method's run, the model being given back."""
+    """Scales and records of a method's run; the model is restored."""
     with method(name)(*loaded, TASK, SHOTS, 5, **{**QUICK, **options}) as predictor:
         return scales_of(loaded[0]), predictor.training.records
 
@@ -63,7 +63,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_name(name, hint):
 
 @pytest.mark.parametrize(("name", "demonstrations"), [("zero-shot", ()), ("icl", SHOTS)])
 def test_methods_without_training_leave_the_model_untouched(unchanged, name, demonstrations):
-    """Before, between and after their predictions, which are the scores with and without the shots in context."""
+    """Also after predictions; these equal the scores with and without the shots in context."""
     model, tokenizer = unchanged
     before = state(model)
     with method(name)(model, tokenizer, TASK, SHOTS, 5) as predictor:
@@ -78,7 +78,7 @@ def test_methods_without_training_leave_the_model_untouched(unchanged, name, dem
 
 
 def test_norm_tuning_is_ofa_without_its_terms_bit_for_bit(unchanged):
-    """And whatever weights it is given."""
+    """With any weights given."""
     expected, records = trained(unchanged, "ofa", **OFF)
     for weights in ({}, {"step_ratio": 1.0, "sharpness": 1.0}):
         scales, own = trained(unchanged, "norm-tuning", **weights)
@@ -97,7 +97,7 @@ def test_ofa_has_both_terms_by_default_and_another_result(unchanged):
 
 @pytest.mark.parametrize("name", ["norm-tuning", "ofa"])
 def test_a_trained_predictor_predicts_with_the_tuned_scales_until_it_is_closed(unchanged, name):
-    """It counts its scales (7 norms of 64), and close() brings back the model's own parameters."""
+    """It counts its scales (7 norms of 64), and close() restores the model's own parameters."""
     model, tokenizer = unchanged
     base = Scorer(model, tokenizer, TASK).predict_proba(TEXTS)
     predictor = method(name)(model, tokenizer, TASK, SHOTS, 5, **QUICK)
@@ -106,7 +106,7 @@ def test_a_trained_predictor_predicts_with_the_tuned_scales_until_it_is_closed(u
     assert all((scale != 1).any() for scale in scales_of(model).values())
     probabilities = predictor.predict_proba(TEXTS)
     assert not torch.equal(probabilities, base)
-    # The labels follow from the very probabilities.
+    # The labels follow from the same probabilities.
     assert predictor.predict(TEXTS) == [TASK.labels[index] for index in probabilities.argmax(1)]
     assert torch.equal(predictor.evaluate(SHOTS).probabilities, predictor.predict_proba([shot.text for shot in SHOTS]))
     predictor.close()
@@ -115,7 +115,7 @@ def test_a_trained_predictor_predicts_with_the_tuned_scales_until_it_is_closed(u
 
 
 def test_the_seed_fixes_the_result_whatever_was_drawn_before(unchanged):
-    """Batches and probes follow from it, not from the state of the global generators."""
+    """It fixes batches and probes, in any state of the global generators."""
     first, _ = trained(unchanged, "ofa")
     torch.manual_seed(999)
     torch.rand(7)
@@ -124,7 +124,7 @@ def test_the_seed_fixes_the_result_whatever_was_drawn_before(unchanged):
 
 
 def test_validation_keeps_the_epoch_of_the_best_accuracy(unchanged):
-    """The validation labels are what a first run predicted in its third epoch, so that accuracy is 1 there."""
+    """The validation labels are a first run's predictions in its third epoch, so accuracy is 1 there."""
     model, tokenizer = unchanged
     texts = [*TEXTS, *(shot.text for shot in SHOTS), "a warm film", "too long, but it is funny"]
     predictions, scales = [], []
@@ -138,7 +138,7 @@ def test_validation_keeps_the_epoch_of_the_best_accuracy(unchanged):
     trained(unchanged, "norm-tuning", progress=progress, **settings)
     validation = [Example(text, label) for text, label in zip(texts, predictions[2], strict=True)]
     best = 1 + predictions.index(predictions[2])
-    # With another best epoch the first or the last could be kept by mistake and nobody would notice.
+    # The best epoch must be neither first nor last, or keeping those by mistake would pass.
     assert 1 < best < 6
     assert predictions[-1] != predictions[2]
     options = {**QUICK, **settings, "validation": validation}
@@ -177,7 +177,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_fit_that_fails_leaves_the_model_as_it_was(unchanged, tmp_path, name):
-    """Parameters, flags, modes and hooks to the bit (the fixture's check), and it can be fitted again at once."""
+    """Parameters, flags, modes and hooks (the fixture's check), and it can be fitted again."""
     model, tokenizer = unchanged
     error, options = FAILURES[name]
     before = state(model)
@@ -189,7 +189,7 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(unchanged, tmp_path, name):
 
 
 def test_an_interrupted_fit_resumes_to_the_same_bits(unchanged, tmp_path):
-    """Through the method's own options, a text as the folder."""
+    """Through the method's own options, with a str as the folder."""
     expected, records = trained(unchanged, "ofa")
     with pytest.raises(Interrupted):
         trained(unchanged, "ofa", folder=str(tmp_path), **at_step_2(lambda: signal.raise_signal(signal.SIGINT)))
@@ -200,7 +200,7 @@ def test_an_interrupted_fit_resumes_to_the_same_bits(unchanged, tmp_path):
 
 
 def test_regularizers_of_the_caller_are_refused_and_kept(unchanged):
-    """They would be measured in the loss of the run."""
+    """They would add to the loss of the run."""
     with ofa.fused_regularizers(unchanged[0]) as own:
         with pytest.raises(InputError, match="already has regularizers"):
             trained(unchanged, "ofa")

@@ -1,4 +1,4 @@
-"""Prompts see the template and the labels of demonstrations, and of their texts only what these have read."""
+"""Prompts attend to template and labels of the demonstrations, but not to their texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hidden_from_the_prompt(length: int, kept: list[int], total: int) -> torch.Te
 
 @torch.no_grad()
 def logits_by_mask(model, prefix, kept, ids, start):
-    """All logits behind the prefix: one pass over the whole, where a mask hides what is not kept."""
+    """Oracle: all logits after the prefix, from one forward with a mask that hides dropped tokens."""
     total = len(prefix) + len(ids)
     positions = [*range(len(prefix)), *range(start, start + len(ids))]
     return model(
@@ -73,7 +73,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_everything_but_the_texts_is_kept_the_last_label_too(tiny_model, name):
+def test_everything_but_the_texts_is_kept_also_the_last_label(tiny_model, name):
     template, expected = TEMPLATES[name]
     task = Task("mood", template, ("negative", "positive"))
     assert kept_text(tiny_model[1], task, SHOTS) == "".join(expected.format(label=shot.label) for shot in SHOTS)
@@ -99,14 +99,14 @@ def test_a_token_of_text_and_template_is_kept_for_the_template(tiny_model):
 
 
 def test_anchors_are_those_of_the_demonstrations_that_fit_the_window(tiny_model):
-    """The first positive one is dropped: of the class with the most examples, the first goes."""
+    """The first positive one is dropped, the first of the class with the most examples."""
     tokenizer = tiny_model[1]
     whole = Encoder(tokenizer, TASK, None).encode_demonstrations(SHOTS)
     kept = kept_text(tokenizer, TASK, SHOTS, window=len(whole) + 2)
     assert kept == "Review:\nSentiment: negative\nReview:\nSentiment: positive\n"
 
 
-# What is computed
+# Scores
 
 # GPT-2 and OPT learn their positions; GPT-J's table of positions is one of angles; Phi and GPT-NeoX rotate in part.
 FAMILIES = ["llama", "qwen3", "gemma2", "phi", "gptj", "gpt_neox", "falcon", "gpt2", "opt"]
@@ -114,7 +114,7 @@ FAMILIES = ["llama", "qwen3", "gemma2", "phi", "gptj", "gpt_neox", "falcon", "gp
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_part_of_a_prefix_is_a_mask_over_the_rest(name):
-    """Oracle: one pass with a mask by hand. Right padding (the second row) and a word behind it change nothing."""
+    """Oracle: one forward with a mask by hand. Right padding (second row) and a word after it change nothing."""
     model = families.build(name).double()
     ids = torch.randint(3, 64, (24,), generator=torch.Generator().manual_seed(1)).tolist()
     prefix, kept, prompts, word = ids[:12], [0, 1, 5, 6, 11], [ids[12:18], ids[18:21]], ids[21:]
@@ -142,8 +142,8 @@ def cache_bytes(model, tokens):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", [TASK, COLLIDING], ids=lambda task: task.name)
-def test_labels_are_scored_behind_the_anchors(tiny_model, family, task):
-    """Oracle: the mask by hand over the whole, one text and one word at a time; by first tokens and whole words."""
+def test_labels_are_scored_after_the_anchors(tiny_model, family, task):
+    """Oracle: the mask by hand, one text and one word at a time; by first tokens and whole words."""
     tokenizer = tiny_model[1]
     model = build(family, len(tokenizer))
     shots = [Example(shot.text, task.labels[index % 2]) for index, shot in enumerate(SHOTS)]
@@ -172,18 +172,18 @@ def test_labels_are_scored_behind_the_anchors(tiny_model, family, task):
     assert (actual - in_context).abs().max() > 0.01
 
 
-# What is refused and what stays
+# Refusals, and restoring the model
 
 
 @pytest.mark.parametrize(
     ("family", "task", "message"),
     [
         ("bloom", TASK, "a bloom model cannot continue from a part of its cache"),
-        ("dynamic llama", TASK, "a llama model cannot go on"),
+        ("dynamic llama", TASK, "a llama model cannot continue"),
         ("llama", OPEN, "task 'open' has no labels"),
     ],
 )
-def test_what_has_no_anchors_is_refused_at_once(tiny_model, family, task, message):
+def test_tasks_and_models_without_anchors_are_refused_at_once(tiny_model, family, task, message):
     tokenizer = tiny_model[1]
     with pytest.raises(InputError, match=message):
         fit(build(family, len(tokenizer)), tokenizer, task, SHOTS, 5)

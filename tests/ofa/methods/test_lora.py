@@ -1,4 +1,4 @@
-"""LoRA is W + (α/r) B A on the query and value projections, and nothing else."""
+"""LoRA is W + (α/r) B A on the query and value projections only."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_the_logits_are_those_of_weights_changed_by_hand(tiny_model, family, tar
     torch.testing.assert_close(logits(model), adapted, rtol=1e-9, atol=1e-11)
 
 
-def test_the_first_loss_is_that_of_the_model_itself(tiny_model):
-    """B is 0 at first."""
+def test_the_first_loss_is_the_base_model_s(tiny_model):
+    """B is initially 0."""
     model, tokenizer = tiny_model
     first = {}
     for name in ("lora", "norm-tuning"):
@@ -80,7 +80,7 @@ def test_the_number_of_parameters_follows_from_the_rank(tiny_model, rank):
 
 
 def test_lora_r1_is_lora_of_rank_1(tiny_model):
-    """To the bit, and no other rank."""
+    """Bit-identical; any other rank is refused."""
     losses = []
     for name, options in (("lora", {"rank": 1}), ("lora-r1", {}), ("lora-r1", {"rank": 1})):
         with method(name)(*tiny_model, TASK, SHOTS, 5, **options, **TRAINING) as predictor:
@@ -100,14 +100,14 @@ def test_lora_r1_is_lora_of_rank_1(tiny_model):
         ({"alpha": "16"}, "the alpha of LoRA is '16'"),
     ],
 )
-def test_a_rank_or_alpha_that_makes_no_sense_is_refused(tiny_model, options, message):
+def test_an_invalid_rank_or_alpha_is_refused(tiny_model, options, message):
     with pytest.raises(InputError, match=message):
         lora.fit(*tiny_model, TASK, SHOTS, 5, **options)
 
 
 @pytest.mark.parametrize("name", [name for name in families.BUILDERS if name not in ("bert", "vit", "phi")])
 def test_the_projections_are_those_of_pefts_mapping_where_it_has_one(name):
-    """PEFT's row for phi also has the MLP, which is left out here: METHODS asks for q and v alone."""
+    """Except for phi, where PEFT's row also has the MLP; this LoRA is of q and v only."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as MAPPING
 
     model = families.build(name)

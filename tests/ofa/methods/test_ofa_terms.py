@@ -1,4 +1,4 @@
-"""OFA with one of its terms is OFA with the other weight at 0."""
+"""OFA with a single term equals OFA with the other weight at 0."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def records(loaded, name, **options):
 
 @pytest.mark.parametrize("name", OTHER)
 def test_one_term_is_ofa_with_the_other_weight_at_0(tiny_model, name):
-    """To the bit; its own weight is the default one, or the one that is given."""
+    """Bit-identical; its own weight is the default or the given one."""
     expected = records(tiny_model, "ofa", **{OTHER[name]: 0.0})
     assert records(tiny_model, name) == expected
     assert records(tiny_model, name, **{OTHER[name]: 0, OWN[name]: WEIGHTS[OWN[name]]}) == expected
@@ -34,7 +34,7 @@ def test_one_term_is_ofa_with_the_other_weight_at_0(tiny_model, name):
 
 @pytest.mark.parametrize("name", OTHER)
 def test_options_that_contradict_are_refused(tiny_model, name):
-    """Otherwise a row of a table would not be what its name says."""
+    """Otherwise a row of a table would not match its name."""
     with pytest.raises(InputError, match=f"{name} means {OTHER[name]}=0.0, not 0.5"):
         method(name)(*tiny_model, TASK, SHOTS, 5, **{OTHER[name]: 0.5})
     with pytest.raises(InputError, match=f"{name} with {OWN[name]}=0 is norm tuning"):

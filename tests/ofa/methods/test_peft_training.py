@@ -1,4 +1,4 @@
-"""What LoRA, IA3 and the soft prompt share: training, seeds, contexts, models, and a model that is given back."""
+"""Common behavior of LoRA, IA3 and soft prompt: training, seeds, contexts, families, and restoring the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def everything(model):
 
 @pytest.fixture
 def unchanged(tiny_model):
-    """The tiny model with modes and flags of its own, all of which must be the same after the test."""
+    """A tiny model with mixed modes and flags; checks that the test restores them."""
     model, tokenizer = tiny_model
     model.train()
     model.model.layers[0].eval()
@@ -105,7 +105,7 @@ def test_each_method_has_the_settings_of_its_source(unchanged, name, rate, epoch
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_seed_fixes_the_parameters_to_the_bit(unchanged, name):
-    """Whatever the global generator was at; another seed gives others."""
+    """In any state of the global generator; another seed gives other parameters."""
     first, records = trained(unchanged, name)
     torch.manual_seed(999)
     torch.rand(7)
@@ -118,7 +118,7 @@ def test_a_seed_fixes_the_parameters_to_the_bit(unchanged, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_global_generator_is_left_as_norm_tuning_leaves_it(unchanged, name):
-    """Initial values come from a generator of their own; a fit that is refused touches none."""
+    """Initial values have a generator of their own; a refused fit draws nothing."""
     trained(unchanged, "norm-tuning")
     expected = torch.get_rng_state()
     trained(unchanged, name)
@@ -129,7 +129,7 @@ def test_the_global_generator_is_left_as_norm_tuning_leaves_it(unchanged, name):
 
 
 def test_validation_keeps_the_epoch_of_the_best_accuracy(unchanged):
-    """Validated on its shots with the labels exchanged, a run that learns is at its best early, and not at last."""
+    """Validated on its shots with swapped labels, a run that learns is best at an early epoch, not the last."""
     model, tokenizer = unchanged
     exchanged = {"positive": "negative", "negative": "positive"}
     validation = [Example(shot.text, exchanged[shot.label]) for shot in SHOTS]
@@ -193,7 +193,7 @@ def log_likelihood(model, prompt, word):
 
 @pytest.fixture(scope="module", params=CAUSAL)
 def family(request, tiny_folder):
-    """A model of each causal family, shared by the methods, every one of which must leave it as it was."""
+    """A model of each causal family, shared by the methods, which must restore it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -201,7 +201,7 @@ def family(request, tiny_folder):
 
 
 @pytest.mark.parametrize("module", [lora, ia3, soft_prompt], ids=["lora", "ia3", "soft-prompt"])
-def test_every_causal_family_is_trained_and_given_back(family, module):
+def test_every_causal_family_is_trained_and_restored(family, module):
     """Other names of projections, fused ones, GPT-2's transposed ones, learned positions, scaled embeddings."""
     model, tokenizer = family
     before = everything(model)
@@ -217,7 +217,7 @@ def test_every_causal_family_is_trained_and_given_back(family, module):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_a_model_that_continues_no_prompt_is_refused(tiny_model, name, family):
-    with pytest.raises(InputError, match=r"a \w+Classification is no causal language model"):
+    with pytest.raises(InputError, match=r"a \w+Classification is not a causal language model"):
         method(name)(families.build(family), tiny_model[1], TASK, SHOTS, 5)
 
 
@@ -279,7 +279,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_fit_that_fails_leaves_the_model_as_it_was(unchanged, name, failure):
-    """And it can be fitted again at once."""
+    """And it can be fitted again."""
     error, options = FAILURES[failure]
     before = everything(unchanged[0])
     with pytest.raises(error):
@@ -329,7 +329,7 @@ def test_a_model_without_known_projections_is_refused(unchanged, name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("setting", ["sharpness", "estimator"])
 def test_settings_of_regularizers_are_refused(unchanged, name, setting):
-    """They would change nothing, and the caller would not know."""
+    """They would be ignored silently."""
     with pytest.raises(InputError, match=f"{setting} is a setting of OFA"):
         method(name)(*unchanged, TASK, SHOTS, 5, **{setting: 1e-3})
 
@@ -337,10 +337,10 @@ def test_settings_of_regularizers_are_refused(unchanged, name, setting):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("present", ["injected", "wrapped"])
 def test_a_model_with_an_adapter_is_refused(tiny_model, name, present):
-    """PEFT would put one adapter upon the other, and taking out the second would take the first along."""
+    """PEFT would stack the adapters, and removing the second would also remove the first."""
     from peft import get_peft_model
 
     model, tokenizer = tiny_model
     wrapped = get_peft_model(model, lora.config_for(model, 2, 4.0))
-    with pytest.raises(InputError, match="has a PEFT adapter already"):
+    with pytest.raises(InputError, match="already has a PEFT adapter"):
         method(name)(model if present == "injected" else wrapped, tokenizer, TASK, SHOTS, 5)

@@ -33,10 +33,10 @@ def vector_of(predictor):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma", "gemma3", "granite", "falcon_alibi"])
-def test_labels_are_read_at_the_last_token_behind_the_vector(tiny_model, family):
-    """Hand-made embeddings give the same scores at the prompt's last place, and others one place early.
+def test_labels_are_read_at_the_prompt_s_last_token(tiny_model, family):
+    """Oracle: hand-made embeddings give equal scores at the prompt's last position, and other scores one earlier.
 
-    Learned positions, embeddings scaled in their module (Gemma 3) and behind it (Gemma, Granite), and no positions.
+    Learned positions, embeddings scaled in their module (Gemma 3) and after it (Gemma, Granite), and no positions.
     """
     tokenizer = tiny_model[1]
     model = with_vocabulary_of(tokenizer, families.build(family))
@@ -52,7 +52,7 @@ def test_labels_are_read_at_the_last_token_behind_the_vector(tiny_model, family)
 
 
 def test_a_cache_that_cannot_be_continued_changes_no_score(tiny_model):
-    """PEFT's own pass is taken then, the vector in front of every whole sequence."""
+    """Then PEFT's own forward runs, with the vector in front of every whole sequence."""
     model, tokenizer = tiny_model
     with fitted(model, tokenizer) as predictor:
         shared = predictor.evaluate(SHOTS, demonstrations=SHOTS[:2]).probabilities
@@ -63,8 +63,8 @@ def test_a_cache_that_cannot_be_continued_changes_no_score(tiny_model):
     torch.testing.assert_close(whole, shared, rtol=1e-4, atol=1e-6)
 
 
-def test_training_reads_the_same_place(tiny_model):
-    """The first loss is the hand-made cross-entropy at the last place, the vector being the token drawn."""
+def test_training_reads_the_same_position(tiny_model):
+    """The first loss is the hand-made cross-entropy at the last position, with the drawn token as vector."""
     model, tokenizer = tiny_model
     with fitted(model, tokenizer, learning_rate=1e-30) as predictor:
         vector, encoder = vector_of(predictor), predictor.scorer.encoder
@@ -80,7 +80,7 @@ def test_training_reads_the_same_place(tiny_model):
 
 
 def test_the_first_vector_is_the_embedding_of_a_token_drawn_by_the_seed(tiny_model):
-    """A step of 1e-30 leaves it where it is; other seeds draw other tokens."""
+    """A step of 1e-30 does not move it; other seeds draw other tokens."""
     model, tokenizer = tiny_model
     table = model.get_input_embeddings().weight
     drawn = []
@@ -92,7 +92,7 @@ def test_the_first_vector_is_the_embedding_of_a_token_drawn_by_the_seed(tiny_mod
 
 
 def test_it_has_d_parameters(tiny_model):
-    """And the file four bytes for each; the texts get one place less of the window."""
+    """Stored with four bytes each; the window for texts is one position shorter."""
     with fitted(*tiny_model) as predictor:
         assert (predictor.trainable_parameters, predictor.stored_bytes) == (64, 256)
         assert predictor.scorer.encoder.window == 255

