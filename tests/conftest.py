@@ -35,13 +35,13 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """One thread: these tensors are so small that handing them to a second one costs ten times the arithmetic."""
+    """One thread: for tensors this small, a second thread costs ten times the arithmetic."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _whole_float32() -> None:
-    """Convolutions in float32 on a GPU too, as products of matrices are: TF32, their default there, has 10 bits."""
+    """Float32 convolutions on a GPU instead of the default TF32, which has 10 bits."""
     torch.backends.cudnn.allow_tf32 = False
 
 

@@ -71,7 +71,7 @@ OPT = {
 }
 
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-"""Eager: the grouped product takes no float64."""
+"""Eager: the grouped matrix product does not support float64."""
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama_like("llama"),
@@ -107,11 +107,11 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 STEPS = dict.fromkeys(BUILDERS, 6) | dict.fromkeys(
     ("phi", "cohere", "gptj", "gpt_neox", "falcon", "falcon_alibi", "falcon_two_norms"), 3
 )
-"""Sublayer steps of the three layers; OPT with the norm after the sum has none."""
+"""Number of sublayer steps of the three layers; not for OPT with the norm after the sum."""
 
 
 def build(name: str, *, seed: int = 0) -> nn.Module:
-    """The family's model in float32 and evaluation mode on `DEVICE`, its norms moved away from 1 so that γ matters."""
+    """The family's model in float32 and evaluation mode on `DEVICE`, with random norm scales."""
     torch.manual_seed(seed)
     model = BUILDERS[name]().eval()
     for path, parameter in model.named_parameters():
@@ -120,13 +120,13 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
         elif parameter.dim() == 1:
             parameter.data = 0.1 * torch.randn_like(parameter)
         else:
-            # Larger than the usual initialization, so that branches bend and the trace is not lost in rounding.
+            # Larger than the usual initialization, so that branches have curvature and the trace is above rounding.
             parameter.data = 0.15 * torch.randn_like(parameter)
     return model.to(DEVICE)
 
 
 def inputs(name: str, *, sequences: int = 2, tokens: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Something for the family's forward pass, with labels, on `DEVICE`."""
+    """A batch for the family's forward pass, with labels, on `DEVICE`."""
     generator = torch.Generator().manual_seed(seed)
     if name == "vit":
         pixels = torch.randn(sequences, 3, 16, 16, generator=generator)
@@ -136,7 +136,7 @@ def inputs(name: str, *, sequences: int = 2, tokens: int = 6, seed: int = 0) -> 
 
 
 def vision_language(name: str, *, seed: int = 0) -> nn.Module:
-    """A vision-language model like `build`: three layers of a language model behind two of a vision tower."""
+    """A vision-language model like `build`: a vision tower of two layers and a language model of three."""
     torch.manual_seed(seed)
     model = VISION_LANGUAGE[name]().eval()
     for path, parameter in model.named_parameters():
@@ -162,7 +162,7 @@ def images_and_text(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
     shape = (2, 1, 3, 16, 16) if name == "smolvlm" else (2, 3, 16, 16)
     given["pixel_values"] = torch.randn(shape, generator=generator)
     if name == "paligemma":
-        given["token_type_ids"] = torch.ones_like(ids)  # of the answer; the rest is attended to in both directions
+        given["token_type_ids"] = torch.ones_like(ids)  # 1 for the answer; attention to the rest is bidirectional
         given["token_type_ids"][:, :6] = 0
     if name == "gemma3":
         given["token_type_ids"] = (ids == IMAGE_TOKEN).long()
@@ -170,7 +170,7 @@ def images_and_text(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def on_device(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors on `DEVICE`: one that stands there twice is still one."""
+    """The tensors on `DEVICE`; a repeated tensor stays one object."""
     moved = {id(value): value.to(DEVICE) for value in given.values()}
     return {key: moved[id(value)] for key, value in given.items()}
 

@@ -14,8 +14,8 @@ import numpy as np
 class Layout:
     """The architecture of a family's files, the names of its norms, and what the converter adds to their weights.
 
-    As `convert_hf_to_gguf.py` wrote them of these models on 2026-11-29; gpt_neox and gemma3 as its source says, because
-    it does not run on tiny ones.
+    From files that `convert_hf_to_gguf.py` wrote of these models on 2026-11-29; gpt_neox and gemma3 from its source,
+    since it does not run on tiny ones.
     """
 
     architecture: str
@@ -23,7 +23,7 @@ class Layout:
     added: float = 0.0
 
     def name(self, path: str) -> str:
-        """The tensor of a norm's weight or bias, by its path in the model."""
+        """The tensor name of a norm's weight or bias, from its path in the model."""
         module, _, kind = path.rpartition(".")
         layer = next((part for part in module.split(".") if part.isdigit()), "")
         return f"{self.norms[module.replace(f'.{layer}.', '.N.')].replace('N', layer)}.{kind}"
@@ -103,7 +103,7 @@ LAYOUTS = {
 
 
 def write_gguf(file: Path, architecture: str, tensors: dict[str, np.ndarray[Any, Any]], **fields: Any) -> Path:
-    """A GGUF file of these tensors; `fields` by their names behind the architecture's, `__` for a dot."""
+    """A GGUF file of these tensors; `fields` are named without the architecture's prefix, with `__` for a dot."""
     writer = gguf.GGUFWriter(file, architecture)
     for name, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32}[type(value)]

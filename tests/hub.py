@@ -1,7 +1,7 @@
-"""A stand-in of the Hugging Face hub on this machine: the HTTP interface that the real client talks to, in memory.
+"""A local stand-in for the Hugging Face hub: the HTTP interface of the real client, in memory.
 
 It keeps repositories of files, takes commits (small files inside them, safetensors through LFS's basic transfer), and
-gives files back under `resolve/`, as the hub does. Who may write is decided by the token.
+serves files under `resolve/`, as the hub does. The token decides who may write.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LFS_SUFFIX = ".safetensors"
 
 @dataclass
 class Repository:
-    """The files of one repository; every commit gives it another identifier."""
+    """The files of one repository; every commit changes its hash."""
 
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Repository:
 
 
 class Hub:
-    """What the server holds: repositories by ("models" or "datasets", id), LFS objects, and the requests it saw."""
+    """The server's state: repositories by ("models" or "datasets", id), LFS objects, and the received requests."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
@@ -76,7 +76,7 @@ class Hub:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A server on a free port of this machine, until the block ends."""
+    """A server on a free local port, inside this context."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -93,7 +93,7 @@ def running_hub() -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Paths to answers; what the hub would refuse is refused with its status and error code."""
+    """Routes of the server, with the hub's status and error codes."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"

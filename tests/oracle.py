@@ -1,7 +1,7 @@
-"""What the steps of a small model are, written down by hand and in float64; the tests hold `ofa` to it.
+"""The steps of small models in float64, independent of `ofa`: the oracle of the tests.
 
-Nothing here uses `ofa`: a table of this file's own says how each family's layers are wired, plain hooks take the
-arguments with which an ordinary forward pass calls the modules, and the steps are those modules called again by hand.
+A table in this file has the wiring of each family's layers. Hooks record the modules' arguments in a forward pass, and
+the steps call these modules again.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ CASES += [(name, "layer") for name in families.BUILDERS]
 
 
 class Float64(TorchFunctionMode):
-    """Keeps float64 where a model narrows to float32 inside (norms, softmax, rotary angles).
+    """Keeps float64 where a model casts to float32 (norms, softmax, rotary angles).
 
-    Finite differences divide by 1e-7, so that a single rounding to float32 would drown them.
+    Finite differences divide by 1e-7: one float32 rounding would be larger than their value.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,7 +71,7 @@ class Float64(TorchFunctionMode):
 
 @cache
 def model(name: str) -> nn.Module:
-    """The family's model in float64, shared by the tests: leave it as it was."""
+    """The family's model in float64, shared by the tests; do not change it."""
     return families.build(name).double()
 
 
@@ -98,9 +98,9 @@ def _class_of(root: nn.Module, path: str) -> str:
 class OracleStep:
     """One step: F and the stream Z it is taken from; row j of the trace is left_j · J_jj · right_j.
 
-    P = diag(γ)/σ is `right` where the norm reads the stream; where it stands behind the branch, γ is `right` and the
-    1/σ of each row is `left`. `scale` is γ, the weight of the module `norm` (or 1 more); `parts` are the branches of a
-    step whose parallel branches have a norm, and so a P, each.
+    `right` is P = diag(γ)/σ if the norm reads the stream; if the norm is after the branch, `right` is γ and `left` is
+    each row's 1/σ. `scale` is γ, the weight of the module `norm` (plus 1 in some families); `parts` are the parallel
+    branches of a step that have different norms.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -112,7 +112,7 @@ class OracleStep:
     parts: tuple[OracleStep, ...] = ()
 
     def quadratic(self, nu: Tensor, at: Tensor | None = None) -> Tensor:
-        """νᵀ J P ν of each sequence, (B,), by one backward pass; `at` is where J is taken, the stream by default."""
+        """νᵀ J P ν of each sequence, (B,), by one backward pass; `at` is the point of J, by default the stream."""
         point = (self.stream if at is None else at).detach().requires_grad_()
         (product,) = torch.autograd.grad(self.function(point), point, self.left.unsqueeze(-1) * nu)
         return (product * self.right * nu).sum((1, 2))
@@ -136,10 +136,10 @@ class OracleStep:
 
 
 def steps(name: str, root: nn.Module, given: dict[str, Tensor], granularity: str) -> list[OracleStep]:
-    """The steps of a model on a batch, in order. Call it, and what it returns, inside `Float64`.
+    """The steps of a model on a batch, in order. Call this, and the steps' functions, inside `Float64`.
 
     Raises:
-        AssertionError: the table of this file is wrong: the steps do not add up to what the layers return.
+        AssertionError: the steps do not add up to the layers' outputs, so the table of this file is wrong.
     """
     layers = _layers(root)
     calls = _record_calls(root, given)
@@ -153,7 +153,7 @@ def steps(name: str, root: nn.Module, given: dict[str, Tensor], granularity: str
             added = _sublayers(name, layer, stream, calls)
         found += added
         end = added[-1].stream + added[-1].function(added[-1].stream)
-        # Two sums of a few terms in another order: some roundings of float64.
+        # A few terms summed in another order: some roundings of float64.
         torch.testing.assert_close(end, output, rtol=1e-10, atol=1e-10)
     return found
 
@@ -171,7 +171,7 @@ def _layers(root: nn.Module) -> list[nn.Module]:
 
 
 def _record_calls(root: nn.Module, given: dict[str, Tensor]) -> dict[nn.Module, tuple[Any, Any, Tensor]]:
-    """What every module is called with and returns; clones, because Falcon adds into its branches' outputs."""
+    """Arguments and output of every module; clones, because Falcon adds to its branches' outputs in place."""
     calls: dict[nn.Module, tuple[Any, Any, Tensor]] = {}
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -191,7 +191,7 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
 
 
 def _caller(module: nn.Module, calls: dict[nn.Module, Any]) -> Callable[[Tensor], Tensor]:
-    """The module as a function of the hidden states, its other arguments as they were."""
+    """The module as a function of the hidden states, with its recorded other arguments."""
     args, kwargs, _ = calls[module]
 
     def call(hidden: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def _caller(module: nn.Module, calls: dict[nn.Module, Any]) -> Callable[[Tensor]
 
 
 def _first(output: Any) -> Tensor:
-    """What a module returns, without attention weights or what a router said."""
+    """A module's first output, without attention weights or router logits."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -229,10 +229,10 @@ def _before(name: str, norm: nn.Module, stream: Tensor, function: Callable[[Tens
     return OracleStep(function, stream, torch.ones_like(rstd), scale * rstd.unsqueeze(-1), norm, scale)
 
 
-def _behind(
+def _after(
     name: str, norm: nn.Module, stream: Tensor, reads: Tensor, function: Callable[[Tensor], Tensor]
 ) -> OracleStep:
-    """A step whose norm stands behind the branch and reads `reads`: P = Γ/σ(reads)."""
+    """A step whose norm comes after the branch and reads `reads`: P = Γ/σ(reads)."""
     scale = _gamma(name, norm)
     return OracleStep(function, stream, _rstd(name, norm, reads), scale.expand_as(stream), norm, scale)
 
@@ -248,7 +248,7 @@ def _whole_layer(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Mod
             norm = layer.attention.output.LayerNorm
         else:
             norm = getattr(layer, POST_NORM_LAYER.get(name, "post_attention_layernorm"))
-        return _behind(name, norm, stream, _hidden(*calls[norm][:2]), function)
+        return _after(name, norm, stream, _hidden(*calls[norm][:2]), function)
     path = SEQUENTIAL[name][0] if name in SEQUENTIAL else PARALLEL.get(name, ("input_layernorm",))[0]
     return _before(name, getattr(layer, path), stream, function)
 
@@ -283,22 +283,22 @@ def _sublayers(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Modul
             _caller(layer.self_attn, calls),
             (layer.post_attention_layernorm, layer.post_feedforward_layernorm),
         )
-        first = _behind(name, norms[0], stream, attend(stream), lambda z: norms[0](attend(z)))
+        first = _after(name, norms[0], stream, attend(stream), lambda z: norms[0](attend(z)))
         middle = _next(first)
-        return [first, _behind(name, norms[1], middle, layer.mlp(middle), lambda z: norms[1](layer.mlp(z)))]
+        return [first, _after(name, norms[1], middle, layer.mlp(middle), lambda z: norms[1](layer.mlp(z)))]
     assert name in POST_NORM
     attend = _caller(layer.attention, calls)
     norms = layer.attention.output.LayerNorm, layer.output.LayerNorm
-    first = _behind(name, norms[0], stream, _hidden(*calls[norms[0]][:2]), lambda z: attend(z) - z)
+    first = _after(name, norms[0], stream, _hidden(*calls[norms[0]][:2]), lambda z: attend(z) - z)
     feed = layer.feed_forward_chunk
     return [
         first,
-        _behind(name, norms[1], _next(first), _hidden(*calls[norms[1]][:2]), lambda z: feed(z) - z),
+        _after(name, norms[1], _next(first), _hidden(*calls[norms[1]][:2]), lambda z: feed(z) - z),
     ]
 
 
 def _parallel(name: str, layer: nn.Module, stream: Tensor, calls: dict[nn.Module, Any]) -> OracleStep:
-    """Two branches of one stream; with two norms, each branch has its own P, so the pair is one map of two streams.
+    """Two parallel branches as one step; with two norms, each branch has its own P.
 
     The trace of the step is tr(J_A P_A) + tr(J_M P_M). With P_M = P_A D for the diagonal D = γ_M/γ_A, that is the
     trace of (J_A + J_M D) P_A, the Jacobian of A(Z) + M(Z₀ + D(Z − Z₀)) at Z₀.

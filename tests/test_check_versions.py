@@ -1,4 +1,4 @@
-"""`scripts/check-versions`: what it would install is what the metadata promises."""
+"""`scripts/check-versions` installs the versions that the metadata promises."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def test_both_ends_are_stated(script: dict[str, Any]) -> None:
 
 
 def test_the_oldest_are_the_lower_bounds(script: dict[str, Any]) -> None:
-    """pip must not be free to take anything newer than what is promised to work."""
+    """pip must not choose anything newer than the promised versions."""
     oldest = dict(item.split("==") for item in script["_requirements"]("oldest") if "==" in item)
     assert {name: f">={version.removesuffix('.*')}" for name, version in oldest.items()} == {
         name: bound.split(",")[0] for name, bound in script["_bounds"]().items()
     }
 
 
-def test_every_group_of_tests_is_there(script: dict[str, Any]) -> None:
-    """A file that was renamed would otherwise fail after the environments have been built."""
+def test_every_group_of_tests_exists(script: dict[str, Any]) -> None:
+    """A renamed file would otherwise fail only after the environments have been built."""
     assert [name for name in script["TESTS"] if not (SCRIPT.parent.parent / name).exists()] == []
 
 

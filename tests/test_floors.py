@@ -1,4 +1,4 @@
-"""Arrows point down only: the floors of docs/architecture.md, held against every import."""
+"""Every import leads down the floors of docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOORS = (
     "files sharding",
     "errors hub logs threads _version _lazy",
 )
-"""From the top down. A room imports from the floors below its own, and not from another room of its floor."""
+"""From the top down. A room imports only from the floors below its own."""
 
 FLOOR_OF = {room: -index for index, floor in enumerate(FLOORS) for room in floor.split()}
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]  # the face is imported by none
@@ -41,7 +41,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module of ours that a file imports, in functions and for type checkers as well."""
+    """Every own module that a file imports, also inside functions and for type checkers."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ofa":
             names = (f"{node.module}.{alias.name}" for alias in node.names)
@@ -61,7 +61,7 @@ def test_imports_lead_down(path: Path) -> None:
     assert [room for room in sorted(rooms) if FLOOR_OF[room] >= FLOOR_OF[own]] == []
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_imports_have_no_cycle() -> None:
     faces = {module_of(path) for path in FILES if path.name == "__init__.py"}
     graph = {module_of(path): set(imports(path)) - faces for path in FILES if path.name != "__init__.py"}
     TopologicalSorter(graph).prepare()  # raises CycleError

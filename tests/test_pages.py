@@ -1,7 +1,4 @@
-"""The pages lead where they say: every internal link, to the heading, and every file of the project that they name.
-
-What is made from the code is as `python -m benchmarks.pages` would write it today, and leaves nothing out.
-"""
+"""Links and file names in the pages exist, and generated parts are up to date and complete."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from ofa.cli import app
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HISTORY = (ROOT / "CHANGELOG.md", ROOT / "docs" / "lab" / "performance.md")
-"""Pages of what was: they name files that are deleted since."""
+"""Old pages, which name deleted files."""
 
 _FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -28,7 +25,7 @@ _FILE = re.compile(r"(?<![\w./~-])(?:docs|tests|ofa|ofa_kernels|benchmarks|examp
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as on GitHub."""
     found: set[str] = set()
     for heading in _HEADING.findall(_FENCE.sub("", page.read_text(encoding="utf-8"))):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -52,13 +49,13 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {*HISTORY}), ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    """In commands and in the text, where no link would show that a file has moved."""
+    """Also in commands and in the text."""
     named = {name for name in _FILE.findall(page.read_text(encoding="utf-8")) if "NAME" not in name}
     assert sorted(name for name in named if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}*"))) == []
 
 
-def test_generated_parts_are_of_today() -> None:
-    """After a change of a docstring or an option: `python -m benchmarks.pages`."""
+def test_generated_parts_are_up_to_date() -> None:
+    """After changing a docstring or an option, run `python -m benchmarks.pages`."""
     architecture = pages.ARCHITECTURE.read_text(encoding="utf-8")
     assert pages.with_modules(architecture) == architecture
     assert pages.reference() == pages.REFERENCE.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The number of threads follows what is free: the quota of a container, the load of other programs, what was asked."""
+"""The number of threads follows the container's quota, the load of other programs, and the user's setting."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _threads_as_before(monkeypatch):
     ],
 )
 def test_free_cores_are_those_that_are_allowed_and_idle(cores, free):
-    """A quota above what is idle does not help, nor do idle cores above the quota; one thread there always is."""
+    """The smaller of quota and idle cores, at least 1."""
     assert cores.free == free
 
 
@@ -74,7 +74,7 @@ def test_free_cores_are_those_that_are_allowed_and_idle(cores, free):
     ids=["v2", "v2 without a limit", "v2 above", "v2 in a container", "v1", "v1 without a limit", "no groups"],
 )
 def test_the_quota_of_the_control_groups(tmp_path: Path, files, cores):
-    """Version 1 and 2, as the machine and as a container shows them."""
+    """Versions 1 and 2, as seen on the host and in a container."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -88,8 +88,8 @@ def _spin(seconds: float) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="only Linux counts the time of its cores")
-def test_a_process_at_work_is_seen(monkeypatch):
-    """One that spins takes a core's worth of the machine, or its share of a machine that has no idle core."""
+def test_a_busy_process_is_counted(monkeypatch):
+    """A spinning process uses one core, or its share of a machine without idle cores."""
     other = multiprocessing.get_context("spawn").Process(target=_spin, args=(60,))
     other.start()
     try:
@@ -102,8 +102,8 @@ def test_a_process_at_work_is_seen(monkeypatch):
         other.join()
 
 
-def test_what_was_asked_wins_and_then_the_environment(monkeypatch):
-    """`--threads`, then OMP_NUM_THREADS as any program takes it, and only then what is free."""
+def test_the_option_comes_before_the_environment(monkeypatch):
+    """`--threads`, then OMP_NUM_THREADS, then the number of free cores."""
     monkeypatch.setattr(threads, "usable_cores", lambda: Cores(8, None, 7.0))
     torch.set_num_threads(2)
     assert use_threads(3) is None
@@ -116,8 +116,8 @@ def test_what_was_asked_wins_and_then_the_environment(monkeypatch):
     assert torch.get_num_threads() == 2
 
 
-def test_a_resumed_run_has_the_threads_that_it_began_with(tiny_folder, tmp_path, monkeypatch):
-    """Sums that are split otherwise are other numbers, and a resumed run continues to the same bits."""
+def test_a_resumed_run_uses_its_first_number_of_threads(tiny_folder, tmp_path, monkeypatch):
+    """Sums split over other threads round differently, and a resumed run must be bit-identical."""
     fit = ["fit", "--data", write_rows(tmp_path / "train.jsonl", TRAIN), "--template", TEMPLATE]
     fit += ["--model", tiny_folder, "--shots", 1, "--epochs", 2, "--out", tmp_path / "out"]
 

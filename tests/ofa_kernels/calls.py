@@ -1,4 +1,4 @@
-"""The operations as the kernels' tests call them: on one device, with inputs drawn once, next to a float64 oracle."""
+"""The operations as the kernels' tests call them: on one device, with inputs drawn once, and a float64 oracle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def run(self, function: Callable[..., Any], *, dtype: torch.dtype | None = None) -> Result:
-        """Outputs, and gradients of the inputs for weights drawn once, possibly of wider copies of the inputs."""
+        """Outputs, and gradients of the inputs for fixed random incoming gradients; optionally of upcast inputs."""
         inputs = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in self.inputs]
         outputs = as_tuple(function(*inputs, **self.settings))
         given = [x for x in inputs if x is not None]
@@ -41,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call returned, and the gradient of each tensor it was given."""
+    """A call's outputs, and the gradient of each input."""
 
     outputs: dict[str, Tensor]
     gradients: list[Tensor]
@@ -52,7 +52,7 @@ class Result:
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    """Outputs of an operation, however many it has."""
+    """An operation's outputs as a tuple."""
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -63,7 +63,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tens
 
 
 def weights_like(output: Tensor, seed: int) -> Tensor:
-    """Incoming gradients for an output, of values that every dtype holds."""
+    """Incoming gradients for an output, with values that are exact in every dtype."""
     return draw(*output.shape, dtype=torch.bfloat16, seed=seed).to(output.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Compiling for GPUs on a machine without one: what the compiler made of the kernels, and that a launch finds it."""
+"""Compiling for GPUs on a machine without one: resources of the kernels, and that a launch finds the binaries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CURVATURE |= {"mlp_curvature_tokens", "add_partials"}
 CURVATURE |= {f"{name}_tiles" for name in ("mlp_diagonal", "attention_trace", "attention_diagonal")}
 KERNELS = ROW_KERNELS | CURVATURE
 CENTRED = {"image_rows"}
-"""What a LayerNorm needs besides."""
+"""The kernel that only a LayerNorm needs."""
 
 OFFERED = """
 import json, sys, torch
@@ -63,7 +63,7 @@ for rows, cases in (
             case.launch()
 print(json.dumps([aot.__file__, hits]))
 """
-"""What the run time does for 250 rows of 640 columns, and 240 tokens of heads of 64, but for the launch: offer the
+"""A launch for 250 rows of 640 columns and 240 tokens of heads of 64, without the launch itself: offer the
 binaries, look up.
 
 They were compiled for 256 rows and, of the widths, 576.
@@ -71,7 +71,7 @@ They were compiled for 256 rows and, of the widths, 576.
 
 
 def run(*command, cwd=ROOT, **variables):
-    """A process that compiles kernels: one without Triton's interpreter, and with a cache of its own."""
+    """A process that compiles kernels, without Triton's interpreter and with an empty cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
     return subprocess.run(
@@ -99,9 +99,9 @@ def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_machine_code(compiled, architecture):
-    """16-byte accesses, no float64, what fits; only scalars per row are moved in less than 16 bytes.
+    """16-byte accesses, no float64, enough shared memory; only scalars per row have narrower accesses.
 
-    The kernels of the curvature have blocks of numbers, and AMD's chips read some operands in the order of a product.
+    Exceptions: curvature kernels have blocks of scalars, and AMD's chips read some operands in a product's order.
     """
     for row in (row for row in compiled if row["architecture"] == architecture):
         assert int(row["wide"]) > 0, row
@@ -111,7 +111,7 @@ def test_machine_code(compiled, architecture):
         assert int(row["shared"]) <= aot.SHARED[architecture], row
 
 
-def test_an_architecture_that_there_is_not_is_one_sentence():
+def test_an_unknown_architecture_is_refused_in_one_sentence():
     result = run("-m", "ofa_kernels.aot", "--arch", "sm_90", "--arch", "volta")
     assert result.returncode == 2
     assert result.stderr == (
@@ -120,7 +120,7 @@ def test_an_architecture_that_there_is_not_is_one_sentence():
 
 
 class Broken:
-    """A kernel that no compiler takes."""
+    """A kernel that does not compile."""
 
     fn = SimpleNamespace(__name__="a_kernel")
     arg_names = ()
@@ -129,7 +129,7 @@ class Broken:
         raise RuntimeError("Internal codegen error\nptxas fatal   : Value 'sm_1' is not defined\nRepro command: ptxas")
 
 
-def test_a_kernel_that_does_not_compile_is_named_with_the_telling_line():
+def test_a_kernel_that_does_not_compile_is_named_with_the_compilers_error():
     case = SimpleNamespace(label="a case", launch=lambda: launching.run(Broken(), 1, torch.empty(1, 4), 4))
     with pytest.raises(aot.DoesNotCompile) as caught:
         aot._compile(case, "sm_90")
@@ -147,7 +147,7 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_telling_line():
     ids=["refused", "crashed"],
 )
 def test_what_does_not_compile_is_one_sentence_and_status_1(error, sentence, monkeypatch, capsys):
-    """LLVM ends the process where it does not know the processor."""
+    """LLVM ends the process for an unknown processor."""
 
     def fail(architectures, cases):
         raise error
@@ -173,7 +173,7 @@ def test_an_interpreter_is_refused():
         (8192, Usage(64, 0, 0, 8, 2, 1), "float64"),
     ],
 )
-def test_what_fails_is_said_and_ends_in_status_1(width, usage, complaint, monkeypatch, capsys):
+def test_failures_are_printed_and_end_in_status_1(width, usage, complaint, monkeypatch, capsys):
     built = aot.Built("a_kernel", "a case", width, "sm_90", 4, usage, binaries.Entry("KEY", ()))
     monkeypatch.setattr(aot, "_build_all", lambda architectures, cases: [built])
     assert aot.main(["--arch", "sm_90"]) == (0 if complaint is None else 1)
@@ -183,7 +183,7 @@ def test_what_fails_is_said_and_ends_in_status_1(width, usage, complaint, monkey
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
-    """Two wheels of this source, one after the other: with kernels compiled for two architectures, and without."""
+    """Two wheels of this source: with kernels compiled for two architectures, and without."""
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
     source.mkdir()
@@ -215,7 +215,7 @@ def test_a_wheel_holds_the_kernels_it_was_asked_for(wheels):
 
 
 def test_the_run_time_finds_the_kernels_of_a_wheel(wheels, tmp_path):
-    """Nothing is compiled where a wheel brought its kernels; everything is where it brought none."""
+    """A wheel with kernels compiles nothing at run time; a wheel without compiles all of them."""
     for name, hit in (("compiled", True), ("pure", False)):
         zipfile.ZipFile(wheels[name]).extractall(tmp_path / name)
         variables = {"PYTHONPATH": tmp_path / name, "TRITON_CACHE_DIR": tmp_path / f"cache of {name}"}

@@ -17,7 +17,7 @@ from tests.ofa_kernels.calls import draw
 
 SEQUENCES, TOKENS, WIDTH = 2, 5, 6
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-"""Two orders of float64 sums of some hundreds of terms near 1."""
+"""Rounding of float64 sums of some hundreds of terms near 1 in two orders."""
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -26,7 +26,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention between its projections, written out for one sequence at a time."""
+    """An attention between its projections, from plain operations for one sequence at a time."""
 
     heads: int = 2
     shared: int = 1
@@ -60,7 +60,7 @@ class Attention:
         ]
 
     def rotary(self) -> Rotary | None:
-        """With a factor in cos and sin, so that Rᵀ is not R⁻¹."""
+        """cos and sin with a factor, so that Rᵀ differs from R⁻¹."""
         if not self.pairs:
             return None
         angle = drawn(SEQUENCES, TOKENS, self.pairs, seed=10)
@@ -84,7 +84,7 @@ class Attention:
         return found
 
     def output(self, entering: Tensor, sequence: int) -> Tensor:
-        """o of every head and token, (H, T, e), by a softmax that is written out."""
+        """o of every head and token, (H, T, e), by a softmax from plain operations."""
         q, k, v = self.heads_of(entering, sequence)
         k, v = (x.repeat_interleave(self.heads // self.shared, 0) for x in (k, v))
         attends = self.attends()
@@ -107,14 +107,14 @@ class Attention:
         return powers / torch.where(total > 0, total, 1) @ v
 
     def branch(self, row: Tensor, entering: Tensor, sequence: int, token: int) -> Tensor:
-        """F of one token whose own n is `row`; what it reads of the others stays."""
+        """F of one token as a function of its own n, `row`; the other tokens are constant."""
         changed = torch.where(torch.arange(TOKENS)[:, None] == token, row, entering)
         output = self.output(changed, sequence)[:, token]
         return (self.weights()[3] @ output.unsqueeze(-1)).sum(0).squeeze(-1)
 
 
 def each():
-    """(B, 1, T, T), and one query attends to nothing."""
+    """(B, 1, T, T), with one query fully masked."""
     mask = drawn(SEQUENCES, 1, TOKENS, TOKENS, seed=20) > -0.7
     mask[:, :, 2] = False
     return mask
@@ -140,14 +140,14 @@ ATTENTIONS = {
 
 
 def entering():
-    """n and the tokens' weights, of which one is 0 as at padding."""
+    """n and the tokens' weights, one of them 0 as at padding."""
     weights = drawn(SEQUENCES, TOKENS, seed=31).abs()
     weights[1, -1] = 0
     return drawn(SEQUENCES, TOKENS, WIDTH, seed=30), weights
 
 
 def call(case: Attention, rows: Tensor, weights: Tensor):
-    """The sums, δo along n without biases read through every channel, and what they were made of."""
+    """The sums, δo along n without biases in every channel, and the inputs."""
     parts = [torch.stack(x) for x in zip(*(case.heads_of(rows[b], b) for b in range(SEQUENCES)), strict=True)]
     output = torch.stack([case.output(rows[b], b) for b in range(SEQUENCES)])
     rotary, norms = case.rotary(), [None, None]
@@ -184,7 +184,7 @@ def test_attention(case):
     total = (last @ inner).sum(1)
     for pull, norm, weight in ((sums.query_pull, norms[0], query), (sums.key_pull, norms[1], key)):
         if pull is not None:
-            # A norm over all heads: each head's pull meets all of the projection, of heads that are not shared.
+            # A norm over all heads: each head's pull is multiplied by the whole projection.
             hat = norm.hat()[0].transpose(1, 2).flatten(2) @ weight[:: case.heads // norm.entering.shape[1]].flatten(
                 0, 1
             )
@@ -207,7 +207,7 @@ def test_attention(case):
 
 
 def test_blocks_of_scores_change_nothing(monkeypatch):
-    """Some queries at a time, as in long sequences; the window leaves keys out on both sides of a block."""
+    """Blocks of queries, as in long sequences; the window excludes keys on both sides of a block."""
     import sys
 
     case = Attention(pairs=2, norm="own", settings={"window": 20, "causal": True})
@@ -280,7 +280,7 @@ def test_every_activation_is_tested():
 @pytest.mark.parametrize("case", MLPS.values(), ids=MLPS)
 @pytest.mark.parametrize("block", [1, 1 << 20], ids=["tokens one by one", "all at once"])
 def test_mlp(case, block, monkeypatch):
-    """Ā, its diagonal and image, the change of every token, and the slopes by themselves."""
+    """Ā, its diagonal and image, the change of every token, and the slopes alone."""
     import sys
 
     for module in ("mlp_curvature", "branch_diagonal"):
@@ -308,7 +308,7 @@ def test_mlp(case, block, monkeypatch):
 
 @pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
 def test_traces_and_diagonals_of_an_attention(centred):
-    """tr(Ā G), Ā's diagonal and its image, of dense products; heads are narrower than values and keys are shared."""
+    """tr(Ā G), Ā's diagonal and its image, against dense products; heads are narrower than values, keys are shared."""
     case = Attention(heads=4, shared=2, head=3, value=5)
     query, key, value, last = case.weights()
     sums = [drawn(SEQUENCES, 4, 5, 3, seed=13), drawn(SEQUENCES, 4, 5, 3, seed=14), drawn(SEQUENCES, 4, seed=15)]
@@ -347,7 +347,7 @@ PROJECTION = torch.ones(2, 4, WIDTH)
         (lambda: reference.attention_diagonal(PROJECTION, *[PROJECTION[:, :3]] * 3, (HEADS,) * 3), "fit"),
     ],
 )
-def test_what_does_not_fit_is_refused(run, message):
+def test_shapes_that_do_not_fit_are_refused(run, message):
     with pytest.raises(ValueError, match=message):
         run()
 

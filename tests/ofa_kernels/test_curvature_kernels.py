@@ -1,4 +1,4 @@
-"""The kernels of the curvature against a float64 oracle: in Triton's interpreter where there is no GPU."""
+"""The curvature kernels against a float64 oracle, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.device import DEVICE
 from tests.ofa_kernels.calls import draw
 
 DTYPES = [torch.float32, torch.float16]
-"""In the interpreter bfloat16 is not what it is on a GPU; one test has it."""
+"""Without bfloat16, which the interpreter truncates where a GPU rounds; one test covers it."""
 
 OUTPUTS = ("query", "key", "value", "moved")
 
 
 @pytest.fixture(autouse=True)
 def _held_and_poisoned():
-    """No gradients, as where the kernels run; memory that nothing has written is NaN."""
+    """No gradients, as in a run of the kernels; uninitialized memory is NaN."""
     torch.use_deterministic_algorithms(True)
     with torch.no_grad():
         yield
@@ -54,13 +54,13 @@ class Attention:
     normed: bool = False
     read: int = 0
     move: str = "given"
-    """Where something is read: the move of queries and keys is "given", or they move along themselves, "own"."""
+    """The move of queries and keys if something is read: "given", or "own", along themselves."""
     mask: Any = None
     sinks: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def run(self, function: Any, dtype: torch.dtype, *, wide: bool = False) -> dict[str, torch.Tensor]:
-        """What a function makes of inputs drawn once in `dtype`, in float64 copies if `wide`."""
+        """The outputs of a function for inputs drawn once in `dtype`, upcast to float64 if `wide`."""
         b, h, k, t = self.sequences, self.heads, self.shared, self.tokens
 
         def given(*shape: int, seed: int) -> torch.Tensor:
@@ -93,20 +93,20 @@ class Attention:
 
 
 def padding(b, h, t):
-    """(B, 1, 1, T): the last keys of one sequence, and the first of another, are none."""
+    """(B, 1, 1, T): the last keys of one sequence and the first of another are masked."""
     keys = torch.arange(t)
     return torch.stack([keys < t - 4 if i % 2 else keys >= 3 for i in range(b)])[:, None, None, :]
 
 
 def each(b, h, t):
-    """(B, H, T, T), and every fifth query attends to nothing."""
+    """(B, H, T, T), with every fifth query fully masked."""
     mask = draw(b, h, t, t, seed=20).cpu() > -0.5
     mask[:, :, ::5] = False
     return mask
 
 
 def added(b, h, t):
-    """(H, T, T) in float32, with the two values that forbid, and one query that is forbidden everything."""
+    """(H, T, T) in float32, with both masking values, and one query fully masked."""
     mask = draw(h, t, t, seed=21).cpu().float()
     mask[:, :, 1::3] = -torch.inf
     mask[:, :, 2::5] = torch.finfo(torch.float32).min
@@ -145,13 +145,13 @@ CASES = {
 
 
 def gap(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual − expected‖ relative to ‖expected‖, or to 1 where that is shorter; NaN stays NaN."""
+    """‖actual − expected‖ / max(‖expected‖, 1); NaN stays NaN."""
     norm = torch.linalg.vector_norm
     return float(norm(actual.double() - expected.double()) / norm(expected.double()).clamp_min(1.0))
 
 
 def assert_close(found: dict, plain: dict, oracle: dict, dtype: torch.dtype) -> None:
-    """At most twice as far from float64 as eager PyTorch in the same dtype, or eight roundings where that is none."""
+    """The error against float64 is at most twice that of eager PyTorch in the same dtype, or eight roundings."""
     assert found.keys() == plain.keys() == oracle.keys()
     for name, value in found.items():
         assert value.shape == oracle[name].shape, name
@@ -161,7 +161,7 @@ def assert_close(found: dict, plain: dict, oracle: dict, dtype: torch.dtype) -> 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """The reference in the dtype of its inputs from end to end, as eager PyTorch would compute it."""
+    """The reference without upcasts, as eager PyTorch would compute it."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("attention_heads", "attention_curvature"):
             # The package has a function of the second name.
@@ -172,7 +172,7 @@ def eager() -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(case, dtype):
-    """One case for each way in which keys are chosen, scores are made, heads are turned and normalized."""
+    """One case for each kind of mask, score, rotary embedding and norm on heads."""
     oracle = case.run(reference.attention_curvature, dtype, wide=True)
     found = case.run(attention.attention_curvature, dtype)
     with eager():
@@ -181,7 +181,7 @@ def test_attention(case, dtype):
 
 
 def test_attention_in_bfloat16():
-    """The interpreter cuts bfloat16 off where a GPU rounds: within a hundred units of it, 2⁻⁸ each."""
+    """Within a hundred units of 2⁻⁸: the interpreter truncates bfloat16, a GPU rounds."""
     case = CASES["norms on heads with all"]
     oracle = case.run(reference.attention_curvature, torch.bfloat16, wide=True)
     found = case.run(attention.attention_curvature, torch.bfloat16)
@@ -189,7 +189,7 @@ def test_attention_in_bfloat16():
 
 
 def test_weights_far_below_what_float16_holds():
-    """1/(Nσ²) of a stream of length 1000 is 1e-9; float16 ends at 6e-8."""
+    """1/(Nσ²) of a stream of length 1000 is 1e-9; float16's smallest number is 6e-8."""
     case = CASES["causal"]
 
     def scaled(function, factor):
@@ -202,7 +202,7 @@ def test_weights_far_below_what_float16_holds():
 
 
 def test_runs_of_tokens_are_added_up(monkeypatch):
-    """As on a GPU with more processors than heads."""
+    """As on a GPU with more multiprocessors than heads."""
     case = CASES["several blocks"]
     whole = case.run(attention.attention_curvature, torch.float32)
     monkeypatch.setattr(attention, "multiprocessors", lambda device: 100)
@@ -254,7 +254,7 @@ MLPS = {
 @pytest.mark.parametrize("case", MLPS.values(), ids=MLPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mlp(case, dtype, monkeypatch):
-    """One case for each activation and each thing that may be missing; arithmetic is float32 in either dtype."""
+    """One case for each activation and each optional argument; arithmetic is float32 in either dtype."""
     monkeypatch.setattr(mlp, "multiprocessors", lambda device: 3)
     oracle = case.run(reference.mlp_curvature, dtype, wide=True)
     plain = case.run(reference.mlp_curvature, dtype)
@@ -269,7 +269,7 @@ def mlp_weights(gated, sequences, inner, width, dtype):
 
 
 def attention_weights(sequences, dtype, heads=4, shared=2, head=20, value=24, width=50):
-    """The four weights, views as `ofa` has them, and their sums."""
+    """The four weights, as the views that `ofa` passes, and their sums."""
     query, key = (
         draw(n * head, width, dtype=dtype, seed=i).view(n, head, width) for i, n in enumerate((heads, shared))
     )
@@ -281,7 +281,7 @@ def attention_weights(sequences, dtype, heads=4, shared=2, head=20, value=24, wi
 
 
 def wider(given):
-    """Float64 copies of tensors, in lists and tuples too."""
+    """Float64 copies of tensors, also in lists and tuples."""
     return given.double() if isinstance(given, torch.Tensor) else [wider(one) for one in given]
 
 
@@ -290,7 +290,7 @@ def wider(given):
 @pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mlp_diagonal(gated, sequences, centred, dtype, monkeypatch):
-    """Both branches of the kernel, one sequence and 16 at once, and what a LayerNorm needs besides."""
+    """Both branches of the kernel (one sequence, 16 at once), and the image that a LayerNorm needs."""
     monkeypatch.setattr(branch_diagonal, "multiprocessors", lambda device: 1)
     given, scale = mlp_weights(gated, sequences, 70, 50, dtype)
     scale = scale if centred else None
@@ -303,7 +303,7 @@ def test_mlp_diagonal(gated, sequences, centred, dtype, monkeypatch):
 @pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_trace_and_diagonal(sequences, centred, dtype):
-    """tr(C M), not Σ C ⊙ M: heads are narrower than values, and both differ from what divides a tile."""
+    """tr(C M), not Σ C ⊙ M: heads are narrower than values, and neither divides a tile."""
     weights, sums = attention_weights(sequences, dtype)
     factor, scale = draw(50, dtype=torch.float32, seed=8), draw(50, dtype=torch.float32, seed=9)
     scale = scale if centred else None
@@ -324,7 +324,7 @@ def test_attention_trace_and_diagonal(sequences, centred, dtype):
 
 
 def test_weights_in_bfloat16_lose_nothing_of_the_sums():
-    """Products take the sums as two numbers of 8 bits, in the interpreter cut off: 2⁻¹⁴ is left, and not 2⁻⁸."""
+    """Products split the sums into two bfloat16 numbers, truncated in the interpreter: the error is 2⁻¹⁴, not 2⁻⁸."""
     weights, sums = attention_weights(2, torch.bfloat16)
     factor = draw(50, dtype=torch.float32, seed=8)
     found = branch_diagonal.attention_trace(*weights, sums, factor)
@@ -339,7 +339,7 @@ def _pair(diagonal, image):
 
 
 def layer(dtype=torch.float32, tokens=17):
-    """The five operations of a Llama layer, as `ofa` calls them: those of its attention and those of its MLP."""
+    """The five operations of a Llama layer's attention and MLP, as `ofa` calls them."""
     (projections, down, _), factor = mlp_weights(True, 2, 70, 50, dtype)
     weights, _ = attention_weights(2, dtype, head=32, value=32)
     query, key = (draw(2, count, tokens, 32, dtype=dtype, seed=i) for i, count in enumerate((4, 2)))
@@ -370,7 +370,7 @@ def layer(dtype=torch.float32, tokens=17):
 
 @pytest.fixture
 def on_kernels(monkeypatch):
-    """The kernels for whatever device the tests run on."""
+    """Use the kernels on any device."""
     monkeypatch.delenv("OFA_KERNELS", raising=False)
     for operation, offered in dispatch._IMPLEMENTATIONS.items():
         taking = [replace(one, accepts=lambda x: True) if one.name == "triton" else one for one in offered]
@@ -386,10 +386,10 @@ def test_a_llama_layer_is_eight_launches_and_four_of_pytorch():
         counted[kernel.fn.__name__] += 1
 
     with launching.launching_by(count, "sm_90"), pytest.MonkeyPatch.context() as patch:
-        # A mode would be shown the registered operations, and not what they do.
+        # A mode would see the registered operations, not their launches.
         patch.setattr(launching, "is_direct", lambda args: True)
         for module in (attention, mlp, branch_diagonal):
-            # As many as an H200 has, so that sums over tokens and over heads are split.
+            # As many multiprocessors as an H200, so that sums over tokens and over heads are split.
             patch.setattr(module, "multiprocessors", lambda device: 132)
         run = layer(tokens=150)
         with Ledger() as ledger:
@@ -406,7 +406,7 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.usefixtures("on_kernels")
 def test_a_layer_compiles_into_one_graph():
-    """With the same bits: registered operations with shapes for tensors without data."""
+    """Compiled and eager results are bit-identical."""
     run = layer(tokens=9)
     query, key = (draw(2, count, 9, 32, dtype=torch.float32, seed=i) for i, count in enumerate((4, 2)))
     given = query, key, draw(2, 9, 70, dtype=torch.float32), draw(2, 9, dtype=torch.float32).abs()
@@ -415,7 +415,7 @@ def test_a_layer_compiles_into_one_graph():
 
 
 def test_gradients_are_left_to_the_reference(monkeypatch):
-    """`gradient="full"` differentiates through everything, for which there are no kernels."""
+    """`gradient="full"` differentiates through everything, which no kernel supports."""
     monkeypatch.delenv("OFA_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
     with FakeTensorMode():
@@ -432,7 +432,7 @@ def test_gradients_are_left_to_the_reference(monkeypatch):
         (Attention(value=129, tokens=3, sequences=1), "wider than 128"),
     ],
 )
-def test_what_the_kernels_do_not_take_goes_to_the_reference(case, why):
+def test_heads_wider_than_the_kernels_go_to_the_reference(case, why):
     query, value = (draw(1, 2, 3, width, dtype=torch.float32) for width in (case.head, case.value))
     assert why in attention.refusal(query, value, None, None, None)
     found, expected = (
@@ -442,7 +442,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(case, why):
 
 
 def test_a_norm_over_all_heads_goes_to_the_reference():
-    """OLMo-2: σ is that of all heads together, and the pulls of its tokens are handed back."""
+    """OLMo-2: all heads share one σ, and the pulls of its tokens are returned."""
     heads = draw(1, 2, 3, 4, dtype=torch.float32)
     norm = HeadNorm(heads, draw(2, 1, 4, dtype=torch.float32, seed=1), 1e-5)
     given = heads, heads, heads, heads, draw(1, 3, dtype=torch.float32), Attends(0.5)

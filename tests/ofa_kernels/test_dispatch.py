@@ -1,4 +1,4 @@
-"""Which implementation runs is decided per call and from the tensor; the reference takes what no other does."""
+"""The implementation is chosen per call from the tensors; the reference takes what no other accepts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CALLS = {
 
 
 def tensors(given: object) -> list[torch.Tensor]:
-    """All tensors in the results of a call, however they are packed."""
+    """All tensors in the results of a call, in any nesting."""
     if isinstance(given, torch.Tensor):
         return [given]
     return [x for one in given for x in tensors(one)] if isinstance(given, (tuple, list)) else []
@@ -66,7 +66,7 @@ def offer(monkeypatch):
 
 @over_operations
 def test_on_the_cpu_an_operation_is_the_reference(operation):
-    """To the bit."""
+    """Bit-identical."""
     args, kwargs = CALLS[operation]
     found, expected = (tensors(getattr(where, operation)(*args, **kwargs)) for where in (dispatch, reference))
     assert found
@@ -79,7 +79,7 @@ def test_on_the_cpu_an_operation_is_the_reference(operation):
     [torch.ones(2, 3), torch.ones(3, dtype=torch.float64), torch.ones(0, 4), torch.ones(2, 3, device="meta")],
     ids=["float32", "float64", "no rows", "meta"],
 )
-def test_the_reference_takes_what_nothing_else_does(offer, operation, tensor):
+def test_the_reference_takes_tensors_that_no_kernel_accepts(offer, operation, tensor):
     offer(operation, accepts=lambda tensor: False)
     assert dispatch.choose(operation, tensor).name == "reference"
 
@@ -97,7 +97,7 @@ def test_the_reference_takes_what_nothing_else_does(offer, operation, tensor):
     ids=["float32", "bfloat16", "float64", "too wide", "no triton"],
 )
 def test_on_a_gpu_kernels_run_where_they_can(offer, monkeypatch, operation, installed, dtype, width, kernels):
-    """Decided from a tensor of the device, without the device; those of the curvature where there are no gradients."""
+    """Decided from the tensor, without a GPU; curvature kernels only run without gradients."""
     monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
     with FakeTensorMode():
         tensor = torch.empty(2, 3, 5, width, device="cuda", dtype=dtype)
@@ -115,7 +115,7 @@ def test_an_implementation_runs_only_for_tensors_it_accepts(offer, operation):
     assert dispatch.choose(operation, torch.ones(2, 3, dtype=torch.float64)).name == "reference"
 
 
-def test_the_last_one_registered_is_asked_first(offer):
+def test_the_last_registered_implementation_is_tried_first(offer):
     offer("rstd", accepts=lambda tensor: True, name="first")
     offer("rstd", accepts=lambda tensor: tensor.shape[-1] == 4, name="second")
     assert dispatch.rstd(torch.ones(2, 4), eps=1.0) == "second"
@@ -143,7 +143,7 @@ def test_an_unknown_operation_is_refused(offer):
 
 
 def test_importing_needs_neither_triton_nor_a_gpu():
-    """A machine without Triton imports and computes; one with it does not pay for it before it is asked for."""
+    """Works without Triton; with Triton, nothing imports it before the first launch."""
     script = """
 import sys, torch
 before = "triton" in sys.modules

@@ -1,4 +1,4 @@
-"""The probes that the kernels make in registers are those of the specification, whatever the tiles are."""
+"""The kernels' probes are those of the specification, for any tile size."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ def test_probes_do_not_depend_on_the_tile(groups, tiles, probe, sample):
     if probe == "rademacher":
         assert torch.equal(out, expected)
     else:
-        # Angles carry 24 bits: up to 2π·2⁻²⁴ off, at a radius of at most 6.8.
+        # Angles have 24 bits: errors up to 2π·2⁻²⁴, times a radius of at most 6.8.
         torch.testing.assert_close(out, expected, rtol=0, atol=3e-6)

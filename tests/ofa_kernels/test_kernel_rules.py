@@ -1,4 +1,4 @@
-"""Rules that the kernels' source must keep, read from the source."""
+"""Rules for the kernels' source code, checked by its syntax tree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def calls(file):
 
 @over_files
 def test_program_ids_are_widened(file):
-    """A program number times a row stride passes 2³¹ at 500,000 tokens × 4,096 columns."""
+    """A program id times a row stride exceeds 2³¹ at 500,000 tokens × 4,096 columns."""
     found = calls(file)
     widened = [
         call.func.value
@@ -35,7 +35,7 @@ def test_program_ids_are_widened(file):
 
 @over_files
 def test_strides_of_samples_are_widened(file):
-    """A sample's number is 32 bits wide, and N · rows · width passes 2³¹ at 65,536 tokens × 8,192 columns × 4."""
+    """A sample's index has 32 bits, and N · rows · width exceeds 2³¹ at 65,536 tokens × 8,192 columns × 4."""
     for function in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)):
         entry = any("do_not_specialize" in ast.unparse(decorator) for decorator in function.decorator_list)
         if entry and "stride_sample" in [argument.arg for argument in function.args.args]:
@@ -47,15 +47,15 @@ def test_the_rule_about_program_ids_finds_something():
 
 
 @over_files
-def test_nothing_that_the_interpreter_or_a_repeated_run_would_notice(file):
-    """No vendor library, no inline assembly, and no atomics, whose order differs from run to run."""
+def test_no_vendor_library_inline_assembly_or_atomics(file):
+    """The interpreter has no vendor library or assembly, and the order of atomics differs from run to run."""
     used = {dotted(call.func) for call in calls(file)}
     assert not [name for name in used if "libdevice" in name or "inline_asm" in name or "atomic" in name]
 
 
 @over_files
 def test_every_load_is_widened_at_once(file):
-    """Rows are loaded through `load`, which widens; only float32 scalars per row are read without."""
+    """Rows are loaded by `load`, which upcasts; only float32 scalars per row use `tl.load`."""
     for call in calls(file):
         if dotted(call.func) == "tl.load" and file.stem != "tile":
             assert not [keyword for keyword in call.keywords if keyword.arg == "mask"], ast.unparse(call)

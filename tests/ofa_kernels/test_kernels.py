@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 oracles: on a GPU where there is one, in Triton's interpreter elsewhere."""
+"""The Triton kernels against float64 oracles, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTPUTS = {
     "contract": 2,
     "step_boundary": 4,
 }
-"""Operations with more than one output, and how many."""
+"""Operations with several outputs, and their number."""
 
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)
 over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -29,7 +29,7 @@ over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Memory that nothing wrote is NaN, so that an output element that a kernel leaves out shows."""
+    """Fill uninitialized memory with NaN, so that an output element that a kernel does not write is found."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
@@ -39,26 +39,26 @@ def _poisoned_memory():
 def relative_error(actual, expected):
     """‖actual − expected‖ / ‖expected‖ in float64; NaN stays NaN.
 
-    What is shorter than 1 is measured against 1, the size of everything that is drawn: in a row of one column the
-    gradient of its norm cancels to almost nothing.
+    Relative to 1 if the expected value is shorter, since all inputs are of size 1: in a row of one column the norm's
+    gradient cancels.
     """
     gap = torch.linalg.vector_norm(actual.double() - expected.double())
     return float(gap / torch.linalg.vector_norm(expected.double()).clamp_min(1.0))
 
 
 def roundings(width, dtype):
-    """What the error of a row operation may be where eager PyTorch happens to make none at all.
+    """Error bound of a row operation, for cases where eager PyTorch happens to be exact.
 
     A pairwise sum of d terms rounds ⌈log₂ d⌉ times in float32; the arithmetic around it adds at most 16 roundings, in
-    the gradient of a perturbed norm. One store rounds by half a unit in the last place. Triton's interpreter stores
-    bfloat16 by cutting off, a whole unit.
+    the gradient of a perturbed norm. One store rounds by half a unit in the last place, or a whole unit in Triton's
+    interpreter, which truncates bfloat16.
     """
     store = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.5)
     return (math.ceil(math.log2(max(width, 1))) + 16) * torch.finfo(torch.float32).eps + store
 
 
 def assert_close(case: Call, width: int, dtype: torch.dtype):
-    """Outputs and gradients are at most twice as far from float64 as the reference in the same dtype."""
+    """The error of outputs and gradients is at most twice the reference's in the same dtype."""
     actual, eager = case.run(case.kernel).tensors(), case.run(case.reference).tensors()
     oracle = case.run(case.reference, dtype=torch.float64).tensors()
     for name, value in actual.items():
@@ -66,7 +66,7 @@ def assert_close(case: Call, width: int, dtype: torch.dtype):
         assert value.dtype == eager[name].dtype, name
         if value.numel():
             allowed = max(2 * relative_error(eager[name], oracle[name]), roundings(width, dtype))
-            # A written-out comparison: NaN is not ≤ anything.
+            # `<=`, since NaN must fail.
             assert relative_error(value, oracle[name]) <= allowed, name
 
 
@@ -88,7 +88,7 @@ def test_every_norm(operation, norm, shape):
 @pytest.mark.parametrize("operation", PROBED)
 @pytest.mark.parametrize("shape", [(3, 40), (2, 513)], ids=str)
 def test_gaussian_probes(operation, shape):
-    """The device's log, sin and cos are another's: a value near 2π·2⁻²⁴ off at a radius of at most 6.8."""
+    """log, sin and cos differ between devices: errors up to 2π·2⁻²⁴, times a radius of at most 6.8."""
     case = call(operation, shape, torch.float32, probe="gaussian")
     actual, oracle = case.run(case.kernel).tensors(), case.run(case.reference, dtype=torch.float64).tensors()
     for name, value in actual.items():
@@ -97,7 +97,7 @@ def test_gaussian_probes(operation, shape):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of one random counter, as if 128 columns were all that fits into the registers."""
+    """Tiles of 128 columns (one random counter), so that rows have several."""
     configure = launch.configure
 
     def configure_small(kernel, width, itemsize, architecture):
@@ -117,7 +117,7 @@ def test_rows_of_several_tiles(operation, norm, dtype):
 @pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract"])
 @pytest.mark.parametrize("width", [65535, 65536])
 def test_the_widest_row(operation, width):
-    """As it is launched: 65,536 columns do not fit into the registers."""
+    """65,536 columns with the real launch settings, which need several tiles."""
     assert_close(call(operation, (1, width), torch.float32, "layer"), width, torch.float32)
 
 
@@ -131,7 +131,7 @@ def test_the_widest_row(operation, width):
     gap=strategies.integers(0, 5),
 )
 def test_any_shape_and_stride(operation, norm, leading, width, dtype, gap):
-    """Any leading shape, any width, rows any number of columns apart."""
+    """Any leading shape, any width, any row stride."""
     case = call(operation, (*leading, width), dtype, norm)
     inputs = tuple(x if x is None or x.dim() < 2 else strided(x, gap) for x in case.inputs)
     assert_close(Call(case.kernel, case.reference, inputs, case.outputs, case.settings), width, dtype)
@@ -154,7 +154,7 @@ def test_a_mean_far_from_zero_cancels_no_digits(operation, tiles, request):
 )
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_gradients_that_arrive_for_one_output_alone(operation, output, norm):
-    """Missing gradients are zero, without being written out."""
+    """Missing gradients count as zero."""
     case = call(operation, (3, 70), torch.float32, norm)
     found = []
     for function, dtype in ((case.kernel, torch.float32), (case.reference, torch.float64)):
@@ -175,7 +175,7 @@ def test_two_runs_give_the_same_bits(operation):
 
 
 def strided(tensor, how):
-    """The same values behind other strides; a number is how many columns of NaN stand between rows."""
+    """The same values with other strides; a number is the columns of NaN between rows."""
     if how == "rows apart":
         return strided(tensor, tensor.shape[-1])
     if isinstance(how, int):
@@ -189,7 +189,7 @@ def strided(tensor, how):
 @over_operations
 @pytest.mark.parametrize("how", ["rows apart", "rows in reverse blocks", "columns apart"])
 def test_strides_of_inputs(operation, how):
-    """Only the values count; the NaN between rows that are apart are never read."""
+    """Results do not depend on strides; NaN between rows is never read."""
     case = call(operation, (2, 3, 20), torch.float32)
     inputs = [x if x is None or x.dim() < 3 else strided(x, how) for x in case.inputs]
     dense, apart = (as_tuple(case.kernel(*given, **case.settings)) for given in (case.inputs, inputs))
@@ -215,7 +215,7 @@ def test_strides_of_gradients(operation, how):
 
 @over_operations
 def test_expanded_gradients(operation):
-    """A sum hands back one number with stride 0 in every dimension, a broadcast one row for all."""
+    """The gradient of a sum has stride 0 in every dimension, that of a broadcast in one."""
     case = call(operation, (2, 3, 20), torch.float32)
     found = []
     for dense in (True, False):
@@ -245,7 +245,7 @@ def test_inputs_are_left_as_they_were(operation):
 
 
 def test_a_float32_scale_of_a_narrow_stream_is_not_rounded():
-    """Tuned scales move by less than half precision can hold: 1 + 2⁻¹³ must not count as 1."""
+    """Tuned scales change by less than half precision resolves: 1 + 2⁻¹³ must not round to 1."""
     stream = torch.full((1, 4), 1000.0, dtype=torch.float16, device=DEVICE)
     weight = torch.full((4,), 1 + 2.0**-13, device=DEVICE).requires_grad_()
     case = call("norm", (1, 4), torch.float16)
@@ -256,7 +256,7 @@ def test_a_float32_scale_of_a_narrow_stream_is_not_rounded():
 
 
 def test_the_residual_sum_is_rounded_before_it_is_normalized():
-    """2048 + 1 is 2048 in float16: a norm of the exact sum would see rows that the model never had."""
+    """2048 + 1 is 2048 in float16: the model normalizes the rounded sum."""
     from ofa_kernels.ops.norm_step import norm_step
 
     residual = torch.tensor([[2048.0, 2.0]], dtype=torch.float16, device=DEVICE)
@@ -270,7 +270,7 @@ def test_the_residual_sum_is_rounded_before_it_is_normalized():
 @pytest.mark.parametrize("operation", ["norm_step", "norm"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_norm_has_a_second_derivative(operation, norm):
-    """Of float32 arithmetic, from plain operations: some tens of roundings of 6e-8, and as many of the first one's."""
+    """From plain float32 operations: some tens of roundings of 6e-8, and those of the first derivative."""
     case = call(operation, (3, 70), torch.float32, norm)
     found = []
     for function, dtype in ((case.kernel, torch.float32), (case.reference, torch.float64)):
@@ -305,7 +305,7 @@ def test_a_second_derivative_is_refused_not_wrong(operation):
         ("step_boundary", 2),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_sentence_of_the_reference(operation, which):
+def test_shapes_that_do_not_fit_are_refused_with_the_references_message(operation, which):
     case = call(operation, (2, 20), torch.float32)
     wrong = [x[..., :-1] if i == which else x for i, x in enumerate(case.inputs)]
     messages = []

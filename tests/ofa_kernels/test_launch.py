@@ -1,4 +1,4 @@
-"""Launch configurations: a tile holds the row, threads are what a program may have, and nothing else matters."""
+"""Launch configurations: tiles cover the row, threads and registers are within bounds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_is_compiled_ahead_of_time_serves_every_width(kernel, architecture)
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_up_to_4096_columns_are_one_tile(kernel):
-    """Most models; their weight gradients are summed in registers."""
+    """Weight gradients of most models are then summed in registers."""
     assert configure(kernel, 4096, 2, "sm_90").tiles == 1
 
 
@@ -52,8 +52,8 @@ def test_no_more_programs_than_rows_and_few_partial_sums(rows, processors, expec
 @pytest.mark.parametrize("kernel", [*_SWEEPS, *_TILES])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_of_the_curvature_are_powers_of_two_that_a_product_takes(kernel, architecture, itemsize):
-    """For every width of a head that the kernels take, crowded or not."""
+def test_tiles_of_the_curvature_are_powers_of_two_from_16_on(kernel, architecture, itemsize):
+    """For every width of a head that the kernels accept, crowded or not."""
     for width in (1, 48, 64, 80, 128, 256 if itemsize == 2 else 128):
         for crowded in (False, True):
             config = configure_tiles(kernel, width, itemsize, architecture, crowded)

@@ -1,4 +1,4 @@
-"""The operations as PyTorch's own machinery sees them: schemas, shapes without data, compilation, dispatch."""
+"""The operations in PyTorch: schemas, shapes of fake tensors, compilation, dispatch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARGUMENTS = {
 
 
 def arguments(name, requires_grad):
-    """float32 copies on the device of the kernels."""
+    """Float32 copies on the kernels' device."""
     return [
         x.float().contiguous().requires_grad_(requires_grad) if isinstance(x, torch.Tensor) else x
         for x in ARGUMENTS[name]
@@ -41,7 +41,7 @@ def arguments(name, requires_grad):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_opcheck(name):
-    """Schema, autograd registration, shapes without data, and tracing, by PyTorch's own check."""
+    """Schema, autograd registration, shapes of fake tensors, and tracing, by PyTorch's own check."""
     forward = not name.split()[0].endswith("_backward")
     operation = getattr(torch.ops.ofa_kernels, name.split()[0]).default
     torch.library.opcheck(operation, arguments(name, requires_grad=forward))
@@ -50,7 +50,7 @@ def test_opcheck(name):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_into_one_graph(operation, dynamic):
-    """Forward and backward, with no break, and the same bits."""
+    """Forward and backward without a graph break, bit-identical to eager."""
     case = call(operation, (2, 3, 20), torch.float32, "layer")
     compiled = torch.compile(case.kernel, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     plain, traced = case.run(case.kernel).tensors(), case.run(compiled).tensors()
@@ -87,8 +87,8 @@ def test_the_dispatched_operation_compiles_into_one_graph():
         ("meta", torch.float32, 64, "reference"),
     ],
 )
-def test_kernels_run_for_what_they_take_on_a_gpu(device, dtype, width, expected, monkeypatch):
-    """Tensors without data stand for those of a GPU, so that this shows on a machine that has none."""
+def test_kernels_run_for_the_gpu_tensors_that_they_accept(device, dtype, width, expected, monkeypatch):
+    """With fake GPU tensors, so that no GPU is needed."""
     monkeypatch.delenv("OFA_KERNELS", raising=False)
     with FakeTensorMode():
         tensor = torch.empty(2, width, dtype=dtype, device=device)
@@ -130,7 +130,7 @@ def test_without_triton_the_operations_are_defined_and_a_launch_says_what_is_mis
 
 
 class Seen(TorchDispatchMode):
-    """Names of the operations that a mode is shown."""
+    """A dispatch mode that records the names of operations."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class Seen(TorchDispatchMode):
 
 
 def gradients(update, weight, stream):
-    """Of everything that a norm step returns, in everything that it is given."""
+    """Gradients of all outputs of a norm step in all its inputs."""
     given = [x.detach().requires_grad_() for x in (stream, update, weight)]
     outputs = norm_step.norm_step(*given, eps=1e-5)
     total = sum((output * (1 + index)).sin().sum() for index, output in enumerate(outputs))
@@ -150,7 +150,7 @@ def gradients(update, weight, stream):
 
 
 def test_a_plain_call_is_launched_at_once_and_a_watched_one_is_the_registered_operation():
-    """The same bits either way; a mode sees one operation in each direction."""
+    """Bit-identical either way; a mode sees one operation in each direction."""
     tensors = Z.float(), SCALE.float(), Z.float() + 1
     at_once = gradients(*tensors)
     with Seen() as mode:
@@ -160,7 +160,7 @@ def test_a_plain_call_is_launched_at_once_and_a_watched_one_is_the_registered_op
     assert at_once[1].grad_fn.name() != watched[1].grad_fn.name()
 
 
-def test_tensors_of_another_class_and_functional_transforms_meet_the_registered_operation():
+def test_tensor_subclasses_and_functional_transforms_use_the_registered_operation():
     assert launching.is_direct((Z, torch.nn.Parameter(Z), None, 1, 0.5, "silu"))
     assert not launching.is_direct((Z.as_subclass(type("Own", (torch.Tensor,), {})),))
     inside = []
@@ -172,7 +172,7 @@ def test_tensors_of_another_class_and_functional_transforms_meet_the_registered_
 
 
 def test_without_a_gradient_nothing_is_kept():
-    """No input that requires one, or gradients switched off."""
+    """If no input requires a gradient, or in no_grad."""
     tracked = Z.float().requires_grad_()
     for update, enabled in ((Z.float(), True), (tracked, False)):
         with torch.set_grad_enabled(enabled):
@@ -183,7 +183,7 @@ def test_without_a_gradient_nothing_is_kept():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("expanded", [False, True])
 def test_an_update_and_its_length_have_one_gradient(dtype, expanded, monkeypatch):
-    """What the stream sends back and that of the length, added in float32 and rounded once; one launch."""
+    """The gradients of stream and length are added in float32 and rounded once, in one launch."""
     update = Z.to(DEVICE, dtype).requires_grad_()
     weight, of_length = Z.flip(0).to(DEVICE, dtype), ROW.float().to(DEVICE)
     if expanded:
@@ -202,7 +202,7 @@ def test_an_update_and_its_length_have_one_gradient(dtype, expanded, monkeypatch
 
 
 def test_an_update_without_a_length_and_a_length_alone():
-    """Only one of the two is used; the length is differentiable once."""
+    """If only one of the two is used; the length is differentiable once."""
     update = Z.float().to(DEVICE).requires_grad_()
     passed, squared = contract.with_length(update)
     ones = torch.ones_like(update)

@@ -1,4 +1,4 @@
-"""The probes: published random numbers, a pure function of the counter, with the moments the estimators rely on."""
+"""The probes: published random numbers, a pure function of the counter, with the moments that the estimators need."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_normals_are_box_muller_pairs_of_the_counter_block():
         radius = math.sqrt(-2 * math.log(first))
         expected += [radius * math.cos(2 * math.pi * second), radius * math.sin(2 * math.pi * second)]
     values = probes(2, 12, samples=2, seed=seed, step=step, probe="gaussian")[sample, row, 4 * block :]
-    # The uniform numbers carry 24 bits in float32: an angle near 2π is off by up to 2π·2⁻²⁴ ≈ 4e-7, times a radius
+    # The uniform numbers have 24 bits in float32: the error of an angle is up to 2π·2⁻²⁴ ≈ 4e-7, times a radius
     # of at most 6.8.
     assert values.tolist() == pytest.approx(expected, abs=3e-6)
 
@@ -78,7 +78,7 @@ def test_other_seeds_and_steps_give_other_probes(probe, other):
 
 
 @both_probes
-def test_every_row_of_every_sample_and_every_block_of_channels_is_its_own(probe):
+def test_rows_samples_and_blocks_of_channels_all_differ(probe):
     values = probes(8, 256, samples=4, seed=0, probe=probe)
     pieces = {tuple(piece.tolist()) for piece in values.reshape(-1, 128)}
     assert len(pieces) == 8 * 4 * 2
@@ -90,7 +90,7 @@ def test_signs_are_signs():
 
 @both_probes
 def test_first_four_moments(probe):
-    """Mean, variance and odd moments within four standard errors; the seed is fixed, so this is no lottery."""
+    """Mean, variance and odd moments within four standard errors; the seed is fixed."""
     n = 2**17
     values = probes(n // 512, 512, samples=1, seed=5, probe=probe).double().flatten()
     # Standard error of a mean of n values xᵏ: √(Var(xᵏ)/n). For normal values Var(x, x², x³, x⁴) = 1, 2, 15, 96; for
@@ -102,7 +102,7 @@ def test_first_four_moments(probe):
 
 @both_probes
 def test_channels_are_uncorrelated(probe):
-    """E[ν νᵀ] = I is what makes the trace estimate unbiased."""
+    """E[ν νᵀ] = I makes the trace estimate unbiased."""
     n, width = 4096, 32
     nu = probes(n, width, samples=1, seed=17, probe=probe)[0].double()
     gap = nu.T @ nu / n - torch.eye(width, dtype=torch.float64)

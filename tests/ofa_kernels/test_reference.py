@@ -1,4 +1,4 @@
-"""The reference operations against formulas written out in float64 numpy, and against PyTorch's and Hugging Face's."""
+"""The reference operations against formulas in float64 NumPy, and against PyTorch and Hugging Face."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def norm_parameters(width, dtype, biased):
 
 
 def oracle_norm(stream, weight, bias, kind, offset):
-    """(normalized, 1/σ) of float64 rows, as the textbook has it."""
+    """(normalized, 1/σ) of float64 rows by the textbook formula."""
     z = np.asarray(stream, np.float64)
     centred = z - z.mean(-1, keepdims=True) if kind == "layer" else z
     rstd = 1 / np.sqrt((centred**2).mean(-1) + EPS)
@@ -79,7 +79,7 @@ def test_norm_step_is_the_formula(shape, dtype, kind, offset, biased, updated):
     stream, normalized, sqnorm, rstd = reference.norm_step(
         residual, update, weight, bias, eps=EPS, kind=kind, offset=offset
     )
-    # The model's own sum, already rounded to its dtype, is what the norm reads.
+    # The norm reads the sum rounded to the model's dtype.
     assert torch.equal(stream, residual + update if updated else residual)
     expected, expected_rstd = oracle_norm(wide(stream), wide(weight), wide(bias), kind, offset)
     assert_close(normalized, expected, dtype)
@@ -90,7 +90,7 @@ def test_norm_step_is_the_formula(shape, dtype, kind, offset, biased, updated):
 @over_dtypes
 @over_kinds
 @over_biases
-def test_norm_step_is_at_most_twice_as_far_off_as_eager_pytorch(dtype, kind, biased):
+def test_the_error_of_norm_step_is_at_most_twice_that_of_eager_pytorch(dtype, kind, biased):
     residual, update = draw(64, 96, dtype=dtype), draw(64, 96, dtype=dtype, seed=3)
     weight, bias = norm_parameters(96, dtype, biased)
     stream, normalized, _, _ = reference.norm_step(residual, update, weight, bias, eps=EPS, kind=kind)
@@ -114,7 +114,7 @@ def eager_layer_norm(stream, weight, bias):
 
 @pytest.mark.parametrize("library", ["LayerNorm", "RMSNorm", "LlamaRMSNorm", "GemmaRMSNorm"])
 def test_norms_of_the_libraries_agree(library):
-    """The formula that is measured is the one that the models run."""
+    """The specification is the formula that the models run."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -135,12 +135,12 @@ def test_norms_of_the_libraries_agree(library):
         offset=float(library == "GemmaRMSNorm"),
     )[1]
     expected = norm(stream)
-    # Two float32 results, each within its roundings of the exact one.
+    # Both results are float32, each within its roundings of the exact one.
     assert (actual - expected).abs().max() <= 2 * float32_error(48) * expected.abs().max()
 
 
 def test_a_float32_scale_of_a_narrow_stream_is_not_rounded():
-    """Tuned scales move by less than bfloat16 can hold; the output still has the stream's dtype."""
+    """Tuned scales change by less than bfloat16 resolves; the output still has the stream's dtype."""
     stream = draw(4, 33, dtype=torch.bfloat16)
     weight = norm_parameters(33, torch.float32, False)[0]
     normalized = reference.norm_step(stream, None, weight, eps=EPS)[1]
@@ -148,7 +148,7 @@ def test_a_float32_scale_of_a_narrow_stream_is_not_rounded():
 
 
 def test_the_residual_sum_is_rounded_before_it_is_normalized():
-    """256 + 1 is 256 in bfloat16: a norm of the exact sum would see rows that the model never had."""
+    """256 + 1 is 256 in bfloat16: the model normalizes the rounded sum."""
     residual = torch.tensor([[256.0, 2.0]], dtype=torch.bfloat16)
     update = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16)
     stream, _, sqnorm, rstd = reference.norm_step(residual, update, torch.ones(2), eps=EPS)
@@ -158,7 +158,7 @@ def test_the_residual_sum_is_rounded_before_it_is_normalized():
 
 
 def test_a_squared_norm_does_not_overflow_in_float16():
-    """300² is above float16's 65504; the sum is float32 from the load on."""
+    """300² exceeds float16's 65504, so the sum is float32."""
     assert reference.squared_norm(torch.full((2, 4), 300.0, dtype=torch.float16)).tolist() == [360000.0] * 2
 
 
@@ -179,7 +179,7 @@ def test_rstd_is_one_over_sigma(shape, dtype, kind):
 
 
 def nu_of(shape, samples, **key):
-    """The probes that a stack of this shape must have met."""
+    """The probes of a stack of this shape."""
     rows = math.prod(shape[:-1])
     return wide(probes(rows, shape[-1], samples=samples, **key)).reshape(samples, *shape)
 
@@ -189,7 +189,7 @@ def nu_of(shape, samples, **key):
 @over_kinds
 @over_probes
 def test_perturb_is_the_norm_of_the_moved_stream(shape, dtype, kind, probe):
-    """N(z + ε P ν), P = diag(γ)/σ, ν from the counter: nothing else would be the finite difference it is taken for."""
+    """N(z + ε P ν) with P = diag(γ)/σ and ν from the counter."""
     stream = draw(*shape, dtype=dtype)
     weight, bias = norm_parameters(shape[-1], dtype, biased=True)
     key = {"seed": 7, "step": 3, "probe": probe}
@@ -226,7 +226,7 @@ def test_contract_is_the_product_with_the_same_probes(shape, dtype, probe):
 
 @pytest.mark.parametrize("width", [1, 31, 128, 129])
 def test_contract_undoes_displace_exactly_for_signs(width):
-    """νᵀν = d: integers are exact in float32, so any other probe, row or sample would show."""
+    """νᵀν = d: integers are exact in float32, so a different probe, row or sample is found."""
     base = draw(2, 3, width).round().float()
     copies = reference.displace(base, torch.ones(width), samples=3, epsilon=1.0, seed=5, step=2)
     assert torch.equal(reference.contract(base, copies, seed=5, step=2)[0], torch.full((3, 2, 3), float(width)))
@@ -253,7 +253,7 @@ def grad_inputs(biased=True):
 @over_biases
 @pytest.mark.parametrize("outputs", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=[*OUTPUTS, "all"])
 def test_gradients_of_norm_step(kind, offset, biased, outputs):
-    """Also where only one of the outputs is used, in every differentiable input."""
+    """In every differentiable input, also if only one output is used."""
 
     def step(*tensors):
         results = reference.norm_step(*tensors, eps=EPS, kind=kind, offset=offset)
@@ -298,7 +298,7 @@ def test_gradients_of_rstd_and_squared_norm(kind):
 @over_kinds
 @pytest.mark.parametrize("output", range(4), ids=OUTPUTS)
 def test_expanded_gradients_are_the_gradients_of_their_copies(kind, output):
-    """A sum hands back one number with stride 0; it must be read as a full tensor."""
+    """The gradient of a sum has stride 0 and must be read as a full tensor."""
     grads = []
     for materialize in (False, True):
         tensors = grad_inputs()
@@ -347,6 +347,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_with_what_was_given(call, message):
+def test_shapes_that_do_not_fit_are_refused_and_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

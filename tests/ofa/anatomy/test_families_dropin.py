@@ -1,4 +1,4 @@
-"""Every family, images included, as a guest: attach, three optimizer steps, close; then the model is what it was."""
+"""Every family, also with images: attach, three optimizer steps, close; then the model is unchanged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests import families, oracle
 from tests.device import DEVICE
 from tests.ofa.traces import OTHERS, assert_dense, freeze, probes_of, solve, traces_of
 
-# PEFT says so of every norm, and then tunes it all the same.
+# PEFT warns of every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
 BEHAVES_AS = {"llava": "llama", "qwen2_vl": "qwen2", "paligemma": "gemma", "gemma3": "gemma3", "smolvlm": "llama"}
-"""The family that the language part of each vision-language model is wired as."""
+"""The family of each vision-language model's language part."""
 
 IMAGES = [f"{name} with images" for name in families.VISION_LANGUAGE]
 EVERY = [*families.BUILDERS, *IMAGES]
@@ -40,12 +40,12 @@ def granularity_of(name: str) -> str:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Everything that a configuration says, its parts and what no file keeps of it included."""
+    """All settings of a configuration, including its parts and those that are not saved."""
     return {key: settings_of(value) if hasattr(value, "to_dict") else value for key, value in vars(config).items()}
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """What must be the same again: objects, flags, hooks, modes, settings."""
+    """State that must be restored: objects, flags, hooks, modes, settings."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return copy.deepcopy(
@@ -61,7 +61,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_three_steps_and_back(name: str, tmp_path: Path) -> None:
-    """Each tuned scale moves in the first step; PEFT opens what was saved; the model is the same to the bit behind it.
+    """Each tuned scale changes in the first step; PEFT loads the saved adapter; the model is bit-identical afterwards.
 
     A vision-language model's norms are those of its language part: the others stay frozen and out of the adapter.
     """
@@ -69,7 +69,7 @@ def test_three_steps_and_back(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         plain = model(
             **given
-        ).logits  # first of all: with labels, BERT and ViT note in their configuration what they are
+        ).logits  # first: with labels, BERT and ViT write their problem type into the configuration
     base, before, values = copy.deepcopy(model), state_of(model), copy.deepcopy(model.state_dict())
 
     params = ofa.tune_norms(model)
@@ -82,7 +82,7 @@ def test_three_steps_and_back(name: str, tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             assert torch.isfinite(loss)
-            # Adam moves every entry that has a gradient by the learning rate, or nearly so.
+            # Adam changes every entry with a gradient by about the learning rate.
             assert all(
                 float((param.detach() - old).abs().max()) > 5e-3 for param, old in zip(params, start, strict=True)
             ), "a scale has not moved"
@@ -104,7 +104,7 @@ def test_three_steps_and_back(name: str, tmp_path: Path) -> None:
 
 
 def penalty_of(steps: list[oracle.OracleStep]) -> float:
-    """J + H of the steps, with H from the quadratic forms νᵀJPν of a pass's probes; nothing but these is `ofa`'s."""
+    """J + H of the oracle's steps, with H from νᵀJPν for the probes of an `ofa` pass."""
     norms = oracle.step_norms(steps)
     forms = [step.quadratic(probes_of(i, step.stream, seed=5, samples=1)[0]) for i, step in enumerate(steps)]
     traces = -torch.stack(forms) / steps[0].stream.shape[1]
@@ -115,13 +115,13 @@ def penalty_of(steps: list[oracle.OracleStep]) -> float:
 def assert_gradient_of_the_oracle(
     wiring: str, model: nn.Module, given: dict[str, Tensor], granularity: str, tolerance: float, **options: Any
 ) -> None:
-    """J + H, and its derivative in every scale at once, are those of the oracle and of its central differences."""
+    """J + H, and its derivative along one direction in all scales, equal the oracle's and its central differences."""
     h, generator, params = 1e-5, torch.Generator().manual_seed(1), ofa.tune_norms(model)
     with ofa.fused_regularizers(model, 1.0, 1.0, granularity=granularity, seed=5, **options) as reg:
         model(**given)
         penalty = reg.penalty()
         gradients = torch.autograd.grad(penalty, params, allow_unused=True)
-    assert sum(gradient is None for gradient in gradients) <= 1  # the final norm stands behind the last step
+    assert sum(gradient is None for gradient in gradients) <= 1  # the final norm comes after the last step
     assert float(penalty) == pytest.approx(penalty_of(oracle.steps(wiring, model, given, granularity)), rel=tolerance)
     moves = [torch.randn(param.shape, generator=generator).to(param) for param in params]
     slope = sum(float((g * move).sum()) for g, move in zip(gradients, moves, strict=True) if g is not None)
@@ -139,14 +139,14 @@ def assert_gradient_of_the_oracle(
 
 PROBES: dict[str, Any] = {"estimator": "hutchinson", "gradient": "full", "epsilon": 1e-8}
 PROBED = 1e-3
-"""The error of νᵀJPν: what F bends by in a step of ε, and its own rounding 10⁻¹⁶/ε of updates of length 10²."""
+"""The error of νᵀJPν: F's curvature over ε, and rounding 10⁻¹⁶/ε of updates of length 10²."""
 
 FALLBACK = [case for case in oracle.CASES if case[0] in (*OTHERS, "gemma3", "olmo2", "falcon_alibi")]
 
 
 @pytest.mark.parametrize(("name", "granularity"), FALLBACK)
 def test_probes_have_the_full_gradient_of_the_oracle(name: str, granularity: str) -> None:
-    """Norms behind branches and sums, sandwiches, OPT-350m's sum inside the norm, ALiBi: probes need to know none."""
+    """Also with norms after branches or sums, sandwiches, OPT-350m's norm of the sum, and ALiBi."""
     with oracle.Float64():
         model, given = copy.deepcopy(oracle.model(name)), oracle.batch(name, sequences=1)
         assert_gradient_of_the_oracle(name, model, given, granularity, PROBED, **PROBES)
@@ -161,13 +161,13 @@ def in_float64(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", [name for name in BEHAVES_AS if BEHAVES_AS[name] not in OTHERS])
 def test_the_language_part_has_the_trace_of_dense_jacobians_with_images(name: str) -> None:
-    """Positions in three dimensions (Qwen2-VL) and images that attend both ways (PaliGemma) are in the closed form."""
+    """Positions with three axes (Qwen2-VL) and bidirectional attention to images (PaliGemma) are in the closed form."""
     with oracle.Float64():
         model, given = in_float64(name)
         steps = oracle.steps(BEHAVES_AS[name], model, given, "sublayer")
         assert_dense(model, given, solve(BEHAVES_AS[name], model, given))
         other = oracle.steps(BEHAVES_AS[name], model, {**given, "pixel_values": -given["pixel_values"]}, "sublayer")
-    # The images are in the stream: with others it is another one.
+    # The stream depends on the images.
     assert float((other[0].stream - steps[0].stream).abs().max()) > 1e-2
 
 
@@ -179,7 +179,7 @@ def test_the_language_part_has_the_gradient_of_the_oracle_with_images(name: str)
 
 
 def test_copies_enter_no_cache_of_keys_and_values() -> None:
-    """LLaVA hides `use_cache` in **kwargs and makes a cache in training; a branch that runs again must not use it."""
+    """LLaVA takes `use_cache` in **kwargs and makes a cache in training; a branch run again must not use it."""
     found = []
     for asked in ({}, {"use_cache": False}):
         model, given = families.vision_language("llava"), families.images_and_text("llava")
@@ -187,12 +187,12 @@ def test_copies_enter_no_cache_of_keys_and_values() -> None:
         with ofa.fused_regularizers(model, 0.0, 1.0, estimator="hutchinson", epsilon=1e-3) as reg:
             model(**given, **asked)
             found.append(reg.measurements.traces)
-    # Masks may be made otherwise beside a cache: some roundings of 2⁻²⁴, divided by ε = 10⁻³.
+    # Masks may differ with a cache: some roundings of 2⁻²⁴, divided by ε = 10⁻³.
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
 
 
-def test_batches_as_large_as_the_axes_of_a_position_are_widened_alike() -> None:
-    """Qwen2-VL's positions have three axes; three sequences must not be taken for them, nor the axes for sequences."""
+def test_a_batch_of_three_is_not_taken_for_the_axes_of_positions() -> None:
+    """Qwen2-VL's positions have three axes, which must not be repeated like three sequences."""
     model = families.vision_language("qwen2_vl")
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     freeze(model)

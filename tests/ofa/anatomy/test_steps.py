@@ -1,4 +1,4 @@
-"""The steps of every family are found as they are, and models that do not fit are refused in one sentence."""
+"""The steps of every family are found, and models that do not fit are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_the_table_covers_every_family() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", families.BUILDERS)
-def test_every_family_is_found_as_it_is(name: str, dtype: torch.dtype) -> None:
-    """Wiring, steps, norms, and the formula of the norms, also with the coarse sums of bfloat16."""
+def test_every_family_is_found(name: str, dtype: torch.dtype) -> None:
+    """Wiring, steps, norms and their formula, also with the rounding of bfloat16."""
     wiring, steps, norms, kind, offset = EXPECTED[name]
     model = families.build(name).to(dtype)
     found = anatomy.find(model)
@@ -73,14 +73,14 @@ def test_every_family_is_found_as_it_is(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["phi", "falcon_two_norms", "gpt_neox"])
 def test_parallel_branches_share_a_step(name: str) -> None:
-    """A parallel layer is one step of two branches, each with the norm it reads."""
+    """A parallel layer is one step of two branches, each with its norm."""
     for step in anatomy.find(families.build(name)).sublayer_steps:
         assert [branch.role for branch in step.branches] == ["attention", "mlp"]
         assert len({branch.norm for branch in step.branches}) == (1 if name == "phi" else 2)
 
 
 def test_a_post_norm_opt_has_no_sublayer_steps_and_says_so() -> None:
-    """OPT-350m has no module between its sublayers: the layer granularity works, the other names it."""
+    """OPT-350m has no module between its sublayers: "layer" works, and the error for "sublayer" names it."""
     found = anatomy.find(families.build("opt_post_norm"))
     assert len(found.steps("layer")) == 3
     with pytest.raises(InputError, match="granularity='layer'"):
@@ -141,7 +141,7 @@ def _renamed_attention(layer: Any) -> None:
     ],
 )
 def test_a_rewired_family_is_refused(rewire: Any, reason: str) -> None:
-    """A release that changed the sums, the order or the names is refused instead of silently mismeasured."""
+    """A release with other sums, order or names is refused instead of silently mismeasured."""
     model = families.build("llama")
     for layer in model.model.layers:
         rewire(layer)
@@ -151,7 +151,7 @@ def test_a_rewired_family_is_refused(rewire: Any, reason: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "opt_post_norm"])
 def test_a_changed_residual_sum_is_refused(name: str) -> None:
-    """The last sum of a layer is checked too, nothing after it would notice; OPT's other wiring is no way out."""
+    """The last sum of a layer is checked too; OPT's other wiring does not match it either."""
     model = families.build(name)
     layer = model.get_submodule(anatomy._layer_paths(model, "")[0])
     layer.register_forward_hook(lambda module, args, output: 1.01 * output, prepend=True)
@@ -161,7 +161,7 @@ def test_a_changed_residual_sum_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi", "olmo2", "gpt2", "bert", "opt_post_norm"])
 def test_an_unknown_model_type_is_recognized_by_its_structure(name: str) -> None:
-    """A type without a row is tried against every wiring, and the probe decides."""
+    """A type without a row is tried against every wiring, and the trial run decides."""
     model = families.build(name)
     model.config.model_type = "brand-new"
     model.base_model.config.model_type = "brand-new"
@@ -197,7 +197,7 @@ def test_a_model_without_layers_is_refused() -> None:
 
 
 def test_a_norm_that_computes_something_else_is_refused() -> None:
-    """A class that is called RMSNorm but does something else would be displaced wrongly."""
+    """A class named RMSNorm that computes another function would give wrong displacements."""
     model = families.build("llama")
     model.model.layers[0].input_layernorm.forward = torch.tanh
     with pytest.raises(InputError, match="neither RMSNorm nor LayerNorm"):
@@ -206,8 +206,8 @@ def test_a_norm_that_computes_something_else_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "vit"])
 @pytest.mark.parametrize("fails", [False, True], ids=["found", "refused"])
-def test_looking_leaves_no_trace(name: str, fails: bool) -> None:
-    """Training flags, hooks, parameters, gradients and the random state are as they were, also after a refusal."""
+def test_finding_steps_changes_nothing(name: str, fails: bool) -> None:
+    """Training flags, hooks, parameters, gradients and the random state are unchanged, also after a refusal."""
     model = families.build(name).train()
     layer = model.get_submodule(anatomy._layer_paths(model, "")[0])
     frozen = next(
@@ -237,6 +237,6 @@ def _count_hooks(model: nn.Module) -> int:
 
 
 def test_unverified_anatomy_is_the_same() -> None:
-    """`verify=False` serves models that cannot run yet, and finds the same steps."""
+    """`verify=False`, for models that cannot run yet, finds the same steps."""
     model = families.build("llama")
     assert anatomy.find(model, verify=False) == anatomy.find(model)

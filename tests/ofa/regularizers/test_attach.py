@@ -1,4 +1,4 @@
-"""The regularizers as a guest of a model and a training loop: attaching, refusing, adding to the loss, leaving."""
+"""Attaching the regularizers, measuring, adding to the loss, refusals, and closing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.ofa import traces
 from tests.ofa.traces import gradients, hooks_of
 
 
-# Copies in the batch reach every module of every family; those that run afterwards reach none of the model's own run.
+# `gradient="full"`: its copies are in the batch of every module.
 @pytest.mark.parametrize(
     ("name", "granularity", "gradient"),
     [*((*case, "full") for case in oracle.CASES), *((name, "layer", "preconditioner") for name in families.BUILDERS)],
 )
-def test_the_task_is_not_changed_by_being_measured(name: str, granularity: str, gradient: str) -> None:
-    """Each family: same loss, logits and gradients; after close(), the same bits and hooks."""
+def test_measuring_does_not_change_the_task(name: str, granularity: str, gradient: str) -> None:
+    """Each family: same loss, logits and gradients; after close(), bit-identical and with the same hooks."""
     model, given = oracle.model(name), oracle.batch(name)
     before_hooks = hooks_of(model)
     options = {"estimator": "hutchinson", "granularity": granularity, "gradient": gradient, "samples": 2}
@@ -41,7 +41,7 @@ def test_the_task_is_not_changed_by_being_measured(name: str, granularity: str, 
             assert reg.penalty().isfinite()
             assert hooks_of(model) != before_hooks
         again = model(**given)
-    # The same products in a wider batch may be summed in another order: some roundings of 2⁻⁵³ per layer.
+    # A wider batch may sum in another order: some roundings of 2⁻⁵³ per layer.
     close = {"rtol": 0, "atol": 0} if gradient == "preconditioner" else {"rtol": 1e-8, "atol": 1e-8}
     for one, other in zip(
         (measured.logits, measured.loss, *actual), (plain.logits, plain.loss, *expected), strict=True
@@ -52,7 +52,7 @@ def test_the_task_is_not_changed_by_being_measured(name: str, granularity: str, 
 
 
 def test_closing_leaves_nothing() -> None:
-    """State and flags are those of before; closing twice is fine, attaching again too; nothing is kept alive."""
+    """State and flags are as before; closing twice and attaching again work; nothing is kept alive."""
     model = families.build("llama")
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     for _ in range(2):
@@ -79,7 +79,7 @@ def test_attaching_twice_is_refused() -> None:
 
 
 def test_without_gradients_nothing_is_measured_unless_asked() -> None:
-    """Evaluation costs nothing and keeps the last measurement; measuring() asks for it, and ends."""
+    """Evaluation costs nothing and keeps the last measurement; only inside measuring() it is measured."""
     model, given = families.build("llama"), families.inputs("llama")
     with ofa.fused_regularizers(model) as reg:
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_parts_of_the_model_may_be_called_alone() -> None:
 
 
 def test_a_forward_that_raises_leaves_the_next_one_right() -> None:
-    """An exception in the middle: no stale penalty, and the next pass measures what it would have measured."""
+    """After an exception there is no stale penalty, and the next pass measures the same as without it."""
     model, given = families.build("llama"), families.inputs("llama")
     broken = False
 
@@ -137,7 +137,7 @@ def test_a_forward_that_raises_leaves_the_next_one_right() -> None:
 
 
 def test_skipped_layers_are_noticed() -> None:
-    """A pass that did not go through every step has no penalty."""
+    """A pass that skips a step has no penalty."""
     model = families.build("llama")
     with ofa.fused_regularizers(model):
         del model.model.layers[2]
@@ -156,7 +156,7 @@ def test_two_zero_weights_cost_nothing() -> None:
 
 @pytest.mark.parametrize("weights", [(2.0, 0.0), (0.0, 3.0), (2.0, 3.0)])
 def test_a_term_of_weight_zero_is_not_measured(weights: tuple[float, float]) -> None:
-    """Only what is weighted is measured, and the penalty is λ₁J + λ₂H."""
+    """A term of weight 0 is not measured, and the penalty is λ₁J + λ₂H."""
     model = families.build("llama")
     with ofa.fused_regularizers(model, *weights) as reg:
         model(**families.inputs("llama"))
@@ -171,7 +171,7 @@ def test_a_term_of_weight_zero_is_not_measured(weights: tuple[float, float]) -> 
 
 @pytest.mark.parametrize("as_tuple", [False, True], ids=["output", "tuple"])
 def test_into_loss_adds_the_penalty(as_tuple: bool) -> None:
-    """`into_loss=True`: the model's own loss carries exactly penalty(), also as the first item of a tuple."""
+    """`into_loss=True` adds exactly penalty() to the model's own loss, also as the first item of a tuple."""
     model, given = families.build("llama"), families.inputs("llama")
     plain = model(**given).loss
     with ofa.fused_regularizers(model, 1.0, 1.0, into_loss=True) as reg:
@@ -213,7 +213,7 @@ def _items_as_trainer_counts(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def test_shifted_labels_are_counted_as_they_are() -> None:
-    """`shift_labels` of padding-free collators decide the share when they are there."""
+    """`shift_labels` of padding-free collators decide the share if given."""
     model, given = families.build("llama"), families.inputs("llama")
     shifted = torch.full_like(given["labels"], -100)
     shifted[:, :3] = given["labels"][:, 1:4]
@@ -226,7 +226,7 @@ def test_shifted_labels_are_counted_as_they_are() -> None:
 
 @pytest.mark.parametrize("items", [0, torch.tensor(0, device=DEVICE)], ids=["number", "tensor"])
 def test_a_step_without_labels_changes_nothing(items: Any) -> None:
-    """Answers that truncation cut off: a share of 0/0 would make every scale NaN from there on."""
+    """All answers may be truncated: a share of 0/0 would make every scale NaN."""
     model, given = traces.built("llama"), families.inputs("llama")
     given["labels"] = torch.full_like(given["labels"], -100)
     with ofa.fused_regularizers(model, 1.0, 1.0, into_loss=True):
@@ -235,7 +235,7 @@ def test_a_step_without_labels_changes_nothing(items: Any) -> None:
 
 
 def test_into_loss_without_a_loss_is_refused() -> None:
-    """A loss taken away (label smoothing, compute_loss_func) would silently train without the penalty."""
+    """Without the model's loss (label smoothing, compute_loss_func), training would silently lack the penalty."""
     model = families.build("llama")
     with (
         ofa.fused_regularizers(model, into_loss=True),
@@ -246,7 +246,7 @@ def test_into_loss_without_a_loss_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_cache_is_refused_or_switched_off(name: str) -> None:
-    """Cached tokens have no rows to measure; a cache nobody asked for is not made, one asked for is refused."""
+    """Cached tokens have no rows to measure: an explicit cache is refused, a default one is switched off."""
     from transformers import DynamicCache
 
     model, given = families.build(name), families.inputs(name)
@@ -263,7 +263,7 @@ def test_a_cache_is_refused_or_switched_off(name: str) -> None:
 
 
 def test_active_dropout_is_refused_where_it_matters() -> None:
-    """Dropout drowns finite differences: refused with the trace; the step ratio, eval mode and rate 0 are fine."""
+    """Dropout is larger than finite differences: refused with the trace; step ratio, eval mode and rate 0 are fine."""
     model, given = families.build("gpt2").train(), families.inputs("gpt2")
     with ofa.fused_regularizers(model) as reg:
         with pytest.raises(InputError, match=r"dropout is active in transformer\.drop"):
@@ -283,7 +283,7 @@ def test_active_dropout_is_refused_where_it_matters() -> None:
 
 
 def test_dropout_kept_as_a_number_is_noticed() -> None:
-    """Llama's attention drops by a functional call with the module's own rate."""
+    """Llama's attention calls F.dropout with the module's rate."""
     model = families.build("llama").train()
     model.model.layers[2].self_attn.attention_dropout = 0.1
     with ofa.fused_regularizers(model), pytest.raises(InputError, match=r"layers\.2\.self_attn"):
@@ -324,7 +324,7 @@ def test_the_options_know_what_lower_floors_do(name: str, known: tuple[str, ...]
     ids=str,
 )
 def test_an_option_out_of_range_is_refused_in_a_sentence(option: dict[str, Any], message: str) -> None:
-    """One sentence that names the option and what it may be; nothing stays attached."""
+    """One sentence names the option and its allowed values; nothing stays attached."""
     model = families.build("llama")
     with pytest.raises(InputError) as error:
         ofa.fused_regularizers(model, **option)
@@ -335,8 +335,8 @@ def test_an_option_out_of_range_is_refused_in_a_sentence(option: dict[str, Any],
 
 @pytest.mark.parametrize("tokens", ["all", "last"])
 @pytest.mark.parametrize("kind", traces.EVERY)
-def test_rows_of_nothing_but_padding_are_no_sequences(kind: str, tokens: str) -> None:
-    """A batch filled up to a fixed size has the penalty, and its gradient, of the real rows alone."""
+def test_rows_that_are_all_padding_do_not_count(kind: str, tokens: str) -> None:
+    """A batch filled up to a fixed size has the penalty and the gradient of its real rows."""
     model = traces.frozen("llama")
     ids = oracle.batch("llama")["input_ids"][:1]
     dummies = torch.full((3, ids.shape[1]), 3, device=DEVICE)
@@ -351,7 +351,7 @@ def test_rows_of_nothing_but_padding_are_no_sequences(kind: str, tokens: str) ->
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:
-    """A mask with cached tokens in front covers more tokens than there are rows to measure."""
+    """A mask that includes cached tokens is longer than the stream."""
     model, given = families.build("vit"), families.inputs("vit")
     model.forward = _with_mask(model.forward)
     with ofa.fused_regularizers(model), pytest.raises(InputError, match=r"shape \(2, 3\) but the hidden states"):
@@ -366,7 +366,7 @@ def _with_mask(forward: Any) -> Any:
 
 
 def test_the_seed_decides_the_probes_and_each_pass_has_its_own() -> None:
-    """Same seed, same numbers; another seed or the next pass, others."""
+    """The same seed gives the same numbers; another seed or pass gives others."""
     model, given = families.build("llama"), families.inputs("llama")
 
     def traces(seed: int) -> Tensor:

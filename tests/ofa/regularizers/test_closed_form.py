@@ -1,4 +1,4 @@
-"""What the trial run recognizes of a branch: projections, layout, rotary embedding, activation; and how it listens."""
+"""Recognizing a branch by a trial run (projections, layout, rotary embedding, activation), and its hooks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ATTENTIONS: dict[str, tuple[tuple[str, ...], str, str, str, tuple[int, int]]] = 
     "falcon_two_norms": (("query_key_value",) * 3, "dense", "grouped", "half", (4, 2)),
     "vit": (SEPARATE, "o_proj", "separate", "none", (4, 4)),
 }
-"""Projections of queries, keys and values, that of the output, layout, rotary embedding, query heads and key heads."""
+"""Projections of queries, keys and values, output projection, layout, rotary embedding, query heads and key heads."""
 
 MLPS: dict[str, tuple[str, str | None, str, str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "cohere", "olmo2"), (*GATED, "silu")),
@@ -76,7 +76,7 @@ MIXTURES = {
 }
 
 HEAD_NORMS = {"qwen3": (True, 0.0), "qwen3_moe": (True, 0.0), "gemma3": (False, 1.0), "olmo2": (False, 0.0)}
-"""Whether norms of heads read tokens before heads, and what is added to their weight."""
+"""Whether norms on heads read (tokens, heads) instead of (heads, tokens), and their offset."""
 
 
 def recognized(model: nn.Module) -> tuple[Recognized, ...]:
@@ -92,7 +92,7 @@ def last(linear: Any) -> str | None:
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_families_are_recognized(name: str) -> None:
-    """Each family: where the projections are, how a fused one is laid out, what turns, and what bends."""
+    """Each family: its projections, their layout, rotary embedding and activation."""
     projections, output, layout, rotary, heads = ATTENTIONS[name]
     found = recognized(frozen(name))
     assert len(found) == 6
@@ -112,19 +112,19 @@ def test_families_are_recognized(name: str) -> None:
         assert isinstance(spec, AttentionSpec)
         assert tuple(map(last, (modules.query, modules.key, modules.value))) == projections
         assert last(modules.output) == output
-        # SmolLM3 leaves every fourth layer unturned, of which these models have none.
+        # SmolLM3 rotates all but every fourth layer, and these models have three.
         assert (spec.layout, spec.rotary, spec.shape) == (layout, rotary, HeadShape(*heads, 8))
-        # OPT multiplies its queries ahead of the heads, and attends without a scale.
+        # OPT scales the projected queries, and its attention has no scale.
         assert spec.query_factor == (pytest.approx(8**-0.5) if name == "opt" else 1.0)
         assert (modules.query_norm is not None) == (modules.key_norm is not None) == (name in HEAD_NORMS)
-        # Four tokens and four heads in the trial run as well: only the values tell which come first.
+        # Four tokens and four heads: the shape does not tell which come first.
         assert (spec.norm_tokens_first, spec.norm_offset) == HEAD_NORMS.get(name, (False, 0.0))
         assert (spec.norm_eps > 0) == (name in HEAD_NORMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tuned_norms_of_heads_are_recognized(dtype: torch.dtype) -> None:
-    """Tuned scales widen what a norm reads, roundings and all: the orientation is found all the same."""
+    """Tuned norms upcast their input; the orientation is still found."""
     model = families.build("qwen3").to(dtype)
     ofa.tune_norms(model)
     attentions = [one.spec for one in recognized(model) if isinstance(one.spec, AttentionSpec)]
@@ -132,7 +132,7 @@ def test_tuned_norms_of_heads_are_recognized(dtype: torch.dtype) -> None:
 
 
 def test_layers_without_rotary_are_told_apart() -> None:
-    """SmolLM3's layers without positions: each layer as it is, not as the first of its shape."""
+    """SmolLM3's layers without positions are recognized separately, though shapes are equal."""
     model = built("smollm3")
     model.model.layers[1].self_attn.use_rope = 0
     kinds = [one.spec.rotary for one in recognized(model) if isinstance(one.spec, AttentionSpec)]
@@ -140,7 +140,7 @@ def test_layers_without_rotary_are_told_apart() -> None:
 
 
 def test_both_ways_of_storing_a_matrix() -> None:
-    """GPT-2's Conv1D holds the transpose of a Linear's weight: (outputs, inputs) either way, and the same image."""
+    """GPT-2's Conv1D stores the transpose of a Linear's weight: `Linear` has (outputs, inputs) and the same image."""
     (conv,) = {one.modules.gate for one in recognized(frozen("gpt2")) if "h.1.mlp" in one.branch.entry}
     (linear,) = {one.modules.gate for one in recognized(frozen("gpt_neox")) if "layers.1.mlp" in one.branch.entry}
     for one, shape in ((conv, (128, 32)), (linear, (48, 32))):
@@ -150,8 +150,8 @@ def test_both_ways_of_storing_a_matrix() -> None:
 
 
 @pytest.mark.parametrize("layout", ["separate", "stacked", "per head", "grouped"])
-def test_layouts_take_rows_apart(layout: str) -> None:
-    """Rows of a projection, numbered, land in the heads that each layout says; impossible ones are refused."""
+def test_layouts_split_rows_into_heads(layout: str) -> None:
+    """Numbered rows of a projection go to the right heads in every layout; impossible shapes are refused."""
     heads, shared, width = (4, 4, 2) if layout == "per head" else (4, 2, 2)
     shape, total = HeadShape(heads, shared, width), (heads + 2 * shared) * width
     fused = torch.arange(total)
@@ -182,7 +182,7 @@ def test_layouts_take_rows_apart(layout: str) -> None:
 )
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_activations_are_found_by_what_they_compute(name: str, activation: str, expected: str) -> None:
-    """Whatever transformers calls it, gated or plain."""
+    """Under any name in transformers, gated or plain."""
     found = recognized(_with(name, activation))
     assert {one.spec.activation for one in found if isinstance(one.spec, MlpSpec)} == {expected}
 
@@ -190,7 +190,7 @@ def test_activations_are_found_by_what_they_compute(name: str, activation: str, 
 @pytest.mark.parametrize("activation", ["mish", "relu2", "tanh", "sigmoid", "leaky_relu", "linear"])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_other_activations_have_no_closed_form(name: str, activation: str) -> None:
-    """None that is merely similar: the reason says which ones there are."""
+    """Similar ones are refused too; the reason lists the known ones."""
     with pytest.raises(NoClosedForm, match=r"the activation before .* is none of silu, .*, relu, quick_gelu$"):
         recognized(_with(name, activation))
 
@@ -214,7 +214,7 @@ def _with(name: str, activation: str) -> nn.Module:
     ],
 )
 def test_a_branch_that_does_something_else_has_no_closed_form(change: str, reason: str) -> None:
-    """Whatever is done to tensors on the way is noticed by what comes out."""
+    """Any other operation inside the branch changes its tensors and is found."""
     model = built("llama")
     layer = model.model.layers[0]
     if change == "q_norm":
@@ -235,7 +235,7 @@ def test_a_branch_that_does_something_else_has_no_closed_form(change: str, reaso
 def test_the_model_s_own_attention_function_is_called(
     name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the arguments, masks included, that it would be called with otherwise, and once per layer."""
+    """Once per layer, with the same arguments and masks as without capture."""
     model, given, calls = frozen(name), oracle.batch(name), []
     if name != "vit":
         given |= {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=DEVICE), "use_cache": False}
@@ -267,13 +267,13 @@ def test_the_model_s_own_attention_function_is_called(
         assert kwargs.keys() == named.keys()
         for one, other in zip((*args, *kwargs.values()), (*expected, *named.values()), strict=True):
             if isinstance(one, Tensor):
-                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # behind norms in float32
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # after norms in float32
             elif not isinstance(one, tuple):
                 assert one == other
 
 
 def attention_functions() -> dict[str, Any]:
-    """Where transformers keeps attention functions by name."""
+    """The registry of attention functions of transformers."""
     mapping: dict[str, Any] = AttentionInterface._global_mapping
     return mapping
 
@@ -289,8 +289,8 @@ def attention_functions() -> dict[str, Any]:
         (bidirectional_mask_function, False),
     ],
 )
-def test_what_transformers_makes_causal_is_known_without_looking(described: Any, forbids: bool) -> None:
-    """While a CUDA graph is captured nobody can look at a mask, and transformers makes one whatever the batch is."""
+def test_masks_that_transformers_makes_causal_are_known_without_reading_them(described: Any, forbids: bool) -> None:
+    """A mask cannot be read during CUDA-graph capture, and transformers then makes one for every batch."""
     assert attention_interface._forbids_later(described) is forbids
 
 
@@ -306,7 +306,7 @@ def test_what_transformers_makes_causal_is_known_without_looking(described: Any,
     ids=["none", "boolean", "bias", "whole", "no bias"],
 )
 def test_causal_masks_are_recognized(mask: Tensor | None, causal: bool) -> None:
-    """Only where no query of any sequence sees a later key; and never for a module that is not causal."""
+    """Only if no query of any sequence sees a later key, and never for a module that is not causal."""
     module = built("llama").model.layers[0].self_attn
     heads = [torch.randn(1, count, 4, 8).to(DEVICE) for count in (4, 2, 2)]
     mask = None if mask is None else mask.to(DEVICE)
@@ -318,8 +318,8 @@ def test_causal_masks_are_recognized(mask: Tensor | None, causal: bool) -> None:
     assert not attention_interface._call("sdpa", module, *heads, mask, {}).attends.causal
 
 
-def test_arguments_of_the_attention_function_are_taken_along() -> None:
-    """Soft-caps and sinks are in the closed form; a bias of positions is not, and is named."""
+def test_arguments_of_the_attention_function_are_captured() -> None:
+    """Soft-caps and sinks are in the closed form; a position bias is not, and is named."""
     module = built("llama").model.layers[0].self_attn
     heads = [torch.randn(1, count, 4, 8).to(DEVICE) for count in (4, 2, 2)]
     sinks = torch.ones(4, device=DEVICE, requires_grad=True)
@@ -331,8 +331,8 @@ def test_arguments_of_the_attention_function_are_taken_along() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_names_are_restored_by_the_last_to_let_go(implementation: str) -> None:
-    """Two watch one configuration: its name is back when both are gone, in any order, and letting go twice is fine."""
+def test_names_are_restored_by_the_last_capture(implementation: str) -> None:
+    """Two captures share a configuration: the name returns when both are removed, in any order, also twice."""
     model = built("llama")
     model.set_attn_implementation(implementation)
     attentions = [layer.self_attn for layer in model.model.layers]
@@ -346,8 +346,8 @@ def test_names_are_restored_by_the_last_to_let_go(implementation: str) -> None:
     assert id(model.config) not in attention_interface._uses
 
 
-def test_falcon_and_gptj_cannot_be_watched() -> None:
-    """They do not use the registry: their configurations keep their names, and projections are taken instead."""
+def test_falcon_and_gptj_cannot_be_captured() -> None:
+    """They do not use the registry: their configurations keep their names, and projections are tapped instead."""
     for name, watched in (("falcon", False), ("gptj", False), ("llama", True)):
         model = built(name)
         modules = [one.modules for one in recognized(model) if isinstance(one.modules, AttentionModules)]
@@ -358,7 +358,7 @@ def test_falcon_and_gptj_cannot_be_watched() -> None:
 
 @pytest.mark.parametrize("case", ["found", "refused"])
 def test_recognizing_leaves_the_model_as_it_was(case: str) -> None:
-    """Hooks, names, training mode of every module, gradients and random numbers, whether or not there is a form."""
+    """Hooks, names, modules' modes, gradients and random numbers are unchanged, with or without a closed form."""
     model = built("llama") if case == "found" else _with("llama", "mish")
     model.train()
     model.model.layers[1].eval()
@@ -376,7 +376,7 @@ def test_recognizing_leaves_the_model_as_it_was(case: str) -> None:
 
 
 def test_the_trial_run_ends_where_it_is_told_to() -> None:
-    """Layers behind it are not run; the model's modes come back, also when it fails on the way."""
+    """Later layers are not run; the modules' modes are restored, also after an exception."""
     model, seen = built("llama").train(), []
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda module, args, output, index=index: seen.append((index, module.training)))
@@ -407,15 +407,15 @@ def test_the_trial_run_ends_where_it_is_told_to() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_large_and_rounded_activations_hide_no_other(name, activation, expected, factor, dtype) -> None:
-    """One large entry of the hidden units, or roundings of bfloat16, must not let silu pass for gelu."""
+def test_large_or_rounded_hidden_units_do_not_hide_the_activation(name, activation, expected, factor, dtype) -> None:
+    """With one large hidden unit, or bfloat16 roundings, silu is still not taken for gelu."""
     model = _with(name, activation)
     for path, parameter in model.named_parameters():
         if "gate_proj" in path or "h_to_4h" in path:
             parameter.data *= factor
     found = {one.spec.activation for one in recognized(model.to(dtype)) if isinstance(one.spec, MlpSpec)}
     if dtype == torch.bfloat16 and "gelu" in expected:
-        # They differ by 5·10⁻⁴ at most, far less than a rounding there.
+        # The two differ by at most 5·10⁻⁴, less than a rounding here.
         assert found <= {"gelu", "gelu_tanh"}
     else:
         assert found == {expected}
@@ -426,7 +426,7 @@ def test_large_and_rounded_activations_hide_no_other(name, activation, expected,
 @pytest.mark.parametrize("activation", ["mish", "gelu_10", "relu6"])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_similar_ones_are_refused(name, activation, factor, dtype) -> None:
-    """Also those that differ only where no pre-activation of a trial run gets to: clipped at 6 or 10."""
+    """Also those that differ only outside the trial run's pre-activations: clipped at 6 or 10."""
     model = _with(name, activation)
     for path, parameter in model.named_parameters():
         if "gate_proj" in path or "h_to_4h" in path:
@@ -436,7 +436,7 @@ def test_similar_ones_are_refused(name, activation, factor, dtype) -> None:
 
 
 def test_another_activation_in_a_later_layer_is_seen() -> None:
-    """One layer of each kind is tried, and the activation is part of the kind."""
+    """The trial run covers one layer of each kind, and the activation is part of the kind."""
     model = _with("llama", "silu")
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
     found = [one.spec.activation for one in recognized(model) if isinstance(one.spec, MlpSpec)]
@@ -445,7 +445,7 @@ def test_another_activation_in_a_later_layer_is_seen() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_measuring_writes_to_no_weight(name) -> None:
-    """Views of weights go through in-place arithmetic of constants and traces; none of it may reach the weight."""
+    """Constants and traces use views of weights, and no in-place operation may change these."""
     model, given = families.build(name), families.inputs(name)
     ofa.tune_norms(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}

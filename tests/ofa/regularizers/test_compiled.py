@@ -1,4 +1,4 @@
-"""`torch.compile`, before and after attaching: the same numbers as without, nothing silently unmeasured."""
+"""`torch.compile` before and after attaching: the same numbers as eager, nothing silently unmeasured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import ofa
 from tests.families import build, inputs
 
 BACKEND = "aot_eager"
-"""Dynamo and AOTAutograd, which decide what is captured; a code generator behind them would cost a minute a graph."""
+"""Dynamo and AOTAutograd decide what is captured; inductor would take a minute per graph."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _fresh() -> Iterator[None]:
 
 
 def model_of(layers: int = 1) -> nn.Module:
-    """A llama with few layers, its norms tuned; following a layer takes seconds."""
+    """A llama with few layers and tuned norms; tracing a layer takes seconds."""
     model: Any = build("llama")
     model.model.layers = model.model.layers[:layers]
     ofa.tune_norms(model)
@@ -48,18 +48,18 @@ def passes(
 
 
 def compiled(model: nn.Module) -> Callable[..., Any]:
-    """What `torch.compile` returns."""
+    """The wrapper of `torch.compile`."""
     return torch.compile(model, backend=BACKEND)  # type: ignore[no-any-return]
 
 
 def compiled_in_place(model: nn.Module) -> Callable[..., Any]:
-    """`model.compile()`: the model itself is called as ever."""
+    """`model.compile()`: the model itself, without a wrapper."""
     model.compile(backend=BACKEND)
     return model
 
 
 def compiled_layers(model: Any) -> Callable[..., Any]:
-    """Every decoder layer by itself."""
+    """Every decoder layer compiled separately."""
     for layer in model.model.layers:
         layer.compile(backend=BACKEND)
     return model  # type: ignore[no-any-return]
@@ -68,7 +68,7 @@ def compiled_layers(model: Any) -> Callable[..., Any]:
 def same(
     found: list[tuple[float, float, Tensor]], expected: list[tuple[float, float, Tensor]], times: float = 1.0
 ) -> bool:
-    """Equal up to the rounding of another order of sums, 2⁻²³ times a few hundred terms; `times` that in gradients."""
+    """Equal up to another order of sums, 2⁻²³ times a few hundred terms; `times` that in gradients."""
     return all(
         one[0] == pytest.approx(other[0], rel=1e-5)
         and one[1] == pytest.approx(other[1], rel=1e-5)
@@ -86,10 +86,10 @@ def same(
         (compiled_layers, "compiled and run first", 2),
     ],
 )
-def test_a_compiled_model_measures_what_it_would_measure_otherwise(
+def test_a_compiled_model_measures_the_same_as_an_eager_one(
     compile_it: Callable[[nn.Module], Callable[..., Any]], order: str, layers: int
 ) -> None:
-    """Hooks on inner modules are part of what was compiled: one attached later must not be passed over in silence."""
+    """Compiled code contains the hooks of inner modules: hooks attached later must not be silently skipped."""
     model = model_of(layers)
     with ofa.fused_regularizers(model, estimator="exact") as reg:
         expected = passes(model, model, reg, 2)
@@ -107,7 +107,7 @@ def test_a_compiled_model_measures_what_it_would_measure_otherwise(
 
 
 def test_the_closed_form_is_one_graph() -> None:
-    """No graph break inside the forward pass, and a second optimizer step compiles nothing anew."""
+    """No graph break in the forward pass, and no recompilation in the second optimizer step."""
     model = model_of()
     with ofa.fused_regularizers(model, estimator="exact") as reg:
         call = compiled(model)
@@ -122,8 +122,8 @@ def test_the_closed_form_is_one_graph() -> None:
         assert counters["stats"]["unique_graphs"] == first == 1
 
 
-def test_what_torch_compile_returns_may_be_given() -> None:
-    """The wrapper is looked through, by attaching as by tuning and saving."""
+def test_the_wrapper_of_torch_compile_is_unwrapped() -> None:
+    """By attaching, tuning and saving."""
     model = model_of()
     wrapped: Any = compiled(model)
     with ofa.fused_regularizers(wrapped, estimator="exact") as reg:
@@ -132,12 +132,12 @@ def test_what_torch_compile_returns_may_be_given() -> None:
 
 
 def test_probes_differ_from_pass_to_pass_inside_a_graph() -> None:
-    """The number of the pass must not be a constant of what was compiled."""
+    """The pass number must not be a constant of the compiled code."""
     model = model_of(layers=1)
     with ofa.fused_regularizers(model, estimator="hutchinson") as reg:
         expected = passes(model, model, reg, 3)
     with ofa.fused_regularizers(model, estimator="hutchinson") as reg:
         found = passes(compiled(model), model, reg, 3)
     assert len({penalty for _, penalty, _ in expected}) == 3
-    # A finite difference divides what is rounded by its step; 2.6 times the rounding of a sum was seen.
+    # A finite difference divides roundings by ε; 2.6 times the rounding of a sum was measured.
     assert same(found, expected, times=10)

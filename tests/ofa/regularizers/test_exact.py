@@ -1,4 +1,4 @@
-"""The closed form of the trace against dense Jacobians, probes and differences; and as a guest of model and loop."""
+"""The closed form of the trace against dense Jacobians, probes and differences; its hooks in model and loop."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ from tests.ofa.traces import (
 def test_traces_and_their_gradients_are_those_of_dense_jacobians(name: str, padded: bool) -> None:
     """Each family with a closed form, with and without padding on either side: h_t, and ∂h_t/∂γ with C held fixed.
 
-    Padding adds exactly nothing and is counted nowhere. One convention each, since they differ in sign alone.
+    Padding does not contribute. One convention each, since the two differ only in sign.
     """
     convention, sign = ("algorithm1", -1.0) if padded else ("theory", 1.0)
     assert_dense(frozen(name), batch(name, padded), solved(name, padded), sign=sign, convention=convention)
 
 
 @pytest.mark.parametrize("case", VARIANTS)
-def test_settings_of_a_family_are_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a configuration changes inside a branch is in the trace: short windows, scales of scores, biases."""
+def test_settings_of_a_family_are_in_the_trace(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short windows, scales of scores, biases."""
     name, extra = VARIANTS[case]
     model = variant(monkeypatch, name, **extra)
     given = oracle.batch(name, tokens=7, sequences=1)
@@ -64,7 +64,7 @@ def test_settings_of_a_family_are_seen(case: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("packed", ["positions", "mask", "bias"])
 def test_packed_sequences_and_attention_implementations(implementation: str, packed: str) -> None:
-    """Two sequences in one row, kept apart by positions that restart, by a boolean mask or by a bias."""
+    """Two sequences in one row, separated by restarting positions, a boolean mask or a bias."""
     model = copy.deepcopy(frozen("llama"))
     model.set_attn_implementation(implementation)
     given = oracle.batch("llama", tokens=7, sequences=1)
@@ -72,7 +72,7 @@ def test_packed_sequences_and_attention_implementations(implementation: str, pac
     apart = torch.ones(1, 1, 7, 7, device=DEVICE).tril().bool()
     apart[..., 3:, :3] = False
     if packed != "positions":
-        # Eager attention adds its mask, so that it cannot be boolean there.
+        # Eager attention adds its mask, which then cannot be boolean.
         boolean = packed == "mask" and implementation == "sdpa"
         given["attention_mask"] = apart if boolean else torch.where(apart, 0.0, -1e30).double()
     with oracle.Float64():
@@ -82,7 +82,7 @@ def test_packed_sequences_and_attention_implementations(implementation: str, pac
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_a_batch_is_its_sequences_alone(name: str) -> None:
+def test_a_batch_has_the_traces_of_its_sequences(name: str) -> None:
     """The traces of each, and the mean of the gradients."""
     model, given = frozen(name), oracle.batch(name)
     found = []
@@ -114,9 +114,9 @@ def test_float32_is_close(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "falcon_two_norms"])
 def test_differences_agree_with_it(name: str) -> None:
-    """Every entry of the diagonal by a central difference, whose error is h² times a third derivative; as the oracle's.
+    """Every entry of the diagonal by a central difference, whose error is h² times a third derivative.
 
-    That probes agree is a test of theirs.
+    The probes have their own test.
     """
     h, given, model = 1e-4, oracle.batch(name, sequences=1), frozen(name)
     with oracle.Float64(), torch.no_grad():
@@ -144,14 +144,14 @@ def test_the_full_gradient_is_that_of_differences(name: str) -> None:
 
 
 def test_the_full_gradient_is_right_with_padding() -> None:
-    """Fully masked rows put neither NaN into the gradient of γ nor a part of it."""
+    """Fully masked rows add neither NaN nor anything else to the gradient of γ."""
     with oracle.Float64(), measuring(frozen("llama"), gradient="full") as reg:
         assert_gradient(frozen("llama"), batch("llama", padded=True), reg)
 
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_attention_has_a_part_in_the_gradient(name: str) -> None:
-    """The sharpness depends on the γ of each attention, in one convention where the other's softplus is flat."""
+    """The sharpness depends on the γ of each attention, in at least one convention: softplus may be flat in one."""
     model, found = frozen(name), []
     for convention in ("theory", "algorithm1"):
         with measuring(model, convention=convention) as reg:
@@ -163,7 +163,7 @@ def test_attention_has_a_part_in_the_gradient(name: str) -> None:
 
 
 def test_it_has_no_variance() -> None:
-    """Passes and seeds give the same bits."""
+    """Bit-identical over passes and seeds."""
     model, given = built("llama"), families.inputs("llama")
     runs = [traces_of(model, given, seed=seed) for seed in (0, 0, 9)]
     assert all(torch.equal(traces, runs[0]) for traces in runs)
@@ -171,7 +171,7 @@ def test_it_has_no_variance() -> None:
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_the_task_is_not_changed_by_being_measured(name: str) -> None:
-    """Measured, and closed: the same bits of loss, logits and gradients, and the same hooks."""
+    """While measured and after close(): bit-identical loss, logits and gradients, and the same hooks."""
     model, given = frozen(name), oracle.batch(name)
     hooks, implementation = hooks_of(model), model.config._attn_implementation
     plain = model(**given)
@@ -187,7 +187,7 @@ def test_the_task_is_not_changed_by_being_measured(name: str) -> None:
 
 
 def test_weights_may_be_trained_with_the_curvature_held_fixed() -> None:
-    """Their part in the curvature is held as well, so nothing is missing; the full gradient would lack it."""
+    """The held curvature includes theirs; the full gradient would lack their part."""
     model, given = built("llama"), families.inputs("llama")
     weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_()
     with measuring(model) as reg:
@@ -239,8 +239,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_has_no_closed_form_is_refused_with_the_reason(case: str) -> None:
-    """One sentence: what is asked for, why not, and the way out. Nothing stays attached."""
+def test_models_without_a_closed_form_are_refused_with_the_reason(case: str) -> None:
+    """One sentence: what was asked for, why it fails, what to use. Nothing stays attached."""
     build, reason = REFUSED[case]
     model, granularity = build(), "layer" if case == "layer" else "sublayer"
     hooks, implementation = hooks_of(model), model.config._attn_implementation
@@ -292,7 +292,7 @@ def test_auto_chooses_exact_where_it_can(caplog: pytest.LogCaptureFixture) -> No
     ],
 )
 def test_an_exception_in_a_branch_leaves_nothing_behind(name: str, path: str) -> None:
-    """The model fails in the middle of a branch: nothing listens any more, and the next pass measures the same bits."""
+    """The model fails inside a branch: taps are stopped, and the next pass is bit-identical."""
     model, given = built(name), families.inputs(name)
     plain, module = model(**given).logits, model.get_submodule(path)
     with measuring(model) as reg:
@@ -314,7 +314,7 @@ def test_an_exception_in_a_branch_leaves_nothing_behind(name: str, path: str) ->
 
 @pytest.mark.parametrize("name", ["llama", "falcon"])
 def test_parts_may_be_called_alone_and_text_generated(name: str) -> None:
-    """Between passes: the decoder, a branch and generate() do what they always do, and the next pass is unchanged."""
+    """Between passes the decoder, a branch and generate() work as usual, and the next pass is unchanged."""
     model, given = built(name), families.inputs(name)
     decoder, ids = model.base_model, given["input_ids"]
     branch = next(module for path, module in model.named_modules() if path.endswith("1.mlp"))
@@ -336,7 +336,7 @@ def test_parts_may_be_called_alone_and_text_generated(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_two_norms"])
 def test_checkpointing_computes_the_curvature_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes, then both backwards, where layers run again: same losses and gradients, no second curvature."""
+    """Two passes, then both backwards with recomputed layers: same losses and gradients, no second curvature."""
     results, counts, own = [], [], Exact.leave
     for checkpointing in (False, True):
         model = freeze(training_model(name, checkpointing=checkpointing))
@@ -358,7 +358,7 @@ def test_checkpointing_computes_the_curvature_once(name: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_two_models_at_once(shared: bool) -> None:
-    """Each measures itself, also where both hold one configuration, whose name is back when the last one closes."""
+    """Each measures itself, also with a shared configuration, whose name returns when the last one closes."""
     first, given = built("llama"), families.inputs("llama")
     second = freeze(type(first)(first.config).to(DEVICE) if shared else families.build("llama", seed=1))
     assert (second.config is first.config) == shared
@@ -381,7 +381,7 @@ def test_two_models_at_once(shared: bool) -> None:
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("name", ["llama", "falcon"])
 def test_a_model_can_be_collected(name: str, closed: bool) -> None:
-    """Neither hooks nor the registry of attention functions keep it alive; what is saved of it shows nothing of us."""
+    """Neither hooks nor the registry keep it alive, and its saved files have the original names."""
     model = built(name)
     reg = measuring(model)
     model(**families.inputs(name))
@@ -397,7 +397,7 @@ def test_a_model_can_be_collected(name: str, closed: bool) -> None:
 
 
 def test_another_attention_function_must_be_chosen_before() -> None:
-    """set_attn_implementation while attached ends the next measured pass in a sentence; the choice outlives close()."""
+    """set_attn_implementation while attached makes the next measured pass raise; the new setting survives close()."""
     model, given = built("llama"), families.inputs("llama")
     with measuring(model):
         model.set_attn_implementation("eager")
@@ -408,7 +408,7 @@ def test_another_attention_function_must_be_chosen_before() -> None:
 
 
 def test_a_projection_that_was_replaced_is_noticed() -> None:
-    """Another module in the place of a projection: no stale trace, but a sentence that names it."""
+    """A replaced projection is named in an error instead of giving a stale trace."""
     model, given = built("llama"), families.inputs("llama")
     with measuring(model):
         model.model.layers[1].mlp.down_proj = nn.Linear(48, 32, bias=False).to(DEVICE)
@@ -417,7 +417,7 @@ def test_a_projection_that_was_replaced_is_noticed() -> None:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that a graph keeps at the end of a forward pass, parameters apart, each storage once."""
+    """Bytes saved for the backward pass, without parameters, each storage counted once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -437,7 +437,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 @pytest.mark.parametrize(("gradient", "most"), [("preconditioner", 1.01), ("full", 6.0)])
 def test_the_graph_keeps_little_more(gradient: str, most: float) -> None:
-    """Bytes kept for the backward pass, as a multiple of those of norm tuning alone."""
+    """Bytes saved for the backward pass, relative to norm tuning alone."""
     model = built("llama")
     given = families.inputs("llama", sequences=4, tokens=48)
     plain = saved_bytes(model, lambda: model(**given).loss)

@@ -1,4 +1,4 @@
-"""What people do to a model while regularizers are attached: right, equal to the plain numbers, or one sentence."""
+"""Models that are wrapped, copied or changed while regularizers are attached: right numbers, or one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.families import build, inputs
 from tests.ofa.traces import EVERY, hooks_of
 
 ANY_MODEL = ("hutchinson", "hutchinson, full")
-"""Estimators that need not know what is inside of a branch."""
+"""Estimators that work for any branch."""
 CAUSAL = {"task_type": "CAUSAL_LM"}
 LORA = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **CAUSAL)
 IA3 = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL)
@@ -49,7 +49,7 @@ def measure(model: nn.Module, reg: Regularizers, call: Callable[..., Any] | None
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """To the bit: it is the same computation."""
+    """Bit-identical: it is the same computation."""
     return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -59,7 +59,7 @@ def numbers(model: nn.Module, kind: str, call: Callable[..., Any] | None = None,
 
 
 def outer_and_inner(kind: str) -> tuple[Any, Any]:
-    """A wrapper and what it holds, both of which one may think of as the model."""
+    """A wrapper and the model inside, either of which may be passed as the model."""
     model = tuned()
     if kind == "decoder":
         return model, model.model
@@ -69,8 +69,8 @@ def outer_and_inner(kind: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "compiled", "lora"])
-def test_attaching_to_a_model_and_to_what_it_holds_is_refused(kind: str) -> None:
-    """Both would measure the same branches; whoever lost the first ones finds them by `attached`."""
+def test_attaching_to_a_wrapper_and_to_its_model_is_refused(kind: str) -> None:
+    """Both would measure the same branches; `attached` finds the first."""
     outer, inner = outer_and_inner(kind)
     for first, second in ((outer, inner), (inner, outer)):
         reg = attach(first, "hutchinson")
@@ -94,7 +94,7 @@ def test_lora_around_tuned_norms_is_measured_as_the_bare_model(kind: str, inside
 
 @pytest.mark.parametrize("config", [LORA, IA3], ids=["lora", "ia3"])
 def test_adapters_are_in_the_closed_form_as_merged(config: Any) -> None:
-    """Trained adapters: the weights that act are those of the merged model, in its traces and in their gradient."""
+    """Trained adapters have the traces and gradients of the merged model."""
     model = tuned()
     wrapped: Any = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
@@ -107,18 +107,18 @@ def test_adapters_are_in_the_closed_form_as_merged(config: Any) -> None:
     merged = wrapped.merge_and_unload()
     only_norms(merged)
     for one, other in zip(found, numbers(merged, "exact"), strict=True):
-        # Products in another order: 2⁻²⁴ each, of some hundred through three layers.
+        # Some hundred products in another order, 2⁻²⁴ each, through three layers.
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 def only_norms(model: nn.Module) -> None:
-    """Nothing but norms is trained, as the full gradient of the closed form wants it."""
+    """Train only norms, as the full gradient of the closed form requires."""
     for path, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in path)
 
 
-def test_lora_put_on_behind_attaching_is_noticed() -> None:
-    """The closed form would read the weights of modules that are no longer called alone."""
+def test_lora_added_after_attaching_is_refused() -> None:
+    """The closed form would read weights without the adapters."""
     model = tuned()
     with attach(model):
         get_peft_model(model, LORA)
@@ -129,8 +129,8 @@ def test_lora_put_on_behind_attaching_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("kind", ANY_MODEL)
-def test_lora_behind_attaching_is_measured_where_branches_stay_whole(kind: str) -> None:
-    """Inside of a branch it is part of the branch; around the module a branch begins or ends with it is refused."""
+def test_lora_added_after_attaching_is_measured_inside_of_branches(kind: str) -> None:
+    """Inside a branch it is part of the branch; around the branch's first or last module it is refused."""
     model = tuned()
     expected = numbers(model, kind)
     with attach(model, kind) as reg:
@@ -145,7 +145,7 @@ def test_lora_behind_attaching_is_measured_where_branches_stay_whole(kind: str) 
 
 
 def test_prompt_tuning_measures_the_virtual_tokens_too() -> None:
-    """They are rows of the stream: attached to wrapper or base, with a mask or without, the numbers are the same."""
+    """They are rows of the stream: attached to wrapper or base, with or without a mask, the numbers are the same."""
     model = tuned()
     wrapped: Any = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, **CAUSAL))
     mask = torch.ones_like(inputs("llama")["input_ids"])
@@ -162,12 +162,12 @@ def test_prompt_tuning_measures_the_virtual_tokens_too() -> None:
         expected = [reg.measurements.traces.detach(), reg.measurements.step_norms.detach()]
     for found in seen:
         for one, other in zip(found, expected, strict=True):
-            # A mask takes another path through attention: some roundings of 2⁻²⁴.
+            # A mask selects another attention kernel: some roundings of 2⁻²⁴.
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_that_peft_tunes_are_refused() -> None:
-    """PEFT's layers keep scales of their own, which ours would not see; also when they come later."""
+    """PEFT's layers keep their own scales, which we would not measure; also if added later."""
     config = LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"], **CAUSAL)
     wrapped = get_peft_model(build("llama"), config)
     for model in (wrapped, wrapped.get_base_model()):
@@ -180,7 +180,7 @@ def test_norms_that_peft_tunes_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_two_models_take_turns(kind: str) -> None:
-    """Forward A, forward B, backward A, backward B, closed in the order of attaching: as if each were alone."""
+    """Forward A, forward B, backward A, backward B, closed in the order of attaching: the same as separately."""
     models = [tuned(seed=seed) for seed in range(2)]
     models[1].config = models[0].config
     for module in models[1].modules():
@@ -200,7 +200,7 @@ def test_two_models_take_turns(kind: str) -> None:
 
 
 def test_models_that_share_layers_cannot_both_be_measured() -> None:
-    """The hooks of one would count passes of the other; what shares an embedding alone is free."""
+    """The hooks of one would count passes of the other; a shared embedding alone is allowed."""
     one, other = tuned(), tuned(seed=1)
     other.model.embed_tokens = one.model.embed_tokens
     with attach(one):
@@ -212,7 +212,7 @@ def test_models_that_share_layers_cannot_both_be_measured() -> None:
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_a_copy_has_nothing_attached(kind: str) -> None:
-    """`copy.deepcopy`, as for an average of weights or a reference model: bare, alike, and free to be attached to."""
+    """`copy.deepcopy`, as for weight averages or a reference model: equal, without hooks, and can be attached to."""
     model = tuned()
     bare, plain = hooks_of(copy.deepcopy(model)), model(**inputs("llama")).logits
     reg = attach(model, kind)
@@ -229,7 +229,7 @@ def test_a_copy_has_nothing_attached(kind: str) -> None:
 
 
 def test_parts_are_not_copied_and_nothing_is_pickled(tmp_path: Path) -> None:
-    """Hooks cannot go along; a saved configuration names the model's own attention function."""
+    """Hooks cannot be copied; a saved configuration names the model's own attention function."""
     model = tuned()
     with attach(model):
         with pytest.raises(InputError, match="part of a model with regularizers attached cannot be copied"):
@@ -245,8 +245,8 @@ def test_parts_are_not_copied_and_nothing_is_pickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_text_is_generated_as_ever(kind: str) -> None:
-    """generate() has no gradients and a cache: unmeasured, the same tokens; a config's own use_cache is overruled."""
+def test_generation_is_unchanged(kind: str) -> None:
+    """generate() has no gradients and a cache: the same tokens, unmeasured; use_cache in the config does not matter."""
     model, ids = tuned(), inputs("llama")["input_ids"]
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(input_ids=ids, **options)
@@ -261,7 +261,7 @@ def test_text_is_generated_as_ever(kind: str) -> None:
 
 
 class Interrupting(nn.Module):
-    """Raises an exception in a module's forward pass, or backward pass, as long as it is `armed`."""
+    """Raises an exception in a module's forward or backward pass while `armed`."""
 
     armed: type[BaseException] | None = None
 
@@ -294,7 +294,7 @@ PLACES = (
 
 
 @pytest.mark.parametrize("kind", EVERY)
-# What torch tells no hook of is cleared up by the next pass, wherever it came from.
+# PyTorch calls no hook after these exceptions; the next pass cleans up.
 @pytest.mark.parametrize(
     ("path", "error"),
     [
@@ -303,10 +303,8 @@ PLACES = (
         (f"model.{PLACES[-1]}", KeyboardInterrupt),
     ],
 )
-def test_whatever_ends_a_forward_pass_leaves_the_next_one_right(
-    kind: str, path: str, error: type[BaseException]
-) -> None:
-    """Nothing is kept alive, an unmeasured pass is as ever, and the next measured one has the bits of the first."""
+def test_the_pass_after_an_exception_in_forward_is_right(kind: str, path: str, error: type[BaseException]) -> None:
+    """Nothing is kept alive, an unmeasured pass works, and the next measured one is bit-identical to the first."""
     model = tuned()
     place = Interrupting(model.get_submodule(path))
     with torch.no_grad():
@@ -317,7 +315,7 @@ def test_whatever_ends_a_forward_pass_leaves_the_next_one_right(
         with pytest.raises(error, match="device lost"):
             model(**inputs("llama"))
         place.armed = None
-        with torch.no_grad():  # where torch tells no hook of it, as of KeyboardInterrupt, the next pass clears up
+        with torch.no_grad():  # PyTorch calls no hook after a KeyboardInterrupt; the next pass cleans up
             assert torch.equal(model(**inputs("llama")).logits, plain)
         gc.collect()
         assert [tensor() for tensor in place.seen] == [None]
@@ -330,8 +328,8 @@ def test_whatever_ends_a_forward_pass_leaves_the_next_one_right(
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_whatever_ends_a_backward_pass_leaves_the_next_one_right(kind: str, checkpointing: bool) -> None:
-    """Also where layers are run again in it."""
+def test_the_pass_after_an_exception_in_backward_is_right(kind: str, checkpointing: bool) -> None:
+    """Also if it recomputes layers."""
     model = tuned()
     if checkpointing:
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -371,7 +369,7 @@ def test_threads_with_a_model_each_measure_as_alone(kind: str) -> None:
 
 
 def test_a_second_thread_in_the_same_pass_is_refused() -> None:
-    """Its rows would be counted among the first one's; the first one's pass is what it would have been."""
+    """Its rows would count as the first thread's; the first thread's pass is unchanged."""
     model, refused = tuned(), []
 
     def second() -> None:
@@ -399,24 +397,24 @@ def test_a_second_thread_in_the_same_pass_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_what_nobody_closes_goes_with_its_model(kind: str) -> None:
-    """Dropped regularizers stay at work, as `into_loss=True` wants it, and are found again; the model takes them."""
+def test_regularizers_that_are_not_closed_are_freed_with_their_model(kind: str) -> None:
+    """Dropped regularizers stay attached, as `into_loss=True` needs, until the model is freed."""
     model = tuned()
     plain = numbers(model, kind)
     reg = weakref.ref(attach(model, kind, into_loss=True))
     gc.collect()
     assert attached(model) is reg()
-    # Of the same seed and pass; a sum of two float32 in another place.
+    # The same seed and pass; one float32 sum is elsewhere.
     torch.testing.assert_close(model(**inputs("llama")).loss, plain[0] + plain[1], rtol=1e-6, atol=0)
     gone = weakref.ref(model)
     del model
-    for _ in range(2):  # first the model; what held on to a graph of autograd goes then
+    for _ in range(2):  # first the model, then the objects that its graph kept alive
         gc.collect()
     assert gone() is reg() is None
 
 
-def test_the_default_step_is_that_of_the_model_as_it_was_attached_to() -> None:
-    """No pass is run in attaching; yet what is trained before the first pass, or resumed there, changes no ε."""
+def test_the_default_epsilon_is_that_of_the_model_at_attaching() -> None:
+    """Attaching runs no pass; training or resuming before the first pass still does not change ε."""
     model, runs = tuned(), []
     model.register_forward_pre_hook(lambda module, args: runs.append(args))
     reach = {}

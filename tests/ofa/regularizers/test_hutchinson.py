@@ -1,4 +1,4 @@
-"""The probes' estimate against dense Jacobians of `tests.oracle`, in float64."""
+"""The estimate by probes against dense Jacobians of `tests.oracle`, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.ofa.traces import frozen, own_token_trace, probes_of, spread, trace_g
 
 EPSILON = 1e-7
 DENSE = ["llama", "gpt2", "gemma3", "olmo2", "falcon_two_norms", "bert"]
-"""One family per wiring; dense Jacobians of all of them would say nothing new."""
+"""One family per wiring; dense Jacobians of the others would add nothing."""
 
 
 GRADIENTS = ("preconditioner", "full")
@@ -37,17 +37,17 @@ def measure(name: str, given: dict[str, Tensor], *, passes: int = 1, **options: 
 
 
 def held(dense: Tensor, step: oracle.OracleStep) -> Tensor:
-    """Γ J/σ of one sequence, whose quadratic forms are what probes without γ measure, from J P; (T, d, T, d)."""
+    """Γ J/σ of one sequence, (T, d, T, d), from J P; probes without γ measure its quadratic forms."""
     return step.scale.view(1, -1, 1, 1) * dense / step.scale
 
 
 def rounding(step: oracle.OracleStep, nu: Tensor) -> Tensor:
-    """Rounding of νᵀΔ/ε: each output carries a few dozen roundings (its matrix products) of relative size 2⁻⁵³."""
+    """Rounding of νᵀΔ/ε: a few dozen roundings of 2⁻⁵³ in each output."""
     size = (nu * step.left.unsqueeze(-1) * (step.function(step.stream).abs() + step.stream.abs())).abs().sum((1, 2))
     return 64 * 2**-53 * size.detach() / EPSILON
 
 
-# Every wiring; the widening of each family's arguments is in test_regularizers.
+# Every wiring; test_attach covers each family's arguments.
 @pytest.mark.parametrize(("name", "granularity"), [*((name, "sublayer") for name in DENSE), *LAYERS])
 def test_the_estimate_is_the_quadratic_form_of_its_own_probes(name: str, granularity: str) -> None:
     """gradient="full": h_t = −(1/n) νᵀ J_t P_t ν, with the ν that the Philox key gives."""
@@ -59,13 +59,13 @@ def test_the_estimate_is_the_quadratic_form_of_its_own_probes(name: str, granula
         for index, step in enumerate(steps):
             nu = probes_of(index, step.stream, seed=5, samples=1)[0]
             expected = step.quadratic(nu)
-            # The finite difference is the mean of νᵀJPν along the way it moves, so it lies within what that changes by.
+            # The finite difference is the mean of νᵀJPν along the displacement, so it is within that range.
             moved = step.quadratic(nu, at=step.stream + EPSILON * step.right * nu)
             tolerance = 2 * (moved - expected).abs() + rounding(step, nu)
             tokens = step.stream.shape[1]
             error = (measured[index] + expected / tokens).abs()
             assert (error <= tolerance / tokens).all(), (index, error, tolerance / tokens)
-            # The tolerance must be able to tell a wrong P or σ from a right one.
+            # The tolerance must detect a wrong P or σ.
             assert (tolerance <= 1e-2 * (1 + expected.abs())).all()
 
 
@@ -73,7 +73,7 @@ def test_the_estimate_is_the_quadratic_form_of_its_own_probes(name: str, granula
 def test_value_and_gradient_are_the_products_of_its_own_probes(name: str, granularity: str) -> None:
     """gradient="preconditioner", each family and granularity: ∂h_t/∂γ = −(2/n) Σ_i ν_i ⊙ (J ν/σ)_i, h_t = ½γ·∂h_t/∂γ.
 
-    Branches are run again outside of the model, whatever stands between their modules and the stream.
+    Branches are run again outside the model, in every wiring.
     """
     options = {"estimator": "hutchinson", "epsilon": EPSILON, "granularity": granularity, "seed": 5, "samples": 2}
     with oracle.Float64():
@@ -88,7 +88,7 @@ def test_value_and_gradient_are_the_products_of_its_own_probes(name: str, granul
                 probes = probes_of(index, step.stream, seed=5, samples=2)
                 wanted = -2 * torch.stack([part.diagonal(nu) for nu in probes]).mean(0) / step.stream.shape[1]
                 value = value + wanted @ part.scale / 2
-                # Bending: ε = 10⁻⁷ times a curvature of up to 10⁴; rounding: 10⁻⁹ times updates of 10².
+                # Curvature: ε = 10⁻⁷ times up to 10⁴; rounding: 10⁻⁹ times updates of 10².
                 close = {"rtol": 1e-3, "atol": 1e-3}
                 torch.testing.assert_close(gradients[paths[part.norm]], wanted.mean(0), **close)
             torch.testing.assert_close(measured[index], value, **close)
@@ -114,7 +114,7 @@ def test_the_dense_oracle_is_causal_and_agrees_with_its_own_products(name: str) 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("name", DENSE)
 def test_the_mean_over_many_probes_is_the_dense_trace(name: str, probe: str, gradient: str) -> None:
-    """Unbiased: 400 probes of either law stay within 3.5 standard errors of −tr(J P)/n, whose size is known exactly."""
+    """Unbiased: 400 probes of either distribution are within 3.5 standard errors of −tr(J P)/n."""
     samples = 400
     with oracle.Float64():
         given = oracle.batch(name, sequences=1)
@@ -126,13 +126,13 @@ def test_the_mean_over_many_probes_is_the_dense_trace(name: str, probe: str, gra
                 dense = sum(held(part.dense(0), part) for part in step.parts)
             elif gradient == "preconditioner":
                 dense = held(dense, step)
-            # 3.5 and not 3: forty-odd values are held to it at once.
+            # 3.5 and not 3: some forty values are compared.
             assert abs(error) <= 3.5 * spread(dense, probe, len(dense)) / math.sqrt(samples), index
 
 
 @pytest.mark.parametrize("name", [name for name in DENSE if name != "bert"])
 def test_the_mean_gradient_over_many_probes_is_the_exact_one(name: str) -> None:
-    """Unbiased in every channel: ‖ĝ − g‖ stays within 3 of its standard deviations, which are known exactly."""
+    """Unbiased in every channel: ‖ĝ − g‖ is within 3 standard deviations, which are known exactly."""
     samples, given, model = 400, oracle.batch(name, sequences=1), frozen(name)
     with oracle.Float64():
         exact = trace_gradients(model, given)
@@ -171,8 +171,8 @@ def test_the_error_falls_with_the_square_root_of_the_probes(samples: int) -> Non
 
 
 @pytest.mark.parametrize("granularity", ["sublayer", "layer"])
-def test_the_conventions_differ_in_sign_alone(granularity: str) -> None:
-    """`convention="algorithm1"` is the exact negative of the theory's sign."""
+def test_the_conventions_differ_only_in_sign(granularity: str) -> None:
+    """`convention="algorithm1"` is exactly the negative of the theory's."""
     given = oracle.batch("llama")
     theory = measure("llama", given, granularity=granularity, convention="theory")
     assert torch.equal(measure("llama", given, granularity=granularity, convention="algorithm1"), -theory)
@@ -180,7 +180,7 @@ def test_the_conventions_differ_in_sign_alone(granularity: str) -> None:
 
 
 def test_more_samples_are_the_mean_of_single_ones() -> None:
-    """`samples=N` averages the estimates of N different probes, the same ones a pass of N samples numbers 0 … N − 1."""
+    """`samples=N` averages the estimates of the probes numbered 0 … N − 1."""
     with oracle.Float64():
         given = oracle.batch("gpt2")
         measured = measure("gpt2", given, samples=3, gradient="full")[0]
@@ -195,7 +195,7 @@ def test_more_samples_are_the_mean_of_single_ones() -> None:
 @pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon_alibi", "bert"])
 def test_attention_implementations_agree(name: str, estimator: str) -> None:
-    """Eager attention takes other arguments (Falcon's alibi), which copies must have too: the traces are the same."""
+    """Eager attention has other arguments (Falcon's alibi), which copies need too: the traces are the same."""
     measured = []
     for implementation in ("eager", "sdpa"):
         model = families.build(name).double()
@@ -231,18 +231,18 @@ def test_bfloat16_measures_the_trace_of_float32(name: str, gradient: str) -> Non
     given, measured = families.inputs(name), {}
     for dtype in (torch.float32, torch.bfloat16):
         model = families.build(name)
-        model.get_input_embeddings().weight.data /= 0.15  # σ ≈ 1, as in trained models behind the first layers
+        model.get_input_embeddings().weight.data /= 0.15  # σ ≈ 1, as in trained models after the first layers
         options = {"estimator": "hutchinson", "samples": 64, "gradient": gradient}
         measured[dtype] = traces_of(model.to(dtype), given, **options)
     assert measured[torch.bfloat16].dtype == torch.float32
-    # ε = 0.1 moves a token by a tenth of its length, where branches bend by about as much; the roundings of 2⁻⁹ weigh
-    # 2⁻⁹/ε = 2 % each in an entry of Δ/ε and average out.
+    # ε = 0.1 moves a token by a tenth of its length, with a curvature error of the same order; roundings of 2⁻⁹ give
+    # 2⁻⁹/ε = 2 % in each entry of Δ/ε and average out.
     error = (measured[torch.bfloat16] - measured[torch.float32]).norm()
     assert error <= 0.25 * measured[torch.float32].norm()
 
 
 def test_copies_leave_no_graph_and_no_hook_sees_them() -> None:
-    """gradient="preconditioner": a branch is run once more per pass, on N batches, without its hooks and in no_grad."""
+    """gradient="preconditioner": each branch is run once more per pass, on N batches, without hooks and in no_grad."""
     model, given, seen = frozen("llama"), oracle.batch("llama"), []
     mlp = model.model.layers[1].mlp
     own, handle = mlp.forward, mlp.register_forward_hook(lambda *_: seen.append("hook"))

@@ -1,4 +1,4 @@
-"""The regularizers on the Triton kernels: the numbers of the reference, and how many launches they take."""
+"""The regularizers on the Triton kernels: the reference's numbers, and the number of launches."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.device import DEVICE
 
 CASES = [(name, "rademacher") for name in ("llama", "gpt2", "gemma", "phi", "olmo2", "bert", "opt", "granite")]
 CASES += [("llama", "gaussian")]
-"""RMSNorm, LayerNorm with a shift, 1+w, parallel branches, norms behind the branch, flattened rows, scaled steps."""
+"""RMSNorm, LayerNorm with a shift, 1+w, parallel branches, norms after the branch, flattened rows, scaled steps."""
 
 EPSILON = 0.05
-"""Large, so that what is compared is the kernels' arithmetic and not float32 differences divided by a small number."""
+"""Large, so that float32 differences are not divided by a small number."""
 
 
 @pytest.fixture
 def on_kernels(monkeypatch):
-    """The kernels for whatever device the tests run on; Triton's interpreter runs them on a CPU."""
+    """Use the kernels on any device; on a CPU Triton's interpreter runs them."""
     monkeypatch.delenv("OFA_KERNELS", raising=False)
     for operation, offered in dispatch._IMPLEMENTATIONS.items():
         eager = [replace(one, accepts=_float32) if one.name == "triton" else one for one in offered]
@@ -35,7 +35,7 @@ def on_kernels(monkeypatch):
 
 @pytest.fixture
 def launches():
-    """How often each kernel is launched; none of them runs, and what they would write holds anything."""
+    """Count launches of each kernel without running them; outputs are arbitrary."""
     counted = Counter()
 
     def count(kernel, grid, args, keywords):
@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_the_reference(name, probe, request, monkeypatc
     monkeypatch.setenv("OFA_KERNELS", "reference")
     expected = measure(name, samples=2, probe=probe)
     request.getfixturevalue("on_kernels")
-    # A float32 copy is off by a few units of 1.2e-7, its branch by as many; a product adds 32 of them with signs, and
+    # A float32 copy has an error of a few units of 1.2e-7, its branch too; a product adds 32 of them with signs, and
     # is divided by ε = 0.05: 1e-7 · 8 · √32 / 0.05 ≈ 1e-4 of the branch's size. The gradient is one order smoother.
     for actual, wanted in zip(measure(name, samples=2, probe=probe), expected, strict=True):
         gap = torch.linalg.vector_norm(actual - wanted) / torch.linalg.vector_norm(wanted)
@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_reference(name, probe, request, monkeypatc
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
 def test_held_curvature_has_the_numbers_of_the_reference(name, estimator, request, monkeypatch):
-    """RMSNorm, LayerNorm with biases, norms on heads, and norms behind branches that half of the kernels leave out."""
+    """RMSNorm, LayerNorm with biases, norms on heads, and norms after branches, for which half of the kernels run."""
     options = {"estimator": estimator, "gradient": "preconditioner"}
     monkeypatch.setenv("OFA_KERNELS", "reference")
     expected = measure(name, **options)
@@ -91,7 +91,7 @@ def test_held_curvature_has_the_numbers_of_the_reference(name, estimator, reques
 @pytest.mark.usefixtures("on_kernels")
 @pytest.mark.parametrize("samples", [1, 4])
 def test_a_measured_branch_takes_two_launches_in_each_direction(launches, samples):
-    """However many probes there are, with the gradient through everything."""
+    """For any number of probes, with the gradient through everything."""
     traces, _, _ = measure("llama", samples=samples)
     kernels = ("perturb", "contract")
     assert launches == {f"{kernel}_{way}": len(traces) for kernel in kernels for way in ("forward", "backward")}
@@ -99,7 +99,7 @@ def test_a_measured_branch_takes_two_launches_in_each_direction(launches, sample
 
 @pytest.mark.usefixtures("on_kernels")
 def test_held_curvature_takes_eight_launches_in_a_layer_and_none_in_the_backward_pass(launches):
-    """Each kernel once: three for the attention's sums, one for the MLP's, and the weights read in four."""
+    """Each kernel once: three for the attention's sums, one for the MLP's, four for the weights."""
     traces, _, _ = measure("llama", estimator="exact", gradient="preconditioner")
     layers = len(traces) // 2
     held = {kernel: times for kernel, times in launches.items() if not kernel.startswith("contract")}  # of the lengths
@@ -109,8 +109,8 @@ def test_held_curvature_takes_eight_launches_in_a_layer_and_none_in_the_backward
 
 
 @pytest.mark.usefixtures("on_kernels", "launches")
-def test_what_is_launched_around_the_kernels_does_not_grow_with_the_steps():
-    """Masks, means and factors of lengths are applied to all steps at once: a branch costs one kernel."""
+def test_launches_besides_the_kernels_do_not_grow_with_the_steps():
+    """Masks, means and factors of lengths are applied to all steps at once, so a branch adds one kernel."""
     shape = dict(TINY.shape)
     extra = {}
     for layers in (1, 3):

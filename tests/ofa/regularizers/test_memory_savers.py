@@ -1,4 +1,4 @@
-"""Checkpoints of every kind, offloaded tensors and accumulation change no gradient of any estimator."""
+"""Activation checkpointing of every kind, offloaded tensors and accumulation change no estimator's gradient."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def by_wrappers(model: nn.Module) -> None:
 
 
 def selectively(model: nn.Module) -> None:
-    """Attention's output is kept and the rest computed again."""
+    """Keep attention's output and recompute the rest."""
     aten = torch.ops.aten
-    # On a GPU attention in float64 is plain operations, of which the softmax is kept.
+    # On a GPU, float64 attention is made of plain operations: keep the softmax.
     kept = (aten._scaled_dot_product_flash_attention_for_cpu.default, aten._safe_softmax.default)
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -81,7 +81,7 @@ def by_hand_with_gradients_of_inputs(model: nn.Module) -> None:
 
 
 def passed_around(value: Tensor) -> Tensor:
-    """What unpacking sees of a transfer: the numbers, in another tensor."""
+    """Unpacking returns a copy of the tensor."""
     return value.detach().clone()
 
 
@@ -94,7 +94,7 @@ SAVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def accumulated(
     name: str, prepare: Callable[[nn.Module], None] | None, saver: Callable[[], Any] = nullcontext, *, kind: str
 ) -> list[Tensor]:
-    """Gradients of two passes of other lengths, one with padding, that are only then gone through backwards."""
+    """Gradients of two passes of different lengths, one with padding; both backwards run after both forwards."""
     model = tuned(name)
     with ofa.fused_regularizers(model, 1.0, 1.0, **EVERY[kind]) as reg:
         if prepare is not None:
@@ -130,34 +130,34 @@ def check(found: list[Tensor], name: str, kind: str) -> None:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_checkpoints_leave_exact_traces_exact(name: str, prepare: Callable[[nn.Module], None]) -> None:
-    """Taps inside a branch see the second run too, and must find what they saw in the first."""
+    """Taps inside a branch see the recomputation too, and must collect the same."""
     check(accumulated(name, prepare, kind="exact, full"), name, "exact, full")
 
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", ["gpt2"])
-def test_attention_may_be_kept_and_the_rest_computed_again(name: str, kind: str) -> None:
-    """Selective checkpoints, as TRL has them: what is measured runs the same operations both times."""
+def test_selective_checkpoints_change_nothing(name: str, kind: str) -> None:
+    """Selective checkpoints, as in TRL: measuring runs the same operations both times."""
     check(accumulated(name, selectively, kind=kind), name, kind)
 
 
 @pytest.mark.parametrize("saver", list(SAVERS))
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_saved_tensors_may_be_elsewhere(name: str, kind: str, saver: str) -> None:
-    """Operations with derivatives by hand save like any other, and take what they are given back."""
+def test_saved_tensors_may_be_offloaded(name: str, kind: str, saver: str) -> None:
+    """Our autograd functions save tensors by `save_for_backward`, so that hooks may return copies."""
     check(accumulated(name, None, SAVERS[saver], kind=kind), name, kind)
 
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
-def test_checkpoints_may_be_elsewhere(name: str, kind: str) -> None:
-    """The stream that comes back is a copy, and its second run still finds the probes and mask of the first."""
+def test_checkpoints_may_be_offloaded(name: str, kind: str) -> None:
+    """The restored stream is a copy; the recomputation still finds the probes and mask of its pass."""
     check(accumulated(name, by_the_model, SAVERS["copies"], kind=kind), name, kind)
 
 
 def test_offloaded_checkpoints_by_hand_need_gradients_of_inputs() -> None:
-    """A constant that comes back as a copy is known by nothing: PyTorch stops, and the model's own switch helps."""
+    """A copied constant cannot be identified: PyTorch raises, and the model's own switch helps."""
     check(
         accumulated("llama", by_hand_with_gradients_of_inputs, SAVERS["copies"], kind="exact, full"),
         "llama",
@@ -169,8 +169,8 @@ def test_offloaded_checkpoints_by_hand_need_gradients_of_inputs() -> None:
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", ["llama", "phi"])
-def test_nothing_stays_behind_what_was_moved_away(name: str, kind: str) -> None:
-    """After a forward pass whose saved tensors are elsewhere, no activation of a layer is held by anybody."""
+def test_offloaded_activations_are_not_kept_alive(name: str, kind: str) -> None:
+    """After a forward pass with offloaded saved tensors, nothing references a layer's activations."""
     model = tuned(name)
     seen: list[StorageWeakRef] = []
     for layer in layers_of(model):
@@ -187,13 +187,13 @@ def test_nothing_stays_behind_what_was_moved_away(name: str, kind: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpoints"])
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
-def test_no_tensor_waits_for_the_collector(name: str, kind: str, checkpointing: bool) -> None:
-    """A tensor in a reference cycle keeps its graph, and with it what a checkpoint had given up: layer upon layer."""
+def test_no_tensor_needs_the_garbage_collector(name: str, kind: str, checkpointing: bool) -> None:
+    """A tensor in a reference cycle keeps its graph alive, and with it the memory that checkpoints free."""
     model = tuned(name)
     if checkpointing:
         model.gradient_checkpointing_enable()
     with ofa.fused_regularizers(model, **EVERY[kind]) as reg:
-        for _ in range(2):  # the first step pays for what is made once
+        for _ in range(2):  # the first step also creates caches
             gc.collect()
             model(**oracle.batch(name))
             reg.penalty().backward()
@@ -201,7 +201,7 @@ def test_no_tensor_waits_for_the_collector(name: str, kind: str, checkpointing: 
 
 
 def _collected_tensors() -> list[tuple[int, ...]]:
-    """Shapes of the tensors that only the collector finds to be unused."""
+    """Shapes of the tensors that only the garbage collector frees."""
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         gc.collect()

@@ -1,4 +1,4 @@
-"""What the regularizers measure, and its gradient, against hand-made steps and differences in float64."""
+"""The measurements and their gradients against the oracle's steps and differences, in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_step_lengths_are_those_of_the_residual_stream(name: str, granularity: s
         given = oracle.batch(name)
         measured = measure(oracle.model(name), given, granularity=granularity, sharpness=0.0)
         norms = oracle.step_norms(oracle.steps(name, oracle.model(name), given, granularity))
-    # Sums of a few hundred squares in another order, and BERT's updates as differences of larger numbers.
+    # A few hundred squares in another order; BERT's updates are differences of larger numbers.
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(measured.step_norms, norms, **close)
     torch.testing.assert_close(measured.ratios, norms[1:] / norms[:-1], **close)
@@ -56,16 +56,16 @@ def padded(name: str, side: str, pad_id: int = 0) -> tuple[dict[str, Tensor], li
 @pytest.mark.parametrize("tokens", ["all", "last"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon_two_norms", "bert"])
-def test_padding_adds_exactly_nothing(name: str, side: str, tokens: str) -> None:
-    """A padded batch has the step lengths and traces of its sequences alone, whichever side is padded."""
+def test_padding_changes_nothing(name: str, side: str, tokens: str) -> None:
+    """A padded batch has the step lengths and traces of its sequences, with padding on either side."""
     if name == "bert" and side == "left":
-        side = "right"  # its positions are absolute and cannot be moved
+        side = "right"  # its positions are absolute
     with oracle.Float64():
         whole, alone = padded(name, side)
-        options = {"sharpness": float(name != "bert"), "tokens": tokens}  # probes of other rows are others
+        options = {"sharpness": float(name != "bert"), "tokens": tokens}  # other rows have other probes
         together = measure(oracle.model(name), whole, **options)
         each = [measure(oracle.model(name), given, **options) for given in alone]
-    # Left padding turns the rotary angles, which changes the roundings (2⁻⁵³) of some thousand products.
+    # Left padding shifts the rotary angles, which changes the roundings (2⁻⁵³) of some thousand products.
     torch.testing.assert_close(together.step_norms, torch.cat([one.step_norms for one in each], 1), **DENSE)
     if name != "bert":
         torch.testing.assert_close(together.traces, torch.cat([one.traces for one in each], 1), **DENSE)
@@ -73,10 +73,10 @@ def test_padding_adds_exactly_nothing(name: str, side: str, tokens: str) -> None
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_what_stands_in_the_padding_does_not_matter(name: str, side: str) -> None:
-    """Other padding ids, same probes: same lengths and traces."""
+def test_padding_ids_do_not_matter(name: str, side: str) -> None:
+    """With the same probes, other padding ids give the same lengths and traces."""
     first, second = (measure(oracle.model(name), padded(name, side, pad_id=pad)[0]) for pad in (0, 7))
-    # Masked weights are exactly 0, so nothing but the order of a library's sums could differ; ε magnifies it 10⁵ times.
+    # Masked weights are exactly 0, so only a library's order of sums could differ; ε magnifies it 10⁵ times.
     torch.testing.assert_close(first.step_norms, second.step_norms, rtol=1e-12, atol=0)
     torch.testing.assert_close(first.traces, second.traces, rtol=1e-6, atol=1e-6)
 
@@ -92,7 +92,7 @@ def test_the_gradient_is_finite_with_padding(side: str) -> None:
 
 
 def test_the_last_token_is_the_last_real_one() -> None:
-    """`tokens="last"`: the step of the prediction token alone, by hand, with and without a mask."""
+    """`tokens="last"`: only the last real token's step, with and without a mask."""
     with oracle.Float64():
         model = oracle.model("llama")
         for given, last in ((padded("llama", "right")[0], [5, 3]), (oracle.batch("llama", tokens=6), [5, 5])):
@@ -114,7 +114,7 @@ def test_the_full_gradient_of_probes_is_that_of_differences(name: str, granulari
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "olmo2", "bert"])
 def test_attention_has_a_part_in_the_gradient(name: str) -> None:
-    """The trace of each attention step depends on the γ of that step: attention kernels without this are no use."""
+    """The trace of each attention step depends on that step's γ."""
     model, given = oracle.model(name), oracle.batch(name, sequences=1)
     with ofa.fused_regularizers(model, 0.0, 1.0, estimator="hutchinson", gradient="full") as reg:
         model(**given)

@@ -1,4 +1,4 @@
-"""J, H and the penalty against loops written out by hand, and the properties that training relies on."""
+"""J, H and the penalty against plain loops, and the properties that training needs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_sharpness_is_the_sum_of_softplus_averaged_over_sequences():
 
 
 def test_softplus_comes_before_the_mean_over_sequences():
-    """The order matters: sequences of opposite sign would cancel if the mean were taken first."""
+    """If the mean were taken first, sequences of opposite sign would cancel."""
     opposite = torch.tensor([-8.0, 8.0], dtype=torch.float64, device=DEVICE)
     expected = (softplus(-8.0) + softplus(8.0)) / 2
     assert expected > 5 * softplus(0.0)
@@ -84,7 +84,7 @@ def test_a_split_batch_has_the_same_objective(cut):
 
 
 def test_only_sequences_with_a_real_token_are_averaged():
-    """Whatever stands in the others; and a batch without any sequence is worth 0, not 0/0."""
+    """Values of other rows do not matter; a batch without any sequence gives 0, not 0/0."""
     real = torch.tensor([True, False, True, False], device=DEVICE)
     spoiled = torch.where(real, traces(), float("nan"))
     assert float(sharpness(spoiled, real)) == pytest.approx(sharpness_of(traces()[:, real]), rel=1e-12)
@@ -96,7 +96,7 @@ def test_only_sequences_with_a_real_token_are_averaged():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_slopes_are_the_derivative_of_the_sharpness(masked):
-    """Step by step, since a pass knows them as it goes; nothing of a sequence without a real token."""
+    """Step by step, as a pass computes them; 0 for sequences without a real token."""
     real = torch.tensor([True, False, True, True], device=DEVICE) if masked else None
     values = traces().requires_grad_()
     (expected,) = torch.autograd.grad(sharpness(values, real), values)
@@ -105,12 +105,12 @@ def test_slopes_are_the_derivative_of_the_sharpness(masked):
 
 
 def test_where_softplus_is_flat_its_slope_is_zero():
-    """e⁻⁹⁰ would be a denormal number in float32, with which processors multiply ten times slower."""
+    """e⁻⁹⁰ would be a denormal float32, which makes CPU products ten times slower."""
     assert sharpness_slopes(torch.tensor([-90.0, -31.0, 90.0], device=DEVICE)).tolist() == pytest.approx([0, 0, 1 / 3])
 
 
-def test_a_value_with_known_gradients_hands_them_on():
-    """Times what comes in, also twice; without gradients enabled it is the value itself."""
+def test_a_value_with_known_gradients_returns_them():
+    """Times the incoming gradient, also twice; in no_grad it is the value itself."""
     scale, known = torch.ones(3, device=DEVICE, requires_grad=True), torch.arange(3.0, device=DEVICE)
     value = with_gradients(torch.tensor(2.5, device=DEVICE), [(scale, known)])
     assert value.item() == 2.5

@@ -1,4 +1,4 @@
-"""Rows of several sequences are told from padded and shifted ones."""
+"""Packed rows are distinguished from padded and shifted ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ids(*rows: list[int]) -> torch.Tensor:
     ids=["restart", "a sequence of one token", "padding behind", "flash attention"],
 )
 def test_packed_rows_are_refused(given: dict[str, Any]) -> None:
-    """J over a row of several sequences is another number than the mean of theirs."""
+    """J of a packed row differs from the mean of its sequences' J."""
     with pytest.raises(InputError, match=r"several packed sequences.*turn packing and padding_free off"):
         refuse_packed(given)
 
@@ -43,5 +43,5 @@ def test_packed_rows_are_refused(given: dict[str, Any]) -> None:
     ids=["none", "plain and offset", "padded on the left", "padded on the right", "positions in space"],
 )
 def test_other_positions_are_fine(given: dict[str, Any]) -> None:
-    """Padding repeats positions too, and images have three kinds of them."""
+    """Padding repeats positions too, and images have three position axes."""
     refuse_packed(given)

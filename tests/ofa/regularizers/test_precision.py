@@ -1,4 +1,4 @@
-"""Models in bfloat16 and float16, and autocast: the forward is unharmed, γ is float32 and trains as in float32."""
+"""Models in bfloat16 and float16, and autocast: outputs are unchanged, γ is float32 and trains as in float32."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from tests.ofa.anatomy.test_families_dropin import EVERY, built, granularity_of
 from tests.ofa.traces import OTHERS, traces_of
 
 SCALE = 2.0**-8
-"""Of the loss in float16, whose largest number is 65504: gradients of these random models are longer. A GradScaler does
-the same."""
+"""Loss scale in float16, as by GradScaler: gradients of these random models exceed its largest number, 65504."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Mode:
 
     @property
     def narrow(self) -> torch.dtype:
-        """What branches compute in."""
+        """The dtype that branches compute in."""
         return self.autocast or self.dtype
 
     def context(self) -> AbstractContextManager[Any]:
@@ -58,11 +57,11 @@ def cast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def gradient(model: nn.Module, name: str, given: dict[str, Tensor], mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of a measured pass, its loss with the penalty, and the gradient of that in every scale, in one row."""
+    """Logits of a measured pass, its loss with the penalty, and the loss' gradient in every scale, in one row."""
     params = ofa.tune_norms(model)
-    # Without a closed form the step ratio alone: a finite difference has more of its own error than of the dtype's.
+    # Without a closed form only the step ratio: a finite difference's own error is larger than the dtype's.
     sharpness = 0.0 if name in OTHERS else 1e-2
-    # The channels of the radial term are chosen by what is rounded.
+    # Roundings may change the channels chosen for the radial term.
     with ofa.fused_regularizers(model, 1e-2, sharpness, granularity=granularity_of(name), radial="exact") as reg:
         with mode.context():
             output = model(**given)
@@ -79,7 +78,7 @@ CASES += [(name, mode) for mode in MODES if mode not in EVERYWHERE for name in (
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_narrow_dtypes_train_as_float32_does(name: str, mode: str) -> None:
-    """Output dtype and numbers, loss, penalty and the gradient of each scale are those of float32 but for rounding."""
+    """Output dtype is kept; logits, loss, penalty and each scale's gradient equal float32's up to rounding."""
     if name.startswith("smolvlm") and "autocast" in mode and Version(transformers_version) < Version("5.18"):
         pytest.skip("under autocast, SmolVLM of transformers 5.17 fails by itself: it puts bfloat16 into float32")
     compare_with_float32(name, MODES[mode])
@@ -89,15 +88,15 @@ def compare_with_float32(name: str, mode: Mode) -> None:
     model, given = built(name)
     model = model.to(mode.dtype)
     plain = copy.deepcopy(model)
-    # The same weights as they are rounded, in float32: what is compared is the arithmetic.
+    # The rounded weights in float32, so that only the arithmetic differs.
     expected = gradient(copy.deepcopy(model).float(), name, given, Mode(torch.float32))
     given = cast(given, mode.dtype)
     with torch.no_grad(), mode.context():
         own = plain(**given).logits
     logits, loss, found = gradient(model, name, given, mode)
     unit = torch.finfo(mode.narrow).eps / 2
-    # Three layers of about ten rounded operations, each of them amplified by a random model: the base's own distance
-    # from float32 is what its depth makes of them, and a tuned norm rounds no more often than the base's.
+    # Three layers of about ten rounded operations, each amplified by a random model: the base's own distance
+    # from float32 measures that, and a tuned norm rounds no more often than the base's.
     rounding = float((own.float() - expected[0]).norm())
     assert logits.dtype == own.dtype
     assert float((logits.float() - own.float()).norm()) <= 2 * rounding + 4 * unit * float(expected[0].norm())
@@ -108,8 +107,8 @@ def compare_with_float32(name: str, mode: Mode) -> None:
 
 @pytest.mark.parametrize("narrow", EVERYWHERE)
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_auto_falls_back_to_trains_in_narrow_dtypes(name: str, narrow: str) -> None:
-    """Finite differences with their own ε: everything is finite, and each scale moves in a step of Adam."""
+def test_the_fallback_of_auto_trains_in_narrow_dtypes(name: str, narrow: str) -> None:
+    """Finite differences with the default ε: everything is finite, and each scale changes in a step of Adam."""
     mode, (model, given) = MODES[narrow], built(name)
     params = ofa.tune_norms(model.to(mode.dtype))
     start = [param.detach().clone() for param in params]
@@ -129,7 +128,7 @@ def steps_of(model: nn.Module) -> tuple[anatomy.Step, ...]:
 
 
 def of_length(factor: float) -> nn.Module:
-    """A llama whose stream is `factor` times as long everywhere, and whose norms make the same of it."""
+    """A llama whose stream is `factor` times as long, with the same norm outputs."""
     model = families.build("llama")
     model.get_input_embeddings().weight.data *= factor
     for layer in model.model.layers:
@@ -141,7 +140,7 @@ def of_length(factor: float) -> nn.Module:
     return model
 
 
-def test_the_reach_goes_with_the_length_of_the_stream_and_the_scales() -> None:
+def test_epsilon_scales_follow_the_length_of_the_stream_and_the_scales() -> None:
     """εPν = ε γ/σ ν is as long as a token of length σ for ε = σ²/γ."""
     short, long = (list(epsilon_scales(model, steps_of(model)).values()) for model in (of_length(1.0), of_length(10.0)))
     assert len(short) == 6
@@ -150,7 +149,7 @@ def test_the_reach_goes_with_the_length_of_the_stream_and_the_scales() -> None:
     for norm in anatomy.tuned_norms(model):
         model.get_parameter(f"{norm.path}.weight").data *= 4
     assert next(iter(epsilon_scales(model, steps_of(model)).values())).epsilon == pytest.approx(short[0].epsilon / 4)
-    # A norm that stands behind its branch divides by a length that is not the stream's: γν moves it, not γ/σ ν.
+    # A norm after its branch does not divide by the stream's length: the displacement is γν, not γ/σ ν.
     behind = families.build("olmo2")
     before = list(epsilon_scales(behind, steps_of(behind)).values())
     behind.get_input_embeddings().weight.data *= 10
@@ -159,7 +158,7 @@ def test_the_reach_goes_with_the_length_of_the_stream_and_the_scales() -> None:
     )
 
 
-def test_finding_the_reach_leaves_no_trace() -> None:
+def test_finding_epsilon_scales_changes_nothing() -> None:
     model = families.build("gemma2").train()
     hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
@@ -170,7 +169,7 @@ def test_finding_the_reach_leaves_no_trace() -> None:
 
 
 LENGTHS = [(factor, dtype) for dtype in (torch.float32, torch.bfloat16) for factor in (0.1, 10.0, 1000.0)]
-LENGTHS += [(0.1, torch.float16), (10.0, torch.float16)]  # which cannot hold a stream that is longer still
+LENGTHS += [(0.1, torch.float16), (10.0, torch.float16)]  # float16 cannot hold a longer stream
 
 
 @pytest.mark.parametrize("gradient", ["preconditioner", "full"])
@@ -178,7 +177,7 @@ LENGTHS += [(0.1, torch.float16), (10.0, torch.float16)]  # which cannot hold a 
 def test_the_default_step_suits_streams_of_any_length(
     factor: float, dtype: torch.dtype, gradient: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each dtype its error is of order δ, for tokens as short as behind the embeddings and as long as at the end."""
+    """In each dtype the error is of order δ, for tokens as short as after the embeddings and as long as at the end."""
     model, given = of_length(factor), families.inputs("llama")
     reach = epsilon_scales(model, steps_of(model))
     monkeypatch.setattr(choice, "epsilon_scales_of", lambda *_: reach)
@@ -186,18 +185,18 @@ def test_the_default_step_suits_streams_of_any_length(
     options = {"estimator": "hutchinson", "gradient": gradient, "samples": 4}
     found = traces_of(narrow, given, **options).double()
     with oracle.Float64():
-        limit = traces_of(narrow.double(), given, **options)  # the same probes, a step as small as float64 allows
-    # Bending: what F's slope changes by in a step of δ, in a random model by 5 δ at most; roundings weigh u/δ ≈ δ each,
-    # and a few of them meet.
+        limit = traces_of(narrow.double(), given, **options)  # the same probes, with the smallest ε for float64
+    # Curvature: F's slope changes by at most 5 δ in a random model; roundings are u/δ ≈ δ each,
+    # and a few of them add up.
     assert float((found - limit).norm() / limit.norm()) <= 10 * DELTA[dtype]
 
 
 class Linear8bitLt(nn.Linear):
-    """By its name a layer that rounds what it reads to 8 bits."""
+    """A layer that by its name rounds its input to 8 bits."""
 
 
-def test_quantized_layers_are_stepped_over_farther() -> None:
-    """The least δ of a branch is that of its coarsest layer: 8-bit ones, and 4-bit ones that compute in bfloat16."""
+def test_quantized_layers_have_a_larger_epsilon() -> None:
+    """The least δ of a branch is that of its coarsest layer: 8 bits, or 4 bits with bfloat16 arithmetic."""
     model = families.build("llama")
     model.model.layers[1].mlp.up_proj.__class__ = Linear8bitLt
     model.model.layers[2].self_attn.q_proj.compute_dtype = torch.bfloat16
@@ -205,7 +204,7 @@ def test_quantized_layers_are_stepped_over_farther() -> None:
     assert [one.at_least for one in found.values()] == [0, 0, 0, INT8_DELTA, DELTA[torch.bfloat16], 0]
     branch = next(branch for branch, one in found.items() if one.at_least == INT8_DELTA)
     stream, first = torch.zeros(1, 4, 32, device=DEVICE), next(iter(found))
-    # Without γ in it a displacement is shorter by the scale's size.
+    # The displacement without γ is shorter by the root mean square of γ.
     for estimator, factors in (
         (FullHutchinson(reach=found), (1.0, 1.0)),
         (Hutchinson(reach=found), (found[branch].scale, found[first].scale)),

@@ -1,4 +1,4 @@
-"""How the radial terms of training passes are computed: through a few channels, through all of them, or not at all."""
+"""The radial terms of training passes: through a few channels, through all of them, or left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import oracle
 from tests.ofa.traces import DENSE, frozen, scale_gradients, trace_gradients, traces_of
 
 NAMES = ["llama", "gpt2", "falcon_two_norms", "gemma2", "gpt_oss"]
-"""RMSNorm and LayerNorm with biases, parallel branches, a norm behind the branch, experts."""
+"""RMSNorm and LayerNorm with biases, parallel branches, a norm after the branch, experts."""
 
 
 def measure(name: str, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -37,7 +37,7 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_channels_are_the_exact_term(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read through as many channels as there are, one by one: the same traces and gradients as through none."""
+    """With all channels chosen, traces and gradients equal those of "exact"."""
     exact = measure(name, radial="exact")
     own = branch_trace._channels
 
@@ -54,13 +54,13 @@ def test_all_channels_are_the_exact_term(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_more_is_left_out_the_larger_the_error(name: str) -> None:
-    """8 of 32 channels, those that hold most, and none."""
+    """The 8 largest of 32 channels, and none."""
     exact, some, none = (measure(name, radial=radial) for radial in ("exact", "channels", "none"))
     assert 0 < error(some[1], exact[1]) < error(none[1], exact[1]) < 0.5
 
 
 def test_a_few_massive_channels_are_nearly_all_of_it() -> None:
-    """Three channels a hundred times as large as the others: a fiftieth is left out, not a seventh."""
+    """With three channels a hundred times as large as the others, the error is a fiftieth, not a seventh."""
     model, given = _massive(), oracle.batch("llama")
     with oracle.Float64():
         exact, some, none = (trace_gradients(model, given, radial=radial) for radial in ("exact", "channels", "none"))
@@ -75,7 +75,7 @@ def _massive() -> nn.Module:
 
 
 def test_a_branch_as_narrow_as_the_channels_has_it_exactly() -> None:
-    """Of at most 8 channels all are read."""
+    """With at most 8 channels, all are chosen."""
     hat, weights = torch.randn(2, 5, 8), torch.rand(2, 5)
     assert branch_trace._channels(hat, weights, "channels").numel() == 0
     assert branch_trace._channels(torch.randn(2, 5, 9), weights, "channels").shape == (2, 8)
@@ -83,15 +83,15 @@ def test_a_branch_as_narrow_as_the_channels_has_it_exactly() -> None:
 
 @pytest.mark.parametrize("radial", branch_trace.RADIAL)
 def test_passes_that_are_not_trained_on_are_exact(radial: str) -> None:
-    """`measuring()`, and with it `ofa probe`, says what the trace is."""
+    """In `measuring()`, and so in `ofa probe`, the trace is exact."""
     with oracle.Float64():
         found = traces_of(frozen("llama"), oracle.batch("llama"), radial=radial)
         expected = traces_of(frozen("llama"), oracle.batch("llama"), radial="exact")
     assert torch.equal(found, expected)
 
 
-def test_the_choice_is_that_of_each_sequence() -> None:
-    """The channels of a batch are those of its sequences alone."""
+def test_channels_are_chosen_per_sequence() -> None:
+    """A batch has the same channels as its sequences separately."""
     model, given = frozen("llama"), oracle.batch("llama")
     found = []
     for rows in (slice(None), slice(0, 1), slice(1, 2)):

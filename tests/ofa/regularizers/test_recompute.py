@@ -1,4 +1,4 @@
-"""Activation checkpointing runs layers twice; the second run must be the first one again."""
+"""Activation checkpointing recomputes layers; the recomputation must equal the first run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gradients(model: nn.Module, loss: Tensor, **options: Any) -> list[Tensor]:
     return [gradient for gradient in found if gradient is not None]
 
 
-# The held gradient has nothing to run again for, whatever the wiring; each term by itself in one family.
+# The held gradient is not recomputed in any wiring; each term alone in one family.
 @pytest.mark.parametrize(
     ("name", "weights", "gradient"),
     [
@@ -37,9 +37,9 @@ def gradients(model: nn.Module, loss: Tensor, **options: Any) -> list[Tensor]:
     ],
 )
 def test_accumulated_passes_recompute_their_own_probes(name: str, weights: tuple[float, float], gradient: str) -> None:
-    """Two forwards of other lengths, an evaluation and failures, then both backwards, one twice: gradients as without.
+    """Two forwards of different lengths, an evaluation and failures, then both backwards, one twice: same gradients.
 
-    The second run of a layer happens when other passes have been measured, and must meet its own probes and mask.
+    Layers are recomputed after other passes were measured, and need the probes and mask of their own pass.
     """
     results = []
     for checkpointing in (False, True):
@@ -54,7 +54,7 @@ def test_accumulated_passes_recompute_their_own_probes(name: str, weights: tuple
                 penalties.append(reg.penalty())
             with torch.no_grad():
                 model(**oracle.batch(name, seed=2))
-            # Not a token that the vocabulary lacks: on a GPU that would be the end of the whole process.
+            # Not an invalid token: on a GPU that would abort the process.
             with pytest.raises(RuntimeError, match="indices"):
                 model(input_ids=torch.full((1, 4), 0.5, device=DEVICE))
             handle = list(model.modules())[-1].register_forward_pre_hook(_fail)
@@ -79,7 +79,7 @@ def _fail(module: nn.Module, args: Any) -> None:
 @pytest.mark.parametrize("granularity", ["sublayer", "layer"])
 @pytest.mark.parametrize("gradient", ["preconditioner", "full"])
 def test_checkpointing_changes_neither_loss_nor_gradient(granularity: str, gradient: str) -> None:
-    """`into_loss=True` with checkpoints: the same loss and the same gradient of everything in it."""
+    """`into_loss=True` with checkpoints: the same loss and gradients."""
     results = []
     for checkpointing in (False, True):
         model = training_model("llama", checkpointing=checkpointing)
@@ -94,8 +94,8 @@ def test_checkpointing_changes_neither_loss_nor_gradient(granularity: str, gradi
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "ratio", "sharpness"])
 @pytest.mark.parametrize("gradient", ["preconditioner", "full"])
 @pytest.mark.parametrize("name", ["llama", "phi", "bert"])
-def test_recomputed_tensors_are_let_go(name: str, gradient: str, weights: tuple[float, float]) -> None:
-    """After backward nothing holds on to the second runs: that would undo what checkpoints save."""
+def test_recomputed_tensors_are_released(name: str, gradient: str, weights: tuple[float, float]) -> None:
+    """After backward nothing references recomputed tensors, which would undo the saving."""
     model = training_model(name, checkpointing=True)
     seen: list[StorageWeakRef] = []
     with ofa.fused_regularizers(model, *weights, estimator="hutchinson", gradient=gradient) as reg:
@@ -104,21 +104,21 @@ def test_recomputed_tensors_are_let_go(name: str, gradient: str, weights: tuple[
         model(**oracle.batch(name))
         forward = len(seen)
         reg.penalty().backward()
-        # A held gradient of the sharpness needs no second run.
+        # A held gradient is not recomputed.
         assert (len(seen) > forward) == (gradient == "full" or weights[0] > 0)
         gc.collect()
         assert all(storage.expired() for storage in seen[forward:])
 
 
 def _remember(seen: list[StorageWeakRef], output: Any) -> None:
-    # Storages, because a graph saves tensors of its own that share them.
+    # Storages, because the graph's saved tensors share them.
     if isinstance(output, Tensor):
         seen.append(StorageWeakRef(output.untyped_storage()))
 
 
 @pytest.mark.parametrize("inputs_with_gradients", [True, False])
 def test_passes_are_forgotten_with_their_streams(inputs_with_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What recalls a pass lives as long as the streams it is recalled by, leaves and constants among them."""
+    """The record of a pass lives as long as its streams, including leaves and constants."""
     model = training_model("llama", checkpointing=True)
     ofa.tune_norms(model)
     if not inputs_with_gradients:
@@ -147,7 +147,7 @@ def test_passes_are_forgotten_with_their_streams(inputs_with_gradients: bool, mo
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
-    """It runs layers without gradients first, so the penalty would have none, and nobody would notice."""
+    """It runs layers without gradients first, so the penalty would silently have none."""
     model = training_model("llama", checkpointing=True, reentrant=True)
     with (
         ofa.fused_regularizers(model),

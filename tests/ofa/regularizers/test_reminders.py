@@ -1,4 +1,4 @@
-"""A loop that forgets a line is told which, once; one that forgets nothing hears nothing."""
+"""A loop that lacks a line is warned once, with the line; a complete loop is not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def nothing(reg):
 )
 @pytest.mark.parametrize("passes", [1, 9])
 def test_forgotten_lines_are_named_once(tiny_model, batch, caplog, tunes, uses, options, expected, passes):
-    """However long the loop is, and at the latest when it ends."""
+    """For any length of the loop, at the latest at its end."""
     model = tiny_model[0].cpu()
     if tunes:
         ofa.tune_norms(model)
@@ -64,8 +64,8 @@ def test_forgotten_lines_are_named_once(tiny_model, batch, caplog, tunes, uses, 
     assert all(line in message for line, message in zip(expected, messages, strict=True))
 
 
-def test_passes_without_gradients_ask_for_nothing(tiny_model, batch, caplog):
-    """A model that is only measured, or evaluated, is not being trained."""
+def test_passes_without_gradients_warn_of_nothing(tiny_model, batch, caplog):
+    """A model that is only measured or evaluated does not train."""
     model = tiny_model[0].cpu()
     with (
         caplog.at_level(logging.WARNING, logger="ofa"),
@@ -80,7 +80,7 @@ def test_passes_without_gradients_ask_for_nothing(tiny_model, batch, caplog):
 
 @pytest.mark.parametrize("options", [{}, {"sharpness": 0.0}], ids=["both", "one"])
 def test_measurements_print_as_six_lines(tiny_model, batch, options):
-    """A reader sees sizes and ranges, not tensors."""
+    """Sizes and ranges, not tensors."""
     model = tiny_model[0].cpu()
     ofa.tune_norms(model)
     with ofa.fused_regularizers(model, estimator="exact", **options) as reg:

@@ -16,7 +16,7 @@ KINDS = {"exact": {}, "hutchinson": {"estimator": "hutchinson"}}
 
 
 def tuned() -> Any:
-    """A llama whose norms are tuned, so short a stream that no softplus is flat."""
+    """A llama with tuned norms, and a stream short enough that no softplus is flat."""
     model = built("llama")
     model.get_input_embeddings().weight.data *= 10
     return model
@@ -39,13 +39,13 @@ def train(model: nn.Module, reg: ofa.Regularizers, steps: int, accumulation: int
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """To the bit."""
+    """Bit-identical."""
     return one.keys() == other.keys() and all(torch.equal(one[path], other[path]) for path in one)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_step_of_every_three_is_measured(kind: str) -> None:
-    """Steps 0, 3 and 6, as the first: each of the others has exactly the gradient of the last that was measured."""
+    """Steps 0, 3 and 6 are measured; the others have exactly the gradient of the last of them."""
     model = tuned()
     with ofa.fused_regularizers(model, 0.0, 1.0, every=3, **KINDS[kind]) as reg:
         found = [passes[0] for passes in train(model, reg, 7)]
@@ -57,7 +57,7 @@ def test_one_step_of_every_three_is_measured(kind: str) -> None:
 
 
 def test_passes_in_between_have_the_mean_of_those_that_were_measured() -> None:
-    """With accumulation, the sum over a step is what the measured step's was; the value is their mean too."""
+    """With accumulation, the sum over a step equals the measured step's; the value is their mean too."""
     model, values = tuned(), []
     with ofa.fused_regularizers(model, 0.0, 1.0, every=2) as reg:
         whole = reg.penalty
@@ -79,7 +79,7 @@ def test_passes_in_between_have_the_mean_of_those_that_were_measured() -> None:
 
 
 def test_the_step_ratio_is_measured_in_every_pass() -> None:
-    """In a pass in between there are no traces, and the sharpness is the last one."""
+    """A pass in between has no traces and the last sharpness."""
     model = tuned()
     with ofa.fused_regularizers(model, 1.0, 1.0, every=2) as reg:
         model(**families.inputs("llama"))
@@ -97,7 +97,7 @@ def test_the_step_ratio_is_measured_in_every_pass() -> None:
 
 
 def test_evaluation_in_between_is_exact_and_changes_nothing() -> None:
-    """`measuring()` measures what it is shown, whichever step it is."""
+    """`measuring()` measures in every step."""
     found = []
     for evaluating in (False, True):
         model = tuned()
@@ -111,8 +111,8 @@ def test_evaluation_in_between_is_exact_and_changes_nothing() -> None:
     assert all(same(*pair) for pair in zip(*found, strict=True))
 
 
-def test_every_step_counts_where_scales_do_not_move() -> None:
-    """Micro-batches belong to one step as long as no optimizer has stepped: all of them are measured."""
+def test_passes_before_the_optimizer_steps_are_all_measured() -> None:
+    """Micro-batches belong to one step until the optimizer steps, so all of them are measured."""
     model = tuned()
     with ofa.fused_regularizers(model, 0.0, 1.0, every=4) as reg:
         for seed in range(6):
@@ -121,7 +121,7 @@ def test_every_step_counts_where_scales_do_not_move() -> None:
 
 
 def test_a_resumed_schedule_continues() -> None:
-    """What was held, and the number of steps that were taken, are all that a checkpoint needs."""
+    """The held value and the step count are enough to resume."""
     model = tuned()
     with ofa.fused_regularizers(model, 0.0, 1.0, every=3) as reg:
         train(model, reg, 2)

@@ -62,7 +62,7 @@ def trainer_of(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_penalty_weighs_one_in_every_step(accumulation: int, tiny_model: Loaded, tmp_path: Path) -> None:
-    """With the default loss, over labels of completions alone, which differ in number."""
+    """With the default loss, over the labels of completions, whose number differs."""
     model, tokenizer = tiny_model
     ofa.tune_norms(model)
     with ofa.fused_regularizers(model, into_loss=True) as reg:
@@ -74,7 +74,7 @@ def test_the_penalty_weighs_one_in_every_step(accumulation: int, tiny_model: Loa
 
 @pytest.mark.parametrize("attach_first", [True, False], ids=["attached before", "attached behind"])
 def test_the_default_loss_has_the_plain_loops_gradient(attach_first: bool, tiny_model: Loaded, tmp_path: Path) -> None:
-    """In its default state, with activation checkpointing; the trainer gives the model another forward."""
+    """With the trainer's defaults, activation checkpointing included; the trainer replaces the model's forward."""
     model, tokenizer = tiny_model
     tuned = ofa.tune_norms(model)
     start = [parameter.detach().clone() for parameter in tuned]
@@ -106,7 +106,7 @@ def test_the_default_loss_has_the_plain_loops_gradient(attach_first: bool, tiny_
                 parameter.data -= 0.01 * gradient
     assert len(losses) == 5
     for one, other in zip(found, expected, strict=attach_first):
-        # Two ways to sum a softmax in float32, and five steps apart.
+        # Two ways to sum a softmax in float32, over five steps.
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     for one, other in zip(ended, tuned, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -127,18 +127,18 @@ def sum_of_logits(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) 
     ],
     ids=["dft", "label smoothing", "compute_loss_func", "packing", "padding_free"],
 )
-def test_what_would_train_something_else_is_refused(
+def test_settings_that_would_train_without_the_penalty_are_refused(
     options: dict[str, Any], message: str, tiny_model: Loaded, tmp_path: Path
 ) -> None:
-    """In a sentence that names what to change; none of these may go on without the penalty."""
+    """The message names the setting to change."""
     model, tokenizer = tiny_model
     ofa.tune_norms(model)
     with ofa.fused_regularizers(model, into_loss=True), pytest.raises(InputError, match=message):
         trainer_of(model, tokenizer, tmp_path, **options).train()
 
 
-def test_rows_cut_without_regard_to_sequences_are_what_the_model_sees(tiny_model: Loaded, tmp_path: Path) -> None:
-    """`packing_strategy="wrapped"`: every row is one sequence to the model, so it is measured as one."""
+def test_wrapped_rows_are_measured_as_single_sequences(tiny_model: Loaded, tmp_path: Path) -> None:
+    """`packing_strategy="wrapped"`: the model treats every row as one sequence."""
     model, tokenizer = tiny_model
     ofa.tune_norms(model)
     with ofa.fused_regularizers(model, into_loss=True) as reg:
@@ -150,7 +150,7 @@ def test_rows_cut_without_regard_to_sequences_are_what_the_model_sees(tiny_model
 
 
 def test_evaluation_has_no_penalty(tiny_model: Loaded, tmp_path: Path) -> None:
-    """Neither in its loss nor among the measured passes."""
+    """Its loss has no penalty, and its passes are not measured."""
     from datasets import Dataset
 
     model, tokenizer = tiny_model

@@ -14,12 +14,12 @@ from filelock import FileLock
 from tests.ofa.on_two_ranks import CHECKS, RANKS
 
 SECONDS = 150
-"""Twenty times what both ranks take on one idle core; a rank that hangs ends with it."""
+"""Seconds until a hanging rank is killed: twenty times what both ranks take on one idle core."""
 
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    """Per rank what became of every check: "" or a traceback. Run once, also where pytest has several workers."""
+    """The outcome of every check by rank: "" or a traceback. Run once, also with several pytest workers."""
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if hasattr(request.config, "workerinput") else shared
     folder = shared / "two-ranks"
@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 
 def run_ranks(folder: Path) -> None:
-    # Rank 0 would choose a port; a file needs none. torchrun is tested with the examples.
+    # A file instead of a port for the rendezvous; the examples test torchrun.
     command = [sys.executable, "-m", "tests.ofa.on_two_ranks", str(folder)]
     environment = {**os.environ, "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ranks = []

@@ -1,4 +1,4 @@
-"""`into_loss=True` in `transformers.Trainer`: the penalty's weight, the plain loop's numbers, what is refused."""
+"""`into_loss=True` in `transformers.Trainer`: the penalty's weight, equality with a plain loop, refusals."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.device import DEVICE
 from tests.ofa.trainers import WeightOfPenalty, gradients_of_steps, without_dropout
 
 LENGTHS = (6, 4, 7, 5, 3, 6, 4, 7, 5, 4)
-"""Ten sequences: with two in a batch, one step of four micro-batches and one of a single micro-batch."""
+"""Ten sequences, two per batch: one step of four micro-batches and one of a single micro-batch."""
 
 
 def sequences(name: str) -> list[dict[str, Any]]:
-    """Token ids of several lengths; of each, another number of tokens are labels."""
+    """Token ids of several lengths, each with a different number of labels."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for index, length in enumerate(LENGTHS):
@@ -88,7 +88,7 @@ def tuned(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_the_penalty_weighs_one_in_every_step(name: str, accumulation: int, tmp_path: Path) -> None:
-    """Also where micro-batches differ in labels, at the short end of an epoch, and for a loss of classes."""
+    """Also with different numbers of labels, in an epoch's short last step, and for a classification loss."""
     model = tuned(name)
     with ofa.fused_regularizers(model, into_loss=True) as reg:
         weights = WeightOfPenalty(reg)
@@ -98,7 +98,7 @@ def test_the_penalty_weighs_one_in_every_step(name: str, accumulation: int, tmp_
 
 
 def plain_loop(model: nn.Module, reg: Regularizers, parts: list[dict[str, Tensor]], accumulation: int) -> list[float]:
-    """Cross-entropy and penalty by hand, both weighed by the labels of a micro-batch; the losses of the steps."""
+    """Losses of the steps of a plain loop: cross-entropy and penalty, weighted by a micro-batch's labels."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for start in range(0, len(parts), accumulation):
@@ -124,10 +124,10 @@ def test_trainer_does_what_the_plain_loop_does(accumulation: int, tmp_path: Path
         trainer = trainer_of(by_trainer, tmp_path, gradient_accumulation_steps=accumulation)
         trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    # Trainer sums what it logs in float32, and rounds some entries to four decimals.
+    # Trainer sums its logs in float32, and rounds some entries to four decimals.
     assert logged == pytest.approx(losses, abs=1e-3)
     for one, other in zip(by_trainer.parameters(), by_hand.parameters(), strict=True):
-        # The model computes norms and softmax in float32 whatever its dtype, here in the same order in both.
+        # The model computes norms and softmax in float32, here in the same order in both.
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
     moved = [
         float((one - other).detach().abs().max())
@@ -145,7 +145,7 @@ def trainer_with_a_loss_of_its_own() -> type:
     from transformers import Trainer
 
     class OwnLoss(Trainer):
-        """What many scripts do: the labels stay among the inputs, and the model's own loss is not used."""
+        """As in many scripts: labels stay in the inputs, and the model's own loss is not used."""
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **extra: Any) -> Any:
             outputs = model(**inputs)
@@ -167,7 +167,7 @@ def trainer_with_a_loss_of_its_own() -> type:
 def test_a_loss_without_the_penalty_is_refused(
     options: Callable[[], dict[str, Any]], message: str, tmp_path: Path
 ) -> None:
-    """Training would go on without the penalty, and nobody would notice; the sentence says where to add it."""
+    """Training would silently lack the penalty; the message says where to add it."""
     model = tuned()
     with ofa.fused_regularizers(model, into_loss=True), pytest.raises(InputError, match=message) as error:
         trainer_of(model, tmp_path, **options()).train()
@@ -180,8 +180,8 @@ def test_a_loss_without_the_penalty_is_refused(
     [{"label_smoothing_factor": 0.1}, {"compute_loss_func": mean_of_log_likelihoods}],
     ids=["label smoothing", "compute_loss_func"],
 )
-def test_the_way_out(options: dict[str, Any], accumulation: int, tmp_path: Path) -> None:
-    """A subclass that adds the penalty: weight 1 in every step, and evaluation as without."""
+def test_a_subclass_that_adds_the_penalty(options: dict[str, Any], accumulation: int, tmp_path: Path) -> None:
+    """The penalty has weight 1 in every step, and evaluation is unchanged."""
     from transformers import Trainer
 
     model = tuned()
@@ -211,8 +211,8 @@ def test_the_way_out(options: dict[str, Any], accumulation: int, tmp_path: Path)
     assert weights.of_steps == pytest.approx([1.0] * len(weights.of_steps), abs=1e-6)
 
 
-def test_evaluation_is_not_measured_and_disturbs_nothing(tmp_path: Path) -> None:
-    """Its loss has no penalty, `passes` counts training alone, and training ends in the same bits."""
+def test_evaluation_is_not_measured_and_does_not_change_training(tmp_path: Path) -> None:
+    """Its loss has no penalty, `passes` counts only training, and training is bit-identical."""
     ends = []
     for strategy in ("steps", "no"):
         model = tuned()
@@ -229,7 +229,7 @@ def test_evaluation_is_not_measured_and_disturbs_nothing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
 def test_gradient_checkpointing_by_its_switch(estimator: str, tmp_path: Path) -> None:
-    """`gradient_checkpointing=True` as it is: not reentrant, so that nothing changes; asked to be, it is refused."""
+    """`gradient_checkpointing=True` is not reentrant by default and changes nothing; reentrant is refused."""
     found = []
     for switch in (False, True):
         make = partial(trainer_of, folder=tmp_path, gradient_accumulation_steps=4, gradient_checkpointing=switch)

@@ -1,6 +1,6 @@
-"""A measured step asks nothing of the device: an answer would be waited for, and cannot be had in a CUDA graph.
+"""A measured step never syncs with the device, which would wait, and is impossible in a CUDA graph.
 
-A CPU answers at once; what shows here is whether anything asks.
+Checked on the CPU by the operations that would sync on a GPU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tests.device import DEVICE
 from tests.ofa.traces import EVERY
 
 QUESTIONS = ("equal", "_local_scalar_dense", "is_nonzero", "item", "nonzero", "allclose", "unique", "masked_select")
-"""Operations whose results depend on data, or are it."""
+"""Operations that read values, or whose shapes depend on them."""
 
 FROM_THE_HOST = ("lift", "lift_fresh")
-"""What a tensor made of Python numbers begins as, before it is copied to its device."""
+"""Operations by which a tensor is made from Python numbers, before the copy to its device."""
 
 
 class Asked(TorchDispatchMode):
-    """Counts operations that wait for a device, or that bring something there from the host's memory."""
+    """Counts operations that sync with a device, or copy to it from host memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Asked(TorchDispatchMode):
 
 
 def asked(model: nn.Module, given: dict[str, Any], reg: Any = None) -> Counter[str]:
-    """What forward and backward pass ask."""
+    """Count the syncs of a forward and backward pass."""
     with Asked() as mode:
         loss = model(**given).logits.float().square().mean()
         (loss if reg is None else loss + reg.penalty()).backward()
@@ -75,8 +75,8 @@ CASES = {
     ("name", "padded"), [("llama", False), ("llama", True), ("gpt2", True), ("granite", False), ("gemma2", True)]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_a_measured_step_asks_nothing_of_the_device(name: str, padded: bool, case: str) -> None:
-    """After an optimizer's step, which changes the scales; nothing but what the model asks of its own accord."""
+def test_a_measured_step_does_not_sync(name: str, padded: bool, case: str) -> None:
+    """After an optimizer step, which changes the scales; only the model's own syncs are allowed."""
     model, given = tuned(name, padded)
     own = asked(model, given)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -89,8 +89,8 @@ def test_a_measured_step_asks_nothing_of_the_device(name: str, padded: bool, cas
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_while_a_graph_is_captured_nothing_is_asked_at_all(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a mask that the model was given, of which nothing is known: it is not taken for causal then."""
+def test_capturing_a_cuda_graph_does_not_sync(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a mask from the caller, which then counts as not causal."""
     model, given = tuned("llama", padded=False)
     if padded:
         given["attention_mask"] = torch.ones(2, 1, 4, 4, device=DEVICE).tril().bool()
@@ -105,9 +105,7 @@ def test_while_a_graph_is_captured_nothing_is_asked_at_all(padded: bool, monkeyp
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_what_is_remembered_of_a_mask_is_what_one_would_see(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_causality_equals_the_masks_own(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding on either side, and a mask that is not causal."""
     model, given = tuned("llama", padded=False)
     model.set_attn_implementation(implementation)  # type: ignore[operator]
@@ -115,7 +113,7 @@ def test_what_is_remembered_of_a_mask_is_what_one_would_see(
     own, found = attention_interface._is_causal, []
 
     def both(mask: Tensor) -> bool:
-        # Nothing is known of a copy.
+        # A copy is not in the cache.
         found.append((own(mask), own(mask.clone())))
         return found[-1][0]
 

@@ -1,4 +1,4 @@
-"""A run cut off anywhere continues to the same bits, and a checkpoint of another run is refused."""
+"""An interrupted run resumes bit-identically, and a checkpoint of another run is refused."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ EXAMPLES = (
 PLAIN = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2, "step_ratio": 0.0, "sharpness": 0.0}
 BOTH = {**PLAIN, "step_ratio": 0.1, "sharpness": 0.05, "samples": 2}
 BOTH |= {"estimator": "hutchinson", "gradient": "full"}
-# Two passes of one or two examples make a step; the sharpness is measured in one of four, and epochs have two.
+# Two passes of one or two examples per step, two steps per epoch; the sharpness is measured in one step of four.
 ACCUMULATED = {**PLAIN, "accumulation": 2, "epochs": 3, "step_ratio": 0.1, "sharpness": 5.0, "every": 4}
 SETTINGS = {"norm tuning": PLAIN, "both terms": BOTH, "both terms, accumulated": ACCUMULATED}
-# The forward pass that never happens, counted from 1: before the first step, within an epoch, within a step (between
-# its two passes), right behind an epoch's end. With accumulation an epoch has 2 steps and 3 passes.
+# The forward pass that is not reached, counted from 1: before the first step, within an epoch, within a step (between
+# its two passes), right after an epoch's end. With accumulation an epoch has 2 steps and 3 passes.
 CUTS = (1, 2, 3, 4, 5, 6)
 
 
 class PowerCut(Exception):
-    """What ends a run without a word."""
+    """Ends a run without cleaning up."""
 
 
 def run(loaded, folder, settings, *, examples=EXAMPLES, **options):
-    """Train, give back the result and the tuned scales, and leave the model as it was."""
+    """Train, return the result and the tuned scales, and restore the model."""
     model, tokenizer = loaded
     try:
         encoder = Encoder(tokenizer, TASK, model_window(model))
@@ -65,7 +65,7 @@ def run(loaded, folder, settings, *, examples=EXAMPLES, **options):
 
 
 def cut_before(loaded, number, folder, settings, **options):
-    """A run that ends right before its forward pass of that number."""
+    """A run that ends before its forward pass of this number."""
     passes = 0
 
     def count(module, args):
@@ -81,7 +81,7 @@ def cut_before(loaded, number, folder, settings, **options):
 
 
 def metrics(folder):
-    """The lines of the metrics file without what depends on the clock."""
+    """The lines of the metrics file without times."""
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
@@ -93,7 +93,7 @@ def assert_same_bits(scales, expected):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_folder, tmp_path_factory):
-    """Name of the settings → scales and metrics of a run that nothing interrupts; computed once."""
+    """Name of the settings → scales and metrics of an uninterrupted run; computed once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     known = {}
@@ -114,8 +114,8 @@ def uninterrupted(tiny_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_cut_off_before_any_pass_resumes_to_the_same_bits(tiny_model, tmp_path, uninterrupted, name, cut):
-    """From the last epoch's checkpoint: same scales, same metrics file, and each step once in the result."""
+def test_a_run_that_ends_before_any_pass_resumes_bit_identically(tiny_model, tmp_path, uninterrupted, name, cut):
+    """From the last epoch's checkpoint: the same scales and metrics file, and each step once in the result."""
     scales, lines, whole = uninterrupted(name)
     cut_before(tiny_model, cut, tmp_path, SETTINGS[name])
     steps = []
@@ -132,10 +132,10 @@ def test_a_run_cut_off_before_any_pass_resumes_to_the_same_bits(tiny_model, tmp_
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_stopped_by_ctrl_c_behind_any_step_resumes_to_the_same_bits(
+def test_a_run_stopped_by_ctrl_c_after_any_step_resumes_bit_identically(
     tiny_model, tmp_path, uninterrupted, name, stop
 ):
-    """From a checkpoint of the step itself, in the middle of an epoch too; behind the last step nothing is left."""
+    """From a checkpoint of the step itself, also inside an epoch; after the last step there is nothing left to do."""
     scales, lines, _ = uninterrupted(name)
 
     def progress(record, total):
@@ -153,8 +153,8 @@ def test_a_run_stopped_by_ctrl_c_behind_any_step_resumes_to_the_same_bits(
     assert metrics(tmp_path) == lines
 
 
-def test_a_run_cut_off_twice_resumes_to_the_same_bits(tiny_model, tmp_path, uninterrupted):
-    """A resumed run is as good as a first one."""
+def test_a_run_that_ends_twice_resumes_bit_identically(tiny_model, tmp_path, uninterrupted):
+    """A resumed run can be resumed."""
     scales, lines, _ = uninterrupted("both terms")
     cut_before(tiny_model, 6, tmp_path, BOTH)
     cut_before(tiny_model, 2, tmp_path, BOTH, resume=True)
@@ -187,8 +187,8 @@ fit_ofa(model, tokenizer, task, shots, 42, folder=folder, progress=progress, **g
 """
 
 
-def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_folder, tmp_path, uninterrupted):
-    """SIGKILL in the second epoch of a real process; the metrics written behind its checkpoint are written once."""
+def test_a_killed_process_resumes_bit_identically(tiny_model, tiny_folder, tmp_path, uninterrupted):
+    """SIGKILL in the second epoch of a real process; metrics of later steps are not written twice."""
     given = {"examples": [asdict(e) for e in EXAMPLES], "task": TASK.to_dict(), "settings": BOTH, "device": DEVICE}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", SCRIPT, str(tiny_folder), str(tmp_path), json.dumps(given)]
@@ -202,7 +202,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tiny_model, tiny_folder, tmp_
 
 
 def test_the_best_epoch_survives_a_resume(tiny_model, tmp_path):
-    """The best scales are those of epoch 1; the run is cut off in epoch 2 and resumed: they are kept all the same."""
+    """The best scales are those of epoch 1; the run ends in epoch 2 and is resumed, and they are kept."""
     settings = {**PLAIN, "epochs": 3}
     scores = [0.9, 0.1, 0.2]
     asked = iter(scores)
@@ -216,8 +216,8 @@ def test_the_best_epoch_survives_a_resume(tiny_model, tmp_path):
     assert_same_bits(scales, expected)
 
 
-def test_a_run_that_ended_early_is_not_taken_up_again(tiny_model, tmp_path):
-    """Any loss is below the bound, so that the first epoch is the last, for the run that resumes it too."""
+def test_a_run_that_ended_early_does_not_continue(tiny_model, tmp_path):
+    """Every loss is below the bound, so the first epoch is the last, also for a resumed run."""
     settings = {**PLAIN, "stop_loss": 1e9}
     _, scales = run(tiny_model, tmp_path, settings)
     result, resumed = run(tiny_model, tmp_path, settings, resume=True)
@@ -246,7 +246,7 @@ def state(step=3, best=True):
 
 
 def flat(value):
-    """Nested dicts of tensors as lists, so that == compares every number."""
+    """Nested dicts with tensors as lists, so that == compares every number."""
     if isinstance(value, dict):
         return {name: flat(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
@@ -259,8 +259,8 @@ def as_lists(given):
 
 
 @pytest.mark.parametrize(("step", "best"), [(3, True), (3, False), (0, False)])
-def test_a_checkpoint_comes_back_as_it_was(tmp_path, step, best):
-    """Every number to the bit, in a safetensors file and with nothing beside it."""
+def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path, step, best):
+    """Bit-identical, from a single safetensors file."""
     path = tmp_path / CHECKPOINT
     given = state(step, best)
     checkpoint.save(path, given)
@@ -272,7 +272,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, step, best):
 
 @pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "os.replace"])
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch, failing):
-    """A full disk while the new file is written, or moved: the old one is whole, and no half one lies beside it."""
+    """If the disk is full while the new file is written or moved, the old one is intact, without a temporary file."""
     path = tmp_path / CHECKPOINT
     old = state(3)
     checkpoint.save(path, old)
@@ -293,7 +293,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch, fai
 
 
 def test_a_run_writes_nothing_but_its_metrics_and_a_safetensors_checkpoint(tiny_model, tmp_path):
-    """No pickle, no temporary file; what a run leaves is a few times the size of its scales."""
+    """No pickle, no temporary file; the files are a few times the size of the scales."""
     run(tiny_model, tmp_path, BOTH)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CHECKPOINT, METRICS])
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
@@ -309,7 +309,7 @@ def test_a_run_writes_nothing_but_its_metrics_and_a_safetensors_checkpoint(tiny_
 
 @pytest.fixture
 def stopped(tiny_model, tmp_path):
-    """The folder of a run that was cut off in its second epoch."""
+    """The folder of a run that ended in its second epoch."""
     cut_before(tiny_model, 5, tmp_path, PLAIN)
     return tmp_path
 
@@ -351,7 +351,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_and_left_alone(tiny_model, stopped, damage):
-    """The message names the file; neither it nor the metrics change, and the model is as it was."""
+    """The message names the file; it, the metrics and the model are unchanged."""
     path = stopped / CHECKPOINT
     DAMAGE[damage](path)
     before = path.read_bytes(), (stopped / METRICS).read_bytes()
@@ -388,7 +388,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", TrainingConfig.model_fields)
 def test_another_configuration_is_refused_by_the_name_of_its_field(tiny_model, stopped, name):
-    """Every field of the configuration counts; the message has its two values."""
+    """For every field of the configuration; the message has both values."""
     before = (stopped / CHECKPOINT).read_bytes(), (stopped / METRICS).read_bytes()
     saved = TrainingConfig(**PLAIN).model_dump()[name]
     with pytest.raises(InputError) as error:

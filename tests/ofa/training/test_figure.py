@@ -1,4 +1,4 @@
-"""Figures are PNG files of what was measured, and of nothing else."""
+"""Figures are PNG files with a panel for each measured term."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def records(*, step_ratio=None, sharpness=None, count=3):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """Saved figures."""
     figures, save = [], Figure.savefig
 
     def spy(figure, *given, **options):
@@ -70,7 +70,7 @@ def test_a_panel_is_drawn_for_every_term_that_a_run_measured(tmp_path, drawn, ru
     assert list(loss.get_ydata()) == [2.0, 1.0, 2.0 / 3]
 
 
-def test_the_file_is_a_png_and_stands_alone(tmp_path):
+def test_the_file_is_a_png_without_temporary_files(tmp_path):
     """Signature, a header of plausible size, the end chunk, and no temporary file beside it."""
     path = tmp_path / "training.png"
     training_figure({"run": records()}, path)
@@ -88,6 +88,6 @@ def test_a_run_of_one_step_can_be_drawn(tmp_path):
     assert (tmp_path / "training.png").stat().st_size > 1000
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match=r"training\.png cannot be written"):
         training_figure({"run": records()}, tmp_path / "missing" / "training.png")

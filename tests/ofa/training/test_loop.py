@@ -1,4 +1,4 @@
-"""The loop does what METHODS says: which examples, which loss, which step, what is written, and how it stops."""
+"""The training loop: examples, loss, steps, files, and how it stops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ofa.tuning.norms import restore_norms
 from tests.device import DEVICE
 
 TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negative", "positive"))
-# In the tiny tokenizer all of these begin with the token of a blank and a letter, and one with all tokens of another.
+# In the tiny tokenizer all of these begin with the same token, and one begins with all tokens of another.
 COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xabcd", "y", "xq"))
 OPEN = Task(name="open", template="{text}\nAnswer:")
 
@@ -58,7 +58,7 @@ def scales_of(model):
 
 
 def run(loaded, examples=EXAMPLES[:5], task=TASK, *, settings=PLAIN, **options):
-    """Train, give back the result and the tuned scales, and leave the model as it was."""
+    """Train, return the result and the tuned scales, and restore the model."""
     model, tokenizer = loaded
     try:
         encoder = Encoder(tokenizer, task, model_window(model))
@@ -69,7 +69,7 @@ def run(loaded, examples=EXAMPLES[:5], task=TASK, *, settings=PLAIN, **options):
 
 
 class Watch:
-    """What a run looked like from outside: inputs of every forward pass, and scales and gradients after every step."""
+    """Records inputs of every forward pass, and scales and gradients after every step."""
 
     def __init__(self, model):
         self.model = model
@@ -101,7 +101,7 @@ def watched(model):
 
 @contextmanager
 def before_pass(model, number, act):
-    """Call `act` right before the forward pass of that number, counted from 1."""
+    """Call `act` before the forward pass of this number, counted from 1."""
     count = 0
 
     def hook(module, args):
@@ -133,14 +133,14 @@ def examples_seen(watch, tokenizer, examples=EXAMPLES):
 @pytest.mark.parametrize(
     ("step", "total", "warmup", "share"),
     [
-        # 5 % of 40 steps are 2 of warm-up; then a cosine over the 38 that are left, half way down after 19.
+        # 5 % of 40 steps are 2 of warm-up; then a cosine over the other 38, half way down after 19.
         (0, 40, 0.05, 0.5),
         (1, 40, 0.05, 1.0),
         (2, 40, 0.05, 1.0),
         (21, 40, 0.05, 0.5),
         (39, 40, 0.05, 0.5 * (1 - math.cos(math.pi / 38))),
         (40, 40, 0.05, 0.0),
-        # A part of a step of warm-up is a whole one: 5 % of 21 are 1.05.
+        # Warm-up steps are rounded up: 5 % of 21 are 1.05.
         (0, 21, 0.05, 0.5),
         (1, 21, 0.05, 1.0),
         (0, 10, 0.0, 1.0),
@@ -156,8 +156,8 @@ def test_the_learning_rate_warms_up_over_a_share_of_the_steps_and_falls_to_0_by_
     assert learning_rate(step, total, config) == pytest.approx(0.02 * share, rel=1e-12, abs=1e-17)
 
 
-def test_the_defaults_are_the_papers_but_for_length_and_sharpness():
-    """METHODS: lr 1e-3, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2; λ₂ = 1 belongs to the gradient in P."""
+def test_the_defaults_are_the_papers_except_length_and_sharpness():
+    """lr 1e-3, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2; λ₂ = 1 is for the gradient in P."""
     config = TrainingConfig()
     assert (config.learning_rate, config.weight_decay, config.warmup) == (1e-3, 1e-3, 0.05)
     assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 1e-2, 1.0)
@@ -166,7 +166,7 @@ def test_the_defaults_are_the_papers_but_for_length_and_sharpness():
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.5])
 def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
-    """From the gradients of a run, AdamW by hand (β 0.9, 0.999, ε 1e-8, decoupled decay) gives the run's scales."""
+    """A plain AdamW (β 0.9, 0.999, ε 1e-8, decoupled decay) gives the run's scales from its gradients."""
     settings = {**PLAIN, "weight_decay": weight_decay}
     with watched(tiny_model[0]) as watch:
         result, tuned = run(tiny_model, progress=watch.progress, settings=settings)
@@ -191,18 +191,18 @@ def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
     [
         ({}, 1, 60),
         ({}, 8, 60),
-        ({}, 10, 70),  # every example is seen seven times at least
+        ({}, 10, 70),  # every example is seen at least seven times
         ({"epochs": 2}, 8, 16),
         ({"max_steps": 5}, 8, 5),
         ({"max_steps": 5, "epochs": 2}, 8, 5),
     ],
 )
-def test_the_length_of_a_run_is_what_was_asked_for_or_sixty_steps(settings, steps_per_epoch, steps):
+def test_the_length_of_a_run_is_as_set_or_sixty_steps(settings, steps_per_epoch, steps):
     assert TrainingConfig(**settings).total_steps(steps_per_epoch) == steps
 
 
-def test_max_steps_is_the_number_of_steps_in_place_of_that_of_epochs(tiny_model):
-    """Fewer than an epoch has and more than all have; the schedule ends with them and the last one is validated."""
+def test_max_steps_overrides_epochs(tiny_model):
+    """Fewer than one epoch and more than all; the schedule ends with the last step, which is validated."""
     for steps in (2, 7):
         scores = iter(range(100))
         result, _ = run(tiny_model, settings={**PLAIN, "max_steps": steps}, validate=lambda: next(scores))  # noqa: B023
@@ -215,7 +215,7 @@ def test_max_steps_is_the_number_of_steps_in_place_of_that_of_epochs(tiny_model)
 # The order of the examples
 
 
-def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(tiny_model):
+def test_every_epoch_sees_every_example_once_in_its_own_order(tiny_model):
     """Also with a smaller last batch; the order follows from seed and epoch, and another seed has another one."""
     orders = {}
     for seed in (1, 2):
@@ -237,7 +237,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(tiny_model):
 
 
 class WithoutLogitsToKeep:
-    """A model whose forward pass knows nothing of `logits_to_keep`."""
+    """A model without the argument `logits_to_keep`."""
 
     def forward(self, input_ids=None, attention_mask=None, use_cache=None):
         assert use_cache is False
@@ -271,7 +271,7 @@ def loss_by_hand(loaded, task, examples, scales):
     ids=["first token", "whole word", "completion"],
 )
 def test_the_loss_is_the_full_vocabulary_cross_entropy_at_the_labels_tokens(tiny_model, task, examples, keeps_logits):
-    """First token; whole words and their line end where two labels share it; completions and the end of the text."""
+    """First token; whole words and line end if two labels share it; completions and the end of the text."""
     model, _ = tiny_model
     original = type(model)
     if not keeps_logits:
@@ -288,7 +288,7 @@ def test_the_loss_is_the_full_vocabulary_cross_entropy_at_the_labels_tokens(tiny
 
 
 def label_loss_by_hand(loaded, task, examples):
-    """Mean of −ln p of each target among the tokens that words of the same beginning have there; the bare model."""
+    """Mean of −ln p of each target among the next tokens of label words with the same beginning, from plain logits."""
     model, tokenizer = loaded
     end = {"mood": "", "colliding": "\n"}[task.name]
     losses = []
@@ -327,8 +327,8 @@ def test_a_task_without_label_words_has_no_loss_over_them(tiny_model):
         run(tiny_model, OPEN_EXAMPLES, OPEN, settings={**PLAIN, "label_loss": 1.0})
 
 
-def test_a_run_ends_after_the_epoch_that_taught_nothing(tiny_model):
-    """By the mean over the epoch's three steps, each of which may be above the bound; the rates are not squeezed."""
+def test_a_run_ends_after_an_epoch_below_stop_loss(tiny_model):
+    """By the mean over the epoch's three steps, each of which may be above; the learning rates are unchanged."""
     settings = {**PLAIN, "epochs": 4}
     whole, _ = run(tiny_model, settings=settings)
     means = [sum(record.loss for record in whole.records[start : start + 3]) / 3 for start in range(0, 12, 3)]
@@ -346,7 +346,7 @@ SPLITS = [(2, 2), (1, 4)]
 @pytest.mark.parametrize("step_ratio", [0.0, 0.5])
 @pytest.mark.parametrize("count", [8, 7], ids=["full batches", "a smaller last batch"])
 def test_accumulation_changes_neither_the_terms_nor_the_scales(tiny_model, count, step_ratio):
-    """Sharpness stays out: its probes are drawn per pass, so that it is the same in expectation only."""
+    """Without sharpness, whose probes are drawn per pass: it is equal only in expectation."""
     settings = {**PLAIN, "step_ratio": step_ratio}
     with watched(tiny_model[0]) as watch:
         whole, expected = run(
@@ -356,8 +356,8 @@ def test_accumulation_changes_neither_the_terms_nor_the_scales(tiny_model, count
         split = {**settings, "batch_size": batch_size, "accumulation": accumulation}
         result, scales = run(tiny_model, EXAMPLES[:count], settings=split)
         # Sums of at most 4 · 60 tokens' gradients in another order, and 64 · 384 products each: a relative error of
-        # about √(64 · 384 · 240) · 2^-24 would be 1.4e-4 if nothing were summed pairwise; a hundredth of it is seen. A
-        # micro-batch with a wrong share would be off by 1/4 or more.
+        # about √(64 · 384 · 240) · 2^-24 = 1.4e-4 without pairwise sums; a hundredth of it was measured. A
+        # micro-batch with a wrong share would have an error of 1/4 or more.
         for one, other in zip(result.records, whole.records, strict=True):
             assert (one.epoch, one.learning_rate) == (other.epoch, other.learning_rate)
             for term in ("loss", "penalty", "gradient_norm"):
@@ -366,12 +366,12 @@ def test_accumulation_changes_neither_the_terms_nor_the_scales(tiny_model, count
         for name in expected:
             gradients = torch.stack([gradient[name] for gradient in watch.gradients])
             noise = 2e-5 * gradients.square().mean().sqrt()
-            # Adam divides the gradient by its own size: an entry moves by at most 2·lr a step, and its relative error,
+            # Adam divides the gradient by its size: an entry changes by at most 2·lr a step, and its relative error,
             # twice (numerator and root), is noise / |g|.
             per_step = (2 * noise / gradients.abs().amin(0)).clamp_max(2.0)
             bound = len(gradients) * 1e-2 * per_step + 4 * 2**-24
             assert ((scales[name] - expected[name]).abs() <= bound).all()
-            # The bound can tell a wrong gradient from a right one: for most entries it is a thousandth of a step.
+            # The bound detects a wrong gradient: for most entries it is a thousandth of a step.
             assert bound.median() < 1e-3 * 1e-2 * len(gradients)
 
 
@@ -389,7 +389,7 @@ def test_the_recorded_terms_are_what_the_regularizers_measure_with_the_passs_pro
     given = {name: settings[name] for name in ("step_ratio", "sharpness")}
     passes = iter(enumerate(watch.inputs))
     sizes = {1: [[2], [2], [1]], 2: [[2, 2], [1]]}[accumulation]
-    ofa.tune_norms(model)  # as the trainer does: which estimator "auto" is depends on what trains
+    ofa.tune_norms(model)  # as the trainer does: the choice of "auto" depends on the trained parameters
     with ofa.fused_regularizers(model, **given, seed=7) as reg:
         for record, scales, parts in zip(result.records, watch.scales[:-1], sizes, strict=True):
             for name, value in scales.items():
@@ -404,7 +404,7 @@ def test_the_recorded_terms_are_what_the_regularizers_measure_with_the_passs_pro
                     if value is not None:
                         expected[name] += value.item() * size / sum(parts)
                 expected["penalty"] += reg.penalty().item() * size / sum(parts)
-            # The same operations on the same numbers; only the shares are multiplied in another order.
+            # The same operations on the same numbers, but shares are multiplied in another order.
             for name in ("step_ratio", "sharpness", "penalty"):
                 assert getattr(record, name) == (pytest.approx(expected[name], rel=1e-12) if name in expected else None)
     assert next(passes, None) is None
@@ -412,7 +412,7 @@ def test_the_recorded_terms_are_what_the_regularizers_measure_with_the_passs_pro
 
 @pytest.mark.parametrize("weights", [{"step_ratio": 0.1}, {"sharpness": 0.05}])
 def test_a_penalty_changes_the_gradient_step(tiny_model, weights):
-    """Not only the record: the first gradient is another one than norm tuning's, while its loss is the same."""
+    """The first gradient differs from norm tuning's, while the loss is the same."""
     plain, plain_scales = run(tiny_model)
     regularized, scales = run(tiny_model, settings={**PLAIN, **weights})
     assert regularized.records[0].loss == pytest.approx(plain.records[0].loss, rel=1e-6)
@@ -421,8 +421,8 @@ def test_a_penalty_changes_the_gradient_step(tiny_model, weights):
 
 
 @pytest.mark.parametrize(("settings", "attached"), [(PLAIN, False), (BOTH, True)])
-def test_regularizers_are_attached_only_where_a_weight_asks_for_them(tiny_model, settings, attached):
-    """A model takes one set of regularizers, so that attaching another tells whether there is one."""
+def test_regularizers_are_attached_only_if_a_weight_is_positive(tiny_model, settings, attached):
+    """Attaching another set raises if there is one."""
     found = []
 
     def progress(record, total):
@@ -444,7 +444,7 @@ def test_regularizers_are_attached_only_where_a_weight_asks_for_them(tiny_model,
 
 
 def test_the_metrics_file_has_one_json_object_per_step_with_the_records_fields(tiny_model, tmp_path):
-    """In a folder that is made if need be; the records of the result, of the file and of `progress` are the same."""
+    """In a folder created if missing; the records of the result, of the file and of `progress` are the same."""
     seen = []
     folder = tmp_path / "new" / "run"
     result, _ = run(tiny_model, settings=BOTH, folder=folder, progress=lambda *given: seen.append(given))
@@ -459,7 +459,7 @@ def test_the_metrics_file_has_one_json_object_per_step_with_the_records_fields(t
 
 
 def test_a_metrics_line_cut_short_is_left_out(tiny_model, tmp_path):
-    """A kill may come in the middle of a line."""
+    """A kill may cut a line short."""
     result, _ = run(tiny_model, folder=tmp_path)
     text = (tmp_path / METRICS).read_text()
     (tmp_path / METRICS).write_text(text[:-20])
@@ -481,7 +481,7 @@ def test_drift_and_gradient_norm_are_lengths_over_all_scales(tiny_model):
     for record, scales, gradients in zip(result.records, watch.scales[1:], watch.gradients, strict=True):
         moved = torch.cat([scales[name].double() for name in watch.start]) - start
         gradient = torch.cat([value.double() for value in gradients.values()])
-        # γ − γ₀ is exact between neighbours; the sums of 448 squares in float32 are not: √448 · 2^-24.
+        # γ − γ₀ is exact for close numbers; the sums of 448 float32 squares are not: √448 · 2^-24.
         assert record.drift == pytest.approx(float(moved.norm() / start.norm()), rel=2e-6)
         assert record.gradient_norm == pytest.approx(float(gradient.norm()), rel=2e-6)
 
@@ -489,8 +489,8 @@ def test_drift_and_gradient_norm_are_lengths_over_all_scales(tiny_model):
 # What trains, and in which mode
 
 
-def test_gradients_flow_to_the_norm_scales_alone_and_in_eval_mode(tiny_model):
-    """Every module is in eval mode while it trains and in the mode it was in afterwards, one by one."""
+def test_only_norm_scales_get_gradients_in_eval_mode(tiny_model):
+    """Every module is in eval mode during training, and in its previous mode afterwards."""
     model, _ = tiny_model
     model.train()
     model.lm_head.eval()
@@ -535,7 +535,7 @@ def test_a_wrong_setting_is_named_in_one_sentence(settings, named):
     [({}, (), "not one example"), ({"resume": True}, EXAMPLES, "folder")],
     ids=["no examples", "no folder to resume from"],
 )
-def test_a_run_that_cannot_begin_says_why(tiny_model, options, examples, message):
+def test_a_run_that_cannot_start_says_why(tiny_model, options, examples, message):
     with pytest.raises(InputError, match=message):
         run(tiny_model, examples, **options)
 
@@ -582,7 +582,7 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("within", ["progress", "a forward pass"])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path, number, within):
-    """Interrupted is a KeyboardInterrupt that names the step and where the run continues from."""
+    """Interrupted is a KeyboardInterrupt that names the step and the checkpoint."""
     model, _ = tiny_model
     seen = []
 
@@ -591,7 +591,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path
         if within == "progress" and len(seen) == 2:
             signal.raise_signal(number)
 
-    # Batches are one pass each, so that the second pass is in the second step.
+    # Every batch is one pass, so the second pass is in the second step.
     raising = 2 if within == "a forward pass" else 0
     with (
         before_pass(model, raising, lambda: signal.raise_signal(number)),
@@ -608,7 +608,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_signal_without_a_folder_names_the_step_alone(tiny_model):
+def test_a_signal_without_a_folder_names_only_the_step(tiny_model):
     with pytest.raises(Interrupted, match=r"^stopped after step 1$"):
         run(tiny_model, progress=lambda record, total: signal.raise_signal(signal.SIGINT))
 
@@ -625,7 +625,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tiny_model):
 
 
 def test_a_run_in_a_thread_leaves_the_signals_to_the_caller(tiny_model, handlers):
-    """Only the main thread may set handlers: a run elsewhere does without, and gives the same scales."""
+    """Only the main thread may set handlers; a run in another thread sets none and gives the same scales."""
     found, scales = [], []
 
     def work():
@@ -640,7 +640,7 @@ def test_a_run_in_a_thread_leaves_the_signals_to_the_caller(tiny_model, handlers
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(tiny_model, tmp_path, value):
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_epoch(tiny_model, tmp_path, value):
     """A frozen weight breaks after step 4, in the second epoch; the checkpoint of the first still continues."""
     model, _ = tiny_model
     _, expected = run(tiny_model)
@@ -660,7 +660,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(ti
     assert all(torch.equal(scales[name], value) for name, value in expected.items())
 
 
-def test_a_gradient_that_is_no_number_never_reaches_the_scales(tiny_model, tmp_path):
+def test_a_nan_gradient_never_reaches_the_scales(tiny_model, tmp_path):
     """The loss may still be finite; a checkpoint written on a signal in that step would hold the broken scales."""
     model, _ = tiny_model
     watch = Watch(model)
@@ -686,7 +686,7 @@ def test_a_separable_toy_task_is_learned(tiny_model, settings):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                # Larger than the usual initialization, so that the scales of a random model can do something.
+                # Larger than the usual initialization, so that the scales of a random model have an effect.
                 parameter.mul_(4)
     examples = [Example("warm", "positive"), Example("dull", "negative")]
     encoder = Encoder(tokenizer, TASK, model_window(model))

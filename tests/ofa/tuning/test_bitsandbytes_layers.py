@@ -1,4 +1,4 @@
-"""Norm scales train on a base that bitsandbytes holds in 4 or 8 bits, and what they are opens on any form of it."""
+"""Norm scales train on a base in 4 or 8 bits (bitsandbytes), and their adapter fits every form of the base."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def quantized(folder: Path, form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The base of a folder, quantized as it is loaded, in evaluation mode."""
+    """The base of a folder, quantized while loading, in evaluation mode."""
     config = BitsAndBytesConfig(**FORMS[form])
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
@@ -41,12 +41,12 @@ def batch() -> dict[str, Tensor]:
 
 
 def train(model: nn.Module) -> list[Tensor]:
-    """Three steps with both terms, with a look at the logits between them; how far each scale moved in all."""
+    """Three steps with both terms, and evaluation between them; returns each scale's total change."""
     params = ofa.tune_norms(model)
     start = [param.detach().clone() for param in params]
     optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
     with ofa.fused_regularizers(model, 1e-2, 1e-3) as reg:
-        # Rounding what it reads to 8 bits is more than the recognition of a float32 model takes for rounding.
+        # Inputs rounded to 8 bits differ by more than the closed form's recognition tolerates in float32.
         rounds = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
         assert reg.estimator == (
             "hutchinson" if rounds and next(model.parameters()).dtype == torch.float32 else "exact"
@@ -58,7 +58,7 @@ def train(model: nn.Module) -> list[Tensor]:
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                model(**batch())  # where processors can, 4-bit layers would pack themselves for inference here
+                model(**batch())  # where the CPU supports it, 4-bit layers would pack their weights here
     return [(param.detach() - old).abs().max() for param, old in zip(params, start, strict=True)]
 
 
@@ -67,7 +67,7 @@ def train(model: nn.Module) -> list[Tensor]:
 def test_every_scale_trains_and_the_adapter_opens(
     form: str, dtype: torch.dtype, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Adam moves each scale by its rate in each step, and PEFT opens the adapter."""
+    """Adam changes each scale by its rate in each step, and PEFT loads the adapter."""
     model = quantized(tiny_folder, form, dtype)
     moved = train(model)
     assert len(moved) == 7
@@ -79,7 +79,7 @@ def test_every_scale_trains_and_the_adapter_opens(
         opened = PeftModel.from_pretrained(quantized(tiny_folder, form, dtype), tmp_path / "adapter").eval()
         found = opened(**batch()).logits
     # PEFT rounds seven scales to the base's dtype, and 4-bit layers may be packed there, with scales of their blocks in
-    # bfloat16: some fifty roundings of 2⁻⁹ one behind the other, which add up as their root.
+    # bfloat16: some fifty roundings of 2⁻⁹ in a row, which add up as their root.
     assert float((found - tuned).float().norm()) <= 2**-6 * float(tuned.float().norm())
     ofa.restore_norms(model)
     assert not any(parameter.dtype == torch.float32 for parameter in model.parameters()) or dtype == torch.float32
@@ -87,7 +87,7 @@ def test_every_scale_trains_and_the_adapter_opens(
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_an_adapter_fits_its_base_in_full_precision(form: str, tiny_folder: Path, tmp_path: Path) -> None:
-    """What was trained on the quantized base is loaded into, and merged with, the base as it was published."""
+    """An adapter trained on the quantized base is loaded into, and merged with, the published base."""
     model = quantized(tiny_folder, form)
     train(model)
     ofa.save_adapter(model, tmp_path / "adapter", base_model=str(tiny_folder))
@@ -102,11 +102,11 @@ def test_an_adapter_fits_its_base_in_full_precision(form: str, tiny_folder: Path
 
 
 @pytest.mark.parametrize(("form", "close"), [("fp4", 1e-4), ("nf4", 1e-4), ("int8", 0.05)])
-def test_the_closed_form_has_the_weights_that_act(form: str, close: float, tiny_folder: Path) -> None:
+def test_the_closed_form_has_the_dequantized_weights(form: str, close: float, tiny_folder: Path) -> None:
     """Traces and gradient are those of the plain model with the dequantized weights; int8 also rounds what it reads."""
     dtype = torch.bfloat16 if form == "int8" else torch.float32
     model, plain = quantized(tiny_folder, form, dtype), AutoModelForCausalLM.from_pretrained(tiny_folder).to(DEVICE)
-    ofa.tune_norms(model)  # ahead of any pass, in which 4-bit layers would pack themselves
+    ofa.tune_norms(model)  # before any pass, in which 4-bit layers would pack their weights
     for path, module in model.named_modules():
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             plain.get_submodule(path).weight.data = dequantized(module)
@@ -122,14 +122,14 @@ def test_the_closed_form_has_the_weights_that_act(form: str, close: float, tiny_
 
 
 def dequantized(module: Any) -> Tensor:
-    """W, from what the layer makes of the unit vectors."""
+    """W, from the layer's outputs for unit vectors."""
     if type(module).__name__ == "Linear8bitLt":
         return module.weight.data.float() * (module.weight.SCB.view(-1, 1) / 127)
     return module(torch.eye(module.in_features)).detach().mT
 
 
-def test_layers_that_pack_themselves_are_kept_from_it_and_released(tiny_folder: Path) -> None:
-    """Only while norms are tuned; a base that was run before, and is packed, is refused ahead of any change."""
+def test_packing_is_disabled_while_norms_are_tuned(tiny_folder: Path) -> None:
+    """A base that was run before, and is packed, is refused before any change."""
     model = quantized(tiny_folder, "nf4")
     layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
     layer.support_avx512bf16_for_cpu = True  # as on a processor with AVX512-BF16
@@ -147,7 +147,7 @@ def test_layers_that_pack_themselves_are_kept_from_it_and_released(tiny_folder: 
 
 @pytest.mark.parametrize("kind", ["exact", "hutchinson", "hutchinson, full"])
 def test_a_branch_without_a_gradient_is_refused(kind: str) -> None:
-    """A layer for inference alone would leave the scales in front of it without the gradient of the loss."""
+    """After an inference-only layer, the scales before it would get no gradient of the loss."""
     model = families.build("llama")
     ofa.tune_norms(model)
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output.detach(), prepend=True)

@@ -1,6 +1,6 @@
-"""Tuned norms of half-precision models on the norm step's kernel: the numbers, copies and undoing of the norm itself.
+"""Tuned norms of half-precision models by the norm kernel: numbers, copies and restoring as for the norm itself.
 
-On a GPU the kernels run for real; elsewhere Triton's interpreter runs them in float16, as it truncates bfloat16.
+Without a GPU, Triton's interpreter runs the kernels in float16, since it truncates bfloat16.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tests.ofa.traces import EVERY
 
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 SCALE = 2.0**-8
-"""Of the loss, so that gradients of random models fit into float16."""
+"""Loss scale, so that gradients of random models fit into float16."""
 FAMILIES = ("llama", "gpt2", "gemma", "qwen3", "olmo2", "cohere")
-"""RMSNorm, LayerNorm with a shift, 1 + w, norms of heads, norms behind branches, LayerNorm without a shift."""
+"""RMSNorm, LayerNorm with a shift, 1 + w, norms on heads, norms after branches, LayerNorm without a shift."""
 over_families = pytest.mark.parametrize("name", FAMILIES)
 
 
 @pytest.fixture(autouse=True)
 def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no GPU, the kernels for tensors on the CPU."""
+    """Without a GPU, use the kernels for CPU tensors."""
     monkeypatch.delenv("OFA_KERNELS", raising=False)
     if DEVICE == "cpu":
         narrow = (torch.float16, torch.bfloat16)
@@ -51,7 +51,7 @@ def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launched() -> Iterator[Counter[str]]:
-    """How often each kernel is launched."""
+    """Number of launches of each kernel."""
     counted: Counter[str] = Counter()
 
     def count(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def launched() -> Iterator[Counter[str]]:
 
 
 def built(name: str, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """A tuned model that the interpreter takes seconds for."""
+    """A tuned model that takes the interpreter seconds."""
     model = families.build(name).to(dtype)
     ofa.tune_norms(model)
     return model
@@ -82,7 +82,7 @@ def gradients(model: nn.Module, name: str, call: Any = None) -> tuple[Tensor, Te
 
 
 def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Norms compute by the model's own forward pass from here on."""
+    """Restore the norms' own forward pass."""
     monkeypatch.setattr(fused_norms, "takes", lambda module, hidden: False)
     return monkeypatch
 
@@ -92,10 +92,10 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_logits_and_gradients_are_those_of_the_norms_themselves(
     name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both round once, at the end of float32 arithmetic, and so differ where a few roundings of 2⁻²⁴ cross a tie.
+    """Both round once after float32 arithmetic, and so differ only where a few roundings of 2⁻²⁴ cross a tie.
 
-    That is a share of at most 8 · 2⁻²⁴ / 2⁻¹¹ = 2⁻¹⁰ of the elements, and a thirtieth of the whole path's rounding, of
-    which an eighth is allowed; one rounding more in each norm would be about half of it.
+    That is at most 8 · 2⁻²⁴ / 2⁻¹¹ = 2⁻¹⁰ of the elements, and a thirtieth of the whole path's rounding. An eighth is
+    allowed; one more rounding in each norm would be about half of it.
     """
     model = built(name, dtype)
     wide = families.build(name).to(dtype).float()
@@ -111,7 +111,7 @@ def test_logits_and_gradients_are_those_of_the_norms_themselves(
 
 
 @over_families
-def test_restoring_leaves_no_trace(name: str) -> None:
+def test_restoring_undoes_everything(name: str) -> None:
     model = families.build(name).half()
     before = [(type(module), sorted(vars(module))) for module in model.modules()]
     ofa.tune_norms(model)
@@ -140,7 +140,7 @@ def test_copies_compute_with_their_own_scales(how: Any, launched: Counter[str]) 
 
 
 def test_replicas_compute_with_their_own_scales() -> None:
-    """As those that `nn.DataParallel` makes for the other devices."""
+    """As made by `nn.DataParallel` for the other devices."""
     norm = norms_of(built("llama"))[0]
     replica = norm._replicate_for_data_parallel()
     replica.weight = 2 * norm.weight.detach()
@@ -156,7 +156,7 @@ def test_frozen_scales_of_an_adapter_are_fused_too(launched: Counter[str]) -> No
     assert launched == {"norm_step_forward": len(norms_of(model))}
 
 
-def test_hooks_of_others_see_the_stream_as_the_model_holds_it() -> None:
+def test_other_hooks_see_the_stream_in_the_models_dtype() -> None:
     norm, seen = norms_of(built("llama"))[0], []
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
     norm.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
@@ -173,7 +173,7 @@ def exchanged(norm: Any) -> None:
     norm.forward = lambda hidden: own(hidden)
 
 
-def test_what_the_kernel_is_no_norm_for_is_computed_by_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_that_the_kernel_does_not_support_are_computed_by_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = norms_of(built("llama"))[0]
     hidden = torch.randn(3, 32).to(norm.weight).half()
     assert fused_norms.takes(norm, hidden)
@@ -194,7 +194,7 @@ def test_what_the_kernel_is_no_norm_for_is_computed_by_the_norm(monkeypatch: pyt
 
 
 class GatedRMSNorm(nn.RMSNorm):
-    """A norm that reads more than the stream."""
+    """A norm with a second input."""
 
     def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
         """The norm, times the gate if there is one."""
@@ -202,7 +202,7 @@ class GatedRMSNorm(nn.RMSNorm):
 
 
 @pytest.mark.parametrize("change", ["gated", "exchanged before", "exchanged afterwards"])
-def test_norms_with_a_forward_pass_of_their_own_compute_as_they_did(change: str, launched: Counter[str]) -> None:
+def test_norms_with_a_replaced_forward_pass_or_a_gate_are_not_fused(change: str, launched: Counter[str]) -> None:
     model = families.build("llama").half()
     norm: Any = model.model.norm
     if change == "gated":
@@ -241,7 +241,7 @@ def test_forward_mode_goes_through_the_norm_itself(launched: Counter[str]) -> No
 def test_second_derivatives_go_through_the_kernel(
     name: str, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As guidance by a second backward pass takes them; allowed is what float16 makes of the present path's."""
+    """As in guidance by a second backward pass; the tolerance is the float16 error of the unfused path."""
     model, wide = built(name), families.build(name).half().float()
     ofa.tune_norms(wide)
 
@@ -261,8 +261,8 @@ def test_second_derivatives_go_through_the_kernel(
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_many_gradients_at_once_go_around_the_kernel() -> None:
-    """The rows of a Jacobian: γ/σ (I − ẑẑᵀ/d), in the rounding of float16."""
+def test_batched_gradients_bypass_the_kernel() -> None:
+    """The rows of a Jacobian, γ/σ (I − ẑẑᵀ/d), within float16 rounding."""
     norm = norms_of(built("llama"))[0]
     hidden = torch.randn(32).to(norm.weight).half().requires_grad_()
     rows = torch.eye(32).to(hidden)
@@ -277,8 +277,8 @@ def test_many_gradients_at_once_go_around_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_regularizers_measure_what_they_did(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms of heads are inside of branches, which every estimator goes through."""
+def test_regularizers_measure_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with norms on heads, inside the branches of every estimator."""
 
     def measured() -> tuple[Tensor, Tensor]:
         model = built("qwen3")
@@ -306,7 +306,7 @@ def test_activation_checkpointing_runs_the_same_norms_again(reentrant: bool, lau
     output = model(**families.inputs("llama", sequences=1, tokens=4))
     (output.loss.float() * SCALE).backward()
     found = torch.cat([parameter.grad for parameter in model.parameters() if parameter.requires_grad]) / SCALE
-    # A GPU's attention may add its gradients up in another order.
+    # A GPU's attention may sum gradients in another order.
     assert (found - expected[1]).norm() <= 4 * 2**-11 * expected[1].norm()
     assert launched["norm_step_forward"] > launched["norm_step_backward"] == len(norms_of(model))
 

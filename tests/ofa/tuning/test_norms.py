@@ -1,4 +1,4 @@
-"""The norm scales, all of them and nothing else, train in float32; afterwards the model is what it was."""
+"""Exactly the norm scales train, in float32; afterwards the model is unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def norm_modules(model):
 
 
 def state_of(model):
-    """What must be the same objects again: parameters, flags and hooks of every module."""
+    """Objects that must be restored: parameters, flags and hooks of every module."""
     return (
         [(path, id(p), p.requires_grad, p.dtype) for path, p in model.named_parameters(remove_duplicate=False)],
         [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()],
@@ -66,7 +66,7 @@ def test_a_float32_forward_does_not_change_by_a_bit(name):
 
 @over_families
 def test_a_bfloat16_forward_keeps_its_dtype_and_stays_within_rounding(name):
-    """A tuned norm rounds once where the model's own may round twice; each such difference is one unit of bfloat16."""
+    """A tuned norm rounds once, the model's own may round twice; the difference is one unit of bfloat16."""
     model = build(name).to(torch.bfloat16)
     outputs = {}
 
@@ -85,7 +85,7 @@ def test_a_bfloat16_forward_keeps_its_dtype_and_stays_within_rounding(name):
     assert {output.dtype for seen in outputs.values() for output in seen} == {torch.bfloat16}
     assert after.dtype == before.dtype == torch.bfloat16
     exact = logits(build(name), name)
-    # The base's own distance from float32 is the rounding that its depth makes of single units; the tuned model runs
+    # The base's own distance from float32 measures how its depth amplifies single roundings; the tuned model runs
     # the same operations with no more roundings, so the two differ by at most that distance each, twice in all.
     rounding = (before.float() - exact).abs().max()
     assert (after.float() - before.float()).abs().max() <= 2 * rounding
@@ -94,14 +94,14 @@ def test_a_bfloat16_forward_keeps_its_dtype_and_stays_within_rounding(name):
 @over_families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_step_moves_every_scale(name, dtype):
-    """Norms that silently stay as they are have been the bug of such libraries."""
+    """A norm that silently does not train has been a bug of such libraries."""
     model = build(name).to(dtype)
     tuned = ofa.tune_norms(model)
     before = [p.clone() for p in tuned]
     with torch.enable_grad():
         batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
         model(**batch).loss.float().backward()
-    # Relative to the gradient's own size, as SGD on these random models has gradients of any.
+    # Relative to the gradient's size, which varies widely in these random models.
     torch.optim.SGD(tuned, lr=1e-3 / max(float(p.grad.abs().max()) for p in tuned)).step()
     still = [path for path, p, old in zip(norm_modules(model), tuned, before, strict=True) if torch.equal(p, old)]
     assert not still
@@ -110,7 +110,7 @@ def test_one_step_moves_every_scale(name, dtype):
 
 @over_families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_restoring_leaves_the_model_as_it_was(name, dtype):
+def test_restoring_undoes_tuning(name, dtype):
     model = build(name).to(dtype)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 != 0)
@@ -186,7 +186,7 @@ SHAPES = {
 
 @pytest.mark.parametrize(("count", "fields"), SHAPES.values(), ids=SHAPES)
 def test_published_models_have_the_published_number_of_scales(count, fields):
-    """The weights stay on the meta device; only the norms are real, because their formula is found by calling them."""
+    """Weights are on the meta device except the norms, whose formula is found by calling them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
