@@ -42,9 +42,9 @@ _HEAD = """\
 
 Made from the docstrings and the command line by `python -m benchmarks.pages`; edit those, not this page.
 
-In the examples `model` and `tokenizer` are a causal language model of transformers and its tokenizer, `batch` is a
-tokenized batch with labels, and `folder` is a `pathlib.Path`. `loaded = ofa.load_model()` gives the first two as
-`loaded.model` and `loaded.tokenizer`.
+In the examples `model` and `tokenizer` are a causal language model of transformers and its tokenizer
+(`loaded = ofa.load_model()` gives them as `loaded.model` and `loaded.tokenizer`), `batch` is a tokenized batch with
+labels, `folder` a `pathlib.Path`, and `gguf` the path of a GGUF file.
 
 - Python: [`ofa`](#ofa) · [returned objects](#returned-objects) · [settings of a run](#settings-of-a-run) ·
   [`ofa_kernels`](#ofa_kernels)

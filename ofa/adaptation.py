@@ -22,7 +22,21 @@ from ofa.training.records import StepRecord, TrainingResult
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A model tuned to a task, and all that is worth knowing about how."""
+    """A model tuned to a task, and all that is worth knowing about how.
+
+    Example:
+        >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
+        >>> adaptation = ofa.adapt(model, tokenizer, rows, template="{text}:", shots=2, max_steps=2)
+        >>> len(adaptation.predict(["a warm film", "it drags"])), adaptation.predict_proba(["a joy"]).shape
+        (2, torch.Size([1, 2]))
+        >>> adaptation.evaluate(rows).metrics.count
+        4
+        >>> adaptation.details()["shots"], len(adaptation.training.records)
+        (2, 2)
+        >>> adaptation.save(folder / "adapter").name
+        'adapter'
+        >>> adaptation.close()
+    """
 
     predictor: Predictor
     data: TaskData
@@ -116,8 +130,19 @@ def adapt(
         validation: examples to choose the best epoch by; without them the last epoch is kept.
         settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`.
 
+    Returns:
+        The adaptation, which predicts, saves and undoes itself.
+
     Raises:
         InputError: the task, the number of shots or a setting cannot be used.
+
+    Example:
+        >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
+        >>> template = "Review: {text}\\nSentiment:"
+        >>> adaptation = ofa.adapt(model, tokenizer, rows, template=template, shots=2, max_steps=2)
+        >>> adaptation.predict_proba(["a warm film"]).shape
+        torch.Size([1, 2])
+        >>> adaptation.close()
     """
     data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)
     if not data.train:

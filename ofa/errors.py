@@ -12,6 +12,13 @@ class InputError(ValueError):
     The message is one sentence that says what was wrong, where, and what to do about it. The command line prints it
     alone, without a traceback, and exits with a non-zero status. What is quoted in it may be anything: line ends and
     halves of surrogate pairs are written as escapes, and the middle of a very long message is left out.
+
+    Example:
+        >>> try:
+        ...     ofa.fused_regularizers(model, sharpness=-1)
+        ... except ofa.InputError as error:
+        ...     print(error)
+        sharpness is a weight and must be a finite number of at least 0, not -1
     """
 
     def __init__(self, message: str) -> None:

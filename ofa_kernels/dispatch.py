@@ -84,7 +84,14 @@ def choose(operation: str, *tensors: Tensor) -> Implementation:
 
 
 def norm_step(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual addition, norm and squared update per row; see `reference.norm_step`."""
+    """Residual addition, norm and squared update per row; see `reference.norm_step`.
+
+    Example:
+        >>> stream, update, scale = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(8)
+        >>> stream, normalized, sqnorm, rstd = ofa_kernels.norm_step(stream, update, scale, eps=1e-6)
+        >>> torch.testing.assert_close(sqnorm, update.square().sum(-1))
+        >>> torch.testing.assert_close(normalized, stream * rstd[..., None])
+    """
     return choose("norm_step", residual).function(residual, *args, **kwargs)
 
 
@@ -99,7 +106,13 @@ def squared_norm(update: Tensor) -> Tensor:
 
 
 def perturb(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Normalized copies moved along preconditioned probes; see `reference.perturb`."""
+    """Normalized copies moved along preconditioned probes; see `reference.perturb`.
+
+    Example:
+        >>> stream, scale = torch.randn(2, 5, 8), torch.ones(8)
+        >>> ofa_kernels.perturb(stream, scale, eps=1e-6, samples=3, epsilon=1e-2, seed=0).shape
+        torch.Size([3, 2, 5, 8])
+    """
     return choose("perturb", stream).function(stream, *args, **kwargs)
 
 
@@ -109,12 +122,30 @@ def displace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def contract(base: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Dot product of each probe with the change it caused, per row, and ‖base‖²; see `reference.contract`."""
+    """Dot product of each probe with the change it caused, per row, and ‖base‖²; see `reference.contract`.
+
+    Example:
+        >>> base = torch.randn(5, 8)
+        >>> copies = torch.stack([base, 2 * base])
+        >>> products, sqnorm = ofa_kernels.contract(base, copies, seed=0)
+        >>> products.shape, products[0].abs().max()  # a copy that did not move has none
+        (torch.Size([2, 5]), tensor(0.))
+    """
     return choose("contract", base).function(base, *args, **kwargs)
 
 
 def step_boundary(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The end of a measured step and the beginning of the next; see `reference.step_boundary`."""
+    """The end of a measured step and the beginning of the next; see `reference.step_boundary`.
+
+    Example:
+        >>> stream, update, scale = torch.randn(5, 8), torch.randn(5, 8), torch.ones(8)
+        >>> copies = update.expand(1, 5, 8)
+        >>> stream, stack, sqnorm, products = ofa_kernels.step_boundary(
+        ...     stream, update, copies, scale, eps=1e-6, samples=1, epsilon=1e-2, seed=0
+        ... )
+        >>> stack.shape, products.shape  # the normalized stream and a copy; what the last copies changed
+        (torch.Size([2, 5, 8]), torch.Size([1, 5]))
+    """
     return choose("step_boundary", residual).function(residual, *args, **kwargs)
 
 
@@ -124,7 +155,15 @@ def rstd(stream: Tensor, **kwargs: Any) -> Tensor:
 
 
 def mlp_curvature(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Token sums of an MLP's slopes; see `reference.mlp_curvature`."""
+    """Token sums of an MLP's slopes; see `reference.mlp_curvature`.
+
+    Example:
+        >>> gate, up, weights = torch.randn(1, 5, 16), torch.randn(1, 5, 16), torch.full((1, 5), 0.2)
+        >>> gate_sums, up_sums, moved = ofa_kernels.mlp_curvature(gate, up, weights, activation="silu")
+        >>> torch.testing.assert_close(up_sums, 0.2 * torch.nn.functional.silu(gate).sum(1))
+        >>> gate_sums.shape, moved
+        (torch.Size([1, 16]), None)
+    """
     return choose("mlp_curvature", gate).function(gate, *args, **kwargs)
 
 
@@ -134,12 +173,27 @@ def mlp_slopes(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor 
 
 
 def mlp_diagonal(weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Diagonal of an MLP's summed Jacobian, from one read of its weights; see `reference.mlp_diagonal`."""
+    """Diagonal of an MLP's summed Jacobian, from one read of its weights; see `reference.mlp_diagonal`.
+
+    Example:
+        >>> weight, down, sums = torch.randn(16, 8), torch.randn(8, 16), torch.randn(1, 16)
+        >>> diagonal, _ = ofa_kernels.mlp_diagonal([weight], down, [sums])
+        >>> torch.testing.assert_close(diagonal[0], (down @ torch.diag(sums[0]) @ weight).diagonal())
+    """
     return choose("mlp_diagonal", *weights).function(weights, *args, **kwargs)
 
 
 def attention_curvature(query: Tensor, *args: Any, **kwargs: Any) -> reference.AttentionSums:
-    """Token sums of an attention's Jacobian between its projections; see `reference.attention_curvature`."""
+    """Token sums of an attention's Jacobian between its projections; see `reference.attention_curvature`.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4)  # one sequence, two heads, five tokens
+        >>> attends = ofa_kernels.reference.Attends(scale=0.5, causal=True)
+        >>> output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+        >>> sums = ofa_kernels.attention_curvature(query, key, value, output, torch.full((1, 5), 0.2), attends)
+        >>> sums.query.shape, sums.key.shape, sums.value.shape
+        (torch.Size([1, 2, 4, 4]), torch.Size([1, 2, 4, 4]), torch.Size([1, 2]))
+    """
     return choose("attention_curvature", query).function(query, *args, **kwargs)
 
 
@@ -149,12 +203,34 @@ def attention_adjoint(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor,
 
 
 def attention_trace(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Trace of an attention's summed Jacobian, from its weights; see `reference.attention_trace`."""
+    """Trace of an attention's summed Jacobian, from its weights; see `reference.attention_trace`.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4)  # one sequence, two heads, five tokens
+        >>> attends = ofa_kernels.reference.Attends(scale=0.5, causal=True)
+        >>> output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+        >>> sums = ofa_kernels.attention_curvature(query, key, value, output, torch.full((1, 5), 0.2), attends)
+        >>> inputs, outputs = torch.randn(2, 4, 8), torch.randn(2, 8, 4)  # projections of both heads, width 8
+        >>> ofa_kernels.attention_trace(inputs, inputs, inputs, outputs, sums[:3], torch.ones(8)).shape
+        torch.Size([1])
+    """
     return choose("attention_trace", query).function(query, *args, **kwargs)
 
 
 def attention_diagonal(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Diagonal of an attention's summed Jacobian, from its weights; see `reference.attention_diagonal`."""
+    """Diagonal of an attention's summed Jacobian, from its weights; see `reference.attention_diagonal`.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4)  # one sequence, two heads, five tokens
+        >>> attends = ofa_kernels.reference.Attends(scale=0.5, causal=True)
+        >>> output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+        >>> sums = ofa_kernels.attention_curvature(query, key, value, output, torch.full((1, 5), 0.2), attends)
+        >>> inputs, outputs = torch.randn(2, 4, 8), torch.randn(2, 8, 4)  # projections of both heads, width 8
+        >>> of_one = tuple(part[0] for part in sums[:3])
+        >>> diagonal, _ = ofa_kernels.attention_diagonal(inputs, inputs, inputs, outputs, of_one)
+        >>> trace = ofa_kernels.attention_trace(inputs, inputs, inputs, outputs, sums[:3], torch.ones(8))
+        >>> torch.testing.assert_close(diagonal.sum(), trace[0], rtol=1e-4, atol=1e-5)
+    """
     return choose("attention_diagonal", query).function(query, *args, **kwargs)
 
 

@@ -45,6 +45,12 @@ def merge_gguf(adapter: str | Path | Adapter, base: str | Path, out: str | Path,
     Raises:
         InputError: the file is damaged, split, of another base or an unknown architecture, or has a norm that is not
             float32; `out` exists and `overwrite` is off, or cannot be written.
+
+    Example:
+        >>> base = ofa.load_model(str(gguf))
+        >>> path = ofa.save_adapter(base.model, folder / "adapter")
+        >>> ofa.merge_gguf(path, gguf, folder / "tuned.gguf").name
+        'tuned.gguf'
     """
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     source, target = at_home(base), check_gguf_out(out, base, overwrite=overwrite)

@@ -52,6 +52,11 @@ def push_to_hub(
     Raises:
         InputError: the folder is no adapter, its base is only on this machine, there is no token or it may not write,
             the repository exists and `overwrite` is off, or the hub cannot be reached.
+
+    Example:
+        >>> path = ofa.save_adapter(model, folder / "adapter", base_model="owner/base")
+        >>> ofa.push_to_hub(path, "owner/reviews-ofa")
+        'http.../owner/reviews-ofa'
     """
     adapter = read_adapter(folder)
     _check_name(repo_id)

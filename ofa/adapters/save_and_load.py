@@ -38,7 +38,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder in memory: its base, norm parameters by path, and `ofa_config.json` as `details`."""
+    """An adapter folder in memory: its base, norm parameters by path, and `ofa_config.json` as `details`.
+
+    Example:
+        >>> adapter = ofa.load_adapter(model, ofa.save_adapter(model, folder / "adapter"))
+        >>> next(iter(adapter.parameters))
+        'model.layers.0.input_layernorm.weight'
+    """
 
     folder: Path
     base: str | None
@@ -70,6 +76,12 @@ def save_adapter(
     Raises:
         InputError: a scale is not finite, the folder cannot be written or is not empty, or the scales of a rank differ
             from those of rank 0.
+
+    Example:
+        >>> params = ofa.tune_norms(model)
+        >>> path = ofa.save_adapter(model, folder / "adapter")
+        >>> sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'ofa_config.json']
     """
     model = sharding.unwrapped(model)
     sharding.reshard(model)
@@ -164,6 +176,13 @@ def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
 
     Raises:
         InputError: the folder cannot be read, or belongs to a base with other norms or another width.
+
+    Example:
+        >>> path = ofa.save_adapter(model, folder / "adapter")
+        >>> adapter = ofa.load_adapter(model, path)
+        >>> len(adapter.parameters)
+        7
+        >>> ofa.restore_norms(model)
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     _check_fit(sharding.unwrapped(model), adapter)
@@ -189,6 +208,11 @@ def merge(
 
     Raises:
         InputError: the adapter does not fit, or the folder cannot be written.
+
+    Example:
+        >>> path = ofa.save_adapter(model, folder / "adapter")
+        >>> ofa.merge(model, path, folder / "checkpoint", tokenizer=tokenizer).name
+        'checkpoint'
     """
     if isinstance(model, str):
         from ofa.models.load import load_model

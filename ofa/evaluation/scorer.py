@@ -40,6 +40,12 @@ class Evaluation:
 
     `probabilities` is (n, number of labels), float32, on the CPU; (n, 0) for an open-ended task. `truncated` counts the
     texts cut to fit the window, `mode` is what was scored, and `seconds` is wall-clock time.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> result = ofa.evaluate(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> result.probabilities.shape, result.truncated
+        (torch.Size([2, 2]), 0)
     """
 
     metrics: Metrics | CompletionMetrics
@@ -66,8 +72,17 @@ def evaluate(
     `progress(done, total)` is called after every batch. An open-ended task is measured by the exact match of greedy
     completions and by the likelihood of the true completions.
 
+    Returns:
+        The predictions and what they are worth.
+
     Raises:
         InputError: no examples, an empty text, or a label that the task does not have.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> result = ofa.evaluate(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> result.metrics.count, len(result.predictions)
+        (2, 2)
     """
     from ofa.tasks import examples_from
 
@@ -82,6 +97,22 @@ class Scorer:
     Texts are batched by length; batching and padding do not change a score. Every call uses the model's current
     weights and restores its training mode. `demonstrations` go in front of every prompt; each call computes them once,
     so one call with many texts is faster than many calls.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> scorer = ofa.Scorer(model, tokenizer, task)
+        >>> texts = ["a warm film", "it drags"]
+        >>> scorer.predict_proba(texts).sum(1)
+        tensor([1., 1.])
+        >>> scorer.log_probabilities(texts).shape, len(scorer.predict(texts)), scorer.truncated
+        (torch.Size([2, 2]), 2, 0)
+        >>> examples = [ofa.Example("a joy", "good"), ofa.Example("a bore", "bad")]
+        >>> scorer.evaluate(examples).metrics.accuracy == scorer.accuracy(examples)
+        True
+        >>> totals, tokens = scorer.completion_totals(examples)
+        >>> torch.testing.assert_close(totals / tokens, scorer.completion_log_likelihood(examples))
+        >>> len(scorer.generate(["a warm film"], max_new_tokens=2))
+        1
     """
 
     def __init__(
@@ -115,7 +146,9 @@ class Scorer:
 
         A label is scored at the last token of the prompt by its first token, or by the whole word and the line end that
         ends it where two labels share their first token: log p summed over the tokens, not divided by their number.
-        Raises InputError for an empty text, and for a task without labels.
+
+        Raises:
+            InputError: a text is empty, or the task has no labels.
         """
         if self.task.open_ended:
             raise InputError(f"task {self.task.name!r} has no labels to choose from: call generate instead")

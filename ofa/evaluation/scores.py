@@ -31,6 +31,12 @@ class Metrics:
 
     `confusion[i][j]` counts the examples of label i predicted as label j. `negative_log_likelihood` is the mean of
     −ln p(true label). `macro_f1` is the mean F1 of the classes that occur in the truth or in the predictions.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> metrics = ofa.evaluate(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")]).metrics
+        >>> 0 <= metrics.accuracy <= 1, metrics.to_dict()["labels"]
+        (True, ['bad', 'good'])
     """
 
     accuracy: float
@@ -54,7 +60,14 @@ class Metrics:
 
 @dataclass(frozen=True)
 class CompletionMetrics:
-    """Quality of completions of an open-ended task: share of exact matches, mean negative log-likelihood per token."""
+    """Quality of completions of an open-ended task: share of exact matches, mean negative log-likelihood per token.
+
+    Example:
+        >>> sums = ofa.Task("sums")  # no labels: open-ended
+        >>> metrics = ofa.evaluate(model, tokenizer, sums, [{"prompt": "12 + 7 is", "completion": " 19"}]).metrics
+        >>> sorted(metrics.to_dict())
+        ['count', 'exact_match', 'negative_log_likelihood']
+    """
 
     exact_match: float
     negative_log_likelihood: float

@@ -54,6 +54,17 @@ class Predictor:
         contexts: what may precede a text in a test: nothing ("prompt"), the shots ("demonstrations").
         stored_bytes: size of the saved adaptation, without the shots.
         notes: the method's own records, as JSON values.
+
+    Example:
+        >>> from ofa.methods import method
+        >>> task = ofa.Task("mood", "{text}:", ("bad", "good"))
+        >>> shots = [ofa.Example("a joy", "good"), ofa.Example("far too long", "bad")]
+        >>> with method("centroids")(model, tokenizer, task, shots, seed=0) as predictor:
+        ...     len(predictor.predict(["a warm film"])), predictor.predict_proba(["it drags"]).shape
+        ...     predictor.evaluate(shots).metrics.count
+        (1, torch.Size([1, 2]))
+        2
+        >>> predictor.close()
     """
 
     scorer: Scorer

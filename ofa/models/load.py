@@ -36,6 +36,13 @@ class LoadedModel:
 
     `name` is written as an adapter's `base_model_name_or_path`: the hub id (of the original, for the embedded model),
     or the absolute path.
+
+    Example:
+        >>> model.save_pretrained(folder)
+        >>> _ = tokenizer.save_pretrained(folder)
+        >>> loaded = ofa.load_model(str(folder))
+        >>> loaded.name == str(folder), loaded.tokenizer.padding_side
+        (True, 'right')
     """
 
     model: PreTrainedModel
@@ -93,8 +100,18 @@ def load_model(
         tokenizer_as_it_came: leave the tokenizer unchanged, to be saved with the model, instead of preparing it for
             padding on the right.
 
+    Returns:
+        The model in evaluation mode, its tokenizer, and where they came from.
+
     Raises:
         InputError: there is no such model, or it cannot be used.
+
+    Example:
+        >>> model.save_pretrained(folder)
+        >>> _ = tokenizer.save_pretrained(folder)
+        >>> loaded = ofa.load_model(str(folder), dtype="bfloat16", device="cpu")
+        >>> loaded.model.dtype, loaded.source
+        (torch.bfloat16, 'folder')
     """
     check_source(model, dtype=dtype, device=device)
     target = _device(device)

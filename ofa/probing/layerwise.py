@@ -65,9 +65,18 @@ def probe(
             "hutchinson" replaces an `estimator` that needs one at granularity "layer".
         progress: called with (done, total) forward passes of single texts.
 
+    Returns:
+        Readouts of the hidden states, and the steps at both granularities.
+
     Raises:
         InputError: no examples, an open-ended task, a label missing from the task or the training examples, a
             model whose steps are not recognized, an option out of range, or results that are not finite.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> found = ofa.probe(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> found.lens.accuracy.shape, sorted(found.steps)
+        (torch.Size([3]), ['layer', 'sublayer'])
     """
     refuse_encoder(model.config)
     from ofa.tasks import examples_from

@@ -16,6 +16,12 @@ class Readout:
     """Label predictions for every text after every decoder layer.
 
     `log_probabilities` is (L, n, number of labels), normalized over the labels; `truth` (n,) is the true label's index.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> found = ofa.probe(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> found.lens.accuracy.shape, found.lens.loss.shape  # one number per layer
+        (torch.Size([3]), torch.Size([3]))
     """
 
     log_probabilities: Tensor
@@ -48,6 +54,13 @@ class Steps:
 
     `layers` (from 0) and `branches` name the T steps; `estimator` measured the traces. `norms` and `traces` are (T, n),
     `ratios` (T − 1, n) starts at the second step; see `regularizers.objectives.Measurements`.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> found = ofa.probe(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> steps = found.steps["sublayer"]
+        >>> steps.branches[:2], steps.estimator, steps.traces.shape
+        (('attention', 'mlp'), 'exact', torch.Size([6, 2]))
     """
 
     layers: tuple[int, ...]
@@ -73,6 +86,13 @@ class Value:
     """One point of a figure: a mean over the texts and its standard error (None for a single text).
 
     `step` and `layer` count from 1; `branch` is "layer" for values of a whole decoder layer.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> found = ofa.probe(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> value = found.values()[0]
+        >>> value.metric, value.layer, value.branch
+        ('lens_accuracy', 1, 'layer')
     """
 
     granularity: str
@@ -89,6 +109,12 @@ class Probe:
     """Everything measured on one model, on the CPU, in float32; the keys of `steps` are granularities.
 
     `mode` is the part of a label that the lens scores; `truncated` counts the texts cut to fit the window.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
+        >>> found = ofa.probe(model, tokenizer, task, [("a joy", "good"), ("a bore", "bad")])
+        >>> sorted({value.metric for value in found.values()})
+        ['lens_accuracy', 'lens_loss', 'step_norm', 'step_ratio', 'trace']
     """
 
     lens: Readout

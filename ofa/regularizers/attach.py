@@ -85,6 +85,15 @@ def fused_regularizers(
 
     Raises:
         InputError: an option is out of range, the model's steps are not recognized, or it is already regularized.
+
+    Example:
+        >>> params = ofa.tune_norms(model)
+        >>> reg = ofa.fused_regularizers(model)
+        >>> loss = model(**batch).loss + reg.penalty()
+        >>> loss.backward()
+        >>> all(scale.grad is not None for scale in params)
+        True
+        >>> reg.close()
     """
     options = RegularizerOptions(
         step_ratio=step_ratio,
@@ -115,7 +124,19 @@ def fused_regularizers(
 
 
 def attached(model: nn.Module) -> Regularizers | None:
-    """The regularizers attached to a model or to one that shares modules with it, such as a wrapper; or None."""
+    """The regularizers attached to a model or to one that shares modules with it, such as a wrapper; or None.
+
+    Returns:
+        The regularizers, or None.
+
+    Example:
+        >>> reg = ofa.fused_regularizers(model)
+        >>> ofa.regularizers.attached(model) is reg
+        True
+        >>> reg.close()
+        >>> ofa.regularizers.attached(model) is None
+        True
+    """
     for module in model.modules():
         reference = _attached.get(module)
         found = None if reference is None else reference()
@@ -125,7 +146,18 @@ def attached(model: nn.Module) -> Regularizers | None:
 
 
 class Regularizers:
-    """The regularizers attached by `fused_regularizers`; as a context manager they close themselves."""
+    """The regularizers attached by `fused_regularizers`; as a context manager they close themselves.
+
+    Example:
+        >>> with ofa.fused_regularizers(model, sharpness=0.3) as reg:
+        ...     with torch.no_grad(), reg.measuring():  # outside of training too
+        ...         _ = model(**batch)
+        ...     measured = reg.measurements
+        ...     penalty = 1e-2 * measured.step_ratio + 0.3 * measured.sharpness
+        ...     torch.testing.assert_close(reg.penalty(), penalty)
+        ...     reg.forget()  # frees the graph of the measurement
+        >>> reg.close()  # the context manager has done so; a second time does nothing
+    """
 
     def __init__(
         self,

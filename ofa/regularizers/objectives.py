@@ -37,6 +37,12 @@ class Measurements:
         traces: h_t per token, (T, B), in the chosen sign convention.
         step_ratio: J = Σ_t ratios, mean over the sequences that have a real token, a scalar.
         sharpness: H = Σ_t softplus(h_t), mean over the sequences that have a real token, a scalar.
+
+    Example:
+        >>> with ofa.fused_regularizers(model) as reg:
+        ...     loss = model(**batch).loss
+        ...     reg.measurements.traces.shape  # two branches in each of three layers, two sequences
+        torch.Size([6, 2])
     """
 
     step_norms: Tensor | None = None

@@ -76,8 +76,18 @@ def load_task(
         separator: the separator of CSV files; detected by default.
         offline: do not contact the hub.
 
+    Returns:
+        The task with its training and test examples.
+
     Raises:
         InputError: the data cannot be found, read or used, or brings a value that is given here too.
+
+    Example:
+        >>> data = ofa.load_task([("a joy", "good"), ("a bore", "bad")], template="Review: {text}\\nSentiment:")
+        >>> data.task.labels
+        ('bad', 'good')
+        >>> ofa.load_task("tickets").task.labels  # an embedded task
+        ('Billing', 'Account', 'Technical', 'Shipping')
     """
     columns = {"text_column": text_column, "label_column": label_column}
     if isinstance(data, TaskData):

@@ -23,7 +23,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class FewShot:
-    """The drawn examples, in the order of use, and their indices in the examples they were drawn from."""
+    """The drawn examples, in the order of use, and their indices in the examples they were drawn from.
+
+    Example:
+        >>> pool = [ofa.Example(f"text {n}", "good" if n % 2 else "bad") for n in range(10)]
+        >>> drawn = ofa.few_shot(pool, ("bad", "good"), shots=1, seed=0)
+        >>> [pool[index] for index in drawn.indices] == list(drawn.examples), len(drawn.sha256)
+        (True, 64)
+    """
 
     examples: tuple[Example, ...]
     indices: tuple[int, ...]
@@ -49,8 +56,19 @@ def check_seed(seed: int) -> int:
 def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: Shots, seed: int) -> FewShot:
     """Draw `shots` examples per class without replacement and shuffle them; without labels, `shots` in total.
 
-    Examples with a label not in `labels` are never drawn. Raises `InputError` if a class has fewer than `shots`
-    examples, or none if `shots` is "all".
+    Examples with a label not in `labels` are never drawn.
+
+    Returns:
+        The examples, and their indices.
+
+    Raises:
+        InputError: a class has fewer than `shots` examples, or none if `shots` is "all"; `shots` is below 1.
+
+    Example:
+        >>> pool = [ofa.Example(f"text {n}", "good" if n % 2 else "bad") for n in range(10)]
+        >>> drawn = ofa.few_shot(pool, ("bad", "good"), shots=2, seed=42)
+        >>> sorted(example.label for example in drawn.examples)
+        ['bad', 'bad', 'good', 'good']
     """
     check_seed(seed)
     if shots != "all" and (not isinstance(shots, int) or shots < 1):
@@ -82,6 +100,17 @@ def class_balanced(examples: Sequence[Example], labels: Sequence[str], size: int
 
     If a class has too few, the others get its share, so the result has `size` examples unless there are fewer in all.
     A remainder goes to the first labels in alphabetical order.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: the size is below 1.
+
+    Example:
+        >>> pool = [ofa.Example(f"text {n}", "good" if n % 2 else "bad") for n in range(10)]
+        >>> [example.label for example in ofa.class_balanced(pool, ("bad", "good"), size=6, seed=0)].count("good")
+        3
     """
     check_seed(seed)
     if size < 1:

@@ -17,7 +17,12 @@ LABELLED_COLUMNS = ("text", "label")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled text; in an open-ended task the text is the prompt and the label its completion."""
+    """One labelled text; in an open-ended task the text is the prompt and the label its completion.
+
+    Example:
+        >>> ofa.Example("a warm film", "positive").label
+        'positive'
+    """
 
     text: str
     label: str
@@ -29,7 +34,21 @@ class Task:
 
     The template names columns of the data in braces. `{text}` stands for `text_column`; the answer is in
     `label_column`. Their defaults are text and label. Without labels the task is open-ended: its examples are pairs,
-    and the default columns are prompt and completion. Raises `InputError` for a template or labels that cannot work.
+    and the default columns are prompt and completion.
+
+    Raises:
+        InputError: the template or the labels cannot work.
+
+    Example:
+        >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("negative", "positive"))
+        >>> task.prompt("a warm film"), task.target("positive"), task.open_ended
+        ('Review: a warm film\\nSentiment:', ' positive', False)
+        >>> task.demonstration(ofa.Example("a bore", "negative"))
+        'Review: a bore\\nSentiment: negative\\n'
+        >>> ofa.Task("nli", "{premise} / {text}:", ("yes", "no")).text_of({"premise": "it rains", "text": "it is wet"})
+        'it rains / it is wet'
+        >>> ofa.Task.from_dict(task.to_dict()) == task
+        True
     """
 
     name: str
@@ -71,8 +90,10 @@ class Task:
     def text_of(self, row: str | Mapping[str, object], where: str = "the row") -> str:
         """The text of a row of data; with a single column in the template, `row` may be the text itself.
 
-        With several columns, the text is their values joined by the template's literals between them. Raises
-        `InputError` for a row that lacks a column of the template, or has no text.
+        With several columns, the text is their values joined by the template's literals between them.
+
+        Raises:
+            InputError: the row lacks a column of the template, or has no text.
         """
         if not isinstance(row, str):
             return self.columns.text(row, where)
@@ -110,8 +131,10 @@ class Task:
     def from_dict(cls, values: Mapping[str, object]) -> Task:
         """The task of a JSON object with name, template, labels and the two columns; other keys are ignored.
 
-        With an empty list of labels the task is open-ended, and the template is optional. Raises `InputError` for a
-        missing key or a wrong value.
+        With an empty list of labels the task is open-ended, and the template is optional.
+
+        Raises:
+            InputError: a key is missing, or a value is wrong.
         """
         if not isinstance(values, Mapping):
             raise InputError(f'a task must be a JSON object with "name", "template" and "labels", not {values!r}')
@@ -126,7 +149,13 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task with its examples; the test examples may be empty."""
+    """A task with its examples; the test examples may be empty.
+
+    Example:
+        >>> data = ofa.load_task([("a joy", "good"), ("a bore", "bad")], template="{text}:")
+        >>> data.task.labels, len(data.train), data.test
+        (('bad', 'good'), 2, ())
+    """
 
     task: Task
     train: tuple[Example, ...]

@@ -15,6 +15,13 @@ class StepRecord:
 
     `loss` is the cross-entropy in nats, `step_ratio` and `sharpness` are J and H without their weights (None where the
     term has weight 0), `drift` is ‖θ − θ₀‖/‖θ₀‖ of the tuned parameters, `seconds` the time since the run began.
+
+    Example:
+        >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
+        >>> adaptation = ofa.adapt(model, tokenizer, rows, template="{text}:", shots=2, max_steps=2)
+        >>> record = adaptation.training.records[-1]
+        >>> record.loss > 0, record.step_ratio > 0, record.drift > 0
+        (True, True, True)
     """
 
     step: int
@@ -31,7 +38,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The records of all steps, the run's time in seconds, truncated prompts, and the best epoch if it validated."""
+    """The records of all steps, the run's time in seconds, truncated prompts, and the best epoch if it validated.
+
+    Example:
+        >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
+        >>> adaptation = ofa.adapt(model, tokenizer, rows, template="{text}:", shots=2, max_steps=2)
+        >>> [record.step for record in adaptation.training.records]
+        [1, 2]
+    """
 
     records: tuple[StepRecord, ...]
     seconds: float

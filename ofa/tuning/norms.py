@@ -35,6 +35,13 @@ def tune_norms(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         InputError: the model has no norm with a one-dimensional weight, is already wrapped, is already sharded with
             scales narrower than float32, or has 4-bit layers packed for inference.
+
+    Example:
+        >>> params = ofa.tune_norms(model)
+        >>> len(params), params[0].shape, params[0].dtype  # two norms in each of three layers, and the last
+        (7, torch.Size([64]), torch.float32)
+        >>> sum(parameter.requires_grad for parameter in model.parameters())
+        7
     """
     layers = TrainableLayers(sharding.unwrapped(model))
     tuned = hold_norms(model)
@@ -54,6 +61,13 @@ def restore_norms(model: nn.Module) -> None:
 
     Raises:
         InputError: the model was sharded since.
+
+    Example:
+        >>> before = model.model.norm.weight
+        >>> ofa.tune_norms(model)[-1].data += 1
+        >>> ofa.restore_norms(model)
+        >>> model.model.norm.weight is before
+        True
     """
     model = sharding.unwrapped(model)
     original = _originals.get(model)

@@ -72,6 +72,9 @@ def attention_trace(
         factor: e, (d,): G = diag(e), minus γγᵀ/d if γ is given.
         scale: γ, (d,), of a LayerNorm before the branch; or None.
 
+    Returns:
+        (B,), float32 or wider.
+
     Raises:
         ValueError: shapes that do not match.
     """

@@ -1,0 +1,87 @@
+"""The public docstrings: their examples run, and functions say what they return and what they raise.
+
+In the examples `model` and `tokenizer` are a tiny model and its tokenizer, `batch` is a tokenized batch with labels,
+`folder` a folder of their own, and `gguf` a GGUF file; docs/reference.md says so to its readers.
+"""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+
+import ofa
+import ofa_kernels
+from benchmarks import pages
+from tests.hub import OWNER_TOKEN, running_hub
+
+NAMES = (*pages.public("ofa"), *pages.public("ofa_kernels"), *pages.RETURNED)
+NEVER_RAISES = ("ofa.regularizers.attached",)
+OVERRIDDEN = ("shared_prefix", "batches")
+"""Methods of `Scorer` that methods of adaptation override, and users do not call."""
+
+
+def found(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in of the hub that this process may write to."""
+    with running_hub() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the stand-in speaks plain LFS
+        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+        yield
+
+
+def documents(name: str) -> dict[str, str]:
+    """The docstrings that tell of a name: its own, those of its methods, and that of an operation's specification."""
+    value = found(name)
+    own = {name: inspect.getdoc(value) or ""}
+    if inspect.isclass(value):
+        return own | {f"{name}.{member}": inspect.getdoc(part) or "" for member, part in pages.members(value)}
+    if name.startswith("ofa_kernels."):
+        own["reference"] = inspect.getdoc(getattr(ofa_kernels.reference, name.rpartition(".")[2])) or ""
+    return own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_run(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Each on a model of its own."""
+    model, tokenizer = request.getfixturevalue("tiny_model")
+    batch = dict(tokenizer(["a warm film", "slow and dull"], return_tensors="pt", padding=True).to(model.device))
+    names = {"ofa": ofa, "ofa_kernels": ofa_kernels, "torch": torch, "folder": tmp_path}
+    names |= {"model": model, "tokenizer": tokenizer, "batch": {**batch, "labels": batch["input_ids"]}}
+    if name == "ofa.merge_gguf":
+        names["gguf"] = request.getfixturevalue("tiny_gguf")
+    if name == "ofa.push_to_hub":
+        request.getfixturevalue("hub")
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for where, text in documents(name).items():
+        runner.run(parser.get_doctest(text, {**names}, where, None, 0))
+    assert runner.tries > 0, f"{name} has no example"
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_has_an_example_and_functions_say_what_comes_back(name: str) -> None:
+    """A method is shown by itself or in the example of its class."""
+    value, texts = found(name), documents(name)
+    if inspect.isclass(value):
+        shown = "".join(re.findall(r"^ *(?:>>>|\.\.\.).*$", "\n".join(texts.values()), re.MULTILINE))
+        methods = [member for member, part in pages.members(value) if not isinstance(part, property)]
+        assert [member for member in methods if member not in OVERRIDDEN and f".{member}(" not in shown] == []
+        return
+    returns = inspect.signature(value).return_annotation not in (None, "None")
+    wanted = ["Returns"] * returns + ["Raises"] * (name not in NEVER_RAISES) + ["Example"]
+    assert [section for section in wanted if f"\n{section}:\n" not in "\n".join(texts.values())] == []
