@@ -14,6 +14,7 @@ from ofa.anatomy.steps import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
 from ofa.regularizers.estimators import Probe, TraceEstimator
 from ofa.regularizers.measured_pass import BranchEnd, MeasuredPass
+from ofa.regularizers.objectives import BranchTrace
 from ofa.regularizers.recompute import RecomputeTracker
 from ofa.regularizers.step_length import with_length
 
@@ -120,30 +121,13 @@ class BranchHooks:
     def _at_exit(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._busy or self.current is None or not self.current.measures:
             return None
-        if self.current.with_grad and not torch.is_grad_enabled():
-            raise InputError(
-                "reentrant activation checkpointing hides the regularizers' gradient; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
-        if self.current.with_grad and self.norm_module.weight.requires_grad and not leaving.requires_grad:
-            raise InputError(
-                f"the output of {self.branch.exit} has no gradient to {self.branch.norm.path}, whose scale would not "
-                "train, because one of its layers is for inference only; load the model in a form that can be trained"
-            )
-        sqnorm = trace = None
+        self._refuse_missing_gradient(leaving)
         assert stream is not None
         # Release tensors first: checkpointing stops a recomputation in the middle, which would keep them alive.
-        self._stream = self._fed = self._norm_input = None
+        self.abandon()
         ends = self.current.unfinished.pop(self.index, {})
-        if self.current.traced:
-            assert self.estimator is not None
-            if norm_input is not None and self.estimator.copies:
-                norm_input = norm_input[: stream.shape[0]]
-            assert self.current.shape is not None
-            rows = stream.view(*self.current.shape, -1)  # OPT flattens (B, T)
-            left = self.estimator.leave(self.branch, self._norm(), rows, leaving, self._probe(), norm_input)
-            leaving, sqnorm, trace = left.output, left.sqnorm, left.trace
+        leaving, sqnorm, trace = self._measure(stream, leaving, norm_input)
         measured_here = self.current.lengths and sqnorm is None and self._ends_its_step
         if measured_here:
             leaving, sqnorm = with_length(leaving)
@@ -159,6 +143,34 @@ class BranchHooks:
             ends[self.branch.exit] = BranchEnd(leaving, sqnorm, trace, weight)
         self.current.finish_branches(self.index, self.step, ends)
         return output
+
+    def _refuse_missing_gradient(self, leaving: Tensor) -> None:
+        assert self.current is not None
+        if self.current.with_grad and not torch.is_grad_enabled():
+            raise InputError(
+                "reentrant activation checkpointing hides the regularizers' gradient; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if self.current.with_grad and self.norm_module.weight.requires_grad and not leaving.requires_grad:
+            raise InputError(
+                f"the output of {self.branch.exit} has no gradient to {self.branch.norm.path}, whose scale would not "
+                "train, because one of its layers is for inference only; load the model in a form that can be trained"
+            )
+
+    def _measure(
+        self, stream: Tensor, leaving: Tensor, norm_input: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, BranchTrace | None]:
+        """The branch's own output, ‖output‖² per row if the estimator knows it, and the trace if it is measured."""
+        assert self.current is not None
+        if not self.current.traced:
+            return leaving, None, None
+        assert self.estimator is not None
+        if norm_input is not None and self.estimator.copies:
+            norm_input = norm_input[: stream.shape[0]]
+        assert self.current.shape is not None
+        rows = stream.view(*self.current.shape, -1)  # OPT flattens (B, T)
+        left = self.estimator.leave(self.branch, self._norm(), rows, leaving, self._probe(), norm_input)
+        return left.output, left.sqnorm, left.trace
 
     def _see(self, stream: Tensor) -> None:
         if self._first:
