@@ -32,3 +32,11 @@ def first_sentence(error: BaseException) -> str:
     """Return the first sentence of an error's text, without its full stop, to be quoted inside another sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].split(". ")[0].rstrip(".: ") if lines else type(error).__name__
+
+
+def in_words(error: BaseException) -> str:
+    """The message of an `InputError` as it is; of any other error its type and its first sentence, if it has one."""
+    if isinstance(error, InputError):
+        return str(error)
+    name, sentence = type(error).__name__, first_sentence(error)
+    return name if sentence == name else f"{name}: {sentence}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 
 WAIT = timedelta(minutes=10)
 """How long the other ranks wait for rank 0."""
@@ -92,7 +92,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return local.to(local.device_mesh.device_type).full_tensor()
     except RuntimeError as error:
         raise InputError(
-            f"a sharded parameter could not be gathered ({str(error).splitlines()[0]}); call this on every rank, while "
+            f"a sharded parameter could not be gathered ({first_sentence(error)}); call this on every rank, while "
             "all of them are alive"
         ) from error
 

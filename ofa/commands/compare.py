@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from ofa.commands.console import is_quiet, notice, reports_errors, set_quiet, show_json, warn, was_interrupted
+from ofa.commands.console import is_quiet, notice, reports_errors, show_json, warn, was_interrupted
 from ofa.commands.options import (
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -24,7 +25,6 @@ from ofa.commands.options import (
     TextColumnOption,
     TrustOption,
 )
-from ofa.errors import InputError
 from ofa.files import at_home
 
 if TYPE_CHECKING:
@@ -132,10 +132,7 @@ def compare(
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML file with the same names as these options; options given here win over it."),
-    ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Compare adaptation methods: every method on every task and every seed, the same shots for all of them.
 
@@ -152,8 +149,7 @@ def compare(
     from ofa.comparison.plan import read_tasks
     from ofa.models.load import check_source
 
-    values = _merged(context, config)
-    set_quiet(values["quiet"])
+    values = context.params
     grid, machines, run_options = (
         checked_part(Grid, values),
         checked_part(Machines, values),
@@ -178,29 +174,6 @@ def compare(
     if failed:
         warn(f"{failed} of {len(records)} cells failed; the same command with --retry-failed runs them again")
         raise SystemExit(1)
-
-
-def _merged(context: typer.Context, config: Path | None) -> dict[str, Any]:
-    """Options as they were typed, else as the file has them, else their defaults; by name, with underscores.
-
-    Raises:
-        InputError: the file cannot be read, or has an entry that is no option.
-    """
-    from ofa.commands.options import read_mapping
-    from ofa.tasks import did_you_mean
-
-    values = {name: value for name, value in context.params.items() if name != "config"}
-    if config is None:
-        return values
-    for name, value in read_mapping(config).items():
-        option = "as_json" if name == "json" else str(name).replace("-", "_")
-        if option not in values:
-            hint = did_you_mean(str(name), tuple(values)) or f"; use one of {', '.join(sorted(values))}"
-            raise InputError(f'{config} sets "{name}", which is no option{hint}')
-        source = context.get_parameter_source(option)
-        if source is None or source.name != "COMMANDLINE":
-            values[option] = value
-    return values
 
 
 def _plan(

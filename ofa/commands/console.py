@@ -16,7 +16,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from ofa.errors import InputError
+from ofa.errors import InputError, in_words
 from ofa.files import at_home
 from ofa.logs import quiet_libraries
 
@@ -30,6 +30,9 @@ _quiet = False
 
 _LINE_EVERY = 30.0
 """Seconds between two lines about a long run where there is no terminal to show a bar on."""
+
+_WHOLE_RUN = 1e9
+"""Seconds over which the pace of a run is measured: its steps may take minutes."""
 
 
 def set_quiet(quiet: bool) -> bool:
@@ -105,8 +108,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if os.environ.get("OFA_DEBUG"):
                 traceback.print_exc()
-            first = str(error).strip().splitlines() or [""]
-            warn(f"unexpected {type(error).__name__}: {first[0]}; run again with OFA_DEBUG=1 to see where")
+            warn(f"unexpected {in_words(error)}; run again with OFA_DEBUG=1 to see where")
             raise SystemExit(1) from error
 
     return run
@@ -135,33 +137,27 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if _quiet or not console.is_terminal:
-        yield _lines_now_and_then(description)
-        return
+    in_log = _quiet or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True) as progress:
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[remark]}"),
+        console=console,
+        transient=True,
+        disable=in_log,
+        speed_estimate_period=_WHOLE_RUN,
+        get_time=time.monotonic,
+    ) as progress:
         task = progress.add_task(description, total=None, remark="")
+        told = time.monotonic()
 
         def update(done: int, total: int, remark: str) -> None:
+            nonlocal told
             progress.update(task, completed=done, total=total, remark=remark)
+            if in_log and time.monotonic() - told >= _LINE_EVERY:
+                told = time.monotonic()
+                minutes = (progress.tasks[0].time_remaining or 0) / 60
+                left = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
+                notice(f"ofa: {description}: {done:,} of {total:,}{f', {remark}' if remark else ''}, {left} left")
 
         yield update
-
-
-def _lines_now_and_then(description: str) -> Callable[[int, int, str], None]:
-    """What a bar shows, as lines of a log; a run that is done before the first is due has none."""
-    told = began = time.monotonic()
-    first: int | None = None
-
-    def update(done: int, total: int, remark: str) -> None:
-        nonlocal told, began, first
-        now = time.monotonic()
-        if first is None:  # which may be far from the beginning, where a stopped run continues
-            first, began = done, now
-        elif now - told >= _LINE_EVERY:
-            told = now
-            minutes = (now - began) / max(1, done - first) * (total - done) / 60
-            left = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
-            notice(f"ofa: {description}: {done:,} of {total:,}{f', {remark}' if remark else ''}, {left} left")
-
-    return update

@@ -6,6 +6,7 @@ import csv
 import functools
 import inspect
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
@@ -16,8 +17,9 @@ import typer
 from pydantic import BaseModel
 
 from ofa.commands.console import notice, set_quiet
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 from ofa.files import at_home
+from ofa.tasks.columns import did_you_mean
 from ofa.tasks.sampling import Shots
 from ofa.threads import use_threads
 
@@ -208,7 +210,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     values = {str(name).replace("-", "_"): value for name, value in read_mapping(path).items()}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
-        raise InputError(f"{path} sets {unknown!r}, which is no option; use one of {', '.join(sorted(known))}")
+        hint = did_you_mean(unknown, tuple(known)) or f"; use one of {', '.join(sorted(known))}"
+        raise InputError(f'{path} sets "{unknown}", which is no option{hint}')
     given = {known[name].name: _as_typed(value, name, known[name], path) for name, value in values.items()}
     context.default_map = {**(context.default_map or {}), **given}
     return path
@@ -220,6 +223,10 @@ def _written(parameter: Any) -> str:
     return (flags[0] if flags else parameter.name).replace("-", "_")
 
 
+_LISTS = ("labels", "tasks", "seeds", "contexts")
+"""Options that are typed with commas, and may be a list in YAML."""
+
+
 def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[str] | None:
     """A value as it would be typed behind its flag, so that both are checked alike.
 
@@ -227,7 +234,9 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
         InputError: YAML made something of it that cannot be typed.
     """
     repeats = getattr(parameter, "multiple", False) or getattr(parameter, "nargs", 1) == -1
-    items = value if isinstance(value, list) and (repeats or name == "labels") else [value]
+    if name == "methods" and isinstance(value, list | dict):
+        return json.dumps(value, default=str)
+    items = value if isinstance(value, list) and (repeats or name in _LISTS) else [value]
     for item in items:
         if isinstance(item, list | dict):
             raise InputError(f"{path} sets {name} to {item!r}; write one plain value")
@@ -241,10 +250,10 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
     return typed if repeats else _joined(typed) if len(typed) > 1 else typed[0] if typed else None
 
 
-def _joined(labels: list[str]) -> str:
+def _joined(items: list[str]) -> str:
     """A list as one line of CSV, in which a label may hold a comma."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(labels)
+    csv.writer(line, lineterminator="").writerow(items)
     return line.getvalue()
 
 
@@ -288,5 +297,5 @@ def _first_fault(error: Exception) -> str:
     """What the parser did not like and where, without its drawing of the line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return str(error).splitlines()[0]
+        return first_sentence(error)
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'unreadable'}"

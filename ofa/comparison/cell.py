@@ -18,7 +18,7 @@ from ofa.comparison.environment import now, versions
 from ofa.comparison.fingerprint import Fingerprint
 from ofa.comparison.plan import Job
 from ofa.comparison.records import Record, Score
-from ofa.errors import InputError
+from ofa.errors import in_words
 from ofa.evaluation.scorer import Evaluation
 from ofa.methods import Predictor, method
 from ofa.models.load import LoadedModel
@@ -70,7 +70,7 @@ class CellRunner:
         except Exception as error:
             if os.environ.get("OFA_DEBUG"):
                 traceback.print_exc()
-            return Record(job.cell, error=_in_words(error))
+            return Record(job.cell, error=in_words(error))
 
     def _measured(self, job: Job) -> Record:
         cell, shots = job.cell, job.shots.examples
@@ -107,7 +107,7 @@ class CellRunner:
         try:
             return self._before.difference(Fingerprint.of(self._model))
         except Exception as error:  # a GPU after a failed assertion answers nothing any more
-            return _in_words(error)
+            return in_words(error)
 
 
 def _score(job: Job, result: Evaluation, extra_tokens: int) -> Score:
@@ -129,11 +129,6 @@ def _extra_tokens(predictor: Predictor, job: Job, demonstrations: tuple[Example,
     encoder = predictor.scorer.encoder
     taken = encoder.encode_demonstrations(demonstrations, texts=[example.text for example in job.tested])
     return own + len(taken) - len(encoder.leading)
-
-
-def _in_words(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"
 
 
 class _PeakMemory:

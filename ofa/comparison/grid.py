@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from itertools import product
@@ -9,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 from ofa.methods import METHODS
 from ofa.tasks import did_you_mean
 
@@ -66,6 +67,7 @@ class Grid(BaseModel):
     @field_validator("methods", mode="before")
     @classmethod
     def _methods(cls, value: Any) -> Any:
+        value = _parsed(value)
         rows = _unique(
             Row(method=name, settings=settings)
             for entry in ([value] if isinstance(value, Mapping) else _items(value))
@@ -109,6 +111,16 @@ def checked_part(kind: type[Options], values: Mapping[str, Any]) -> Options:
             raise InputError(f"{option} is missing: give it here or in --config") from error
         message = first["msg"][0].lower() + first["msg"][1:]
         raise InputError(f"{option} {first['input']} cannot be used: {message}") from error
+
+
+def _parsed(value: Any) -> Any:
+    """Methods with their settings, as the reader of --config hands them on in JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise InputError(f"--methods {value} is no JSON ({first_sentence(error)}): write names with commas") from error
 
 
 def _items(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
@@ -143,8 +143,9 @@ def _inject(model: Any, config: PeftConfig, targets: Iterable[str], undo: ExitSt
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(f"PEFT cannot adapt this model by {config.peft_type.value}: {first_line}") from error
+        raise InputError(
+            f"PEFT cannot adapt this model by {config.peft_type.value}: {first_sentence(error)}"
+        ) from error
     cast_adapter_dtype(model, "default")
     return model
 

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 from ofa.files import at_home
 
 FilePath = str | os.PathLike[str] | Traversable
@@ -363,8 +363,9 @@ def _parquet(file: Traversable) -> Iterator[Any]:
             with ParquetFile(source) as parquet:
                 yield parquet
         except (pyarrow.ArrowException, OSError) as error:
-            first = str(error).strip().splitlines()[0].rstrip(".")
-            raise InputError(f"{file} cannot be read as parquet ({first}): copy or write it again") from error
+            raise InputError(
+                f"{file} cannot be read as parquet ({first_sentence(error)}): copy or write it again"
+            ) from error
 
 
 def _parquet_rows(file: Traversable) -> Iterator[tuple[str, Row]]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from ofa.comparison.engines import Engine, Placement, Source
 from ofa.comparison.engines.local import LocalEngine
 from ofa.comparison.engines.placement import available_cores, placements, visible_gpus
 from ofa.comparison.engines.ray import check_installed, ray_engine
 from ofa.errors import InputError
-
-_DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 class Machines(BaseModel):
@@ -35,13 +32,6 @@ class Machines(BaseModel):
     threads: int | None = Field(None, ge=1)
     offline: bool = False
     trust_remote_code: bool = False
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        if not _DEVICES.fullmatch(value):
-            raise InputError(f"the device {value!r} is not known: choose auto, cpu, cuda, cuda:N or mps")
-        return value
 
     def source(self, model: str | None, dtype: str) -> Source:
         """The model as these workers load it."""

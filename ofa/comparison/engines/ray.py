@@ -18,7 +18,7 @@ from ofa.comparison.engines.crew import run_crew
 from ofa.comparison.engines.placement import check_sharing, way_out
 from ofa.comparison.engines.worker import Refused, load, place
 from ofa.comparison.records import Cell
-from ofa.errors import InputError
+from ofa.errors import InputError, first_sentence
 
 if TYPE_CHECKING:
     from ofa.comparison.cell import CellRunner, Outcome
@@ -106,7 +106,7 @@ class _Remote:
         try:
             self.pid, message = self._ray.get(self.answer)
         except self._ray.exceptions.RayError as error:
-            self._death = _first_line(error)
+            self._death = first_sentence(error)
             return None
         return message
 
@@ -152,7 +152,9 @@ def _connect(ray: Any, address: str | None, cores: int) -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"there is no Ray cluster at {address} ({_first_line(error)}): check --ray-address") from error
+        raise InputError(
+            f"there is no Ray cluster at {address} ({first_sentence(error)}): check --ray-address"
+        ) from error
 
 
 def _check_address(address: str) -> None:
@@ -162,7 +164,9 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT).close()
     except OSError as error:
-        raise InputError(f"there is no Ray cluster at {address} ({_first_line(error)}): check --ray-address") from error
+        raise InputError(
+            f"there is no Ray cluster at {address} ({first_sentence(error)}): check --ray-address"
+        ) from error
 
 
 def shared_placements(
@@ -196,7 +200,3 @@ def shared_placements(
 def _part(sharing: int) -> float:
     """A GPU divided by so many, rounded down to the four decimals that Ray keeps: else the last might not fit."""
     return 1 if sharing == 1 else 10_000 // sharing / 10_000
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ofa.comparison.engines import Placement, Source
-from ofa.errors import InputError
+from ofa.errors import InputError, in_words
 
 if TYPE_CHECKING:
     from ofa.comparison.cell import CellRunner
@@ -46,8 +46,7 @@ def load(source: Source, placement: Placement) -> CellRunner:
         )
         return CellRunner(loaded, source.batch_size, placement.sharing)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        words = (
-            first if isinstance(error, InputError) else f"the model cannot be loaded ({type(error).__name__}: {first})"
-        )
+        words = in_words(error)
+        if not isinstance(error, InputError):
+            words = f"the model cannot be loaded ({words})"
         raise Refused(words) from error

@@ -462,7 +462,7 @@ SETTINGS: dict[str, Case] = {
     ),
     "unknown name in YAML": (
         lambda b: b.fit("--config", b.file("a.yaml", "epochs: 2\nepoch: 3\n")),
-        ("a.yaml sets 'epoch', which is no option", "use one of", "epochs"),
+        ('a.yaml sets "epoch", which is no option', 'did you mean "epochs"'),
     ),
     "nested value in YAML": (
         lambda b: b.fit("--config", b.file("a.yaml", "seed: {value: 3}\n")),

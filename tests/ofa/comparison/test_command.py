@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
 import re
-from dataclasses import dataclass
-from unittest import mock
+import shlex
 
 import pytest
-import typer
 
-from ofa.commands.compare import compare
 from ofa.comparison import store
 from ofa.comparison.records import PROTOCOL
 from ofa.comparison.store import RESULTS, RUN, read_records
+from tests.ofa.command_line import Finished, ofa
 from tests.ofa.comparison.conftest import BROKEN, but_for_times
 
 pytestmark = pytest.mark.usefixtures("here")
 
 
-@dataclass(frozen=True)
-class Finished:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
+class Compared(Finished):
     @property
     def told(self):
         """The lines on standard error, without the estimates."""
         return [line.removeprefix("ofa: ") for line in self.err.splitlines()]
 
 
-def run(*arguments: object) -> Finished:
+def run(*arguments: object) -> Compared:
     """Run the command in this process."""
-    app = typer.Typer(add_completion=False)
-    app.command()(compare)
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict(os.environ):
-        os.environ.pop("FORCE_COLOR", None)
-        try:
-            app(list(map(str, arguments)), standalone_mode=False)
-        except SystemExit as leave:
-            status = int(leave.code or 0)
-    return Finished(status, out.getvalue(), err.getvalue())
+    return Compared(**vars(ofa("compare", *arguments)))
 
 
 @pytest.fixture
@@ -90,12 +68,11 @@ def test_a_second_run_does_only_what_is_missing(options, tmp_path):
 
 def test_the_folder_tells_what_was_run(options, tmp_path):
     """Command, grid, versions, cells; the earlier run behind the newer one, and none that was refused."""
-    with mock.patch("sys.argv", ["/somewhere/ofa", "compare", "--tasks", "a b"]):
-        run(*options, "--seeds", "1")
+    run(*options, "--seeds", "1")
     run(*options, "--seeds", "1-2")
     run(*options, "--seeds", "1-3", "--dtype", "float16")
     noted = json.loads((tmp_path / "out" / RUN).read_text())
-    assert noted["earlier"][0]["command"] == "ofa compare --tasks 'a b'"
+    assert noted["earlier"][0]["command"] == shlex.join(map(str, ["ofa", "compare", *options, "--seeds", "1"]))
     assert noted["grid"]["seeds"] == [1, 2]
     assert noted["grid"]["methods"] == [{"zero-shot": {}}, {"icl": {}}]
     assert (noted["protocol"], noted["test_seed"]) == (PROTOCOL, 42)
@@ -233,9 +210,8 @@ def test_what_cannot_run_is_one_sentence_before_anything_runs(options, tmp_path,
     [
         ({"task": ["a"]}, 'sets "task", which is no option, did you mean "tasks"'),
         ({"methods": {"ofa": {"sharpnes": 1}}}, 'ofa has no setting "sharpnes"'),
-        ({"workers": "two"}, "--workers two cannot be used"),
-        ({"workers-per-gpu": "two"}, "--workers-per-gpu two cannot be used"),
-        ({"seeds": {"a": 1}}, "the seeds .* cannot be read"),
+        ({"workers": "two"}, "invalid value for '--workers'"),
+        ({"seeds": {"a": 1}}, "sets seeds to .*; write one plain value"),
     ],
 )
 def test_what_a_file_gets_wrong_is_one_sentence(options, tmp_path, values, words):

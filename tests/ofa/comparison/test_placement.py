@@ -165,7 +165,6 @@ def test_what_a_cluster_cannot_give_is_refused(nodes, workers, device, words):
         ({"workers": 0}, "--workers 0 cannot be used"),
         ({"workers_per_gpu": 0}, "--workers-per-gpu 0 cannot be used: input should be greater than or equal to 1"),
         ({"workers_per_gpu": "many"}, "--workers-per-gpu many cannot be used"),
-        ({"device": "tpu"}, "the device 'tpu' is not known: choose auto"),
     ],
 )
 def test_machines_that_there_are_not_are_refused(values, words):
