@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies
 
 from ofa_kernels import launch
 from tests.ofa_kernels.calls import DEVICE, NORMED, NORMS, OPERATIONS, PROBED, Call, as_tuple, call, draw, weights_like
+from tests.pairs import over_pairs
 
 SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129), (2, 300)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,7 +25,6 @@ OUTPUTS = {
 """Operations with several outputs, and their number."""
 
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)
-over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -70,16 +70,14 @@ def assert_close(case: Call, width: int, dtype: torch.dtype):
             assert relative_error(value, oracle[name]) <= allowed, name
 
 
-@over_operations
-@over_shapes
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# A kernel meets every shape and every dtype. It widens what it loads at once (test_kernel_rules.py), so that a shape
+# and a dtype at once are nothing new to it; test_any_shape_and_stride draws some of those as well.
+@over_pairs(operation=OPERATIONS, shape=SHAPES, dtype=DTYPES)
 def test_outputs_and_gradients(operation, shape, dtype):
     assert_close(call(operation, shape, dtype), shape[-1], dtype)
 
 
-@pytest.mark.parametrize("operation", NORMED)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", [(3, 40), (2, 513)], ids=str)
+@over_pairs(operation=NORMED, norm=NORMS, shape=[(3, 40), (2, 513)])
 def test_every_norm(operation, norm, shape):
     """RMSNorm, LayerNorm with its shift, and 1+w, by the compile-time flags of one kernel."""
     assert_close(call(operation, shape, torch.float32, norm), shape[-1], torch.float32)
@@ -107,9 +105,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@over_operations
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@over_pairs(operation=OPERATIONS, norm=["rms", "layer"], dtype=[torch.float32, torch.float16])
 def test_rows_of_several_tiles(operation, norm, dtype):
     assert_close(call(operation, (3, 300), dtype, norm), 300, dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from ofa_kernels.launch import _SWEEPS, _TILES, MAX_WIDTH, REGISTER_HEAVY, configure, configure_tiles, programs, shares
@@ -13,19 +15,19 @@ WIDTHS = [1, 2, 31, 127, 128, 129, 576, 1024, 4096, 4097, 8192, 11008, 16384, 16
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, width, architecture):
-    config = configure(kernel, width, 2, architecture)
-    columns = 32 * config.groups
-    assert (config.tiles - 1) * columns < width <= config.tiles * columns
-    assert columns >= 128, "a tile has at least the channels of one random counter"
-    assert config.groups & (config.groups - 1) == 0, "Triton's tiles are powers of two"
-    threads = config.num_warps * (64 if architecture.startswith("gfx") else 32)
-    assert 64 <= threads <= 512
-    assert config.max_registers is None or config.max_registers * threads <= 65536, "registers of a multiprocessor"
-    assert config.num_warps >= 1
-    assert config.num_warps & (config.num_warps - 1) == 0
+def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, architecture):
+    for width in WIDTHS:
+        config = configure(kernel, width, 2, architecture)
+        columns = 32 * config.groups
+        assert (config.tiles - 1) * columns < width <= config.tiles * columns
+        assert columns >= 128, "a tile has at least the channels of one random counter"
+        assert config.groups & (config.groups - 1) == 0, "Triton's tiles are powers of two"
+        threads = config.num_warps * (64 if architecture.startswith("gfx") else 32)
+        assert 64 <= threads <= 512
+        assert config.max_registers is None or config.max_registers * threads <= 65536, "registers of a multiprocessor"
+        assert config.num_warps >= 1
+        assert config.num_warps & (config.num_warps - 1) == 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -50,12 +52,10 @@ def test_no_more_programs_than_rows_and_few_partial_sums(rows, processors, expec
 
 
 @pytest.mark.parametrize("kernel", [*_SWEEPS, *_TILES])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_of_the_curvature_are_powers_of_two_from_16_on(kernel, architecture, itemsize):
+def test_tiles_of_the_curvature_are_powers_of_two_from_16_on(kernel):
     """For every width of a head that the kernels accept, crowded or not."""
-    for width in (1, 48, 64, 80, 128, 256 if itemsize == 2 else 128):
-        for crowded in (False, True):
+    for architecture, itemsize, crowded in product(("sm_80", "sm_90", "gfx942"), (2, 4), (False, True)):
+        for width in (1, 48, 64, 80, 128, 256 if itemsize == 2 else 128):
             config = configure_tiles(kernel, width, itemsize, architecture, crowded)
             for size in (config.block_rows, config.block_columns, config.num_warps):
                 assert size & (size - 1) == 0

@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 from ofa_kernels import reference
 from ofa_kernels.philox import PROBES, probes
+from tests.pairs import over_pairs
 
 EPS = 1e-5
 SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129)]
 OUTPUTS = ("residual", "normalized", "update_sqnorm", "rstd")
 
-over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+"""Pairs of these and of the options: each option is one line of the formula, so that a third value changes nothing."""
+
 over_kinds = pytest.mark.parametrize("kind", reference.KINDS)
-over_offsets = pytest.mark.parametrize("offset", [0.0, 1.0], ids=["w", "1+w"])
-over_biases = pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 over_probes = pytest.mark.parametrize("probe", PROBES)
 
 
@@ -67,12 +67,9 @@ def assert_rows_close(actual, expected, width):
     np.testing.assert_allclose(wide(actual), expected, rtol=float32_error(width))
 
 
-@over_shapes
-@over_dtypes
-@over_kinds
-@over_offsets
-@over_biases
-@pytest.mark.parametrize("updated", [False, True], ids=["no update", "update"])
+@over_pairs(
+    shape=SHAPES, dtype=DTYPES, kind=reference.KINDS, offset=[0.0, 1.0], biased=[False, True], updated=[False, True]
+)
 def test_norm_step_is_the_formula(shape, dtype, kind, offset, biased, updated):
     residual, update = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=3) if updated else None
     weight, bias = norm_parameters(shape[-1], dtype, biased)
@@ -87,9 +84,7 @@ def test_norm_step_is_the_formula(shape, dtype, kind, offset, biased, updated):
     assert_rows_close(sqnorm, (wide(update) ** 2).sum(-1) if updated else np.zeros(shape[:-1]), shape[-1])
 
 
-@over_dtypes
-@over_kinds
-@over_biases
+@over_pairs(dtype=DTYPES, kind=reference.KINDS, biased=[False, True])
 def test_the_error_of_norm_step_is_at_most_twice_that_of_eager_pytorch(dtype, kind, biased):
     residual, update = draw(64, 96, dtype=dtype), draw(64, 96, dtype=dtype, seed=3)
     weight, bias = norm_parameters(96, dtype, biased)
@@ -162,16 +157,13 @@ def test_a_squared_norm_does_not_overflow_in_float16():
     assert reference.squared_norm(torch.full((2, 4), 300.0, dtype=torch.float16)).tolist() == [360000.0] * 2
 
 
-@over_shapes
-@over_dtypes
+@over_pairs(shape=SHAPES, dtype=DTYPES)
 def test_squared_norm_is_the_sum_of_squares_of_a_row(shape, dtype):
     update = draw(*shape, dtype=dtype)
     assert_rows_close(reference.squared_norm(update), (wide(update) ** 2).sum(-1), shape[-1])
 
 
-@over_shapes
-@over_dtypes
-@over_kinds
+@over_pairs(shape=SHAPES, dtype=DTYPES, kind=reference.KINDS)
 def test_rstd_is_one_over_sigma(shape, dtype, kind):
     stream = draw(*shape, dtype=dtype)
     expected = oracle_norm(wide(stream), np.ones(shape[-1]), None, kind, 0.0)[1]
@@ -184,10 +176,7 @@ def nu_of(shape, samples, **key):
     return wide(probes(rows, shape[-1], samples=samples, **key)).reshape(samples, *shape)
 
 
-@over_shapes
-@over_dtypes
-@over_kinds
-@over_probes
+@over_pairs(shape=SHAPES, dtype=DTYPES, kind=reference.KINDS, probe=PROBES)
 def test_perturb_is_the_norm_of_the_moved_stream(shape, dtype, kind, probe):
     """N(z + ε P ν) with P = diag(γ)/σ and ν from the counter."""
     stream = draw(*shape, dtype=dtype)
@@ -199,9 +188,7 @@ def test_perturb_is_the_norm_of_the_moved_stream(shape, dtype, kind, probe):
     assert_close(copies, oracle_norm(moved, wide(weight), wide(bias), kind, 1.0)[0], dtype)
 
 
-@over_dtypes
-@over_probes
-@pytest.mark.parametrize("diagonal", [(17,), (2, 3, 1), (2, 3, 17)], ids=str)
+@over_pairs(dtype=DTYPES, probe=PROBES, diagonal=[(17,), (2, 3, 1), (2, 3, 17)])
 def test_displace_moves_along_preconditioned_probes(dtype, probe, diagonal):
     stream, preconditioner = draw(2, 3, 17, dtype=dtype), draw(*diagonal, dtype=dtype, seed=1)
     key = {"seed": 7, "step": 3, "probe": probe}
@@ -210,9 +197,7 @@ def test_displace_moves_along_preconditioned_probes(dtype, probe, diagonal):
     assert_close(copies, expected, dtype)
 
 
-@over_shapes
-@over_dtypes
-@over_probes
+@over_pairs(shape=SHAPES, dtype=DTYPES, probe=PROBES)
 def test_contract_is_the_product_with_the_same_probes(shape, dtype, probe):
     base, copies = draw(*shape, dtype=dtype), draw(2, *shape, dtype=dtype, seed=1)
     key = {"seed": 7, "step": 3, "probe": probe}
@@ -248,10 +233,9 @@ def grad_inputs(biased=True):
     return [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
 
-@over_kinds
-@over_offsets
-@over_biases
-@pytest.mark.parametrize("outputs", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=[*OUTPUTS, "all"])
+@over_pairs(
+    outputs=[(0,), (1,), (2,), (3,), (0, 1, 2, 3)], kind=reference.KINDS, offset=[0.0, 1.0], biased=[False, True]
+)
 def test_gradients_of_norm_step(kind, offset, biased, outputs):
     """In every differentiable input, also if only one output is used."""
 
