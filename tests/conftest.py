@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from tests.device import DEVICE
+from tests.interpreter import wrap_language_once_per_launch
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -39,10 +42,28 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """The collector goes through what this module makes, and leaves out everything that was imported before."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extension modules complain of what is left when Python ends
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _whole_float32() -> None:
     """Float32 convolutions on a GPU instead of the default TF32, which has 10 bits."""
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    """Kernels on CPU tensors take hundreds of seconds of the suite."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        wrap_language_once_per_launch()
 
 
 def _save_tokenizer(folder: Path) -> int:

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 import ofa
 from ofa_kernels import philox
 from tests import families, oracle
+from tests.cases import CLOSED
 from tests.device import DEVICE
-
-OTHERS = ("bert", "opt_post_norm")
-"""Families whose norms come after the residual sum: they have no closed form."""
-
-CLOSED = [name for name in families.BUILDERS if name not in OTHERS]
 
 EVERY: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings, strategies
 
 from ofa_kernels import launch
+from tests.cases import over_pairs
 from tests.ofa_kernels.calls import DEVICE, NORMED, NORMS, OPERATIONS, PROBED, Call, as_tuple, call, draw, weights_like
-from tests.pairs import over_pairs
 
 SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129), (2, 300)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -182,31 +182,33 @@ def strided(tensor, how):
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+ORDERS = ["rows apart", "rows in reverse blocks", "columns apart"]
+
+
 @over_operations
-@pytest.mark.parametrize("how", ["rows apart", "rows in reverse blocks", "columns apart"])
-def test_strides_of_inputs(operation, how):
+def test_strides_of_inputs(operation):
     """Results do not depend on strides; NaN between rows is never read."""
     case = call(operation, (2, 3, 20), torch.float32)
-    inputs = [x if x is None or x.dim() < 3 else strided(x, how) for x in case.inputs]
-    dense, apart = (as_tuple(case.kernel(*given, **case.settings)) for given in (case.inputs, inputs))
-    assert all(torch.equal(a, b) for a, b in zip(dense, apart, strict=True))
+    dense = as_tuple(case.kernel(*case.inputs, **case.settings))
+    for how in ORDERS:
+        inputs = [x if x is None or x.dim() < 3 else strided(x, how) for x in case.inputs]
+        apart = as_tuple(case.kernel(*inputs, **case.settings))
+        assert all(torch.equal(a, b) for a, b in zip(dense, apart, strict=True)), how
 
 
 @over_operations
-@pytest.mark.parametrize("how", ["rows apart", "rows in reverse blocks", "columns apart"])
-def test_strides_of_gradients(operation, how):
+def test_strides_of_gradients(operation):
     case = call(operation, (2, 3, 20), torch.float32)
-    found = []
-    for arrange in (lambda grad: grad, lambda grad: strided(grad, how) if grad.dim() >= 3 else grad):
-        inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
-        outputs = as_tuple(case.kernel(*inputs, **case.settings))
-        grads = [arrange(draw(*output.shape, seed=i).to(output.dtype)) for i, output in enumerate(outputs)]
-        before = [grad.clone() for grad in grads]
-        found.append(torch.autograd.grad(outputs, [x for x in inputs if x is not None], grads))
-        assert all(torch.equal(grad, copy) for grad, copy in zip(grads, before, strict=True)), (
-            "a gradient was written to"
-        )
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
+    given = [x for x in inputs if x is not None]
+    outputs = as_tuple(case.kernel(*inputs, **case.settings))
+    dense = [draw(*output.shape, seed=i).to(output.dtype) for i, output in enumerate(outputs)]
+    expected = torch.autograd.grad(outputs, given, dense, retain_graph=True)
+    for how in ORDERS:
+        grads = [strided(grad, how) if grad.dim() >= 3 else grad.clone() for grad in dense]
+        found = torch.autograd.grad(outputs, given, grads, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), how
+        assert all(torch.equal(a, b) for a, b in zip(dense, grads, strict=True)), "a gradient was written to"
 
 
 @over_operations

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ofa_kernels import reference
 from ofa_kernels.philox import PROBES, probes
-from tests.pairs import over_pairs
+from tests.cases import over_pairs
 
 EPS = 1e-5
 SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129)]

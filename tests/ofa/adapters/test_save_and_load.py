@@ -24,13 +24,13 @@ from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.save_and_load import read_adapter
 from ofa.errors import InputError
 from tests import oracle
+from tests.cases import CAUSAL
 from tests.device import DEVICE
 from tests.families import BUILDERS, build, inputs
 
 # PEFT warns about every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
-CAUSAL = [name for name in BUILDERS if name not in ("bert", "vit")]
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # Raised by safetensors on a full disk; not an OSError.
 NO_SPACE_IN_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

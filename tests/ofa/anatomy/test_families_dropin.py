@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import ofa
 from ofa.anatomy import steps as anatomy
 from tests import families, oracle
+from tests.cases import POST_NORM
 from tests.device import DEVICE
-from tests.ofa.traces import OTHERS, assert_dense, freeze, probes_of, solve, traces_of
+from tests.ofa.traces import assert_dense, freeze, probes_of, solve, traces_of
 
 # PEFT warns of every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
@@ -141,7 +142,7 @@ PROBES: dict[str, Any] = {"estimator": "hutchinson", "gradient": "full", "epsilo
 PROBED = 1e-3
 """The error of νᵀJPν: F's curvature over ε, and rounding 10⁻¹⁶/ε of updates of length 10²."""
 
-FALLBACK = [case for case in oracle.CASES if case[0] in (*OTHERS, "gemma3", "olmo2", "falcon_alibi")]
+FALLBACK = [case for case in oracle.CASES if case[0] in (*POST_NORM, "gemma3", "olmo2", "falcon_alibi")]
 
 
 @pytest.mark.parametrize(("name", "granularity"), FALLBACK)
@@ -159,7 +160,7 @@ def in_float64(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return families.vision_language(name).double(), doubled
 
 
-@pytest.mark.parametrize("name", [name for name in BEHAVES_AS if BEHAVES_AS[name] not in OTHERS])
+@pytest.mark.parametrize("name", [name for name in BEHAVES_AS if BEHAVES_AS[name] not in POST_NORM])
 def test_the_language_part_has_the_trace_of_dense_jacobians_with_images(name: str) -> None:
     """Positions with three axes (Qwen2-VL) and bidirectional attention to images (PaliGemma) are in the closed form."""
     with oracle.Float64():

@@ -15,6 +15,7 @@ from ofa.models.introspection import evaluating
 from ofa.tasks.task import Example
 from ofa.training.loop import Diverged, Interrupted
 from tests import families
+from tests.cases import CAUSAL, POST_NORM
 from tests.device import DEVICE
 from tests.ofa.given_back import at_step_2, state
 from tests.ofa.label_models import ROUNDING, TASK, sharpened
@@ -22,7 +23,6 @@ from tests.ofa.label_models import ROUNDING, TASK, sharpened
 SHOTS = (Example("a warm and funny film", "positive"), Example("dull, slow and far too long", "negative"))
 OTHERS = (Example("never drags", "positive"), Example("far too long", "negative"), Example("warm", "positive"))
 TEXTS = ["a warm film", "dull", "slow and far too long, but it never drags after the first hour"]
-CAUSAL = [name for name in families.BUILDERS if name not in ("bert", "vit", "opt_post_norm")]
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_parallel_branches_are_mixed_one_by_one():
     torch.testing.assert_close(actual, mixed, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in POST_NORM])
 def test_lambda_0_and_beta_1_change_nothing_in_any_wiring(name):
     """Bit-identical in every wiring, because 1·out + 0·v is not rounded; all 4L coefficients have a gradient."""
     model = families.build(name)

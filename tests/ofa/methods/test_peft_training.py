@@ -19,6 +19,7 @@ from ofa.models.introspection import evaluating
 from ofa.tasks.task import Example, Task
 from ofa.training.loop import Interrupted
 from tests import families
+from tests.cases import CAUSAL
 from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, state
 from tests.ofa.methods.grown import with_vocabulary_of
@@ -31,7 +32,6 @@ LEARNING = {
     for name, rate in (("lora", 0.01), ("lora-r1", 0.01), ("ia3", 0.3), ("soft-prompt", 0.1))
 }
 """Steps enough, and of a size, that the loss of the tiny model falls from ln 384 by 0.1 nats and more."""
-CAUSAL = tuple(name for name in families.BUILDERS if name not in ("bert", "vit"))
 SAME_FIRST_TOKEN = Task(name="mood", template=TASK.template, labels=("positive", "position"))
 
 

@@ -8,10 +8,10 @@ import torch
 from ofa import anatomy
 from ofa.probing.logit_lens import LogitLens
 from tests import families
+from tests.cases import CAUSAL
 from tests.device import DEVICE
 from tests.ofa.given_back import state
 
-CAUSAL = [name for name in families.BUILDERS if name not in ("bert", "vit")]
 TOKENS = range(64)
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], device=DEVICE)
 LAST = torch.tensor([[5], [3]])

@@ -28,8 +28,9 @@ from ofa.regularizers.closed_form.attention_interface import AttentionCapture
 from ofa.regularizers.closed_form.modules import AttentionModules, ExpertsModules, HeadShape, MlpModules, NoClosedForm
 from ofa.regularizers.closed_form.recognize import AttentionSpec, ExpertsSpec, MlpSpec, Recognized, recognize
 from tests import families, oracle
+from tests.cases import CLOSED
 from tests.device import DEVICE
-from tests.ofa.traces import CLOSED, built, frozen, hooks_of, measuring
+from tests.ofa.traces import built, frozen, hooks_of, measuring
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 LLAMA = (SEPARATE, "o_proj", "separate", "half", (4, 2))

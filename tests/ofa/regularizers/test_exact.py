@@ -16,9 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ofa import InputError
 from ofa.regularizers.estimators.exact import Exact
 from tests import families, oracle
+from tests.cases import CLOSED
 from tests.device import DEVICE
 from tests.ofa.traces import (
-    CLOSED,
     DENSE,
     PADDED,
     VARIANTS,

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 
 import ofa
 from tests import families, oracle
+from tests.cases import over_pairs
 from tests.ofa.traces import EVERY
 from tests.ofa.trainers import without_dropout
 
@@ -141,9 +142,7 @@ def test_selective_checkpoints_change_nothing(name: str, kind: str) -> None:
     check(accumulated(name, selectively, kind=kind), name, kind)
 
 
-@pytest.mark.parametrize("saver", list(SAVERS))
-@pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@over_pairs(name=["llama", "gpt2"], kind=EVERY, saver=SAVERS)
 def test_saved_tensors_may_be_offloaded(name: str, kind: str, saver: str) -> None:
     """Our autograd functions save tensors by `save_for_backward`, so that hooks may return copies."""
     check(accumulated(name, None, SAVERS[saver], kind=kind), name, kind)
@@ -184,9 +183,7 @@ def test_offloaded_activations_are_not_kept_alive(name: str, kind: str) -> None:
     loss.backward()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpoints"])
-@pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+@over_pairs(name=["llama", "gpt2", "falcon"], kind=EVERY, checkpointing=[False, True])
 def test_no_tensor_needs_the_garbage_collector(name: str, kind: str, checkpointing: bool) -> None:
     """A tensor in a reference cycle keeps its graph alive, and with it the memory that checkpoints free."""
     model = tuned(name)

@@ -18,9 +18,10 @@ from ofa import anatomy
 from ofa.regularizers.estimators import choice
 from ofa.regularizers.estimators.hutchinson import DELTA, INT8_DELTA, FullHutchinson, Hutchinson, epsilon_scales
 from tests import families, oracle
+from tests.cases import POST_NORM
 from tests.device import DEVICE
 from tests.ofa.anatomy.test_families_dropin import EVERY, built, granularity_of
-from tests.ofa.traces import OTHERS, traces_of
+from tests.ofa.traces import traces_of
 
 SCALE = 2.0**-8
 """Loss scale in float16, as by GradScaler: gradients of these random models exceed its largest number, 65504."""
@@ -60,7 +61,7 @@ def gradient(model: nn.Module, name: str, given: dict[str, Tensor], mode: Mode) 
     """Logits of a measured pass, its loss with the penalty, and the loss' gradient in every scale, in one row."""
     params = ofa.tune_norms(model)
     # Without a closed form only the step ratio: a finite difference's own error is larger than the dtype's.
-    sharpness = 0.0 if name in OTHERS else 1e-2
+    sharpness = 0.0 if name in POST_NORM else 1e-2
     # Roundings may change the channels chosen for the radial term.
     with ofa.fused_regularizers(model, 1e-2, sharpness, granularity=granularity_of(name), radial="exact") as reg:
         with mode.context():
@@ -106,7 +107,7 @@ def compare_with_float32(name: str, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("narrow", EVERYWHERE)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", POST_NORM)
 def test_the_fallback_of_auto_trains_in_narrow_dtypes(name: str, narrow: str) -> None:
     """Finite differences with the default ε: everything is finite, and each scale changes in a step of Adam."""
     mode, (model, given) = MODES[narrow], built(name)

@@ -9,24 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from tests.ofa.on_two_ranks import CHECKS, RANKS
+from tests.once import made_once
 
 SECONDS = 150
 """Seconds until a hanging rank is killed: twenty times what both ranks take on one idle core."""
 
 
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    """The outcome of every check by rank: "" or a traceback. Run once, also with several pytest workers."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if hasattr(request.config, "workerinput") else shared
-    folder = shared / "two-ranks"
-    with FileLock(shared / "two-ranks.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            run_ranks(folder)
+def outcomes(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    """The outcome of every check by rank: "" or a traceback."""
+    folder = made_once(request, "two-ranks", run_ranks)
     files = [folder / f"rank-{rank}.json" for rank in range(RANKS)]
     return [json.loads(file.read_text()) if file.exists() else {} for file in files]
 

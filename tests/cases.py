@@ -1,4 +1,4 @@
-"""Grids of pairs: every two values of two axes meet in some case, in far fewer cases than the full product has."""
+"""Which cases several files run: families by what they can do, and grids in which all pairs of values meet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
+
+from tests.families import BUILDERS
+
+CAUSAL = [name for name in BUILDERS if name not in ("bert", "vit")]
+"""Families that continue a text."""
+
+POST_NORM = ("bert", "opt_post_norm")
+"""Families whose norms come after the residual sum: they have no closed form."""
+
+CLOSED = [name for name in BUILDERS if name not in POST_NORM]
+"""Families whose trace has a closed form."""
 
 Value = tuple[int, int]
 """An axis and the index of one of its values."""
