@@ -4,8 +4,8 @@ python -m benchmarks.attaching --out benchmarks/results/attaching_cpu.csv
 
 - `overhead`: time of a training step with both terms off, and with the step ratio alone, relative to a plain step of
   the same round; and how many hooks the model has. Plain again shows what the machine's noise looks like.
-- `attach`: milliseconds to attach and to close, behind a first time that pays for imports, and what the first measured
-  pass takes longer than the second one: constants of the closed form, reach of finite differences.
+- `attach`: milliseconds to attach and to close, after a first time that imports modules; and how much longer the first
+  measured pass takes than the second: constants of the closed form, epsilon scales of finite differences.
 - `memory`: bytes that autograd holds when a forward pass ends, each storage once, parameters not; and the peak of the
   memory allocated during a step, from its beginning. Both are counted, not sampled; the first is the same in every
   run, the second but for what Python's collector frees sooner or later. Under activation checkpointing autograd is not
@@ -159,7 +159,7 @@ def memory(model: nn.Module, ids: Tensor, names: Sequence[str], *, checkpointing
 
 
 def saved_bytes(model: nn.Module, ids: Tensor, attached: Any) -> int:
-    """Bytes of the storages that autograd holds behind a forward pass, without those of parameters and buffers."""
+    """Bytes of the storages that autograd holds after a forward pass, without those of parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, int] = {0: 0}
 

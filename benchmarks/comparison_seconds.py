@@ -61,7 +61,7 @@ def rows(records: Sequence[Record], of_commit: str) -> Iterator[Row]:
 
 
 def _made_by(record: Record) -> tuple[str, ...]:
-    """A worker that shares its GPU with nobody does not mention it."""
+    """The versions that made a record; a worker alone on its GPU does not record the number of workers."""
     found = {"workers_per_gpu": "1", **record.versions}
     return tuple(found.get(name, "unknown") for name in _MADE_BY)
 

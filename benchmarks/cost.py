@@ -102,8 +102,8 @@ def _flops(model: nn.Module, ids: Tensor, attach: Attach, rounds: int = 1) -> in
 def _saved_bytes(model: nn.Module, ids: Tensor, attach: Attach) -> int:
     """Bytes of all storages that autograd holds when the forward pass ends, each once.
 
-    Parameters and buffers would be there anyway. What was saved for a result that nobody uses any more has been freed
-    by then, and does not count.
+    Without parameters and buffers, which exist anyway, and without tensors saved for unused results, which are freed
+    by then.
     """
     alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.curvature_kernels --out benchmarks/results/curvature_gpu.csv
 
-- `eager`: the reference in plain PyTorch; `triton`: the kernels, with what PyTorch adds up behind them.
+- `eager`: the reference in plain PyTorch; `triton`: the kernels, with PyTorch's sums after them.
 - `bandwidth`: bytes that must be read, each once, by time; `copy_share`: relative to a large copy's.
 - `attention_curvature` has besides `flash_ratio`, its time by that of PyTorch's fused attention, forward.
 

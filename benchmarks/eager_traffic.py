@@ -24,7 +24,7 @@ from benchmarks.implementations import Case, Implementation, Pass, passes
 VIEWS = (
     "view", "expand", "slice", "select", "aten.t.", "transpose", "squeeze", "detach", "alias", "unbind", "as_strided",
 )  # fmt: skip
-"""Operations that hand out the same memory; `empty` and its like hand out memory that nobody has written."""
+"""Operations that return the same memory."""
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[
 
 
 def _interleaved(workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> dict[str, list[Timed]]:
-    """Every variant once per round, behind one that compiles its kernels; who fails is named and left out."""
+    """Every variant once per round, after a round that compiles kernels; a variant that fails is named and left out."""
     able = []
     for variant in variants:
         try:

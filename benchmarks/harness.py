@@ -140,7 +140,7 @@ class _Clock:
     def end(self, *ignored: Any) -> None:
         _wait()
         seconds = time.perf_counter() - self._begun.pop()
-        if not self._begun:  # what runs inside of something timed is timed already
+        if not self._begun:  # nested calls are timed by the outer one
             self.seconds += seconds
 
 

@@ -150,7 +150,7 @@ def _add_norm() -> Operation:
         "add_norm",
         inputs=lambda case: (_rows(case), _rows(case), _scale(case)),
         gradients=lambda case: (_rows(case), _rows(case)),
-        # Nobody else writes the length, four bytes per row.
+        # Only our kernel writes the length, four bytes per row.
         forward=traffic.norm_step_forward,
         backward=traffic.add_norm_backward,
         eager=eager,

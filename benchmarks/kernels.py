@@ -1,4 +1,4 @@
-"""Times every operation's kernels, forward and backward, beside whoever else computes the same, as one long table.
+"""Times every operation's kernels, forward and backward, and other implementations of the same, as one long table.
 
 python -m benchmarks.kernels --out benchmarks/results/kernels_h200.csv --plot docs/figures/kernels.png
 

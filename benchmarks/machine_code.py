@@ -3,7 +3,7 @@
 python -m benchmarks.machine_code --out benchmarks/results/machine_code.csv
 
 Rows of 4096 bfloat16 numbers, RMSNorm, N = 4. A kernel's loops are those over its samples, which are met N times. Where
-a program takes one row after the other they are inside of that loop, and what stands around it counts for no row.
+a program takes one row after the other they are inside that loop, and instructions outside it count for no row.
 Of the variants of a kernel (with or without a residual, and the like) the longest is in the table.
 """
 

@@ -137,7 +137,7 @@ def traces(model: nn.Module, batch: dict[str, Tensor], precision: Precision, est
 def gradient(
     model: nn.Module, batch: dict[str, Tensor], precision: Precision, estimator: str, **options: Any
 ) -> list[Tensor]:
-    """The gradient of H in every scale but the last, which stands behind all steps; float64."""
+    """The gradient of H in every scale but the last, which comes after all steps; float64."""
     params = ofa.tune_norms(model)[:-1]
     with ofa.fused_regularizers(
         model, 0.0, 1.0, estimator=estimator, gradient="full", seed=1, **options
@@ -181,7 +181,7 @@ def _layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _first_layers(model: Any) -> Any:
-    """A copy of the model that ends behind its first layers."""
+    """A copy of the model with only its first layers."""
     front = copy.deepcopy(model)
     front.model.layers = front.model.layers[:GRADIENT_LAYERS]
     front.config.num_hidden_layers = len(front.model.layers)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.predicting --out benchmarks/results/predicting_cpu.csv
 
-The model is a tiny Llama with random weights, saved to disk with an adapter, so that what is measured is the rest: the
+The model is a tiny Llama with random weights, saved to disk with an adapter, so that the rest dominates: the
 reader, the template, the tokenizer, the batches, the writer. `--model` takes another one. Every figure is that of a
 process of its own, its start included; processor time is stated beside time on the wall, since other work on the
 machine lengthens it less.

@@ -34,7 +34,7 @@ BASE, SECOND_BASE, MERGED, OFA, PEFT = "base", "base_again", "merged", "adapter_
 
 @dataclass(frozen=True)
 class Workload:
-    """One request: a forward pass over a batch, or as many tokens generated greedily behind each sequence."""
+    """One request: a forward pass over a batch, or as many tokens generated greedily after each sequence."""
 
     name: str
     sequences: int
@@ -79,7 +79,7 @@ class Row:
 
 
 def variants(base: str, adapter: Path, merged: Path, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The models by name, each with weights of its own, as whoever serves them would load them."""
+    """The models by name, each with its own weights, loaded as a server would load them."""
 
     def bare(name: str | Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -113,7 +113,7 @@ def requests(workload: Workload, models: dict[str, Any], device: str) -> dict[st
 
 @torch.no_grad()
 def interleaved(calls: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict[str, list[Seconds]]:
-    """What every call took in every round, behind one that warms up; each round begins with another call."""
+    """Times of every call in every round, after a warm-up round; each round begins with another call."""
     names = list(calls)
     times: dict[str, list[Seconds]] = {name: [] for name in names}
     for name in names:

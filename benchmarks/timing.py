@@ -55,7 +55,7 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors may take, after what earlier ones left behind is given back."""
+    """Bytes available to tensors, after releasing the allocator's cache."""
     if device.type != "cuda":
         return 2**33
     torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ What a kernel moves beyond that is left out, because it comes from a cache or is
 
 - γ and β, which every row reads again;
 - a tile that `perturb` and `step_boundary` read again for every probe, and the second read of its gradients;
-- a row of several tiles, read again behind its moments;
+- a row of several tiles, read a second time after its moments;
 - the sums of their gradients that each program of a backward pass writes, and the sum over the programs.
 """
 
@@ -88,7 +88,7 @@ def norm_step_backward(size: Size) -> Traffic:
 
 
 def add_norm_backward(size: Size) -> Traffic:
-    """As `norm_step_backward` where nobody asks for ‖update‖²: residual and update have one gradient."""
+    """As `norm_step_backward` without ‖update‖²: residual and update have one gradient."""
     return Traffic(
         reads=3 * size.stream + (1 + size.centred) * size.scalars + size.scale,
         writes=size.stream + size.scale_and_shift,
@@ -96,7 +96,7 @@ def add_norm_backward(size: Size) -> Traffic:
 
 
 def perturb_forward(size: Size, *, undisturbed: bool = False) -> Traffic:
-    """Stream → copies, behind a copy of `undisturbed` where it is given."""
+    """Stream → copies, after a copy of `undisturbed` if given."""
     return Traffic(
         reads=(1 + undisturbed) * size.stream + size.scale_and_shift,
         writes=(undisturbed + size.samples) * size.stream,

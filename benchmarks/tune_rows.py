@@ -3,8 +3,8 @@
 python -m benchmarks.tune_rows --out benchmarks/results/tune_rows_gpu.csv [--kernels norm_step_backward …]
 
 A candidate is a tile, its warps, its registers, how many tiles a loop has under way and, where rows are shared by
-programs with a partial sum each, how many of those there are for a multiprocessor. What is timed is the operation: the
-kernel and, behind it, the sum of those partial sums. Every launch is compiled in one of several processes first; one
+programs with a partial sum each, how many of those there are for a multiprocessor. The whole operation is timed: the
+kernel and the sum of those partial sums. Every launch is compiled in one of several processes first; one
 that does not fit, or whose results are wrong, is named and not timed, and what one spills is in the table. Without a
 GPU small sizes are interpreted.
 """

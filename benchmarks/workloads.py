@@ -154,7 +154,7 @@ def batch(workload: Workload, device: torch.device = CPU) -> Tensor:
 
 
 def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:
-    """Cross-entropy of one label token behind the prompt, in nats, plus the penalty if there is one."""
+    """Cross-entropy of one label token after the prompt, in nats, plus the penalty if there is one."""
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     value = F.cross_entropy(logits[:, -1], ids[:, 0])
     return value if attached is None else value + attached.penalty()

@@ -66,7 +66,7 @@ def load(options: argparse.Namespace, labels: Sequence[str]) -> tuple[Any, Any, 
     """Encoder with a head for the labels, tokenizer, and where they come from."""
     names = dict(enumerate(labels))
     if options.model:
-        how = {"id2label": names, "ignore_mismatched_sizes": True}  # a head for other labels is made anew
+        how = {"id2label": names, "ignore_mismatched_sizes": True}  # replaces a head with other labels
         base = AutoModelForSequenceClassification.from_pretrained(options.model, **how)
         return base, AutoTokenizer.from_pretrained(options.model), options.model
     folder = Path(options.out) / "random-bert"

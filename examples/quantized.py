@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The base in 4 or 8 bits, its tokenizer and its name; the embedded model has to be written out first."""
+    """The base in 4 or 8 bits, its tokenizer and its name; the embedded model must be saved to disk first."""
     how: dict[str, Any] = {
         "quantization_config": BitsAndBytesConfig(**QUANTIZED[options.bits]),
         "dtype": torch.bfloat16,

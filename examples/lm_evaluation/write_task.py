@@ -5,7 +5,7 @@
     lm_eval run --model hf --model_args pretrained=checkpoint,dtype=float32 \\
         --include_path harness --tasks ofa_reviews --batch_size 16
 
-The harness compares the log-likelihoods of " label" behind the prompt, and its `acc` is the accuracy of `ofa evaluate`
+The harness compares the log-likelihoods of " label" after the prompt, and its `acc` is the accuracy of `ofa evaluate`
 where each label is one token. Where it is several, `ofa evaluate` compares first tokens, or, if two labels share one,
 whole words with their line end, which `--line-end` has the harness do too. Where a text does not fit the model's
 window, `ofa evaluate` shortens the text, and the harness cuts the prompt from the left. With HF_HUB_OFFLINE=1 it asks
@@ -46,7 +46,7 @@ def row(task: Task, example: Example) -> dict[str, Any]:
 
 
 def harness_task(name: str, task: Task, rows: Path, end: str) -> dict[str, Any]:
-    """The task as the harness reads it: multiple choice between the label words, each with `end` behind it."""
+    """The task as the harness reads it: multiple choice between the label words, each followed by `end`."""
     return {
         "task": name,
         "dataset_path": "json",

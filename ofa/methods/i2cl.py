@@ -237,7 +237,10 @@ class _Noise:
 def _exits(model: Any) -> list[str]:
     branches = [branch for step in anatomy.find(model).steps() for branch in step.branches]
     if any(branch.writes != "update" for branch in branches):
-        raise InputError("i2cl needs the branches' outputs, but this model's branches add to the residual stream")
+        raise InputError(
+            "i2cl needs the branches' outputs, but this model's branches add to the residual stream; choose another "
+            "method"
+        )
     return [branch.exit for branch in branches]
 
 

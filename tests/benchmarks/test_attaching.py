@@ -27,7 +27,7 @@ def rows(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tu
 
 
 def test_nothing_is_attached_where_nothing_is_weighted(rows: dict[tuple[str, ...], float]) -> None:
-    """Both terms off leave no hook behind, which is what costs nothing; the step ratio alone has some."""
+    """With both terms off there are no hooks, and so no cost; the step ratio alone has some."""
     hooks = {variant: rows["overhead", variant, "hooks", "False"] for variant in attaching.OVERHEAD}
     assert hooks["both_off"] == hooks["plain_again"] == 0
     assert hooks["step_ratio"] > 0

@@ -103,8 +103,8 @@ def test_a_launch_whose_results_are_wrong_is_refused_and_not_timed(tmp_path, mon
 
 
 @pytest.mark.parametrize("kernel", tune_rows.KERNELS)
-def test_a_candidate_is_what_its_kernel_is_launched_as(kernel):
-    """As a process that compiles it captures it, and the library's decisions stand again behind it."""
+def test_a_candidate_decides_its_kernels_launch(kernel):
+    """As captured by the compiling process; afterwards the library's own settings are restored."""
     before = launch.configure, launch.programs
     own = launch.configure(kernel, 256, 2, "sm_90")
     other = tune_rows.Candidate(next(one.launch for one in tune_rows.candidates(kernel, 256) if one.launch != own))
@@ -195,7 +195,7 @@ LISTING = """
         /*0050*/               @P1 BRA 0x10 ;
         /*0060*/                   BRA 0x60;
 """
-"""A loop at 0x20 in one at 0x10, and the one without end that stands behind every kernel."""
+"""A loop at 0x20 inside one at 0x10, and the endless loop after every kernel."""
 
 
 @pytest.mark.parametrize(

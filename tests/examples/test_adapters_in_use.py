@@ -1,4 +1,4 @@
-"""The examples of adapters in use, run small: whatever opens an adapter answers as the adapter does."""
+"""The examples of adapters in use, run small: every way to load an adapter gives the same answers."""
 
 from __future__ import annotations
 

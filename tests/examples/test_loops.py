@@ -63,7 +63,7 @@ def test_it_tunes_the_norms_and_says_so(
 
 @contextmanager
 def weights_of_penalty(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The weight that each optimizer step gives to the penalty, whoever takes the step."""
+    """The weight that each optimizer step gives to the penalty, in any loop."""
     penalty, weights = torch.zeros((), requires_grad=True), []
     attach = ofa.fused_regularizers
 
@@ -77,7 +77,7 @@ def weights_of_penalty(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]
         penalty.grad = None
 
     monkeypatch.setattr(ofa, "fused_regularizers", attach_with)
-    # Behind the step: Lightning computes the gradients of the last batch inside it.
+    # After the step: Lightning computes the gradients of the last batch inside it.
     handle = register_optimizer_step_post_hook(keep)
     yield weights
     handle.remove()

@@ -1,4 +1,4 @@
-"""What tests of methods share: a task, and all that a method could leave behind in a model."""
+"""Shared by tests of methods: a task, and the state of a model that a method must restore."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = ["a film that drags", "warm", "slow and dull and funny"]
 
 
 def state(model):
-    """All that a method could leave behind: parameters and their flags, buffers, modes, hooks."""
+    """State that a method must restore: parameters and their flags, buffers, modes, hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {
         "parameters": [(name, id(p), p.dtype, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],

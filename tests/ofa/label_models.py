@@ -13,7 +13,7 @@ TASK = Task(name="mood", template="Review: {text}\nSentiment:", labels=("negativ
 COLLIDING = Task(name="colliding", template="Review: {text}\nSentiment:", labels=("xab", "xabcd", "y", "xq"))
 OPEN = Task(name="open", template="{text}\nAnswer:")
 
-# The models below compute in float64, so that batch, padding and cache change nothing above 1e-12. What is left is the
+# The models below compute in float64, so that batch, padding and cache change nothing above 1e-12. There remains the
 # rounding of the logits to float32 (2^-24 of a logit below 32, 2e-6) and a log-softmax in float32, a few times as much.
 ROUNDING = 2e-5
 

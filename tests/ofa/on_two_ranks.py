@@ -89,7 +89,7 @@ def scales_of(model: nn.Module) -> Tensor:
 
 
 def train(trained: nn.Module, reg: Any, name: str, rows: slice) -> Tensor:
-    """Some steps of an ordinary loop; the scales behind it."""
+    """Some steps of an ordinary loop; returns the scales."""
     optimizer = optimizer_of(trained)
     for step in range(STEPS):
         loss = trained(**batch(name, step, rows)).loss + reg.penalty()
@@ -174,7 +174,7 @@ def float32_is_as_near_to_the_truth_as_one_process(launcher: str) -> None:
 
 @check
 def unequal_shares_are_weighted_by_their_sequences(folder: Path) -> None:
-    """Ranks are averaged, whatever they hold: 1 and 3 sequences take the weights 1/2 and 3/2."""
+    """Ranks are averaged equally: with 1 and 3 sequences, their weights are 1/2 and 3/2."""
     rows = (slice(0, 1), slice(1, 4))[dist.get_rank()]
     gradients = []
     for share in (1.0, (rows.stop - rows.start) * RANKS / 4):
@@ -433,7 +433,7 @@ def a_wrapped_model_is_saved_by_every_rank_or_by_the_first_alone(folder: Path) -
 
 @check
 def ranks_that_hold_something_else_are_told(folder: Path) -> None:
-    """Norms that were tuned inside of the wrapper: nobody averages their gradients."""
+    """The wrapper does not average gradients of norms that were tuned inside it."""
     model = model_of("llama", torch.float32)
     trained = DistributedDataParallel(model)
     ofa.tune_norms(trained.module)

@@ -47,7 +47,7 @@ def as_folder(path):
 
 
 def test_a_label_whose_tokens_begin_another_one_s_can_be_told_from_it(tiny_model):
-    """Scored without an end the longer one is never the more probable, whatever is trained."""
+    """Scored without an end, the longer label could never be the more probable one."""
     texts = ("warm", "funny", "never drags", "a joy", "dull", "slow", "far too long", "a bore")
     task = Task("kind", "{text}\nKind:", ("film", "film and"))
     data = TaskData(task, tuple(Example(text, task.labels[index % 2]) for index, text in enumerate(texts)))

@@ -139,7 +139,7 @@ def without_locks(lock, timeout):
 
 
 def test_work_in_a_claimed_folder_claims_it_again_but_other_threads_do_not(tmp_path):
-    """`ofa fit` claims its folder, and the training and the saving inside of it do too."""
+    """`ofa fit` claims its folder, and so do the training and the saving inside it."""
     refused = []
 
     def elsewhere():

@@ -153,7 +153,7 @@ def assert_dense(
 
 
 def scale_gradients(model: nn.Module, penalty: Tensor) -> dict[str, Tensor]:
-    """The penalty's gradient by the path of the norm; the final norm, which stands behind the last step, has none."""
+    """The penalty's gradient by the path of the norm; the final norm, which comes after the last step, has none."""
     scales = oracle.scales(model)
     found = torch.autograd.grad(penalty, list(scales.values()), allow_unused=True)
     return {path.rpartition(".")[0]: g for path, g in zip(scales, found, strict=True) if g is not None}
@@ -203,7 +203,7 @@ def assert_gradient(
         return reg.penalty()
 
     found = scale_gradients(model, penalty())
-    assert len(found) >= len(scales) - 1  # the final norm stands behind the last step
+    assert len(found) >= len(scales) - 1  # the final norm comes after the last step
     for path, gradient in found.items():
         scale = scales[f"{path}.weight"]
         direction = torch.randn(scale.shape, generator=generator).to(scale)

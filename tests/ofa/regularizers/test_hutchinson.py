@@ -59,7 +59,7 @@ def test_the_estimate_is_the_quadratic_form_of_its_own_probes(name: str, granula
         for index, step in enumerate(steps):
             nu = probes_of(index, step.stream, seed=5, samples=1)[0]
             expected = step.quadratic(nu)
-            # The finite difference is the mean of νᵀJPν along the displacement, so it is within that range.
+            # The finite difference is the mean of νᵀJPν along the displacement, and so between its extremes.
             moved = step.quadratic(nu, at=step.stream + EPSILON * step.right * nu)
             tolerance = 2 * (moved - expected).abs() + rounding(step, nu)
             tokens = step.stream.shape[1]
