@@ -18,7 +18,7 @@ class InputError(ValueError):
         ...     ofa.fused_regularizers(model, sharpness=-1)
         ... except ofa.InputError as error:
         ...     print(error)
-        sharpness is a weight and must be a finite number of at least 0, not -1
+        sharpness must be ..., not -1
     """
 
     def __init__(self, message: str) -> None:
