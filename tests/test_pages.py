@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import ofa
 import ofa_kernels
 from benchmarks import pages
 from ofa.cli import app
+from tests.ofa.command_line import done
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -79,3 +81,18 @@ def _options(command: typer.core.TyperCommand) -> set[str]:
     return {
         next(flag for flag in part.opts if flag.startswith("--")) for part in command.params if "--" in str(part.opts)
     }
+
+
+def test_the_quickstart_can_be_followed(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `ofa` command of the page, in its order, on a tiny model and for two steps; its files are the page's."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    sessions = "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL))
+    (tmp_path / "new.csv").write_text(re.search(r"\$ cat new.csv\n(.*?)(?=\$ )", sessions, re.DOTALL)[1])  # type: ignore[index]
+    (tmp_path / "ofa").symlink_to(ROOT / "ofa")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in re.findall(r"^\$ ofa (.*)$", sessions, re.MULTILINE)]
+    assert [command for command, *_ in commands] == ["fit", "evaluate", "predict", "predict", "merge"]
+    for command in commands:
+        done(*command, *(["--model", tiny_folder, "--max-steps", 2] if command[0] == "fit" else []))
+    assert len((tmp_path / "labelled.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
