@@ -1,1 +1,1 @@
-"""Comparing methods: a grid of cells, each run once, kept as one JSON line, and read back for tables and figures."""
+"""Compare methods: run each cell of a grid once, and store one JSON line per cell."""

@@ -1,8 +1,7 @@
-"""What a method can be given, read off its `fit`: settings from the grid, and examples beside the shots.
+"""Read a method's arguments from the signature of its `fit`: settings from the grid, and examples besides the shots.
 
-The signature is the declaration. An argument that has the name of a field of `MethodInputs` asks for it; every other
-one is
-a setting, and `**settings` stands for the fields of `TrainingConfig`.
+An argument named like a field of `MethodInputs` receives it. Every other one is a setting, and `**settings` stands for
+the fields of `TrainingConfig`.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ _OF_SINGLE_RUNS = {"folder", "resume", "validation", "progress"}
 
 @dataclass(frozen=True)
 class MethodInputs:
-    """What a method may ask for beside the shots of its task."""
+    """Optional inputs of a method besides the shots of its task."""
 
     pool: Sequence[Example]
-    """All training examples of the task, the shots among them."""
+    """All training examples of the task, including the shots."""
     other_tasks: Sequence[tuple[Task, Sequence[Example]]]
     """The other tasks of the grid, each with its shots of the same seed."""
 
@@ -34,15 +33,15 @@ MATERIAL = frozenset(field.name for field in fields(MethodInputs))
 
 
 def material_for(name: str, material: MethodInputs) -> dict[str, Any]:
-    """The parts of the material that the method of this name asks for, by argument."""
+    """The inputs that the signature of this method names, by argument."""
     return {part: getattr(material, part) for part in sorted(MATERIAL & _parameters(method(name)).keys())}
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """See that the method takes these settings, before anything slow begins.
+    """Check early that the method accepts these settings.
 
     Raises:
-        InputError: it has no such setting (the nearest is offered), or the value cannot be used.
+        InputError: it has no such setting (the message suggests the nearest), or the value cannot be used.
     """
     fit = method(name)
     own, shared = _own_settings(fit), _training_settings(fit)

@@ -1,4 +1,4 @@
-"""One cell: fit the method, test it in each of its contexts, give the model back, and say what it took."""
+"""Run one cell: fit the method, test it in each of its contexts, restore the model, record the costs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ofa.tasks import Example
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's record, and whether the model is still what it was, so that another cell may follow."""
+    """A cell's record; `intact` if the model is unchanged, so that another cell may follow."""
 
     record: Record
     intact: bool
 
 
 class CellRunner:
-    """Runs cells with one model, one after the other; `sharing` workers like this one are on its GPU."""
+    """Runs cells with one model, one after the other; `sharing` is the number of workers on its GPU."""
 
     def __init__(self, loaded: LoadedModel, batch_size: int = 16, sharing: int = 1) -> None:
         self._model, self._tokenizer, self._batch_size = loaded.model, loaded.tokenizer, batch_size
@@ -44,14 +44,14 @@ class CellRunner:
             self.versions["workers_per_gpu"] = str(sharing)
 
     def run(self, job: Job) -> Outcome:
-        """Run the cell; whatever it raises becomes the error of its record."""
+        """Run the cell; an exception becomes the error of its record."""
         started = time.perf_counter()
         peak = _PeakMemory()
         with _warnings_collected() as warnings:
             record = self._attempt(job)
         left = self._left_behind()
         if left is not None:
-            record = Record(job.cell, error=f"the method did not give the model back as it was: {left}")
+            record = Record(job.cell, error=f"the method did not restore the model: {left}")
         if warnings:
             record = replace(record, notes={**record.notes, "warnings": list(dict.fromkeys(warnings))})
         record = replace(
@@ -85,7 +85,7 @@ class CellRunner:
             tested = [context for context in predictor.contexts if context in job.contexts] or predictor.contexts
             untested = [context for context in predictor.contexts if context not in tested]
             for context in tested:
-                # None leaves it to the method, which may have demonstrations of its own in front of a text.
+                # None keeps the method's own demonstrations, if it has any.
                 shown = shots if context == "demonstrations" else None
                 result = predictor.evaluate(job.tested, demonstrations=shown, batch_size=self._batch_size)
                 scores[context] = _score(job, result, _extra_tokens(predictor, job, shown or ()))
@@ -106,7 +106,7 @@ class CellRunner:
     def _left_behind(self) -> str | None:
         try:
             return self._before.difference(Fingerprint.of(self._model))
-        except Exception as error:  # a GPU after a failed assertion answers nothing any more
+        except Exception as error:  # after a failed assertion on a GPU, every call raises
             return in_words(error)
 
 
@@ -122,7 +122,7 @@ def _score(job: Job, result: Evaluation, extra_tokens: int) -> Score:
 
 
 def _extra_tokens(predictor: Predictor, job: Job, demonstrations: tuple[Example, ...]) -> int:
-    """Tokens in front of every prompt: demonstrations as they were cut for the window, and the method's own."""
+    """Number of tokens in front of every prompt: demonstrations that fit the window, and the method's own."""
     own = int(predictor.notes.get("extra_tokens", 0))
     if not demonstrations:
         return own
@@ -132,7 +132,7 @@ def _extra_tokens(predictor: Predictor, job: Job, demonstrations: tuple[Example,
 
 
 class _PeakMemory:
-    """The most memory since this object was made on a GPU; on a CPU the most that the process ever had."""
+    """Peak memory: on a GPU since this object was created, on a CPU since the process started."""
 
     def __init__(self) -> None:
         for device in _gpus():
@@ -157,7 +157,7 @@ def _wait_for_device() -> None:
 
 @contextmanager
 def _warnings_collected() -> Iterator[list[str]]:
-    """What our own code warns of while a cell runs: it belongs into the record, where it is read."""
+    """Collect the package's warnings while a cell runs, for its record."""
     collected: list[str] = []
     logger, handler = logging.getLogger("ofa"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: collected.append(record.getMessage())  # type: ignore[method-assign]

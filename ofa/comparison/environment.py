@@ -1,4 +1,4 @@
-"""What a result depends on beside its cell: versions of libraries, the device; and the time."""
+"""Describe the environment of a result: versions of libraries, the device, the time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of this project, Python and the libraries that compute."""
+    """Versions of this package, Python and the numerical libraries."""
     return {
         "ofa-adapt": __version__,
         "python": platform.python_version(),
@@ -22,12 +22,12 @@ def library_versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """The time, UTC, to the second, as ISO 8601 writes it."""
+    """The time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions(model: Any) -> dict[str, str]:
-    """`library_versions`, and what the model runs on: its devices by name, its dtype, the number of CPU threads."""
+    """`library_versions`, and the model's device names, its dtype, and the number of CPU threads."""
     import torch
 
     devices = sorted({parameter.device for parameter in model.parameters()}, key=str)

@@ -1,4 +1,4 @@
-"""Whether a model is what it was: a method that leaves something behind would be measured in every cell after it."""
+"""Detect whether a method changed the model: a leftover would affect every later cell."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PROBE = (0, 1, 2, 3)
-"""Token ids of the probe; any vocabulary has them."""
+"""Token ids of the probing forward; any vocabulary has them."""
 _RELATIVE = 1e-4
-"""How far a probe's logits may be from the first ones, relative to the largest: a GPU may choose another algorithm for
-the same product. What a method learns moves them by far more."""
+"""Tolerance for the probe's logits, relative to the largest: a GPU may choose another algorithm for the same product.
+A trained method moves them by far more."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Parameters and saved buffers to the bit, modules with their modes and hooks, and the logits of a probe."""
+    """Checksums of parameters and saved buffers, modules with their modes and hooks, and the logits of a probe."""
 
     tensors: dict[str, tuple[Any, ...]]
     modules: dict[str, tuple[Any, ...]]
@@ -28,8 +28,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        """Take the fingerprint: one read of all weights and one forward pass of four tokens."""
-        # Buffers that are not saved are the model's own to change, such as frequencies that follow the length.
+        """Compute the fingerprint: one read of all weights, and one forward of four tokens."""
+        # Unsaved buffers may change legitimately, such as rotary frequencies that depend on the length.
         saved = model.state_dict().keys()
         named = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
         sums = bit_sums([tensor for _, tensor in named])
@@ -54,12 +54,12 @@ class Fingerprint:
 
     @property
     def weights(self) -> str:
-        """16 hexadecimal digits that tell these weights, and their dtype, from others; the same on every device."""
+        """Hash (16 hexadecimal digits) of the weights and their dtype; the same on every device."""
         told = {name: [dtype, shape, bits] for name, (_, _, _, dtype, shape, bits) in self.tensors.items()}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, now: Fingerprint) -> str | None:
-        """What is no longer as it was, in a few words; None where nothing is."""
+        """Name what differs from this fingerprint; None if nothing does."""
         for kind, before, after in (("tensor", self.tensors, now.tensors), ("module", self.modules, now.modules)):
             changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
             if changed:
@@ -72,14 +72,14 @@ class Fingerprint:
 
 @torch.no_grad()
 def bit_sums(tensors: list[Tensor]) -> list[int]:
-    """The bits of each tensor, as integers added up modulo 2⁶⁴: exact in any order, at the speed of the memory."""
+    """Checksum of each tensor: its bits as integers, summed modulo 2⁶⁴; exact in any order, bound by memory speed."""
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     sums = [0] * len(tensors)
     for index, tensor in enumerate(tensors):
         if not tensor.is_meta:  # offloaded: its values are elsewhere
             by_device.setdefault(tensor.device, []).append((index, _bit_sum(tensor)))
     for found in by_device.values():
-        # One transfer for all: a GPU would be waited for at every tensor.
+        # One transfer for all: each would sync the GPU.
         for (index, _), bits in zip(found, torch.stack([bits for _, bits in found]).tolist(), strict=True):
             sums[index] = bits
     return sums
@@ -94,6 +94,6 @@ def _probe(model: nn.Module) -> Tensor:
 def _bit_sum(tensor: Tensor) -> Tensor:
     octets = tensor.detach().contiguous().flatten().view(torch.uint8)
     whole = octets.numel() // 8 * 8
-    # Rows of weights packed into one storage may begin anywhere; words of eight octets may not.
+    # A view as int64 needs an aligned offset, which slices of one storage may not have.
     words = octets[:whole] if octets.storage_offset() % 8 == 0 else octets[:whole].clone()
     return words.view(torch.int64).sum() + octets[whole:].sum(dtype=torch.int64)

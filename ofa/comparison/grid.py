@@ -1,4 +1,4 @@
-"""What is to be compared: a model, tasks, methods with their settings, seeds; and the rows and seeds it expands to."""
+"""Specify a comparison: a model, tasks, methods with their settings, seeds; expanded to rows and seeds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Options = TypeVar("Options", bound=BaseModel)
 
 ALL = "all"
 MOST_SEEDS = 1000
-"""More is a slip of the finger, and would take weeks."""
+"""More is probably a typo, and would take weeks."""
 
 _SEEDS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
 
 class Row(BaseModel):
-    """A method with the settings that differ from its own: one row of the tables."""
+    """A method with the settings that differ from its defaults: one row of the tables."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,12 +33,12 @@ class Row(BaseModel):
 
 
 class Grid(BaseModel):
-    """The comparison as a whole. Every task meets every row and every seed.
+    """The whole comparison: the product of tasks, rows and seeds.
 
-    As typed or as YAML: `tasks` and `methods` are a list or one text with commas, `seeds` may have ranges ("42-46").
-    `methods` may also be a mapping from a method to its settings, in which a list means one row for each of its values,
-    and several lists one row for each combination; or to a list of such settings. "all" stands for every method with
-    its own settings.
+    On the command line or in YAML, `tasks` and `methods` are a list or one text with commas, and `seeds` may have
+    ranges ("42-46"). `methods` may also map a method to its settings, or to a list of such settings; a list as the
+    value of a setting means one row for each of its values, several lists one row for each combination. "all" stands
+    for every method with its defaults.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,14 +50,14 @@ class Grid(BaseModel):
     shots: int = Field(5, ge=1)
     test_size: int = Field(500, ge=1)
     contexts: tuple[Literal["prompt", "demonstrations"], ...] = ("prompt", "demonstrations")
-    """What may stand in front of a tested text; a method that is tested in none of these has its own."""
+    """The contexts to test in; a method that supports none of these is tested in its own."""
     text_column: str | None = None
     label_column: str | None = None
     separator: str | None = None
-    """The columns, and what separates them, of tasks that are the user's own files."""
+    """Columns and their separator, for tasks from the user's files."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     order: Literal["slow-first", "quick-first"] = "slow-first"
-    """Of the methods of a task: no worker is left with a slow one at the end, or most are done if time runs out."""
+    """Order of a task's methods: slow first keeps all workers busy at the end, quick first finishes most early."""
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -88,15 +88,15 @@ class Grid(BaseModel):
         return _filled("seeds", _unique(seed for part in _items(value) for seed in _seed_range(part)))
 
     def as_json(self) -> dict[str, Any]:
-        """The grid as JSON values, ranges and combinations written out."""
+        """The grid as JSON values, with ranges and combinations expanded."""
         return {**self.model_dump(mode="json"), "methods": [{row.method: row.settings} for row in self.methods]}
 
 
 def checked_part(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """Those of the values that are options of this kind, checked: from the command line, from YAML or from a caller.
+    """Validate the values that are options of this kind, from the command line, YAML or a caller.
 
     Raises:
-        InputError: an option is missing or cannot be used; it is named as the command line has it.
+        InputError: an option is missing or cannot be used; the message names it as on the command line.
     """
     values = {name: value for name, value in values.items() if name in kind.model_fields}
     try:
@@ -124,7 +124,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any]:
-    """A list as it is, a text split at its commas, one number alone."""
+    """A list unchanged, a text split at commas, or a single value as a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -140,7 +140,7 @@ def _unique(items: Any) -> list[Any]:
 
 def _filled(name: str, items: list[Any]) -> list[Any]:
     if not items:
-        raise InputError(f"the grid is empty: there is nothing in --{name}, give at least one")
+        raise InputError(f"the grid has no --{name}: give at least one")
     return items
 
 
@@ -154,7 +154,7 @@ def _names(method: Any) -> tuple[str, ...]:
 
 
 def _combinations(method: Any, given: Any) -> list[dict[str, Any]]:
-    """One mapping of settings for each combination of the values that are listed."""
+    """One mapping of settings for each combination of the listed values."""
     if given is None:
         return [{}]
     if isinstance(given, list):
@@ -169,7 +169,7 @@ def _combinations(method: Any, given: Any) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-3, which has no decimal point, for a text."""
+    """Parse numbers that YAML reads as text, such as 1e-3."""
     if not isinstance(value, str):
         return value
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""Results by row and draw: what stands in one line of a table, and what two lines are paired by."""
+"""Group results by row and draw: the lines of tables, and the pairs of their comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ofa.errors import InputError
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """A task as it was posed. Results may be compared only where all of it is the same."""
+    """A task with its shots and test examples. Only results of equal problems are comparable."""
 
     task: str
     shots: int
@@ -22,7 +22,7 @@ class Problem:
 
 
 class Draw(NamedTuple):
-    """One draw of shots: every method was given the same ones, so that two rows are paired by it."""
+    """One draw of shots, the same for every method, by which two rows are paired."""
 
     problem: Problem
     seed: int
@@ -39,12 +39,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The row in words; with and without demonstrations in context are rows of their own."""
+        """The row's name in a table, with its context."""
         return f"{self.name} + demonstrations" if self.context == "demonstrations" else self.name
 
 
 class Outcome(NamedTuple):
-    """What a row has at one draw: the test in its context, and the whole cell for what it cost."""
+    """A row's result at one draw: the score in its context, and the cell's record for its cost."""
 
     score: Score
     record: Record
@@ -57,7 +57,7 @@ def draw_of(record: Record) -> Draw:
 
 
 def row_of(record: Record, context: str) -> Row:
-    """The table's line that a record's test in `context` belongs to."""
+    """The row of a record's test in `context`."""
     cell = record.cell
     settings = frozenset((name, str(value)) for name, value in cell.settings.items())
     return Row(cell.row, cell.method, settings, context)
@@ -66,7 +66,7 @@ def row_of(record: Record, context: str) -> Row:
 def by_row(records: Iterable[Record]) -> dict[Row, dict[Draw, Outcome]]:
     """The finished tests of one model by row and draw, rows in the order of first appearance, context by context.
 
-    There is one record per cell, as `store.read_records` returns them.
+    The records must have one per cell, as from `store.read_records`.
     """
     rows: dict[Row, dict[Draw, Outcome]] = defaultdict(dict)
     kept = list(records)
@@ -94,9 +94,9 @@ def metric(outcomes: Mapping[Draw, Outcome], name: str = "accuracy") -> dict[Dra
 
 
 def baseline_of(row: Row, rows: Iterable[Row], method: str) -> Row | None:
-    """The row of `method` that `row` is fairly set against: same context, and no setting that `row` does not share.
+    """The fair baseline of `method` for `row`: same context, and only settings that `row` has too.
 
-    Of several, the one that shares most; None where there is none.
+    Of several, the one with the most settings; None if there is none.
     """
     fair = [
         other

@@ -1,4 +1,4 @@
-"""From a grid to cells that can run: tasks read, shots drawn, and everything refused that would fail later."""
+"""Expand a grid into cells: read tasks, draw shots, and refuse early what would fail later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ofa.files import at_home
 from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, is_known, load_task
 
 TEST_SEED = 42
-"""Draws the test subset of a task: the same one for all methods and all seeds, so that cells differ by nothing else."""
+"""Seed of a task's test subset, which is the same for all methods and seeds."""
 
 SLOW_FIRST = (
     "ofa-sharpness",
@@ -59,9 +59,9 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to run a cell with the model it holds.
+    """The inputs of a worker, besides its model, for one cell.
 
-    `material` are the arguments that the method's `fit` gets beside the shots, the seed and the cell's settings.
+    `material` are arguments of the method's `fit` besides the shots, the seed and the cell's settings.
     """
 
     cell: Cell
@@ -74,10 +74,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a grid, in the order in which they are run, and the tasks they need.
+    """The cells of a grid, in the order of their run, and the tasks they need.
 
-    One task after the other, so that a comparison which is stopped early has whole tables of fewer tasks; within a
-    task in the grid's order of methods.
+    Cells are ordered by task, so that an interrupted comparison has complete results for some tasks; within a task by
+    the grid's `order`.
     """
 
     grid: Grid
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """Every task with every method and every seed."""
+        """The product of tasks, rows and seeds."""
         return tuple(
             Cell(
                 model=self.model,
@@ -104,19 +104,19 @@ class Plan:
         )
 
     def job(self, cell: Cell) -> Job:
-        """What a worker needs for one of the cells."""
+        """The inputs of a worker for a cell."""
         plan = self.tasks[cell.task]
         others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
         material = material_for(cell.method, MethodInputs(plan.data.train, others))
         return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material, self.grid.contexts)
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
-        """The cells without a record; with `retry_failed` those whose record is a failure, too."""
+        """The cells without a record; with `retry_failed` also failed ones."""
         kept = {record.cell.key: record for record in records if record.done or not retry_failed}
         return tuple(cell for cell in self.cells if cell.key not in kept or self._is_outdated(kept[cell.key]))
 
     def check_against(self, records: Sequence[Record]) -> None:
-        """See that the folder's results were made with the same tasks.
+        """Check that the folder's results were made with the same tasks.
 
         Raises:
             InputError: a task of the same name had other examples, another template or other labels.
@@ -133,7 +133,7 @@ class Plan:
         return [plan for name, plan in self.tasks.items() if name != cell.task]
 
     def _is_outdated(self, record: Record) -> bool:
-        """Whether a context of this grid was left out, or the method learned from other tasks than this grid's."""
+        """True if a context of this grid was not tested, or the method learned from other tasks than this grid's."""
         if set(record.notes.get("untested", ())) & set(self.grid.contexts):
             return True
         told = record.notes.get("other_tasks")
@@ -152,14 +152,14 @@ def read_tasks(grid: Grid, *, offline: bool = False) -> dict[str, TaskPlan]:
         if plan.task.name in tasks:
             raise InputError(f'two tasks of the grid are called "{plan.task.name}": rename one in its task.json')
         tasks[plan.task.name] = plan
-    for row in grid.methods:  # after what is refused without torch
+    for row in grid.methods:  # last, because it imports torch
         check_settings(row.method, row.settings)
     return tasks
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens of a task under a tokenizer: all test prompts together, the longest one, label word, shots by seed."""
+    """Token counts of a task: all test prompts, the longest one, the longest label word, the shots by seed."""
 
     prompts: int
     longest: int
@@ -177,9 +177,9 @@ def sizes(tasks: Mapping[str, TaskPlan], tokenizer: Any) -> dict[str, Size]:
 
 
 def check_window(sizes: Mapping[str, Size], window: int | None) -> None:
-    """See that the demonstrations of every task and seed fit the model's window, the longest test prompt included.
+    """Check that the demonstrations of every task and seed fit the model's window with the longest test prompt.
 
-    As where they are encoded, a prompt counts for at most half the window.
+    As in `Encoder`, a prompt counts as at most half the window.
 
     Raises:
         InputError: they do not fit.
@@ -191,8 +191,8 @@ def check_window(sizes: Mapping[str, Size], window: int | None) -> None:
             if taken + min(size.longest, window // 2) + size.label > window:
                 raise InputError(
                     f"the demonstrations of {name} with seed {seed} take {taken} tokens and its longest prompt "
-                    f"{size.longest}, but the model's window holds {window}: ask for fewer --shots, or pass "
-                    "--drop-demonstrations to leave the first ones out where they do not fit"
+                    f"{size.longest}, but the model's window is {window}: ask for fewer --shots, or pass "
+                    "--drop-demonstrations to leave out the first ones that do not fit"
                 )
 
 
@@ -210,7 +210,7 @@ def _size(task: TaskPlan, tokenizer: Any) -> Size:
 
 
 def _quickness(row: Row) -> int:
-    """The place of a method, slow ones first; one of unknown speed may be the slowest."""
+    """The rank of a method, slow ones first; unknown ones count as slowest."""
     return SLOW_FIRST.index(row.method) if row.method in SLOW_FIRST else -1
 
 
@@ -234,7 +234,7 @@ def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:
 
 
 def _folder_of(name: str) -> str:
-    """The folder of a file that belongs to a task; any other name as it is."""
+    """The task folder of a file in one; any other name unchanged."""
     path = at_home(name)
     if path.is_file() and (path.parent / "task.json").is_file():
         return str(path.parent)

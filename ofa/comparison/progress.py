@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while cells run: done, failed, left, and how long it may still take."""
+"""Show progress while cells run: done, failed, left, and the estimated time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LIKENESS: tuple[Callable[[Cell], Any], ...] = (
     lambda cell: (cell.model, cell.task, cell.row, cell.shots, cell.test_size),
     lambda cell: (cell.model, cell.method),
 )
-"""What two cells have in common that take about as long, the closest likeness first."""
+"""Keys under which cells take about the same time, most specific first."""
 
 
 class Expectation:
-    """How long cells take, from the finished ones that are most like them; a failed one tells nothing."""
+    """Estimates the time of cells from the most similar finished ones; failed ones do not count."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._seconds: dict[tuple[int, Any], list[float]] = defaultdict(list)
@@ -28,25 +28,25 @@ class Expectation:
             self.learn(record)
 
     def learn(self, record: Record) -> None:
-        """Take in the time of a cell."""
+        """Add the time of a finished cell."""
         if record.done:
             for rank, likeness in enumerate(_LIKENESS):
                 self._seconds[rank, likeness(record.cell)].append(record.seconds)
 
     def seconds(self, cell: Cell) -> float | None:
-        """The mean time of the finished cells that are most like this one; None where nothing is known."""
+        """The mean time of the most similar finished cells; None if there are none."""
         known = (self._seconds.get((rank, likeness(cell))) for rank, likeness in enumerate(_LIKENESS))
         return next((fmean(seconds) for seconds in known if seconds), None)
 
     def estimate(self, cells: Sequence[Cell], workers: int, begun: Mapping[str, float]) -> Estimate:
-        """How long these cells will take on so many workers; `begun` has the seconds some have taken so far, by key."""
+        """The time for these cells on that many workers; `begun` has the elapsed seconds of running ones, by key."""
         expected = {cell.key: self.seconds(cell) for cell in cells}
         left = [max(0.0, whole - begun.get(key, 0.0)) for key, whole in expected.items() if whole is not None]
         return Estimate(sum(left) / max(1, min(workers, len(cells))), len(cells) - len(left))
 
 
 def in_words(seconds: float) -> str:
-    """A time as a person says it."""
+    """A duration for reading."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -54,13 +54,13 @@ def in_words(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long cells will take with all workers busy, `unknown` of them not counted for want of any like them."""
+    """The time for cells with all workers busy, without the `unknown` ones, which have no similar finished cells."""
 
     seconds: float
     unknown: int
 
     def __str__(self) -> str:
-        """As much as can be said."""
+        """The estimate in words."""
         if not self.unknown:
             return f"about {in_words(self.seconds)}"
         return f"more than {in_words(self.seconds)}" if self.seconds else "unknown time"
@@ -78,16 +78,16 @@ class Tally:
 
     @property
     def left(self) -> int:
-        """Cells that are not finished, those under way among them."""
+        """Number of unfinished cells, including running ones."""
         return len(self._left)
 
     @property
     def under_way(self) -> list[Cell]:
-        """Cells that somebody works on, the oldest first."""
+        """Running cells, oldest first."""
         return [self._left[key] for key in self._begun]
 
     def started(self, cell: Cell) -> None:
-        """Note that a cell has begun, perhaps anew."""
+        """Note that a cell has started, perhaps again."""
         self._begun.pop(cell.key, None)
         self._begun[cell.key] = time.monotonic()
 
@@ -100,7 +100,7 @@ class Tally:
         self._expectation.learn(record)
 
     def estimate(self) -> Estimate:
-        """How long the rest will take; what the cells under way have taken so far is done."""
+        """The remaining time, less the elapsed time of running cells."""
         now = time.monotonic()
         begun = {key: now - since for key, since in self._begun.items()}
         return self._expectation.estimate(list(self._left.values()), self._workers, begun)
@@ -112,10 +112,10 @@ class Tally:
 
 
 class Progress(Protocol):
-    """Is told what happens to the cells of a run."""
+    """Receives the events of a run."""
 
     def started(self, cell: Cell) -> None:
-        """A worker has begun a cell."""
+        """A worker has started a cell."""
         ...
 
     def finished(self, record: Record) -> None:
@@ -123,13 +123,13 @@ class Progress(Protocol):
         ...
 
     def say(self, text: str) -> None:
-        """Something else worth knowing."""
+        """Another message for the user."""
         ...
 
 
 @contextmanager
 def shown(tally: Tally, *, quiet: bool = False) -> Iterator[Progress]:
-    """Progress on standard error: a line that stays up to date on a terminal, else a line for each cell, or nothing."""
+    """Progress on standard error: a live line on a terminal, else a line for each cell; nothing if `quiet`."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
@@ -158,7 +158,7 @@ class _Lines:
 
 
 class _Status(_Lines):
-    """The same lines, and below them one that is kept up to date."""
+    """The same lines, with a live line below."""
 
     def __init__(self, tally: Tally, console: Any, status: Any) -> None:
         super().__init__(tally, console)
@@ -177,7 +177,7 @@ class _Status(_Lines):
         from rich.text import Text
 
         now = "; ".join(f"{cell.row} on {cell.task}, seed {cell.seed}" for cell in self._tally.under_way)
-        # A plain text would be read as markup, and brackets as its tags.
+        # A str would be parsed as markup.
         self._status.update(Text(f"{self._tally}" + (f" — {now}" if now else "")))
 
 

@@ -1,4 +1,4 @@
-"""What one cell of a comparison is, and the line it leaves in the results file."""
+"""Define a cell of a comparison, and its record in the results file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 from ofa.errors import InputError
 
 PROTOCOL = 1
-"""Version of what a cell measures: raised whenever the same cell would come out differently."""
+"""Version of the measurements: incremented whenever the same cell would give another result."""
 
 CONTEXTS = ("prompt", "demonstrations")
-"""What stands in front of a tested text: nothing, or the cell's shots."""
+"""In front of a tested text: nothing, or the cell's shots."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one task with one draw of shots; `settings` are the method's options that differ from its own.
+    """One method on one task with one draw of shots; `settings` are the options that differ from the method's defaults.
 
-    `task_sha256` is the hash of the task, its training and its test examples, so that results of another file of the
-    same name are not taken for these.
+    `task_sha256` is the hash of the task with its training and test examples, to distinguish files of the same name.
     """
 
     model: str
@@ -36,12 +35,12 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that tell this cell from every other one."""
+        """Unique key of the cell: 16 hexadecimal digits of its hash."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def row(self) -> str:
-        """The method with its settings, as a table names it: `ofa (sharpness=0.01)`."""
+        """The method with its settings, as in a table: `ofa (sharpness=0.01)`."""
         told = ", ".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
         return f"{self.method} ({told})" if told else self.method
 
@@ -68,11 +67,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the results file. `scores` is by context, empty where the cell failed; `error` says why it did.
+    """One line of the results file. `scores` is by context; it is empty if the cell failed with `error`.
 
-    `seconds` is the whole cell, `fit_seconds` the adaptation alone; `stored_bytes` is what an adapter of the method
-    takes, `peak_memory_bytes` the worker's largest memory so far (the device's on a GPU); `versions` includes the
-    device's name, and `workers_per_gpu` where several shared it; `notes` is what a method tells of itself.
+    `seconds` is the time of the whole cell, `fit_seconds` of the adaptation; `stored_bytes` is the size of an adapter,
+    `peak_memory_bytes` the worker's peak memory so far (the device's on a GPU). `versions` includes the device's name,
+    and `workers_per_gpu` if several shared it; `notes` are the method's own.
     """
 
     cell: Cell
@@ -91,7 +90,7 @@ class Record:
 
     @property
     def done(self) -> bool:
-        """Whether the cell ran to its end."""
+        """True if the cell did not fail."""
         return self.error is None
 
     def to_line(self) -> str:
@@ -100,7 +99,7 @@ class Record:
 
     @classmethod
     def from_line(cls, line: str, where: str) -> Record:
-        """The record of a line that `to_line` made; `where` names file and line in errors.
+        """Parse a line of `to_line`; `where` names file and line in errors.
 
         Raises:
             InputError: the line is of another version of the protocol, or damaged.
@@ -112,8 +111,8 @@ class Record:
             raise InputError(f"{where} is no record of a comparison ({error}): remove the line") from error
         if protocol != PROTOCOL:
             raise InputError(
-                f"{where} was made by version {protocol} of the protocol, this is version {PROTOCOL}, and the two must "
-                "not be mixed: choose another output folder"
+                f"{where} has version {protocol} of the protocol, which must not be mixed with this version, "
+                f"{PROTOCOL}: choose another output folder"
             )
         try:
             values.pop("key")

@@ -1,4 +1,4 @@
-"""The run itself: what the engine reports goes into the results file and on the screen."""
+"""Run cells: write the engine's events to the results file, and show them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def run_cells(
     progress: Progress,
     described: Mapping[str, Any],
 ) -> None:
-    """Run the cells and keep the record of each as soon as it is finished.
+    """Run the cells, and write the record of each as soon as it is finished.
 
-    `described` is what the folder keeps of the run, once a worker has the model.
+    `described` is noted in the folder once a worker has loaded the model.
 
     Raises:
-        InputError: a record cannot be written, the workers cannot start, are of another version, or hold other weights
-            than the results.
+        InputError: a record cannot be written, the workers cannot start, have another version of this package, or have
+            other weights than the results.
     """
     weights = _weights_of(plan.model, results.records)
     noted = False
-    # Closing ends the workers, whatever happened here.
+    # Closing the generator ends the workers, also after an error.
     with closing(cast(Generator[Event], engine.run(cells, plan.job))) as events:
         for event in events:
             if isinstance(event, Ready):
@@ -52,10 +52,10 @@ def run_cells(
 
 
 def _check_version(versions: Mapping[str, str]) -> None:
-    """A worker on another machine may have another version of this package, and measure something else."""
+    """Check that a worker on another machine has the same version of this package."""
     own, other = library_versions()["ofa-adapt"], versions["ofa-adapt"]
     if own != other:
-        raise InputError(f"a worker has ofa-adapt {other}, and this is {own}: install the same version on every node")
+        raise InputError(f"a worker has ofa-adapt {other}, not {own}: install the same version on every node")
 
 
 def _weights_of(model: str, records: Sequence[Record]) -> str | None:
@@ -64,7 +64,7 @@ def _weights_of(model: str, records: Sequence[Record]) -> str | None:
 
 
 def _same_weights(model: str, weights: str | None, versions: Mapping[str, str]) -> str:
-    """The weights of a worker, which must be those of every other result of the same model."""
+    """Check that a worker's weights equal those of every other result of the same model, and return their hash."""
     loaded = versions["weights"]
     if weights is not None and weights != loaded:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The folder of a comparison: one JSON line for each finished cell, and what was run."""
+"""Store a comparison in a folder: one JSON line for each finished cell, and notes of its runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """The records of a comparison's folder, in the order in which their cells were finished; the last one of each cell.
+    """Read the last record of each cell of a comparison's folder, in the order of their completion.
 
-    The folder is not changed, and may be one that a run is writing to.
+    The folder is not modified, and another run may be writing to it.
 
     Raises:
         InputError: there are no results, or a line is damaged or of another version of the protocol.
@@ -37,12 +37,12 @@ def read_records(folder: str | Path) -> list[Record]:
         ) from error
     whole, torn = _whole_lines(content)
     if torn:
-        logger.warning("the last line of %s was cut short and does not count", path)
+        logger.warning("the last line of %s is incomplete and is ignored", path)
     return _parsed(whole, path)
 
 
 class ResultsFile:
-    """The results file of a folder while one run has it to itself; see `opened`."""
+    """The results file of a folder, locked by one run; see `opened`."""
 
     def __init__(self, path: Path, descriptor: int, records: list[Record]) -> None:
         self.path = path
@@ -55,19 +55,19 @@ class ResultsFile:
         return tuple(self._records.values())
 
     def append(self, record: Record) -> None:
-        """Add the line of a finished cell: on disk when this returns, and whole or not there at all.
+        """Append the record of a finished cell, synced to disk, completely or not at all.
 
         Raises:
-            InputError: the disk is full or failing; the lines before are kept as they are.
+            InputError: the disk is full or failing; earlier lines are kept.
         """
         end = os.fstat(self._descriptor).st_size
-        # Half a surrogate pair, as an error may quote it, is no UTF-8; as an escape it is still valid JSON.
+        # Half a surrogate pair, which an error may quote, is not valid UTF-8; its escape is valid JSON.
         line = record.to_line().encode("utf-8", "backslashreplace") + b"\n"
         try:
             _write_whole(self._descriptor, line)
             os.fsync(self._descriptor)
         except OSError as error:
-            with suppress(OSError):  # a tail that stays is dropped by whoever reads the file next
+            with suppress(OSError):  # readers drop an incomplete last line
                 os.ftruncate(self._descriptor, end)
             raise InputError(
                 f"{self.path} cannot be written ({reason(error)}): the {len(self._records)} cells before this one are "
@@ -77,7 +77,7 @@ class ResultsFile:
         self._records[record.cell.key] = record
 
     def note_run(self, run: Mapping[str, Any]) -> None:
-        """Keep what is run (command, grid, versions) beside the results, in front of what was run here before.
+        """Note a run (command, grid, versions) beside the results, before the notes of earlier runs.
 
         Raises:
             InputError: the file cannot be written.
@@ -93,11 +93,11 @@ class ResultsFile:
 
 @contextmanager
 def opened(folder: str | Path) -> Iterator[ResultsFile]:
-    """The results of a folder, made if need be, for one run alone; a line cut short by a kill is dropped.
+    """Open the results of a folder for a single run, creating it if needed; an incomplete last line is dropped.
 
     Raises:
-        InputError: the folder cannot be written, holds something else, or another run is at work in it, or its results
-            are damaged or of another version of the protocol.
+        InputError: the folder cannot be written, holds something else or is used by another run, or its results are
+            damaged or of another version of the protocol.
     """
     path = at_home(folder) / RESULTS
     claim_folder(folder, overwrite=True)
@@ -125,12 +125,12 @@ def _mended(path: Path, descriptor: int) -> list[Record]:
     if torn:
         os.ftruncate(descriptor, len(whole))
         os.fsync(descriptor)
-        logger.warning("the last line of %s was cut short by the end of an earlier run; its cell runs again", path)
+        logger.warning("the last line of %s is incomplete because a run was killed; its cell runs again", path)
     return records
 
 
 def _whole_lines(content: bytes) -> tuple[bytes, bytes]:
-    """The lines that have their end, and what stands behind them: a line and its end are written at once."""
+    """Split into complete lines and an incomplete rest: a line and its newline are written together."""
     end = content.rfind(b"\n") + 1
     return content[:end], content[end:]
 
@@ -145,6 +145,6 @@ def _parsed(content: bytes, path: Path) -> list[Record]:
 
 
 def _write_whole(descriptor: int, line: bytes) -> None:
-    # One call, as a rule; a disk that fills up takes a part and refuses the rest.
+    # Usually one call; a disk that fills up accepts a part and refuses the rest.
     while line:
         line = line[os.write(descriptor, line) :]

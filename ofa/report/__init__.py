@@ -1,4 +1,4 @@
-"""The report of a comparison: what its results say, as Markdown, as one HTML page, and as JSON values."""
+"""Report the results of a comparison as Markdown, as one HTML page, and as JSON values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ MARKDOWN, PAGE = "report.md", "report.html"
 
 
 def write_report(content: Content, folder: Path) -> tuple[Path, Path]:
-    """Write the Markdown document and the HTML page into a folder, both or neither; returns their paths.
+    """Write the Markdown document and the HTML page into a folder, both or neither.
+
+    Returns:
+        Their paths.
 
     Raises:
         InputError: the folder cannot be written.

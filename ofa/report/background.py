@@ -1,4 +1,4 @@
-"""The tables beside the results: cells without one, remarks, the paper's figures, versions."""
+"""Build the secondary tables: cells without a result, warnings, the paper's figures, versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
 
 
 def gaps(comparison: Comparison) -> Table:
-    """Cells without a result: a line for each method, task and error, and one for what a method has not run."""
+    """Cells without a result: a row for each method, task and error, and one for cells not run."""
     method, task, seeds, what = (Column(title, numeric=False) for title in ("method", "task", "seeds", "what happened"))
     groups: dict[tuple[str, str, str], list[Draw]] = defaultdict(list)
     for gap in comparison.gaps:
@@ -34,7 +34,7 @@ def gaps(comparison: Comparison) -> Table:
 
 
 def remarks(comparison: Comparison) -> Table:
-    """What methods warned of, once each, with the rows and the number of cells it was said in."""
+    """The distinct warnings of methods, each with its rows and its number of cells."""
     columns = (Column("methods", numeric=False), Column("cells"), Column("remark", numeric=False))
     rows = [
         (
@@ -48,7 +48,7 @@ def remarks(comparison: Comparison) -> Table:
 
 
 def paper(comparison: Comparison) -> Table | None:
-    """The paper's figures beside ours, in either context; None where there are none for this model."""
+    """The paper's figures beside ours, in both contexts; None if the paper has none for this model."""
     known = paper_figures(comparison.model)
     if known is None or not known.figures:
         return None
@@ -75,7 +75,7 @@ def paper(comparison: Comparison) -> Table | None:
 
 
 def versions(content: Content) -> Table:
-    """The versions that made the cells; one column of values for each set of them."""
+    """The versions that made the cells, one column for each distinct set."""
     sets = content.versions
     names = sorted({name for found, _ in sets for name in found})
     columns = (
@@ -87,7 +87,7 @@ def versions(content: Content) -> Table:
 
 
 def _here(comparison: Comparison, figure: PaperFigure, context: str) -> Spread | None:
-    """Our own result on the task that a figure of the paper is for."""
+    """Our result on the task of a figure of the paper."""
     line = comparison.named(figure.method, context)
     tasks = line.tasks if line else {}
     return next((spread for problem, spread in tasks.items() if problem.task == figure.task), None)

@@ -1,4 +1,4 @@
-"""What a report tells of a comparison: its lines, how they compare, what failed and what is missing, how it was run."""
+"""Compute the content of a report: rows, their differences and costs, failures and gaps, commands and versions."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from ofa.report.statistics import (
 
 NORM_TUNING, OFA = "norm-tuning", "ofa"
 TERMS = {"ofa-step-ratio": "J alone", "ofa-sharpness": "H alone", OFA: "J and H"}
-"""What each method adds to norm tuning."""
+"""The terms that each method adds to norm tuning."""
 
 _TIMED_ON = ("device", "threads", "workers_per_gpu")
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A row against a baseline over the draws of shots both finished, and over the test examples of those."""
+    """A row against a baseline, over the draws of shots that both finished, and over their test examples."""
 
     baseline: Row
     difference: Difference
@@ -58,7 +58,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the tables. Where not one cell finished, there are no numbers and no cost."""
+    """One row of the tables. If no cell finished, it has no numbers and no cost."""
 
     row: Row
     macro: Spread | None
@@ -84,7 +84,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Winner:
-    """The line with the highest macro average of a context, and those that its lead does not tell apart from it."""
+    """The line with the highest macro average of a context, and the lines without a significant difference to it."""
 
     line: Line
     others: int
@@ -93,11 +93,11 @@ class Winner:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows of one model, best macro average first; rows without one behind them.
+    """All rows of one model, best macro average first; rows without one come last.
 
-    `tested` is the number of test examples of each task that has a result, `machines` counts the kinds of device and
-    numbers of threads and of workers on a GPU that the finished cells were timed on, `sharing` is the largest number of
-    workers on a GPU, `remarks` has the rows whose cells warned of something.
+    `tested` is the number of test examples of each task with a result, `machines` the number of distinct devices,
+    thread counts and workers per GPU that finished cells were timed on, `sharing` the largest number of workers on a
+    GPU; `remarks` maps each warning to the rows of its cells.
     """
 
     model: str
@@ -115,7 +115,7 @@ class Comparison:
 
     @cached_property
     def names(self) -> Mapping[Problem, str]:
-        """A name for every task; where one occurs in several forms, with what tells them apart."""
+        """A name for every task; tasks of the same name are distinguished by shots, test size or file."""
         forms = Counter(problem.task for problem in self.problems)
         return {
             problem: _distinct(problem, self.problems) if forms[problem.task] > 1 else problem.task
@@ -123,13 +123,13 @@ class Comparison:
         }
 
     def in_context(self, context: str) -> list[Line]:
-        """The lines of one context whose macro average rests on the most seeds, best first; others do not compete."""
+        """The lines of one context whose macro average has the most seeds, best first; the others are not ranked."""
         counts = {line.row: line.macro.count for line in self.lines if line.row.context == context and line.macro}
         most = max(counts.values(), default=0)
         return [line for line in self.lines if counts.get(line.row) == most]
 
     def winner(self, context: str) -> Winner | None:
-        """The best line of a context; None where no line has every task."""
+        """The best line of a context; None if no line has every task."""
         lines = self.in_context(context)
         if not lines:
             return None
@@ -145,10 +145,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Content:
-    """Everything a report tells.
+    """The content of a report.
 
-    `versions` has every set of versions and how many cells it made, `finished` is the last cell's time, `waiting`
-    counts cells that a run asked for and that no record or gap stands for yet.
+    `versions` has each set of versions with its number of cells, `finished` is the last cell's time, `waiting` counts
+    requested cells that have neither a record nor a gap yet.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -159,7 +159,7 @@ class Content:
 
 
 def build(records: Sequence[Record], runs: Runs = NO_RUNS) -> Content:
-    """The content of a report: one record per cell, and what is known of the runs that made them.
+    """The content of a report, from one record per cell and the notes of the runs.
 
     Raises:
         InputError: a finished cell has no accuracy.
@@ -182,7 +182,7 @@ def build(records: Sequence[Record], runs: Runs = NO_RUNS) -> Content:
 def whole_tasks(records: Sequence[Record]) -> tuple[list[Record], tuple[str, ...]]:
     """The records of the tasks that every method has run with every seed, and the names of the other tasks.
 
-    A method or seed that no task has is not missed. Where no task is whole, all records are kept.
+    Only methods and seeds that occur in the records count. If no task is complete, all records are kept.
     """
     draws = {(record.cell.model, draw_of(record)) for record in records}
     there = {(record.cell.model, record.cell.row, draw_of(record)) for record in records}
@@ -256,7 +256,7 @@ def _line(
 def _contrasts(
     row: Row, rows: Mapping[Row, Mapping[Draw, Outcome]], accuracy: Mapping[Row, Mapping[Draw, float]]
 ) -> dict[str, Contrast]:
-    """The row against norm tuning and against OFA, as far as they are there and not the row itself."""
+    """The row against norm tuning and against OFA, if they exist and are not the row itself."""
     found = {}
     for method in (NORM_TUNING, OFA):
         baseline = baseline_of(row, rows, method)
@@ -270,7 +270,7 @@ def _contrasts(
 
 
 def _without_result(records: Iterable[Record]) -> list[Row]:
-    """Rows of which no cell has a result: they stand in the tables all the same."""
+    """Rows without a result in any cell; the tables still list them."""
     records = list(records)
     finished = {record.cell.row for record in records if record.scores}
     rows = {record.cell.row: row_of(record, "prompt") for record in records if record.cell.row not in finished}
@@ -282,7 +282,7 @@ def _empty(row: Row) -> Line:
 
 
 def _gaps(records: Iterable[Record], draws: Iterable[Draw]) -> tuple[Gap, ...]:
-    """What failed, and what other methods have run and this one has not."""
+    """Failed cells, and draws that other methods have run but this one has not."""
     by_name: dict[str, dict[Draw, Record]] = defaultdict(dict)
     for record in records:
         by_name[record.cell.row][draw_of(record)] = record
@@ -297,7 +297,7 @@ def _gaps(records: Iterable[Record], draws: Iterable[Draw]) -> tuple[Gap, ...]:
 
 
 def _remarks(records: Iterable[Record]) -> dict[str, list[str]]:
-    """What the cells' notes warn of, and in which rows' cells."""
+    """The warnings in the cells' notes, each with the rows of its cells."""
     told: dict[str, list[str]] = defaultdict(list)
     for record in records:
         cut = record.notes.get("truncated_texts")

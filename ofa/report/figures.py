@@ -1,7 +1,7 @@
-"""The figures of a report: accuracy against cost, differences, ranks, tasks, seeds.
+"""Draw the figures of a report: accuracy against cost, differences, ranks, tasks, seeds.
 
-Everywhere a filled marker is a test without demonstrations in context and a hollow one with them; OFA, its two terms
-alone and norm tuning have colors, every other method is gray.
+Filled markers are tests without demonstrations in context, hollow ones with them. OFA, its two terms alone and norm
+tuning have colors, every other method is gray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH = 9.6  # inches, of which the page shows 1.4 times as many
+_WIDTH = 9.6  # inches; the page shows 1.4 times as many
 _LINE = 0.19  # height of a line of text
 _NAMES = 1.75  # width for methods' names
 _MARKER = 5.0
@@ -43,14 +43,14 @@ class Drawn:
 
 
 def role(row: Row) -> str:
-    """What a row's color says: ofa, term (J or H alone), norm or other."""
+    """The role that sets a row's color: ofa, term (J or H alone), norm or other."""
     if row.method == NORM_TUNING:
         return "norm"
     return ("ofa" if row.method == OFA else "term") if row.method in TERMS else "other"
 
 
 def figures(comparison: Comparison, prefix: str) -> list[Drawn]:
-    """All figures that the results allow; `prefix` keeps several models' figures apart on one page."""
+    """All figures for which there are results; `prefix` makes ids unique for several models on one page."""
     averaged = [line for line in comparison.lines if line.macro]
     contrasted = [line for line in comparison.lines if NORM_TUNING in line.contrasts]
     planned: list[tuple[bool, str, str, str, Callable[[], Figure]]] = [
@@ -125,7 +125,7 @@ def _points(lines: Sequence[Line], measure: Callable[[Cost], float]) -> list[_Po
 
 def _scatter(axes: Axes, points: Sequence[_Point], label: str, *, zero: bool) -> None:
     front = _front(points)
-    # A method that learns nothing takes no time and no bytes, and a logarithm has no place for zero.
+    # Methods that learn nothing take zero time and bytes, which a log scale cannot show.
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.5) if zero else axes.set_xscale("log")
     along, up = [cost for _, cost, _ in front], [accuracy for _, _, accuracy in front]
     axes.step(along, up, where="post", color=COLORS["muted"], linewidth=0.8)
@@ -140,7 +140,7 @@ def _scatter(axes: Axes, points: Sequence[_Point], label: str, *, zero: bool) ->
 
 
 def _roomy(axes: Axes, costs: Sequence[float], *, zero: bool) -> None:
-    """Room beside the points for their names, and plain numbers along the axis."""
+    """Leave room for the points' names, and use plain numbers along the axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = min(costs), max(costs)
@@ -155,7 +155,7 @@ def _roomy(axes: Axes, costs: Sequence[float], *, zero: bool) -> None:
 
 
 def _front(points: Sequence[_Point]) -> list[_Point]:
-    """Points that none of the same or lower cost reaches in accuracy, by rising cost."""
+    """The Pareto front by rising cost: points whose accuracy no point of the same or lower cost reaches."""
     front: list[_Point] = []
     for point in sorted(points, key=lambda point: (point[1], -point[2])):
         if not front or point[2] > front[-1][2]:
@@ -286,7 +286,7 @@ def _dot(
 
 
 def _height(row: Row, names: Sequence[str]) -> float:
-    """Where a row stands on the line of its name: the two contexts a little apart."""
+    """The height of a row: at its name, with the two contexts slightly apart."""
     return names.index(row.name) + (0.16 if row.context == "demonstrations" else -0.16)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as a report prints them: percent, points, seconds, bytes."""
+"""Format the numbers of a report: percent, points, seconds, bytes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def percent(share: float) -> str:
 
 
 def percent_spread(spread: Spread | None) -> str:
-    """Mean ± standard deviation in percent; the mean alone where there is one number."""
+    """Mean ± standard deviation in percent; only the mean of a single number."""
     if spread is None:
         return NOTHING
     return percent(spread.mean) + (f" ± {percent(spread.deviation)}" if spread.deviation is not None else "")
 
 
 def points(difference: float) -> str:
-    """A difference of shares in percentage points, always with its sign; a zero has none."""
+    """A difference of shares in percentage points, with its sign unless it is zero."""
     text = f"{100 * difference:+.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
 
@@ -33,7 +33,7 @@ def points_interval(interval: Interval | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration: milliseconds below a second, minutes from ten of them on."""
+    """A duration: milliseconds below a second, minutes from ten minutes."""
     if value == 0:
         return "0 s"
     if value < 1:
@@ -52,7 +52,7 @@ def size(count: float) -> str:
 
 
 def integer(count: float) -> str:
-    """A number without decimals, thousands apart."""
+    """A number without decimals, with separated thousands."""
     return f"{count:,.0f}"
 
 
@@ -62,7 +62,7 @@ def ratio(value: float) -> str:
 
 
 def moment(timestamp: str) -> str:
-    """A time of ISO 8601 to the minute, in UTC; anything else as it is."""
+    """An ISO 8601 time to the minute, in UTC; any other text unchanged."""
     try:
         return datetime.fromisoformat(timestamp).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:
@@ -80,5 +80,5 @@ def listed(names: list[str]) -> str:
 
 
 def _short(value: float) -> str:
-    """Two digits at least: one decimal below ten."""
+    """At least two digits: one decimal below ten."""
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"

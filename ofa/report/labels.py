@@ -1,4 +1,4 @@
-"""Names beside the points of a scatter plot, placed so that none covers another name or a point."""
+"""Label the points of a scatter plot without covering other labels or points."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 
 _SIZE = 7.5  # points
-_WIDTH = 0.56  # of a character, in font sizes; for the browser's font this is a generous mean
+_WIDTH = 0.56  # of a character, in font sizes; a generous mean for browser fonts
 _GAP = 5.0
-_STEPS = 20  # a name farther away belongs to no point any more
+_STEPS = 20  # a label farther away would be hard to assign to its point
 
 
 class _Box(NamedTuple):
@@ -32,10 +32,10 @@ class _Box(NamedTuple):
 
 
 def label_points(axes: Axes, names: Mapping[Point, str], points: Iterable[Point]) -> None:
-    """Write each name near its point, right of it if there is room; with a line where it had to move away.
+    """Write each name near its point, on the right if there is room; a moved name gets a line to its point.
 
-    `points` are all that must stay visible, in data coordinates; the limits of the axes must be final. A name for which
-    there is no place inside the axes is left out.
+    `points` must all stay visible, in data coordinates; the limits of the axes must be final. A name that does not fit
+    inside the axes is left out.
     """
     from ofa.report.svg import COLORS
 
@@ -65,7 +65,7 @@ def label_points(axes: Axes, names: Mapping[Point, str], points: Iterable[Point]
 
 
 def _place(name: _Box, taken: Sequence[_Box], inside: _Box, unit: float) -> _Box | None:
-    """The nearest free box for a name whose point is the lower left corner of the box it is given with."""
+    """The nearest free box for a name; the lower left corner of `name` is its point."""
     x, y, width, height = name.left, name.bottom, name.right - name.left, name.top - name.bottom
     for step in range(_STEPS):
         for direction in (1, -1):

@@ -1,4 +1,4 @@
-"""A report as Markdown: its sentences and tables."""
+"""Render a report as Markdown: its sentences and tables."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _commands(content: Content) -> list[str]:
 
 
 def _table(table: Table) -> str:
-    """A table and its notes; nothing where it has no rows."""
+    """A table and its notes; empty if it has no rows."""
     if not table.rows:
         return ""
     head = _row(_text(column.title) for column in table.columns)
@@ -95,5 +95,5 @@ def _list(sentences: Iterable[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that means nothing to Markdown or to HTML in it, on one line."""
+    """Escape text for Markdown and HTML, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing beside it: style, script and figures are inside."""
+"""Render a report as one self-contained HTML page, with style, script and figures inside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ofa.report.table import Table
 
 @dataclass(frozen=True)
 class Matrix:
-    """A confusion matrix as it is shown: counts, and their shares of the row from 0 to 100, which the shade follows."""
+    """A confusion matrix for display: counts, and their shares of the row from 0 to 100, which set the shade."""
 
     label: str
     labels: tuple[str, ...]
@@ -48,7 +48,7 @@ class Section:
 
 
 def page(content: Content) -> str:
-    """The report as one HTML document. Whatever comes from the results is escaped."""
+    """The report as one HTML document. All text from the results is escaped."""
     environment = Environment(
         loader=PackageLoader("ofa.report"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The paper's own figures, for models it reports: each with where it is known from."""
+"""Look up the paper's own figures for a model, each with its source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """One accuracy of the paper, between 0 and 1; `context` is None where it is not known."""
+    """One accuracy of the paper, between 0 and 1; `context` is None if it is not known."""
 
     task: str
     method: str
@@ -22,7 +22,7 @@ class PaperFigure:
 
 @dataclass(frozen=True)
 class Paper:
-    """What is known of the paper's figures for one model: which model of the paper's it is, and the figures."""
+    """The paper's figures for one model, under the paper's name of the model."""
 
     citation: str
     protocol: str

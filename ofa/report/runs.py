@@ -1,4 +1,4 @@
-"""What the folder of a comparison tells of its runs: the command lines, and the cells they were to fill."""
+"""Read the notes of the runs of a comparison's folder: command lines and requested cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ofa.comparison.store import RUN
 
 @dataclass(frozen=True)
 class Runs:
-    """The commands of a folder, the oldest first and each once, and the keys of the cells they asked for."""
+    """The distinct commands of a folder, oldest first, and the keys of the cells they requested."""
 
     commands: tuple[str, ...] = ()
     cells: frozenset[str] = frozenset()
@@ -24,10 +24,7 @@ NO_RUNS = Runs()
 
 
 def read_runs(folder: Path) -> Runs:
-    """What `ofa compare` noted of its runs in a folder; nothing where it noted nothing that can be read.
-
-    The records are the results; a report of them is not refused because a note beside them is lost.
-    """
+    """The notes of `ofa compare` in a folder; empty if missing or damaged, since a report needs only records."""
     try:
         newest = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -40,7 +37,7 @@ def read_runs(folder: Path) -> Runs:
 
 
 def _noted(newest: Any) -> Iterator[Mapping[str, Any]]:
-    """The runs, the newest first."""
+    """The runs, newest first."""
     if isinstance(newest, Mapping):
         yield newest
         yield from (run for run in newest.get("earlier", ()) if isinstance(run, Mapping))

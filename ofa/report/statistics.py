@@ -1,7 +1,7 @@
-"""What the records of a comparison say: spreads over seeds, averages over tasks, paired differences, ranks, costs.
+"""Statistics of a comparison's records: spreads over seeds, averages over tasks, paired differences, ranks, costs.
 
-Pure functions of records; accuracies and their differences are shares between 0 and 1. Methods are compared on the same
-draw of shots, task by task, so everything that sets two rows against each other is paired by `Draw`.
+Pure functions of records; accuracies and their differences are shares between 0 and 1. All methods get the same draws
+of shots, so every comparison of two rows is paired by `Draw`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ofa.comparison.outcomes import Draw, Outcome, Problem, Row
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 6
-"""Below it no percentile interval holds 95 %: [smallest, largest] of n values misses their median with probability
-2^(1−n), which is 6 % for five and 3 % for six."""
+"""With fewer pairs no percentile interval reaches 95 %: [smallest, largest] of n values misses their median with
+probability 2^(1−n), 6 % for five values and 3 % for six."""
 
-_EQUAL = 1e-12  # accuracies are quotients of small integers: what is closer than this is the same number
+_EQUAL = 1e-12  # accuracies are quotients of small integers: closer numbers are equal
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 above zero, −1 below it, 0 where zero is inside."""
+        """1 above zero, −1 below zero, 0 if zero is inside."""
         return int(self.low > 0) - int(self.high < 0)
 
 
@@ -59,18 +59,18 @@ class Difference:
 
     @property
     def pairs(self) -> int:
-        """How many draws both rows finished."""
+        """The number of draws that both rows finished."""
         return self.wins + self.ties + self.losses
 
     @property
     def sign(self) -> int:
-        """1 or −1 where the interval excludes zero and rests on enough pairs, else 0: not told apart."""
+        """1 or −1 if the interval excludes zero and has enough pairs, else 0: not told apart."""
         return self.interval.sign if self.interval and self.pairs >= FEWEST_PAIRS else 0
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Mean rank of a row (1 is best, ties share the mean of their places) and its interval over the draws."""
+    """Mean rank of a row (1 is best, ties share their mean rank) and its interval over the draws."""
 
     mean: float
     interval: Interval | None
@@ -87,7 +87,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row costs, over its finished cells; see `cost`."""
+    """The cost of a row over its finished cells; see `cost`."""
 
     fit_seconds: Spread
     seconds_per_text: Spread
@@ -130,7 +130,7 @@ def macro_by_seed(values: Mapping[Draw, float], problems: Sequence[Problem]) -> 
 def macro_average(values: Mapping[Draw, float], problems: Sequence[Problem]) -> Spread | None:
     """Macro average over tasks: per seed first, then mean ± standard deviation over the seeds that have every task.
 
-    The deviation is so that of the number a reader would quote, and not of the tasks' own. None without such a seed.
+    So the deviation is of the reported average, not of single tasks. None without such a seed.
     """
     averages = macro_by_seed(values, problems)
     return spread(averages.values()) if averages else None
@@ -141,12 +141,11 @@ def paired_difference(
 ) -> Difference | None:
     """`values` − `baseline` over the draws both have, with a percentile bootstrap interval; None without a common draw.
 
-    What is resampled are the pairs, one for each (task, seed). The question is whether the difference would come
-    out again with other shots on tasks such as these; what varies then is the draw of shots and how much the method
-    matters to the task, and a pair carries both. Pairs of one task are alike, so that the interval speaks of this
-    mixture of tasks. Resampling seeds within tasks would leave the tasks' part out and, with three seeds, be too narrow
-    by a third of the variance; resampling whole tasks needs more tasks than a comparison has. The luck of the test
-    examples is apart: `example_interval`.
+    The bootstrap resamples pairs, one for each (task, seed). The interval asks whether the difference would recur with
+    other shots on similar tasks: a pair varies with the draw of shots and with the method's effect on its task. Pairs
+    of one task are correlated, so the interval is for this mixture of tasks. Resampling seeds within tasks would omit
+    the variance between tasks and, with three seeds, be too narrow by a third of the variance; resampling whole tasks
+    needs more tasks than a comparison has. `example_interval` covers the choice of test examples.
     """
     common = sorted(values.keys() & baseline.keys())
     if not common:
@@ -166,12 +165,12 @@ def example_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval | None:
-    """Bootstrap interval of the same difference over test examples: the adapters stay, other texts are tested.
+    """Bootstrap interval of the same difference over test examples: the same adapters, tested on other texts.
 
-    For each example the right and wrong answers of both rows are paired and averaged over the seeds; examples are
-    resampled within each task, and a task weighs by its number of draws, as in `paired_difference`. Seeds
-    are resampled together by position: where they test the same examples, their agreement is kept; where they test
-    different ones, positions have nothing in common and their covariance is zero. None without a common draw.
+    The answers of both rows to an example (right or wrong) are paired and averaged over the seeds. Examples are
+    resampled within each task, and a task is weighted by its number of draws, as in `paired_difference`. Seeds are
+    resampled together by position: this keeps their correlation if they test the same examples, and is harmless
+    otherwise, because the positions are then independent. None without a common draw.
     """
     common = outcomes.keys() & baseline.keys()
     if not common:
@@ -180,7 +179,7 @@ def example_interval(
     total = np.zeros(resamples)
     for draws in _positioned_alike(sorted(common), outcomes):
         per_example = np.mean([_right(outcomes[draw]) - _right(baseline[draw]) for draw in draws], axis=0)
-        # The mean of a resample is a sum over the few values that occur, weighted by multinomial counts.
+        # A resample's mean is a sum over the few distinct values, weighted by multinomial counts.
         occurring, counts = np.unique(per_example, return_counts=True)
         weights = generator.multinomial(per_example.size, counts / per_example.size, size=resamples) / per_example.size
         total += len(draws) * (weights @ occurring)
@@ -190,8 +189,8 @@ def example_interval(
 def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Ranks | None:
     """Mean rank of every row over the draws that all ranked rows finished, with a bootstrap interval over those draws.
 
-    Rows that finished less than half of all draws are not ranked, so that one that has just begun does not take
-    the others' draws away. None where no draw is left.
+    Rows that finished less than half of all draws are not ranked: they would leave too few common draws. None if there
+    is no common draw.
     """
     everything = {draw for values in rows.values() for draw in values}
     ranked = [row for row, values in rows.items() if values and 2 * len(values) >= len(everything)]
@@ -208,10 +207,10 @@ def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RES
 
 
 def cost(outcomes: Mapping[Draw, Outcome]) -> Cost:
-    """Costs over a row's cells: means of seconds and tokens, the largest number of parameters and stored bytes.
+    """Costs over a row's cells: means of seconds and tokens, maxima of parameters and stored bytes.
 
-    On a GPU a record has the peak of its own cell, and the largest counts. On a CPU it has the most that the worker
-    ever took, whatever it ran before: every cell gives an upper bound, and the smallest is the closest one.
+    On a GPU, a record has the peak memory of its own cell, and the largest counts. On a CPU, it has the peak of the
+    worker process, earlier cells included: each cell gives an upper bound, and the smallest is the tightest.
     """
     records = [outcome.record for outcome in outcomes.values()]
     scores = [outcome.score for outcome in outcomes.values()]
@@ -227,14 +226,14 @@ def cost(outcomes: Mapping[Draw, Outcome]) -> Cost:
 
 
 def fit_time_ratio(outcomes: Mapping[Draw, Outcome], baseline: Mapping[Draw, Outcome]) -> float | None:
-    """Median over the common draws of a row's fit seconds to its baseline's; None where the baseline fits nothing."""
+    """Median over the common draws of a row's fit seconds relative to its baseline's; None if the baseline has none."""
     pairs = [(outcomes[draw].record, baseline[draw].record) for draw in outcomes.keys() & baseline.keys()]
     ratios = [record.fit_seconds / other.fit_seconds for record, other in pairs if other.fit_seconds > 0]
     return float(np.median(ratios)) if ratios else None
 
 
 def confusion(outcomes: Mapping[Draw, Outcome], problem: Problem) -> Confusion | None:
-    """A row's confusion matrix on one task, summed over its seeds; None where it has none."""
+    """A row's confusion matrix on one task, summed over its seeds; None if there is none."""
     scores = [outcome.score for draw, outcome in outcomes.items() if draw.problem == problem]
     matrices = [score.metrics["confusion"] for score in scores if "confusion" in score.metrics]
     if not matrices:
@@ -251,23 +250,23 @@ def _resampled_means(columns: NDArray[np.float64], resamples: int, seed: int) ->
 
 @lru_cache(maxsize=4)
 def _weights(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """How much each of `count` rows weighs in each resample: kept, since all rows of a table have the same pairs."""
+    """The weight of each of `count` rows in each resample; cached, since all rows of a table have the same pairs."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
 
 
 def _percentile_interval(means: NDArray[np.float64]) -> Interval:
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(means, [tail, 100 - tail])
-    # Sums of the same numbers in another order: a difference that is zero must not come out as 1e-18.
-    return Interval(_without_dust(low), _without_dust(high))
+    # Sums in another order may turn a zero difference into 1e-18.
+    return Interval(_rounded_to_zero(low), _rounded_to_zero(high))
 
 
-def _without_dust(value: float) -> float:
+def _rounded_to_zero(value: float) -> float:
     return 0.0 if abs(value) < _EQUAL else float(value)
 
 
 def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """Places by descending value, 1 for the largest; equal values share the mean of their places."""
+    """Ranks by descending value, 1 for the largest; ties share their mean rank."""
     numbers = np.asarray(values)
     above = (numbers[None, :] > numbers[:, None] + _EQUAL).sum(axis=1)
     equal = (np.abs(numbers[None, :] - numbers[:, None]) <= _EQUAL).sum(axis=1)
@@ -280,7 +279,7 @@ def _right(outcome: Outcome) -> NDArray[np.float64]:
 
 
 def _positioned_alike(draws: Sequence[Draw], outcomes: Mapping[Draw, Outcome]) -> list[list[Draw]]:
-    """The draws in groups of one task and one number of test examples."""
+    """The draws grouped by task and number of test examples."""
     groups: dict[tuple[Problem, int], list[Draw]] = defaultdict(list)
     for draw in draws:
         groups[draw.problem, len(outcomes[draw].score.truth)].append(draw)

@@ -1,4 +1,4 @@
-"""A report as JSON values, for programs: the numbers of its tables, unrounded."""
+"""Render a report as JSON values: the unrounded numbers of its tables."""
 
 from __future__ import annotations
 

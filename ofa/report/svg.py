@@ -1,4 +1,4 @@
-"""Figures as SVG that takes its colors from the page, so that one figure is readable in light and in dark."""
+"""Render figures as SVG whose colors are CSS properties of the page, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Placeholders that no other color is equal to; each becomes the custom property that the page's stylesheet defines.
+# Unique placeholder colors, replaced by the custom properties of the page's stylesheet.
 _ROLES = ("ink", "muted", "line", "paper", "ofa", "term", "norm", "other")
 COLORS = {role: f"#0a0b{number:02x}" for number, role in enumerate(_ROLES, start=1)}
 
-_MAGNIFIED = 1.76  # pixels of the page for a point of the figure, at most: text of 8.5 points is 15 pixels high
+_MAGNIFIED = 1.76  # maximum pixels of the page per point of the figure: text of 8.5 points is 15 pixels high
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -49,9 +49,9 @@ _STYLE = {
 
 
 def themed_svg(draw: Callable[[], Figure], name: str, description: str) -> str:
-    """The figure that `draw` makes, as one `<svg>` element for a page; `name` keeps its ids apart from other figures'.
+    """The figure of `draw` as one `<svg>` element for a page; `name` makes its ids unique on the page.
 
-    The element scales with the page, is announced as an image with `description`, and refers to nothing outside it.
+    The element scales with the page, has the role of an image with `description`, and has no external references.
     """
     import matplotlib
 
@@ -73,7 +73,7 @@ def _embedded(document: str, name: str, description: str) -> str:
         f'viewBox="{opening["box"]}" style="--natural: {natural:.0f}px" role="img" aria-label="{escape(description)}">'
     )
     body = svg[opening.end() :]
-    # Ids are unique in a figure only, and all figures stand on one page.
+    # Ids are unique only within a figure, but all figures share one page.
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", body)
     return head + re.sub(r'style="[^"]*"', _with_properties, body)

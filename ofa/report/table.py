@@ -1,4 +1,4 @@
-"""A table as either writer sets it: columns, and entries with a text, what it sorts by, and how it stands out."""
+"""Tables for both writers: columns, and entries with text, sort value and emphasis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WITH = {"prompt": "without demonstrations", "demonstrations": "with demonstratio
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table. `value` is what it sorts by (None: behind everything); `tone` is best, up, down or muted."""
+    """One cell of a table. `value` is its sort key (None sorts last); `tone` is best, up, down or muted."""
 
     text: str
     value: float | str | None = None
@@ -23,7 +23,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title, what it means, whether it holds numbers, and whether the smaller ones are the better ones."""
+    """A column's title and meaning; `numeric` for numbers, `less` if smaller is better."""
 
     title: str
     meaning: str = ""
@@ -45,7 +45,7 @@ METHOD = Column("method", numeric=False)
 
 
 def spread_entry(spread: Spread | None, seeds: int, best: float | None = None) -> Entry:
-    """Mean ± deviation, with the number of seeds where it is not all of them."""
+    """Mean ± deviation, with the number of seeds if some are missing."""
     if spread is None:
         return Entry(shown.NOTHING)
     fewer = f" ({spread.count})" if spread.count < seeds else ""

@@ -1,4 +1,4 @@
-"""The tables of results: at a glance, what the terms add, everything, costs, differences."""
+"""Build the tables of results: overview, effect of the terms, all results, costs, differences."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MACRO = Column("accuracy", "macro average in %: mean over tasks per seed, then 
 _FIT = Column("fit", "mean seconds to adapt to one task", less=True)
 _LATENCY = Column("per text", "mean seconds to label one text", less=True)
 _TRAINED = Column("trained", "parameters that are trained", less=True)
-_STORED = Column("stored", "bytes an adapter takes, the shots themselves not counted", less=True)
+_STORED = Column("stored", "size of an adapter, without the shots", less=True)
 
 
 def glance(comparison: Comparison, context: str) -> Table:
-    """The best rows of a context and what they cost, with norm tuning and OFA always among them."""
+    """The best rows of a context and their costs, always with norm tuning and OFA."""
     lines = comparison.in_context(context)
     chosen = [line for place, line in enumerate(lines) if place < _GLANCE or line.row.name in (NORM_TUNING, OFA)]
     rows = []
@@ -37,7 +37,7 @@ def glance(comparison: Comparison, context: str) -> Table:
 
 
 def terms(comparison: Comparison) -> Table:
-    """What J, H and both add to norm tuning, in either context: own weights first, then other settings."""
+    """The effect of J, H and both on norm tuning, in both contexts: default weights first, then other settings."""
     lines = [line for line in comparison.lines if line.row.method in TERMS and NORM_TUNING in line.contrasts]
     contexts = [context for context in CONTEXTS if any(line.row.context == context for line in lines)]
     columns = (Column("term", numeric=False), *(Column(_SHORT[context]) for context in contexts), Column("fit"))
@@ -51,8 +51,8 @@ def terms(comparison: Comparison) -> Table:
         notes.append(f"{len(names) - _MOST_TERMS} more settings in the table of differences.")
     if any(line.row.settings for line in lines):
         notes.append(
-            "Settings are in the order of their results on these test texts: the best of several is better here than "
-            "it will be elsewhere."
+            "Settings are ordered by their results on these test texts: the best of several is selected on them, and "
+            "will be worse on other texts."
         )
     return Table("added to norm tuning", columns, tuple(rows), (*notes, *_few(comparison)) if rows else ())
 
@@ -72,7 +72,7 @@ def _term(name: str, lines: Sequence[Line | None]) -> tuple[Entry, ...]:
 
 
 def results(comparison: Comparison) -> Table:
-    """Every row: macro average, each task, rank, and how many of its cells finished."""
+    """Every row: macro average, each task, rank, and its number of finished cells."""
     names = comparison.names
     columns = (
         METHOD,
@@ -82,8 +82,8 @@ def results(comparison: Comparison) -> Table:
             for problem in comparison.problems
         ),
         Column("macro-F1", "in %, averaged like the accuracy"),
-        Column("rank", "mean rank: 1 is best; ties share their places", less=True),
-        Column("cells", "finished, of those that any method was given"),
+        Column("rank", "mean rank: 1 is best; ties share their mean rank", less=True),
+        Column("cells", "finished, of the draws that any method was given"),
     )
     best = {context: _best_by_task(comparison, context) for context in CONTEXTS}
     seeds = Counter(draw.problem for draw in comparison.draws)
@@ -102,7 +102,7 @@ def results(comparison: Comparison) -> Table:
 
 
 def costs(comparison: Comparison) -> Table:
-    """What every row costs."""
+    """The cost of every row."""
     columns = (
         METHOD,
         _MACRO,
@@ -115,18 +115,18 @@ def costs(comparison: Comparison) -> Table:
     )
     rows = [(_name(line.row), _macro(line, comparison), *_costs(line)) for line in comparison.lines if line.cost]
     notes = [
-        "Seconds are means over tasks and seeds; a fit serves both contexts. A CPU's memory is the most that the "
-        "worker had taken when it finished the cell, whatever it ran before: an upper bound."
+        "Seconds are means over tasks and seeds; a fit serves both contexts. Memory on a CPU is the peak of the worker "
+        "process when it finished the cell, earlier cells included: an upper bound."
     ]
     if comparison.machines > 1:
         notes.append(
-            f"The cells were timed on {comparison.machines} different devices or numbers of threads or of workers on a "
-            "GPU: seconds of rows that ran on different ones do not compare."
+            f"The cells were timed on {comparison.machines} different devices, thread counts or workers per GPU: do "
+            "not compare seconds of rows that ran on different ones."
         )
     if comparison.sharing > 1:
         notes.append(
-            f"Up to {comparison.sharing} workers shared a GPU: seconds are longer than on a GPU of one's own, by as "
-            "much as the others had to do; memory is that of the one worker."
+            f"Up to {comparison.sharing} workers shared a GPU: seconds are longer than on a GPU without other work; "
+            "memory is of the worker alone."
         )
     return Table("cost", columns, tuple(rows), tuple(notes))
 
@@ -136,8 +136,8 @@ def differences(comparison: Comparison, method: str) -> Table:
     columns = (
         METHOD,
         Column("difference", "mean over (task, seed), in points of accuracy"),
-        Column("95 % by task and seed", "bootstrap over (task, seed): other shots, tasks such as these"),
-        Column("95 % by test example", "bootstrap over test examples: these adapters, other texts"),
+        Column("95 % by task and seed", "bootstrap over (task, seed): other shots, similar tasks"),
+        Column("95 % by test example", "bootstrap over test examples: same adapters, other texts"),
         Column("wins", "(task, seed) pairs in which it is better"),
         Column("ties"),
         Column("losses", less=True),
@@ -160,7 +160,7 @@ def _macro(line: Line, comparison: Comparison, *, best: bool = False) -> Entry:
 
 
 def _best_by_task(comparison: Comparison, context: str) -> dict[Problem, float]:
-    """The highest mean of each task among the rows with the most seeds, where there is something to be better than."""
+    """The highest mean of each task among the rows with the most seeds, for tasks with several such rows."""
     best = {}
     for problem in comparison.problems:
         found = [
@@ -237,8 +237,8 @@ def _result_notes(comparison: Comparison) -> tuple[str, ...]:
     ]
     if any(len(line.accuracy) < len(comparison.draws) for line in comparison.lines):
         notes.append(
-            "In brackets: the number of seeds, where it is not all of them. An average takes the seeds that have every "
-            "task, so that such rows rest on other tasks or seeds than the rest."
+            "In brackets: the number of seeds, if some are missing. An average uses only the seeds that have every "
+            "task, so such rows have other tasks or seeds than the rest."
         )
     ranks = comparison.ranks
     if ranks is not None:

@@ -1,4 +1,4 @@
-"""What a comparison says, in sentences: which row is best and how sure that is, and what J and H add to norm tuning."""
+"""Summarize a comparison in sentences: the best row and its significance, and the effect of J and H on norm tuning."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ofa.report.content import NORM_TUNING, OFA, Comparison, Content, Contrast, 
 from ofa.report.statistics import FEWEST_PAIRS
 from ofa.report.table import WITH
 
-NOT_IN_PAPER = "No figure of the paper is known for this model, so that none stand beside these."
+NOT_IN_PAPER = "The paper has no known figures for this model."
 NOTHING_TO_COMPARE = "There are no two rows with a pair of task and seed in common."
-NO_TERMS = f"What J and H add cannot be said: {NORM_TUNING} and {OFA} have no pair of task and seed in common."
-NO_COMMAND = "The folder does not tell which command made it."
+NO_TERMS = f"The effect of J and H is unknown: {NORM_TUNING} and {OFA} have no pair of task and seed in common."
+NO_COMMAND = "The folder does not record its command."
 
 _MOST_NAMES = 4
 
 
 def title(content: Content) -> str:
-    """What the report is of."""
+    """The title of the report: methods, tasks, models."""
     methods = {line.row.method for one in content.comparisons for line in one.lines}
     tasks = sorted({problem.task for one in content.comparisons for problem in one.problems})
     where = shown.listed(tasks) if len(tasks) <= _MOST_NAMES else shown.plural(len(tasks), "task")
@@ -28,7 +28,7 @@ def title(content: Content) -> str:
 
 
 def subject(comparison: Comparison) -> str:
-    """What was compared: model, tasks, shots, seeds, test examples."""
+    """The subject of a comparison: model, tasks, shots, seeds, test examples."""
     shots = sorted({problem.shots for problem in comparison.problems})
     tests = sorted(set(comparison.tested.values()) or {problem.test_size for problem in comparison.problems})
     seeds = [str(seed) for seed in comparison.seeds]
@@ -44,7 +44,7 @@ def subject(comparison: Comparison) -> str:
 
 
 def progress(content: Content) -> str:
-    """How many cells there are, and how many of them have no result."""
+    """The number of cells, and of cells without a result."""
     gaps = [gap for comparison in content.comparisons for gap in comparison.gaps]
     failed = sum(gap.error is not None for gap in gaps)
     absent = len(gaps) - failed + content.waiting
@@ -56,14 +56,14 @@ def progress(content: Content) -> str:
 
 
 def best(comparison: Comparison) -> list[str]:
-    """One sentence per context: the highest macro average, and which rows it is not told apart from."""
+    """One sentence per context: the highest macro average, and the rows not told apart from it."""
     winners = [comparison.winner(context) for context in CONTEXTS]
     told = [_best(winner) for winner in winners if winner is not None]
-    return told or ["No method has a result on every task yet, so that there is no average to compare."]
+    return told or ["No method has a result on every task yet, so there is no average to compare."]
 
 
 def terms(comparison: Comparison) -> list[str]:
-    """What J and H together change, by context and in time; why nothing can be said where that is so."""
+    """The effect of J and H together, by context and in time; or the reason why it is unknown."""
     lines = [line for line in comparison.lines if line.row.method == OFA and NORM_TUNING in line.contrasts]
     contrasts = {line.row.context: line.contrasts[NORM_TUNING] for line in lines if not line.row.settings}
     if not contrasts:
@@ -77,13 +77,13 @@ def terms(comparison: Comparison) -> list[str]:
 
 
 def _settings(lines: Sequence[Line]) -> str:
-    """How many settings of OFA are told apart from norm tuning, where none of them is the method's own."""
+    """How many settings of OFA are told apart from norm tuning, if none has the default weights."""
     told = []
     for context in CONTEXTS:
         signs = [line.contrasts[NORM_TUNING].difference.sign for line in lines if line.row.context == context]
         if signs:
             told.append(f"{signs.count(1)} of {len(signs)} above and {signs.count(-1)} below it {WITH[context]}")
-    return f"Of OFA's settings, set against {NORM_TUNING}, {shown.listed(told)}; the others are not told apart from it."
+    return f"Of OFA's settings, against {NORM_TUNING}, {shown.listed(told)}; the others are not told apart from it."
 
 
 def _best(winner: Winner) -> str:

@@ -1,4 +1,4 @@
-"""Ways to run the cells of a plan: in processes of this machine, or on a Ray cluster. Same cells, same results."""
+"""Run the cells of a plan in processes of this machine, or on a Ray cluster, with the same results."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one worker computes. `visible_gpus` is what CUDA_VISIBLE_DEVICES becomes; None leaves it as it is.
+    """The device and threads of one worker. `visible_gpus` sets CUDA_VISIBLE_DEVICES; None leaves it unchanged.
 
-    `sharing` is the number of workers on its GPU, itself among them.
+    `sharing` is the number of workers on its GPU, including itself.
     """
 
     device: str
@@ -54,14 +54,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Finished:
-    """A cell is done or has failed; nobody works on it any more."""
+    """A cell is done or has failed finally."""
 
     record: Record
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the person at the terminal should know."""
+    """A message for the user."""
 
     text: str
 
@@ -74,11 +74,11 @@ class Engine(Protocol):
 
     @property
     def workers(self) -> int:
-        """How many cells run at the same time."""
+        """The number of cells that run at the same time."""
         ...
 
     def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
-        """Run every cell, in this order as far as several workers can; closing the iterator ends all workers at once.
+        """Start the cells in this order; closing the iterator ends all workers at once.
 
         A cell whose worker dies runs again, see `crew.ATTEMPTS`.
 

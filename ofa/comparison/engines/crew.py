@@ -1,4 +1,4 @@
-"""How work is handed out: every worker loads the model, gets one cell after the other, and is replaced when it dies."""
+"""Schedule cells on workers: each loads the model, gets one cell after the other, and is replaced when it dies."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ofa.comparison.plan import Job
 
 ATTEMPTS = 3
-"""How often a cell is begun whose worker dies over it, and how often a worker that dies before it has loaded."""
+"""Attempts for a cell whose workers die, and for workers that die while they load the model."""
 
 
 class Worker(Protocol):
-    """A process that runs cells, as seen from outside."""
+    """Handle of a process that runs cells."""
 
     placement: Placement
 
@@ -31,19 +31,19 @@ class Worker(Protocol):
         ...
 
     def receive(self) -> Ready | Refused | Outcome | None:
-        """What it has to say; None where it has died."""
+        """Its next message; None if it has died."""
         ...
 
     def give(self, job: Job) -> None:
-        """Let it run a cell; if it has died meanwhile, `receive` tells."""
+        """Send it a cell; if it has died, `receive` returns None."""
         ...
 
     def end_in_words(self) -> str:
-        """How it ended, having died."""
+        """How it died, as part of a sentence."""
         ...
 
     def kill(self) -> None:
-        """End it at once: it holds nothing that would be missed."""
+        """Kill it; it has no state to save."""
         ...
 
 
@@ -59,11 +59,11 @@ def run_crew(
 ) -> Iterator[Event]:
     """Run all cells on one worker for each placement.
 
-    `spawn` starts a worker; `wait_any` waits until some have something to say or have died, and returns them, or none
-    of them after a while.
+    `spawn` starts a worker; `wait_any` waits until some workers have a message or have died, and returns them, or none
+    after a timeout.
 
     Raises:
-        InputError: the workers refuse, or die before they have loaded the model.
+        InputError: the workers cannot load the model.
     """
     crew = _Crew(cells, job, spawn)
     try:
@@ -80,7 +80,7 @@ def run_crew(
 
 
 class _Crew(Generic[W]):
-    """The workers, each with the cell it runs, and the cells that nobody works on yet."""
+    """The workers, each with its current cell, and the backlog of cells."""
 
     def __init__(self, cells: Sequence[Cell], job: Callable[[Cell], Job], spawn: Callable[[Placement], W]) -> None:
         self.workers: dict[W, Cell | None] = {}
@@ -96,13 +96,13 @@ class _Crew(Generic[W]):
         self.workers[self._spawn(placement)] = None
 
     def silence(self) -> Iterator[Event]:
-        """Say once that nobody can begin."""
+        """After a timeout, notify once if no worker has loaded the model."""
         if not self._loaded and not self._told_of_silence:
             self._told_of_silence = True
-            yield Notice("no worker has begun yet: the model takes long to load, or the cluster has no free place")
+            yield Notice("no worker has started yet: the model takes long to load, or the cluster has no free slot")
 
     def hear(self, worker: W) -> Iterator[Event]:
-        """Act on what a worker has to say."""
+        """Handle a worker's next message."""
         message = worker.receive()
         if message is None:
             yield from self._on_exit(worker)
@@ -126,10 +126,10 @@ class _Crew(Generic[W]):
         yield Started(cell, worker.pid)
 
     def _replace(self, worker: W) -> Iterator[Event]:
-        """Its model is no longer what it was."""
+        """Replace a worker whose model was changed by a method."""
         self._retire(worker)
         if self._backlog:
-            yield Notice("a method did not give the model back as it was; the worker loads it anew")
+            yield Notice("a method did not restore the model; a new worker loads it again")
             self.add_worker(worker.placement)
 
     def _on_exit(self, worker: W) -> Iterator[Event]:
@@ -139,12 +139,12 @@ class _Crew(Generic[W]):
         elif worker not in self._loaded:
             self._failed_starts += 1
             if self.workers:
-                yield Notice(f"a worker {why} while it loaded the model; {len(self.workers)} carry on")
+                yield Notice(f"a worker {why} while it loaded the model; {len(self.workers)} continue")
                 return
             if self._failed_starts == ATTEMPTS:
                 raise InputError(
-                    f"{ATTEMPTS} workers could not load the model, the last one {why}: give them more memory, or "
-                    "choose a smaller model"
+                    f"{ATTEMPTS} workers died while they loaded the model, the last one {why}: give them more memory, "
+                    "or choose a smaller model"
                 )
         if self._backlog:
             self.add_worker(worker.placement)
@@ -152,7 +152,7 @@ class _Crew(Generic[W]):
     def _lost(self, cell: Cell, why: str) -> Event:
         self._deaths[cell.key] += 1
         if self._deaths[cell.key] == ATTEMPTS:
-            error = f"{ATTEMPTS} workers died over this cell, the last one {why}"
+            error = f"{ATTEMPTS} workers died while they ran this cell, the last one {why}"
             return Finished(Record(cell, error=error, finished=now(), versions=library_versions()))
         self._backlog.appendleft(cell)
         return Notice(f"the worker that ran {cell.row} on {cell.task}, seed {cell.seed}, {why}; the cell runs again")

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine."""
+"""Run workers as processes of this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LocalEngine:
 
     @property
     def workers(self) -> int:
-        """How many cells run at the same time."""
+        """The number of cells that run at the same time."""
         return len(self._placements)
 
     def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
@@ -42,12 +42,12 @@ class LocalEngine:
 
 
 class _Process:
-    """A worker process, as its parent sees it."""
+    """Handle of a worker process."""
 
     def __init__(self, source: Source, placement: Placement) -> None:
         self.placement = placement
         self.connection, theirs = _SPAWN.Pipe()
-        # A daemon, so that not even an error of our own leaves it behind.
+        # A daemon ends with its parent, also after an error.
         self.process = _SPAWN.Process(target=_work, args=(theirs, source, placement), daemon=True)
         with _deaf_to_interrupts():
             self.process.start()
@@ -83,8 +83,8 @@ class _Process:
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started here never hear of Ctrl-C at the terminal: it is for their parent, which then ends them."""
-    resource_tracker.ensure_running()  # the first start would do it in between, and unblock the signal behind it
+    """Processes started here ignore Ctrl-C at the terminal; their parent handles it and ends them."""
+    resource_tracker.ensure_running()  # the first start would do this, and then unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -98,7 +98,7 @@ def _await_news(processes: list[_Process]) -> list[_Process]:
 
 
 def _work(connection: Connection, source: Source, placement: Placement) -> None:
-    """The life of a worker process: load the model, then run what it is given."""
+    """Main function of a worker process: load the model, then run the cells it receives."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)  # standard output is for results
     place(placement)
@@ -116,7 +116,7 @@ def _work(connection: Connection, source: Source, placement: Placement) -> None:
 
 
 def _end_with_parent() -> None:
-    """Do not go on for hours when the parent was killed: nobody would keep what comes out."""
+    """Exit when the parent was killed, since the results would be lost."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

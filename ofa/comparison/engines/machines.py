@@ -1,4 +1,4 @@
-"""Where the cells of a comparison run, as options, and the engine that follows from them."""
+"""Options for where the cells of a comparison run, and the engine they select."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ofa.errors import InputError
 
 
 class Machines(BaseModel):
-    """The engine, its workers, and what each of them needs to load the model."""
+    """The engine, its workers, and their options for loading the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,16 +34,15 @@ class Machines(BaseModel):
     trust_remote_code: bool = False
 
     def source(self, model: str | None, dtype: str) -> Source:
-        """The model as these workers load it."""
+        """The model that these workers load."""
         return Source(model, dtype, self.device_map, self.trust_remote_code, self.offline, self.batch_size)
 
 
 def check_machines(machines: Machines) -> None:
-    """See that the engine can start, before anything else is done.
+    """Check early that the engine can start.
 
     Raises:
-        InputError: Ray is missing, there are too few GPUs, options contradict, or this is one of several processes that
-            would all do the same.
+        InputError: Ray is missing, there are too few GPUs, options contradict, or a launcher started several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
@@ -53,9 +52,9 @@ def check_machines(machines: Machines) -> None:
     if machines.engine == "ray":
         check_installed()
         if machines.threads is not None:
-            raise InputError("--threads means nothing to Ray, which deals out the cores of a cluster: leave it out")
+            raise InputError("--threads has no effect with Ray, which assigns the cores of a cluster: leave it out")
     elif machines.ray_address is not None:
-        raise InputError("--ray-address means nothing to the local engine: add --engine ray")
+        raise InputError("--ray-address has no effect with the local engine: add --engine ray")
     else:
         _local_placements(machines)
 
@@ -69,7 +68,7 @@ def foreseen_workers(machines: Machines) -> int:
 
 @contextmanager
 def open_engine(machines: Machines, source: Source) -> Iterator[Engine]:
-    """The engine that was asked for; a cluster that it started ends with it.
+    """The selected engine; a cluster that it started ends with it.
 
     Raises:
         InputError: see `check_machines`; or the Ray cluster cannot be reached.

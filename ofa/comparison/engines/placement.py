@@ -1,4 +1,4 @@
-"""Which GPU and how many threads each worker of this machine gets."""
+"""Assign GPUs and threads to the workers of this machine."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ def placements(
     cores: int,
     workers_per_gpu: int = 1,
 ) -> tuple[Placement, ...]:
-    """The places of `workers` workers, or of `workers_per_gpu` for each GPU (one on a CPU) where it is None.
+    """The placements of `workers` workers; by default `workers_per_gpu` for each GPU, or one on a CPU.
 
-    A worker has a GPU of its own, or shares it with as few others as there must be; with a `device_map` the GPUs are
-    dealt out evenly, several to each. The cores of the machine are divided among the workers. `gpus` are names as
-    CUDA_VISIBLE_DEVICES has them.
+    Workers are spread evenly over the GPUs; with a `device_map` each gets an equal number of GPUs. The machine's cores
+    are divided among the workers. `gpus` are names as in CUDA_VISIBLE_DEVICES.
 
     Raises:
-        InputError: there are fewer places than workers, or a single GPU was named for several workers, or there is no
-            GPU to share.
+        InputError: there are more workers than slots on GPUs, or there is no GPU to share.
     """
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers} would run nothing: give at least 1")
     on_gpus = _chosen(device, gpus)
     check_sharing(workers_per_gpu, len(on_gpus), device_map)
     if not on_gpus:
-        # An empty list hides every GPU, so that nobody opens one by accident.
+        # An empty value hides all GPUs, so that no library initializes one.
         hidden = "" if device == "cpu" else None
         return (Placement(device, _threads(workers or 1, cores), hidden),) * (workers or 1)
     places = len(on_gpus) * workers_per_gpu
     count = workers or (1 if device_map is not None else places)
     if count > places:
         raise InputError(
-            f"{count} workers were asked for and there is a GPU for {places} of them: lower --workers, "
+            f"--workers is {count}, but there is a GPU for only {places} of them: lower --workers, "
             f"{way_out(count, len(on_gpus), device_map)}or choose --device cpu"
         )
     threads = _threads(count, cores)
@@ -50,7 +48,7 @@ def placements(
 
 
 def check_sharing(workers_per_gpu: int, gpus: int, device_map: str | None) -> None:
-    """See that there are GPUs to share where sharing was asked for.
+    """Check that there are GPUs to share if `workers_per_gpu` is above 1.
 
     Raises:
         InputError: there are none, or a `device_map` gives each worker several.
@@ -64,18 +62,18 @@ def check_sharing(workers_per_gpu: int, gpus: int, device_map: str | None) -> No
         )
     if not gpus:
         raise InputError(
-            f"--workers-per-gpu {workers_per_gpu} means nothing without a CUDA GPU to share: leave it out, and pass "
+            f"--workers-per-gpu {workers_per_gpu} has no effect without a CUDA GPU: leave it out, and pass "
             "--workers for several cells at once"
         )
 
 
 def way_out(workers: int, gpus: int, device_map: str | None) -> str:
-    """How so many workers could run on these GPUs all the same, as part of a sentence; empty with a `device_map`."""
+    """How to run that many workers on these GPUs, as part of a sentence; empty with a `device_map`."""
     return "" if device_map is not None else f"let them share with --workers-per-gpu {-(-workers // gpus)}, "
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()
@@ -84,12 +82,12 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def available_cores() -> int:
-    """The cores for all workers: OMP_NUM_THREADS where it is set, else those that nothing else uses."""
+    """The cores for all workers: OMP_NUM_THREADS if it is set, else the idle cores."""
     return threads_from_environment() or usable_cores().free
 
 
 def _chosen(device: str, gpus: tuple[str, ...]) -> tuple[str, ...]:
-    """The GPUs that a device option leaves to the workers; none where it asks for something else."""
+    """The GPUs that a device option selects; none for other devices."""
     if device in ("auto", "cuda"):
         return gpus
     kind, _, index = device.partition(":")
@@ -101,7 +99,7 @@ def _dealt(gpus: tuple[str, ...], count: int, device_map: str | None) -> list[tu
     if device_map is not None:
         share = len(gpus) // count
         return [(",".join(gpus[index * share : (index + 1) * share]), 1) for index in range(count)]
-    # In turns, so that workers have GPUs of their own where fewer cells are left than there are places.
+    # Round-robin: with fewer cells than slots, workers do not share a GPU needlessly.
     names = [gpus[index % len(gpus)] for index in range(count)]
     return [(name, names.count(name)) for name in names]
 

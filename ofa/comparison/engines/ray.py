@@ -1,6 +1,6 @@
-"""Workers as Ray actors: on an existing cluster, or on one of this machine that lasts as long as the run.
+"""Run workers as Ray actors, on an existing cluster or on a local one for the duration of the run.
 
-On a cluster every node needs this package, and the model under the same name.
+Every node of a cluster needs this package, and the model under the same name.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from ofa.comparison.plan import Job
 
 _PATIENCE = 30.0
-"""Seconds without news after which it is said that nobody has begun."""
+"""Seconds without a message before the notice that no worker has started."""
 _CONNECT = 5.0
-"""Seconds in which a cluster must answer; Ray itself would try for many minutes."""
+"""Timeout in seconds for a cluster's answer; Ray itself would try for many minutes."""
 
 
 def check_installed() -> None:
-    """See that Ray is there, without the seconds that importing it takes.
+    """Check that Ray is installed, without importing it, which takes seconds.
 
     Raises:
-        InputError: it is not; how to install it.
+        InputError: it is not installed.
     """
     if find_spec("ray") is None:
         raise InputError(
@@ -47,12 +47,12 @@ def check_installed() -> None:
 def ray_engine(
     source: Source, *, address: str | None, workers: int | None, workers_per_gpu: int = 1, device: str, cores: int
 ) -> Iterator[RayEngine]:
-    """An engine on the cluster at `address`, or on one of this machine with so many `cores`.
+    """An engine on the cluster at `address`, or on a local one with `cores` cores.
 
-    Without `workers` there are `workers_per_gpu` for each GPU of the cluster, or one for each node where it has none.
+    The default is `workers_per_gpu` workers for each GPU of the cluster, or one for each node without GPUs.
 
     Raises:
-        InputError: Ray is not installed, there is no such cluster, or it has fewer places on GPUs than workers.
+        InputError: Ray is not installed, there is no such cluster, or it has fewer slots on GPUs than workers.
     """
     check_installed()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -66,7 +66,7 @@ def ray_engine(
 
 
 class RayEngine:
-    """One actor for each placement, with `gpus` GPUs of its own, or that part of one. See `Engine`."""
+    """One actor for each placement, with `gpus` GPUs, which may be a fraction. See `Engine`."""
 
     def __init__(self, ray: Any, source: Source, placements: Sequence[Placement], gpus: float) -> None:
         self._ray, self._source = ray, source
@@ -74,7 +74,7 @@ class RayEngine:
 
     @property
     def workers(self) -> int:
-        """How many cells run at the same time."""
+        """The number of cells that run at the same time."""
         return len(self._placements)
 
     def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
@@ -91,7 +91,7 @@ class RayEngine:
 
 
 class _Remote:
-    """An actor, as the driver sees it."""
+    """Handle of an actor in the driver."""
 
     def __init__(self, ray: Any, source: Source, placement: Placement, gpus: float) -> None:
         self.placement = placement
@@ -117,12 +117,12 @@ class _Remote:
         return f"is gone ({self._death})"
 
     def kill(self) -> None:
-        with suppress(Exception):  # gone already, or the cluster is
+        with suppress(Exception):  # the actor or the cluster has ended already
             self._ray.kill(self._actor)
 
 
 class _Actor:
-    """What runs on the cluster: every answer comes with the process id."""
+    """The worker on the cluster; every answer includes its process id."""
 
     def __init__(self, source: Source, placement: Placement) -> None:
         self._source, self._placement = source, placement
@@ -144,7 +144,7 @@ class _Actor:
 def _connect(ray: Any, address: str | None, cores: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        # Ray would start its workers 15 steps nicer than anything else, and on a busy machine they hardly got a turn.
+        # Ray's default niceness of 15 starves workers on a busy machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         return
@@ -172,24 +172,24 @@ def _check_address(address: str) -> None:
 def shared_placements(
     nodes: Sequence[Any], workers: int | None, device: str, device_map: str | None, workers_per_gpu: int = 1
 ) -> tuple[list[Placement], float]:
-    """The placements on these nodes, and the GPUs of each: a part of one where several workers share it."""
+    """The placements on these nodes, and the GPUs of each: a fraction if several workers share one."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in alive if node.get("CPU", 0) >= 1]
     gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in alive))
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device} means nothing on a cluster: choose auto, cuda or cpu")
+        raise InputError(f"--device {device} cannot be used on a cluster: choose auto, cuda or cpu")
     if not cpus:
         raise InputError("the Ray cluster has no node with a CPU: start one with `ray start`")
     check_sharing(workers_per_gpu, gpus, device_map)
     if not gpus:
         count = workers or len(cpus)
-        # No more threads than the smallest node has: an actor lives on one node.
+        # At most the cores of the smallest node, since an actor runs on one node.
         threads = max(1, min(sum(cpus) // count, *cpus))
         return [Placement(device, threads)] * count, 0
     count = workers or (1 if device_map is not None else gpus * workers_per_gpu)
     if count > gpus * workers_per_gpu:
         raise InputError(
-            f"{count} workers were asked for and the cluster has a GPU for {gpus * workers_per_gpu} of them: lower "
+            f"--workers is {count}, but the cluster has a GPU for only {gpus * workers_per_gpu} of them: lower "
             f"--workers, {way_out(count, gpus, device_map)}or choose --device cpu"
         )
     sharing = -(-count // gpus)
@@ -198,5 +198,5 @@ def shared_placements(
 
 
 def _part(sharing: int) -> float:
-    """A GPU divided by so many, rounded down to the four decimals that Ray keeps: else the last might not fit."""
+    """A GPU's fraction, rounded down to Ray's four decimals so that all workers fit."""
     return 1 if sharing == 1 else 10_000 // sharing / 10_000

@@ -1,4 +1,4 @@
-"""What a worker does, whichever engine started it. Imports nothing heavy before it knows its GPU and its threads."""
+"""Set up a worker of any engine. Heavy imports wait until GPU and threads are set."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Refused(InputError):
-    """The model cannot be loaded; another attempt would not help."""
+    """The model cannot be loaded, and retrying would not help."""
 
 
 def place(placement: Placement) -> None:
-    """Give this process its GPUs and threads. Has an effect only before torch is imported."""
+    """Set this process's GPUs and threads, which must happen before importing torch."""
     if placement.visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_gpus
     os.environ["OMP_NUM_THREADS"] = str(placement.threads)

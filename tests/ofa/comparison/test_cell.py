@@ -1,4 +1,4 @@
-"""A cell's record is what the method and the evaluation say, and whatever happens in a cell stays in it."""
+"""A cell's record has the results of method and evaluation, and a failure affects no other cell."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(runner, plan):
 
 
 def test_a_record_says_how_many_shared_the_gpu(runner, tiny_model):
-    """And nothing where nobody did, so that such records are what they were."""
+    """Only if several did; other records are unchanged."""
     shared = CellRunner(LoadedModel(*tiny_model, "a-model", "folder", None), sharing=8)
     assert shared.versions == {**runner.versions, "workers_per_gpu": "8"}
 
@@ -46,7 +46,7 @@ def test_a_record_says_how_many_shared_the_gpu(runner, tiny_model):
     ],
 )
 def test_a_record_is_what_fit_and_evaluate_say(runner, tiny_model, make_plan, name, settings, contexts):
-    """By hand, with the library alone: predictions, metrics, sizes; and it survives its line."""
+    """Oracle: predictions, metrics and sizes by hand; the record survives a round trip through its line."""
     model, tokenizer = tiny_model
     plan = make_plan(methods={name: settings}, seeds="3")
     (cell,) = plan.cells
@@ -84,7 +84,7 @@ def test_a_record_is_what_fit_and_evaluate_say(runner, tiny_model, make_plan, na
     ],
 )
 def test_only_the_contexts_of_the_grid_are_tested(runner, make_plan, name, contexts, tested):
-    """And a grid that asks for one that was left out runs the cell again, where the method has it."""
+    """A grid with a context that was left out runs the cell again, if the method supports it."""
     settings = QUICK if name == "norm-tuning" else {}
     plan = make_plan(methods={name: settings}, contexts=contexts)
     record = run(runner, plan).record
@@ -105,8 +105,8 @@ def test_extra_tokens_are_those_of_the_demonstrations(runner, tiny_model, make_p
     assert scores["prompt"].extra_tokens == 0
 
 
-def test_a_method_in_its_own_way_keeps_its_demonstrations(runner, make_plan, register):
-    """Where a method is tested with nothing in front of a text, its scorer decides what stands there."""
+def test_a_method_keeps_its_own_demonstrations(runner, make_plan, register):
+    """In the context "prompt", the method's scorer decides what precedes a text."""
 
     def fit(model, tokenizer, task, shots, seed):
         scorer = Scorer(model, tokenizer, task, demonstrations=shots)
@@ -181,11 +181,11 @@ def test_a_method_that_leaves_something_behind_fails_loudly(runner, make_plan, r
     register("leaves", leaves(lambda model: model.model.norm.weight.data.mul_(1.01)))
     outcome = run(runner, make_plan(methods="leaves"))
     assert not outcome.intact
-    assert outcome.record.error == "the method did not give the model back as it was: tensor 'model.norm.weight'"
+    assert outcome.record.error == "the method did not restore the model: tensor 'model.norm.weight'"
     assert outcome.record.scores == {}
 
 
-def test_a_model_that_does_not_answer_any_more_is_not_used_again(runner, make_plan, register):
+def test_a_model_that_fails_afterwards_is_not_used_again(runner, make_plan, register):
     def broken(*args, **kwargs):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -195,8 +195,8 @@ def test_a_model_that_does_not_answer_any_more_is_not_used_again(runner, make_pl
     assert "device-side assert" in outcome.record.error
 
 
-def test_what_our_code_warns_of_is_in_the_record_and_not_on_the_screen(runner, make_plan, register, capsys):
-    """Once each; and the logger is as it was afterwards."""
+def test_our_warnings_are_in_the_record_and_not_printed(runner, make_plan, register, capsys):
+    """Once each; the logger is restored afterwards."""
 
     def fit(model, tokenizer, task, shots, seed):
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""`ofa compare` from its options to its results: what runs, what is continued, what is refused. Cells run in here."""
+"""`ofa compare` from options to results: cells that run, resume or are refused, here in this process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_second_run_does_only_what_is_missing(options, tmp_path):
 
 
 def test_the_folder_tells_what_was_run(options, tmp_path):
-    """Command, grid, versions, cells; the earlier run behind the newer one, and none that was refused."""
+    """Command, grid, versions, cells; newest run first, refused runs not at all."""
     run(*options, "--seeds", "1")
     run(*options, "--seeds", "1-2")
     run(*options, "--seeds", "1-3", "--dtype", "float16")
@@ -98,7 +98,7 @@ def test_a_failed_cell_stops_nothing_and_is_run_again_on_request(options, tmp_pa
 
 
 def test_a_disk_that_fills_up_keeps_the_finished_cells_and_the_next_run_goes_on(options, tmp_path, monkeypatch):
-    """The third line goes in by half. The results are those of a run that had room."""
+    """The third line is written by half. The results equal those of a run with free space."""
     write, lines = os.write, []
 
     def limited(descriptor, data):
@@ -151,7 +151,7 @@ def test_the_table_has_a_line_for_each_row_and_context(options):
     assert [word in shown for word in ("zero-shot", "icl", "demonstrations", "mood")] == [True] * 4
 
 
-# Looking ahead
+# Dry run
 
 
 def test_a_dry_run_lists_what_would_run_and_touches_nothing(options, tmp_path):
@@ -183,19 +183,19 @@ def test_fewer_test_examples_than_asked_for_are_said(options):
     [
         (["--tasks", "sst22"], 'no task or folder "sst22"'),
         (["--methods", "icll"], 'no method "icll", did you mean "icl"'),
-        (["--methods", ""], "the grid is empty"),
+        (["--methods", ""], "the grid has no --methods"),
         (["--seeds", "42-"], 'the seeds "42-" cannot be read'),
         (["--shots", "9"], 'class "negative" has 8 training examples but 9 shots'),
-        (["--shots", "8"], r"demonstrations of mood with seed 42 take \d+ tokens .* window holds 256"),
+        (["--shots", "8"], r"demonstrations of mood with seed 42 take \d+ tokens .* window is 256"),
         (["--model", "no/such/model/here"], "no folder .*no/such/model/here"),
         (["--out", "/proc/nothing"], "output folder /proc/nothing cannot be written"),
-        (["--ray-address", "auto"], "--ray-address means nothing to the local engine"),
+        (["--ray-address", "auto"], "--ray-address has no effect with the local engine"),
         (["--workers-per-gpu", "0"], "--workers-per-gpu 0 cannot be used"),
-        (["--workers-per-gpu", "2", "--device", "cpu"], "--workers-per-gpu 2 means nothing without a CUDA GPU"),
+        (["--workers-per-gpu", "2", "--device", "cpu"], "--workers-per-gpu 2 has no effect without a CUDA GPU"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     ],
 )
-def test_what_cannot_run_is_one_sentence_before_anything_runs(options, tmp_path, arguments, words):
+def test_invalid_options_are_refused_before_anything_runs(options, tmp_path, arguments, words):
     """No folder is made, no cell is run, no traceback is shown."""
     refused = run(*options, *arguments)
     assert refused.status == 2
@@ -214,7 +214,7 @@ def test_what_cannot_run_is_one_sentence_before_anything_runs(options, tmp_path,
         ({"seeds": {"a": 1}}, "sets seeds to .*; write one plain value"),
     ],
 )
-def test_what_a_file_gets_wrong_is_one_sentence(options, tmp_path, values, words):
+def test_an_invalid_configuration_file_is_refused(options, tmp_path, values, words):
     given = options if "methods" not in values else [*options[:4], *options[6:]]
     refused = run(*given, *config(tmp_path, **values))
     assert refused.status == 2
@@ -241,4 +241,4 @@ def test_results_of_other_weights_or_another_protocol_are_not_mixed(options, tmp
     file.write_bytes(before.replace(f'"protocol": {PROTOCOL}'.encode(), b'"protocol": 0'))
     old = run(*options, "--seeds", "1-2")
     assert old.status == 2
-    assert "was made by version 0 of the protocol" in old.told[-1]
+    assert "has version 0 of the protocol" in old.told[-1]

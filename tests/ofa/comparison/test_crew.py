@@ -1,4 +1,4 @@
-"""How cells are handed to workers that finish, die, refuse or keep silent; the workers are played."""
+"""Scheduling cells on workers that finish, die, refuse or stay silent; the workers are fakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIES, SPOILS = "dies", "spoils"
 
 
 class Played:
-    """A worker that answers at once: it loads unless the script says otherwise, and does with a cell what it says."""
+    """A fake worker that answers at once: it loads the model and handles cells as its script says."""
 
     def __init__(self, placement, office):
         self.placement, self.pid = placement, len(office.hired)
@@ -45,7 +45,7 @@ class Played:
 
 
 class Office:
-    """Hires played workers and hears them one by one, in turn."""
+    """Starts fake workers, and hears them in turn."""
 
     def __init__(self, starts=(), fates=None, silences=0):
         self.starts, self.fates = deque(starts), {seed: deque(fate) for seed, fate in (fates or {}).items()}
@@ -109,14 +109,14 @@ def test_a_cell_that_kills_every_worker_is_recorded_and_the_rest_runs():
     records = [event.record for event in office.run() if isinstance(event, Finished)]
     assert [(record.cell.seed, record.error) for record in records] == [
         (0, None),
-        (1, "3 workers died over this cell, the last one was killed by signal 9"),
+        (1, "3 workers died while they ran this cell, the last one was killed by signal 9"),
         (2, None),
         (3, None),
     ]
     assert len(office.hired) == 1 + ATTEMPTS
 
 
-def test_a_worker_whose_model_was_spoiled_is_replaced_and_its_record_kept():
+def test_a_worker_whose_model_was_changed_is_replaced_and_its_record_kept():
     office = Office(fates={1: [SPOILS], 3: [SPOILS]})
     events = list(office.run())
     assert seeds(events) == [0, 1, 2, 3]
@@ -134,15 +134,15 @@ def test_a_refused_model_ends_the_run_and_every_worker():
 def test_workers_that_die_before_they_have_loaded_are_tried_again_and_then_given_up():
     events = list(Office(starts=[DIES, DIES]).run())
     assert seeds(events) == [0, 1, 2, 3]
-    with pytest.raises(InputError, match="3 workers could not load the model, the last one was killed by signal 9"):
+    with pytest.raises(InputError, match="3 workers died while they loaded the model, the last one was killed"):
         list(Office(starts=[DIES] * ATTEMPTS).run())
 
 
-def test_where_memory_is_enough_for_some_the_others_are_not_hired_again():
+def test_workers_that_die_while_others_run_are_not_started_again():
     office = Office(starts=[Ready({}), DIES])
     events = list(office.run(places=PLACES))
     assert sorted(seeds(events)) == [0, 1, 2, 3]
-    assert notices(events) == ["a worker was killed by signal 9 while it loaded the model; 1 carry on"]
+    assert notices(events) == ["a worker was killed by signal 9 while it loaded the model; 1 continue"]
     assert len(office.hired) == 2
 
 

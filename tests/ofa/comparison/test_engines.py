@@ -1,4 +1,4 @@
-"""Workers in processes of their own: they are killed, their parent too, and no finished cell is lost or different."""
+"""Workers as real processes: if they or their parent are killed, no finished cell is lost or changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE = 60.0
 
 
 def records_of(events) -> dict:
-    """What the cells of a run came out as, by key."""
+    """The results of the cells of a run, by key."""
     return {event.record.cell.key: but_for_times(event.record) for event in events if hasattr(event, "record")}
 
 
@@ -48,7 +48,7 @@ def grid(tiny_folder, tasks, tmp_path) -> list[str]:
 
 
 class Running:
-    """The command in a process and a process group of its own."""
+    """Run the command in a process and process group of its own."""
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -58,7 +58,7 @@ class Running:
             text=True,
             env=ENVIRONMENT,
             start_new_session=True,
-            # A shell starts what it runs in the background with interrupts ignored, and pytest may be that.
+            # Shells start background jobs, such as this pytest, with SIGINT ignored.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         self.lines: list[str] = []
@@ -84,9 +84,9 @@ def ended(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.usefixtures("here")
 def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid, tmp_path):
-    """A worker is killed over a cell, which runs again; then the parent, whose workers do not stay behind.
+    """A killed worker's cell runs again; then the parent is killed, and its workers end.
 
-    The same command continues, and in the end every cell is what it would have been.
+    The same command resumes, and every cell has the result of an undisturbed run.
     """
     out = tmp_path / "out"
     running = Running(*grid, "--out", str(out))
@@ -114,7 +114,7 @@ def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid
 
 
 def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(grid, tmp_path):
-    """As a terminal sends it, to every process of the foreground."""
+    """Sent to all foreground processes, as by a terminal."""
     running = Running(*grid, "--out", str(tmp_path / "out"))
     running.wait_for("cells are there")
     while not running.workers:
@@ -148,7 +148,7 @@ def test_ray_gives_the_same_results_cell_for_cell_though_a_worker_dies(cluster, 
         events.append(event)
     started = [event.cell for event in events if isinstance(event, Started)]
     assert started == [plan.cells[0], *plan.cells]
-    # On a busy machine there is another one beside it: no worker has begun yet.
+    # On a busy machine there is a second notice: no worker has started yet.
     deaths = [event.text for event in events if isinstance(event, Notice) and event.text.startswith("the worker that")]
     assert [text.split(", is gone")[0] for text in deaths] == [
         "the worker that ran norm-tuning (batch_size=2, epochs=12, learning_rate=0.01) on mood, seed 1"

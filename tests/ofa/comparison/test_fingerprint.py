@@ -1,4 +1,4 @@
-"""Whatever a method may leave in a model is noticed, however small; and nothing else is."""
+"""Fingerprints detect every leftover of a method in a model, and only these."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_is_left_behind_is_named(tiny_model, left):
 
 
 def test_taking_it_changes_nothing(tiny_model):
-    """It would be the one that leaves something behind."""
+    """Computing a fingerprint must not change the model."""
     model, _ = tiny_model
     model.model.layers[0].train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -65,9 +65,9 @@ def test_taking_it_changes_nothing(tiny_model):
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (7,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_every_bit_counts_in_every_dtype_and_size(shape, dtype):
-    """Against the octets themselves, eight as a word and the rest one by one, added up by Python modulo 2⁶⁴.
+    """Oracle: the bytes as 64-bit words, the rest one by one, summed by Python modulo 2⁶⁴.
 
-    A part of a larger storage begins where no word does.
+    A slice of a larger storage starts at an unaligned offset.
     """
     base = torch.arange(1, 40).to(dtype)
     count = torch.Size(shape).numel()

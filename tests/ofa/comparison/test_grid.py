@@ -1,4 +1,4 @@
-"""A grid is read as its writer means it, and refused in one sentence where it means nothing."""
+"""Parsing a grid: lists, ranges, combinations of settings, and refusals in one sentence."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_seeds_are_ranges_and_lists(written, expected):
 
 
 @pytest.mark.parametrize("written", ["42-", "-1", "46-42", "a", "1.5", "1-9999999", "42;43", [True], [[1]]])
-def test_seeds_that_mean_nothing_are_refused(written):
+def test_invalid_seeds_are_refused(written):
     with pytest.raises(InputError, match=r"the seeds .*42-46"):
         grid(seeds=written)
 
@@ -97,22 +97,22 @@ def test_a_number_that_yaml_takes_for_a_text_is_a_number():
         ({"methods": {"xyzzy": None}}, 'no method "xyzzy": use one of zero-shot'),
         ({"methods": {"ofa": [1, 2]}}, "among the settings of ofa is 1: write `name: value`"),
         ({"methods": {"ofa": {"sharpness": []}}}, "sharpness of ofa is an empty list"),
-        ({"methods": []}, "empty: there is nothing in --methods"),
-        ({"methods": " , "}, "empty: there is nothing in --methods"),
-        ({"tasks": ","}, "empty: there is nothing in --tasks"),
+        ({"methods": []}, "the grid has no --methods: give"),
+        ({"methods": " , "}, "the grid has no --methods: give"),
+        ({"tasks": ","}, "the grid has no --tasks: give"),
         ({"tasks": None}, "--tasks is missing"),
-        ({"seeds": []}, "empty: there is nothing in --seeds"),
+        ({"seeds": []}, "the grid has no --seeds: give"),
         ({"shots": 0}, "--shots 0 cannot be used: input should be greater than or equal to 1"),
         ({"test_size": "many"}, "--test-size many cannot be used"),
         ({"dtype": "float8"}, "--dtype float8 cannot be used.*'bfloat16'"),
     ],
 )
-def test_what_cannot_be_run_is_refused(values, words):
+def test_invalid_grids_are_refused(values, words):
     with pytest.raises(InputError, match=words):
         grid(**values)
 
 
-# What methods take
+# Settings and inputs of methods
 
 
 def takes_all(model, tokenizer, task, shots, seed, *, pool=(), other_tasks=(), rank=8, validation=(), **settings): ...

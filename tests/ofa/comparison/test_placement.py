@@ -28,18 +28,18 @@ FOUR = ("0", "1", "2", "3")
         (None, "auto", "auto", FOUR, [Placement("cuda", 8, "0,1,2,3")]),
         (2, "auto", "auto", FOUR, [Placement("cuda", 4, "0,1"), Placement("cuda", 4, "2,3")]),
         (None, "mps", None, (), [Placement("mps", 8)]),
-        # Whoever asks for a GPU that is not there learns it from the loader of the model.
+        # A GPU that does not exist is refused later, by the model's loader.
         (None, "cuda", None, (), [Placement("cuda", 8)]),
     ],
 )
-def test_places_of_workers(workers, device, device_map, gpus, expected):
-    """Of a machine with eight cores. A CPU run hides the GPUs from its workers."""
+def test_placements_of_workers(workers, device, device_map, gpus, expected):
+    """On a machine with eight cores. A CPU run hides the GPUs from its workers."""
     assert placements(workers, device, device_map=device_map, gpus=gpus, cores=8) == tuple(expected)
 
 
 @pytest.mark.parametrize(("workers", "device", "gpus"), [(5, "auto", FOUR), (2, "cuda:1", FOUR)])
 def test_more_workers_than_gpus_are_refused(workers, device, gpus):
-    with pytest.raises(InputError, match=f"{workers} workers were asked for and there is a GPU for"):
+    with pytest.raises(InputError, match=f"--workers is {workers}, but there is a GPU for"):
         placements(workers, device, device_map=None, gpus=gpus, cores=8)
 
 
@@ -76,9 +76,9 @@ def test_the_refusal_names_the_sharing_that_is_enough(workers, gpus, enough):
             "auto",
             None,
             (),
-            "--workers-per-gpu 2 means nothing without a CUDA GPU to share: leave it out, and pass --wo",
+            "--workers-per-gpu 2 has no effect without a CUDA GPU: leave it out, and pass --wo",
         ),
-        ("cpu", None, FOUR, "--workers-per-gpu 2 means nothing without a CUDA GPU"),
+        ("cpu", None, FOUR, "--workers-per-gpu 2 has no effect without a CUDA GPU"),
         ("auto", "auto", FOUR, "and --device-map a worker on several: leave one of them out"),
     ],
 )
@@ -90,7 +90,7 @@ def test_sharing_where_there_is_nothing_to_share_is_refused(device, device_map, 
 
 
 def test_gpus_and_cores_are_those_of_this_process(monkeypatch):
-    """As the environment narrows them down."""
+    """As restricted by the environment."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible_gpus() == ("0", "1")
@@ -121,8 +121,8 @@ def node(cpus, gpus=0, alive=True):
         ([node(16, 4)], 2, "auto", "auto", [Placement("cuda", 8)] * 2, 2),
     ],
 )
-def test_places_of_actors(nodes, workers, device, device_map, expected, gpus):
-    """An actor lives on one node, so none asks for more cores than the smallest has."""
+def test_placements_of_actors(nodes, workers, device, device_map, expected, gpus):
+    """An actor runs on one node, so none requests more cores than the smallest node has."""
     assert shared_placements(nodes, workers, device, device_map) == (expected, gpus)
 
 
@@ -134,8 +134,8 @@ def test_places_of_actors(nodes, workers, device, device_map, expected, gpus):
         ([node(8, 4)], 3, 8, 1, 1),
     ],
 )
-def test_actors_share_gpus_in_parts_that_all_fit(nodes, workers, each, sharing, gpus):
-    """A part is rounded down: six of 0.1667 are more than a GPU."""
+def test_actors_share_gpus_in_fractions_that_all_fit(nodes, workers, each, sharing, gpus):
+    """Fractions are rounded down: six times 0.1667 is more than a GPU."""
     actors, part = shared_placements(nodes, workers, "auto", None, each)
     assert {actor.sharing for actor in actors} == {sharing}
     assert part == gpus
@@ -145,8 +145,8 @@ def test_actors_share_gpus_in_parts_that_all_fit(nodes, workers, each, sharing, 
 @pytest.mark.parametrize(
     ("nodes", "workers", "device", "words"),
     [
-        ([node(8, 2)], 3, "auto", "3 workers were asked for and the cluster has a GPU for 2.*--workers-per-gpu 2"),
-        ([node(8)], None, "cuda:1", "--device cuda:1 means nothing on a cluster"),
+        ([node(8, 2)], 3, "auto", "--workers is 3, but the cluster has a GPU for only 2.*--workers-per-gpu 2"),
+        ([node(8)], None, "cuda:1", "--device cuda:1 cannot be used on a cluster"),
         ([node(0)], None, "auto", "no node with a CPU"),
     ],
 )
@@ -167,7 +167,7 @@ def test_what_a_cluster_cannot_give_is_refused(nodes, workers, device, words):
         ({"workers_per_gpu": "many"}, "--workers-per-gpu many cannot be used"),
     ],
 )
-def test_machines_that_there_are_not_are_refused(values, words):
+def test_missing_machines_are_refused(values, words):
     with pytest.raises(InputError, match=words):
         checked_part(Machines, values)
 
@@ -181,7 +181,7 @@ def test_an_estimate_counts_on_every_place_of_this_machine(monkeypatch):
 
 
 def test_contradictions_are_refused_before_anything_starts(monkeypatch):
-    with pytest.raises(InputError, match="--ray-address means nothing to the local engine: add --engine ray"):
+    with pytest.raises(InputError, match="--ray-address has no effect with the local engine: add --engine ray"):
         check_machines(Machines(ray_address="auto"))
     monkeypatch.setattr("ofa.comparison.engines.ray.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"Ray, which is not installed: pip install .*\[compare\]"):

@@ -34,8 +34,8 @@ def test_every_task_meets_every_row_and_every_seed_once(make_plan, tasks):
     assert {cell.settings.get("sharpness") for cell in plan.cells} == {None, 0.001, 0.01}
 
 
-def test_slow_methods_begin_and_one_of_unknown_speed_is_before_them_or_the_other_way_round(make_plan, register):
-    """Every method of the package has its place; its seeds stay in their order."""
+def test_slow_methods_run_first_unknown_ones_before_them_or_reversed(make_plan, register):
+    """Every method of the package has a rank; seeds keep their order."""
     assert sorted(SLOW_FIRST) == sorted(METHODS)
     register("unknown", lambda model, tokenizer, task, shots, seed: None)
     plan = make_plan(methods="zero-shot,norm-tuning,unknown,guided")
@@ -71,7 +71,7 @@ def test_material_is_the_training_split_and_the_shots_of_the_other_tasks(make_pl
 
 @pytest.mark.parametrize("changed", ["task.json", "train.jsonl", "test.jsonl"])
 def test_a_cell_knows_its_task_by_all_of_its_files(make_plan, tmp_path, changed):
-    """Another template, another training or test example is another cell, and not mixed with the old results."""
+    """Another template, training or test example makes another cell, which is not mixed with old results."""
     folder = write_task(tmp_path / "mood", "mood")
     before = make_plan(tasks=[str(folder)])
     records = [Record(cell) for cell in before.cells]
@@ -84,7 +84,7 @@ def test_a_cell_knows_its_task_by_all_of_its_files(make_plan, tmp_path, changed)
         after.check_against(records)
 
 
-def test_missing_are_the_cells_without_a_record(make_plan):
+def test_cells_without_a_record_are_missing(make_plan):
     plan = make_plan(methods="zero-shot,icl,ofa", seeds="1-2")
     first, second, *others = plan.cells
     records = [Record(first), Record(second, error="it broke")]
@@ -148,7 +148,7 @@ def test_a_task_without_test_examples_or_labels_is_refused(make_plan, tmp_path):
 def test_the_window_is_refused_exactly_where_demonstrations_would_be_dropped(
     make_plan, tasks, tiny_folder, caplog, shots
 ):
-    """The oracle is the encoder, which drops what does not fit and says so; at every window around the limit."""
+    """Oracle: the encoder, which drops demonstrations with a warning; at every window around the limit."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     plan = make_plan(tasks=[tasks["kind"]], shots=shots, test_size=6, seeds="1-2")
     measured = sizes(plan.tasks, tokenizer)
@@ -160,7 +160,7 @@ def test_the_window_is_refused_exactly_where_demonstrations_would_be_dropped(
             texts = [example.text for example in task.tested]
             Encoder(tokenizer, task.task, window).encode_demonstrations(drawn.examples, texts=texts)
         if any(record.levelno >= logging.WARNING for record in caplog.records):
-            with pytest.raises(InputError, match=rf"kind with seed \d take .* window holds {window}.*--drop"):
+            with pytest.raises(InputError, match=rf"kind with seed \d take .* window is {window}.*--drop"):
                 check_window(measured, window)
         else:
             check_window(measured, window)
@@ -168,7 +168,7 @@ def test_the_window_is_refused_exactly_where_demonstrations_would_be_dropped(
 
 
 def test_sizes_count_the_tokens_of_prompts_and_demonstrations(make_plan, tiny_folder):
-    """Against the tokenizer itself, which puts nothing in front here."""
+    """Against the tokenizer itself, which adds no special tokens here."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     plan = make_plan(shots=1, test_size=4)
     task = plan.tasks["mood"]
@@ -180,7 +180,7 @@ def test_sizes_count_the_tokens_of_prompts_and_demonstrations(make_plan, tiny_fo
 
 
 def test_a_model_is_known_before_its_weights_are_read(tiny_folder):
-    """By the same name, window and tokens as when it is loaded."""
+    """With the same name, window and tokens as the loaded model."""
     known, loaded = load_tokenizer(str(tiny_folder)), load_model(str(tiny_folder))
     assert model_window(known) == model_window(loaded.model) == 256
     assert (known.name, known.tokenizer.padding_side) == (loaded.name, "right")

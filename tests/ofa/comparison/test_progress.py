@@ -1,4 +1,4 @@
-"""What is shown while cells run: counts, and an estimate from the cells that are most alike."""
+"""Progress of a run: counts, and an estimate from the most similar cells."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def done(seconds, **values):
     ],
 )
 def test_a_cell_is_expected_to_take_as_long_as_those_most_like_it(wanted, expected):
-    """Failed cells, which may have ended at once, tell nothing."""
+    """Failed cells, which may have ended at once, do not count."""
     records = [
         done(2, seed=1),
         done(4, seed=2),
@@ -68,7 +68,7 @@ def test_a_tally_counts_and_estimates(monkeypatch):
 
 
 def test_cells_of_earlier_runs_tell_the_time_before_the_first_is_done():
-    """A method that has not been timed is not counted, and that is said."""
+    """A method without timings is not counted, which the estimate shows."""
     tally = Tally([cell(seed=5), cell("lora")], [done(60)], workers=1)
     assert tally.estimate() == Estimate(60, unknown=1)
     assert str(tally).endswith("2 left, more than 60 s")
@@ -100,7 +100,7 @@ def told(terminal, monkeypatch, capsys):
 
 
 def test_without_a_terminal_there_is_a_plain_line_for_each_cell(monkeypatch, capsys):
-    """As wide as it is, and nothing that a log would not want."""
+    """Without wrapping or control characters, for logs."""
     assert told(False, monkeypatch, capsys).splitlines() == [
         "ofa: mood, ofa, seed 0: accuracy 0.750 (prompt) in 1.5 s (1 of 2 done, 0 failed, 1 left, about 1.5 s)",
         "ofa: mood, ofa, seed 1: failed: it [broke] (1 of 2 done, 1 failed, 0 left)",

@@ -1,4 +1,4 @@
-"""What becomes of an engine's events: records are kept at once, and workers that do not belong together are refused."""
+"""Handling an engine's events: records are written at once, and incompatible workers are refused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def carry_out(make_plan, tmp_path):
     return plan, run
 
 
-def test_records_are_on_disk_before_they_are_told(carry_out, tmp_path):
+def test_records_are_on_disk_before_progress_shows_them(carry_out, tmp_path):
     plan, run = carry_out
     first, second = plan.cells
     events = [Ready(OURS), Started(first, 1), Finished(Record(first)), Notice("so far")]
@@ -83,7 +83,7 @@ def test_records_are_on_disk_before_they_are_told(carry_out, tmp_path):
     [
         ([Ready({**OURS, "weights": "bb"})], {"weights": "aa"}, "made with other weights of a-model"),
         ([Ready(OURS), Ready({**OURS, "weights": "bb"})], {}, "made with other weights of a-model"),
-        ([Ready({**OURS, "ofa-adapt": "0.0.1"})], {}, "a worker has ofa-adapt 0.0.1, and this is"),
+        ([Ready({**OURS, "ofa-adapt": "0.0.1"})], {}, "a worker has ofa-adapt 0.0.1, not "),
     ],
     ids=["other results", "another worker", "another version"],
 )

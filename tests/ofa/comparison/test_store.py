@@ -36,7 +36,7 @@ def filled(folder: Path, count: int = 3) -> list[Record]:
 
 
 def test_what_is_appended_is_read_again(tmp_path):
-    """By whoever reads the folder, and by the next run; the file is JSON lines."""
+    """By readers of the folder, and by the next run; the file is JSON lines."""
     records = filled(tmp_path)
     assert read_records(tmp_path) == records
     with opened(tmp_path) as results:
@@ -48,7 +48,7 @@ def test_what_is_appended_is_read_again(tmp_path):
 
 
 def test_the_last_record_of_a_cell_counts(tmp_path):
-    """A failed cell that was run again stands where it finished."""
+    """A failed cell that ran again is at the position of its last run."""
     with opened(tmp_path) as results:
         for one in (record(0, error="no"), record(1), record(0)):
             results.append(one)
@@ -74,7 +74,7 @@ def test_a_torn_last_line_is_dropped_with_one_notice_and_the_file_goes_on(tmp_pa
         assert results.records == tuple(records[:2])
         results.append(records[2])
     assert [entry.getMessage() for entry in caplog.records] == [
-        f"the last line of {file} was cut short by the end of an earlier run; its cell runs again"
+        f"the last line of {file} is incomplete because a run was killed; its cell runs again"
     ]
     assert read_records(tmp_path) == records
 
@@ -93,7 +93,7 @@ with opened(sys.argv[1]) as results:
 
 
 def test_a_writer_that_is_killed_at_any_moment_leaves_whole_lines(tmp_path):
-    """Four writers one after the other, each killed with SIGKILL while it does nothing but append."""
+    """Four writers, one after the other, each killed with SIGKILL while it appends."""
     total = 0
     for pause in (0.05, 0.08, 0.11, 0.14):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -129,7 +129,7 @@ def full_after(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
 
 @pytest.mark.parametrize("part", [0, 1, 200])
 def test_a_full_disk_keeps_the_finished_cells_and_stops_with_one_sentence(tmp_path, monkeypatch, part):
-    """Whether nothing or a part of the next line went in, the file ends with the last whole line."""
+    """After a partial write or none, the file ends with the last complete line."""
     records = filled(tmp_path)
     before = (tmp_path / RESULTS).read_bytes()
     with opened(tmp_path) as results:
@@ -179,7 +179,7 @@ def test_a_tail_that_cannot_be_removed_is_dropped_by_the_next_run(tmp_path, monk
 
 
 def test_every_line_is_on_disk_before_it_counts(tmp_path, monkeypatch):
-    """One write of the whole line at the end of the file, then fsync: what a kill leaves is whole lines."""
+    """One write of the whole line at the end of the file, then fsync: a kill leaves complete lines."""
     calls: list[tuple[str, bytes]] = []
     write, fsync = os.write, os.fsync
     with opened(tmp_path) as results:
@@ -203,7 +203,7 @@ def spoil(folder: Path, change: Callable[[str], str]) -> None:
     [
         (
             lambda line: line.replace(f'"protocol": {PROTOCOL}', '"protocol": 0'),
-            r"results.jsonl, line 2 was made by version 0 of the protocol, this is version \d+.*choose another output",
+            r"results.jsonl, line 2 has version 0 of the protocol, .* this version, \d+: choose another output",
         ),
         (lambda line: line[:40] + "\n", "line 2 is no record of a comparison .*remove the line"),
         (lambda line: "\n", "line 2 is no record"),
@@ -213,7 +213,7 @@ def spoil(folder: Path, change: Callable[[str], str]) -> None:
     ids=["protocol", "cut", "empty", "list", "field"],
 )
 def test_other_versions_and_damage_in_the_middle_are_refused_and_kept(tmp_path, change, words):
-    """By readers and by runs, which would mix what does not belong together."""
+    """By readers and by runs, which would mix incompatible results."""
     filled(tmp_path)
     spoil(tmp_path, change)
     before = (tmp_path / RESULTS).read_bytes()
@@ -224,7 +224,7 @@ def test_other_versions_and_damage_in_the_middle_are_refused_and_kept(tmp_path, 
     assert (tmp_path / RESULTS).read_bytes() == before
 
 
-def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
     with opened(tmp_path), pytest.raises(InputError, match=r"another process .* is writing"), opened(tmp_path):
         pass
     with opened(tmp_path):
@@ -244,7 +244,7 @@ def test_a_folder_without_results_is_no_comparison(tmp_path):
 
 
 def test_results_that_may_not_be_written_are_refused(tmp_path, monkeypatch):
-    """The tests may run as root, who may write anything; so the system's answer is played."""
+    """The tests may run as root, who may write anything, so the system call is stubbed."""
     filled(tmp_path)
     open_file = os.open
 
@@ -258,7 +258,7 @@ def test_results_that_may_not_be_written_are_refused(tmp_path, monkeypatch):
         pass
 
 
-# What was run
+# Notes of runs
 
 
 def test_runs_are_noted_the_newest_in_front(tmp_path):
@@ -279,7 +279,7 @@ def test_a_note_that_was_damaged_stops_nothing(tmp_path):
 
 
 def test_records_of_other_cells_are_other_records():
-    """`replace` on a cell gives another key: nothing of a cell is left out of it."""
+    """The key depends on every field of a cell."""
     cell = record(0).cell
     changes = {"model": "x", "task": "x", "task_sha256": "x", "method": "x", "seed": 9, "shots": 9, "test_size": 9}
     others = [replace(cell, **{name: value}) for name, value in changes.items()] + [replace(cell, settings={})]

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages; where there is none, the test is skipped with what to install."""
+"""A headless Chromium for tests of pages; without one, the test is skipped with a hint what to install."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Browser:
     def show(self, *, width: int = 1280, scheme: str = "light") -> None:
         """Give the window another width, or the reader another liking, while the page stays open."""
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        # A click must not aim at a page that is still gliding.
+        # A click must not hit a page that is still scrolling.
         media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
         self._send("Emulation.setDeviceMetricsOverride", **metrics)
         self._send(
@@ -48,11 +48,11 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def console(self) -> list[str]:
-        """What the page wrote to the console since it was asked last."""
+        """The page's console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for since it was asked last."""
+        """The URLs requested since the last call."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
 

@@ -1,4 +1,4 @@
-"""Records of comparisons that nobody ran: of a realistic size, or as small as a test needs them."""
+"""Made-up records of comparisons, of a realistic size or minimal."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _drawn(method: str, task: str, labels: Sequence[str], seed: int, tests: int,
     by_task = {"agnews": 0.09, "emo": -0.12, "sst2": 0.12, "trec": -0.05}[task]
     shared = np.random.default_rng([seed, len(task)])
     own = np.random.default_rng([seed, len(task), *method.encode(), len(context)])
-    # Seeds move all methods alike: that is what pairing takes out.
+    # Seeds shift all methods alike, which pairing removes.
     accuracy = np.clip(base + by_task + shared.normal(0, 0.03) + own.normal(0, 0.012), 0.02, 0.98)
     wrong = own.random(tests) > accuracy
     shift = own.integers(1, len(labels), size=tests)

@@ -1,4 +1,4 @@
-"""The page in a real browser: it renders from a file, sorts, fits a phone, and is dark where its reader wants it."""
+"""The page in a real browser: it renders from a file, sorts, fits a phone, and has a dark mode."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def page(report_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(page: Path, browser: Browser) -> tuple[list[str], list[str]]:
-    """What was asked for and what the console says once the page is open."""
+    """The requests and the console's messages after opening the page."""
     browser.open(page)
     return browser.requests(), browser.console()
 
 
 @pytest.fixture
 def opened(loaded: object, browser: Browser) -> Browser:
-    """The page in a wide window by day, however the test before left it."""
+    """The page in a wide window and light mode, whatever state the last test left."""
     browser.show()
     return browser
 
@@ -58,7 +58,7 @@ def test_the_answer_stands_on_the_first_screen(opened: Browser):
 
 @pytest.mark.browser
 def test_a_click_sorts_and_a_second_one_turns_round(opened: Browser):
-    """By the number, not by its text; rows without one stay behind in both orders."""
+    """By the number, not by its text; rows without a number stay last in both orders."""
     button = opened.run(BUTTON, 1)
     button.click()
     down = opened.run(COLUMN, 1)
@@ -109,14 +109,14 @@ def test_dark_is_dark_and_figures_follow(opened: Browser):
     dark = _luminances(opened)
     assert light[0] > 0.9
     assert dark[0] < 0.1
-    # Ink on paper, and on the figures, which have no ground of their own.
+    # Text on paper, and in the figures, whose background is transparent.
     assert all(light[0] - ink > 0.4 for ink in light[1:])
     assert all(ink - dark[0] > 0.4 for ink in dark[1:])
 
 
 @pytest.mark.browser
 def test_hostile_names_are_text(browser: Browser, tmp_path: Path):
-    """Whatever tasks, labels, models and errors hold, no script of theirs runs and no element of theirs appears."""
+    """Names of tasks, labels and models, and errors, cannot inject scripts or elements."""
     labels = (HOSTILE, "positive")
     fine = {"prompt": score([0, 1], [0, 0], labels)}
     write_report(
@@ -145,7 +145,7 @@ def _luminances(browser: Browser) -> list[float]:
     return [0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in channels]
 
 
-def test_without_a_browser_a_newcomer_is_told_what_to_install(monkeypatch):
+def test_without_a_browser_the_skip_says_what_to_install(monkeypatch):
     """Skipped, not passed and not failed, with the command to run."""
     monkeypatch.setattr(browser_module.shutil, "which", lambda name: None)
     monkeypatch.delenv(browser_module.REQUIRED, raising=False)

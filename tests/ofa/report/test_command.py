@@ -1,4 +1,4 @@
-"""`ofa report`: from a results folder to both files, and every refusal in one sentence."""
+"""`ofa report`: writes both files from a results folder, and refuses bad input in one sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_both_files_are_written_beside_the_results(results):
     assert str(results / PAGE) in done.stderr
 
 
-def test_a_second_report_replaces_the_first_and_says_the_same(results):
+def test_a_second_report_replaces_the_first_and_is_equal(results):
     ofa_report(results)
     first = (results / PAGE).read_text()
     ofa_report(results)
@@ -73,7 +73,7 @@ def test_one_cell_is_enough(tmp_path):
 
 
 def test_a_task_that_is_not_whole_can_be_left_out(tmp_path):
-    """Of the task under way only one method is there, which would else be the only row with an average."""
+    """The unfinished task has only one method, which would otherwise be the only row with an average."""
     done = [record(name, {"prompt": with_accuracy(5)}, task="first") for name in ("ofa", "lora", "ia3")]
     records = [*done, record("ofa", {"prompt": with_accuracy(5)}, task="second")]
     folder = write(tmp_path, records)
@@ -109,11 +109,11 @@ OTHER_PROTOCOL = record("ofa", {"prompt": with_accuracy(5)}).to_line().replace('
         (None, "give the folder that `ofa compare --out` wrote"),
         ("", "has no finished cell yet"),
         ("{}\n", "line 1 is no record of a comparison"),
-        (OTHER_PROTOCOL, "was made by version 0 of the protocol"),
+        (OTHER_PROTOCOL, "has version 0 of the protocol"),
     ],
     ids=["no folder", "empty", "damaged", "another protocol"],
 )
-def test_what_is_no_comparison_is_refused_and_nothing_written(tmp_path, content, sentence):
+def test_folders_without_a_comparison_are_refused_and_nothing_is_written(tmp_path, content, sentence):
     folder = tmp_path / "results" if content is None else spoiled(tmp_path / "results", content)
     done = ofa_report(folder, "--out", tmp_path / "report")
     assert done.exit_code == 2
@@ -123,7 +123,7 @@ def test_what_is_no_comparison_is_refused_and_nothing_written(tmp_path, content,
     assert not (tmp_path / "report").exists()
 
 
-def test_a_place_that_takes_no_files_is_named(results, tmp_path):
+def test_an_unwritable_folder_is_named(results, tmp_path):
     (tmp_path / "file").write_text("")
     done = ofa_report(results, "--out", tmp_path / "file" / "report")
     assert done.exit_code == 2

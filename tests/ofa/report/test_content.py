@@ -1,4 +1,4 @@
-"""What a report tells of records: which rows there are, what they are set against, what has no result."""
+"""The content of a report: its rows, their baselines, and cells without a result."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_rows_are_ordered_by_their_macro_average_and_those_without_one_come_last
     assert labels(only(records)) == ["high", "low", "half", "none"]
 
 
-def test_what_failed_and_what_was_not_run_is_told():
-    """Cells that another method has and this one has not are gaps, and so are failures, with their error."""
+def test_failed_and_missing_cells_are_gaps():
+    """A draw that another method has and this one has not is a gap; so is a failure, with its error."""
     records = [finished("full", seed=seed) for seed in (1, 2, 3)]
     records += [finished("part", seed=1), record("part", None, seed=2, error="diverged")]
     found = only(records)
@@ -57,8 +57,8 @@ def test_a_method_that_never_finished_keeps_its_row():
     assert broken.accuracy == {}
 
 
-def test_cells_that_a_run_asked_for_and_nobody_has_begun_are_counted():
-    """The keys are those of the run's note; the cell with a record and the gap of seed 2 are told already."""
+def test_requested_cells_without_a_record_are_counted():
+    """Requested by the run's note; the cell with a record and the gap of seed 2 do not count."""
     done, seed_2, later = (finished("a", seed=seed) for seed in (1, 2, 3))
     other = finished("b", seed=2)
     runs = Runs((), frozenset(one.cell.key for one in (done, seed_2, later)))
@@ -70,7 +70,7 @@ def test_cells_that_a_run_asked_for_and_nobody_has_begun_are_counted():
     assert content.waiting == 1
 
 
-def test_models_are_never_set_against_each_other():
+def test_models_are_never_compared_with_each_other():
     content = build([finished("norm-tuning", 5, model="one"), finished("ofa", 9, model="two")])
     assert [comparison.model for comparison in content.comparisons] == ["one", "two"]
     assert all(not line.contrasts for comparison in content.comparisons for line in comparison.lines)
@@ -108,7 +108,7 @@ def settings_rows(*rows):
         ("norm-tuning (epochs=20)", "norm-tuning (epochs=20)"),
     ],
 )
-def test_a_row_is_set_against_the_baseline_with_the_settings_it_shares(row, baseline):
+def test_the_baseline_of_a_row_shares_its_settings(row, baseline):
     rows = settings_rows(
         ("norm-tuning", {}),
         ("norm-tuning", {"epochs": 20}),
@@ -119,8 +119,8 @@ def test_a_row_is_set_against_the_baseline_with_the_settings_it_shares(row, base
     assert baseline_of(rows[row], rows.values(), "norm-tuning").name == baseline
 
 
-def test_a_baseline_with_settings_of_its_own_is_none():
-    """Setting zero-shot against one arbitrary λ of a grid would be choosing for the reader."""
+def test_a_baseline_has_no_settings_of_its_own():
+    """Comparing zero-shot with one arbitrary λ of a grid would mislead."""
     rows = settings_rows(("ofa", {"sharpness": 0.1}), ("ofa", {"sharpness": 0.2}), ("lora", {}))
     assert baseline_of(rows["lora"], rows.values(), "ofa") is None
 

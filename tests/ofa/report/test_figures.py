@@ -1,4 +1,4 @@
-"""Figures are drawn for what was measured, with names as they are and none on top of another."""
+"""Figures exist for all measurements, with literal names that do not overlap."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drawn(records):
     ],
     ids=["one cell", "two rows", "with a baseline", "two seeds", "no average", "nothing"],
 )
-def test_there_is_a_figure_for_everything_that_was_measured_and_nothing_else(records, names):
+def test_there_are_figures_for_exactly_what_was_measured(records, names):
     assert [one.name for one in drawn(records)] == names
 
 
@@ -59,13 +59,13 @@ def test_names_are_written_as_they_are():
     ("method", "color"),
     [("norm-tuning", "norm"), ("ofa", "ofa"), ("ofa-step-ratio", "term"), ("ofa-sharpness", "term"), ("lora", "other")],
 )
-def test_a_color_says_what_a_row_is(method, color):
+def test_rows_are_colored_by_method(method, color):
     (line,) = build(rows(method)).comparisons[0].lines
     assert role(line.row) == color
     assert f"var(--{color})" in drawn(rows(method))[0].svg
 
 
-def test_the_same_figure_comes_out_the_same():
+def test_figures_are_reproducible():
     """Reports of the same results are the same file: no dates, no random ids."""
     assert drawn(rows("ofa", "lora")) == drawn(rows("ofa", "lora"))
 

@@ -1,4 +1,4 @@
-"""The Markdown report: its facts, and text that stays text."""
+"""The Markdown report: its numbers, and escaped text."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_a_report_of_a_realistic_size_has_every_row(content, report_folder):
         ("`*_~$&#\\", r"\`\*\_\~\$\&\#\\"),
     ],
 )
-def test_names_mean_nothing_to_markdown(name, written):
+def test_names_are_escaped(name, written):
     text = markdown(build([record("ofa", {"prompt": with_accuracy(5)}, task=name)]))
     assert f"| {written} |" in text.split("### All results\n\n")[1].splitlines()[0]
 
 
 @pytest.mark.parametrize(("device", "told"), [("cpu", False), ("NVIDIA H100", True)])
-def test_seconds_of_different_devices_are_not_set_side_by_side_silently(device, told):
+def test_seconds_of_different_devices_have_a_note(device, told):
     records = [
         record(method, {"prompt": with_accuracy(5)}, versions={"device": where})
         for method, where in (("ofa", "cpu"), ("lora", device))
@@ -72,16 +72,16 @@ def test_seconds_of_different_devices_are_not_set_side_by_side_silently(device, 
 
 
 @pytest.mark.parametrize("others", [{}, {"workers_per_gpu": "4"}])
-def test_seconds_of_a_shared_gpu_are_said_to_be_such(others):
+def test_seconds_of_a_shared_gpu_have_a_note(others):
     versions = [{"device": "NVIDIA H200", **shared} for shared in ({"workers_per_gpu": "8"}, others)]
     told = markdown(
         build([record("ofa", {"prompt": with_accuracy(5)}, seed=n, versions=v) for n, v in enumerate(versions)])
     )
     assert "Up to 8 workers shared a GPU: seconds are longer than" in told
-    assert "timed on 2 different devices or numbers of threads or of workers on a GPU" in told
+    assert "timed on 2 different devices, thread counts or workers per GPU" in told
 
 
-def test_what_a_method_warned_of_is_told():
+def test_warnings_of_methods_are_listed():
     notes = {"warnings": ["two labels share their first token"], "truncated_texts": 3}
     records = [
         record(name, {"prompt": with_accuracy(5)}, seed=seed, notes=notes)
@@ -94,7 +94,7 @@ def test_what_a_method_warned_of_is_told():
 
 
 def test_the_examples_are_counted_that_were_tested():
-    """A task with fewer examples than were asked for is tested on all of them."""
+    """A task with fewer examples than the test size is tested on all of them."""
     text = markdown(build([record("ofa", {"prompt": with_accuracy(5, of=8)}, test_size=500)]))
     assert "8 test texts per task" in text
 

@@ -1,4 +1,4 @@
-"""The HTML page as a document: whole, self-contained, escaped, and telling all of the report."""
+"""The HTML page as a document: well-formed, self-contained, escaped and complete."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def document(report_folder) -> str:
 
 
 def test_the_document_is_well_formed_and_its_ids_are_its_own(document):
-    """Several figures of one library stand on it, each with ids of the same names."""
+    """Matplotlib gives all figures on the page the same ids."""
     outline = Outline(document)
     assert document.startswith("<!DOCTYPE html>")
     assert len(outline.ids) > 100
@@ -98,7 +98,7 @@ def test_figures_take_their_colors_from_the_page(document):
         "not run",
         COMMAND,
         "2.13.0",
-        "No figure of the paper is known for this model",
+        "The paper has no known figures for this model",
     ],
 )
 def test_the_page_tells(document, told):
@@ -106,7 +106,7 @@ def test_the_page_tells(document, told):
 
 
 def test_markup_in_names_is_text():
-    """Task, label, model, setting, error, version and command can all be anybody's text."""
+    """Task, label, model, setting, error, version and command may contain any text."""
     labels = (HOSTILE, "positive")
     fine = {"prompt": score([0, 1], [0, 0], labels)}
     versions = {HOSTILE: HOSTILE}
@@ -146,5 +146,5 @@ def test_several_models_have_a_part_each():
     ],
     ids=["one cell", "only a failure", "nothing known of the run", "no seed with every task"],
 )
-def test_little_makes_a_page_too(records):
+def test_a_single_record_makes_a_page(records):
     Outline(page(build(records)))

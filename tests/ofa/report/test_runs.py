@@ -1,4 +1,4 @@
-"""What is read of the runs that filled a folder, and what a lost note of them costs: nothing but itself."""
+"""Reading the notes of runs; a missing or damaged note is not an error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_commands_come_in_their_order_and_once(tmp_path):
 
 
 @pytest.mark.parametrize("note", [None, "{", "[]", "{}", '{"command": null, "cells": 7, "earlier": [3]}'])
-def test_a_note_that_tells_nothing_is_no_reason_to_refuse_results(tmp_path, note):
+def test_a_damaged_note_is_ignored(tmp_path, note):
     if note is not None:
         (tmp_path / RUN).write_text(note, encoding="utf-8")
     assert read_runs(tmp_path) == NO_RUNS

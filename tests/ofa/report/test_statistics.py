@@ -1,4 +1,4 @@
-"""Statistics against numbers worked out by hand and against numpy used in another way."""
+"""Statistics against numbers computed by hand, and against other numpy code."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_ranks_share_their_places():
 
 
 def test_ranks_are_over_the_draws_that_all_ranked_rows_have():
-    """`late` has one of four draws and is not ranked; `failing` lacks one, which then counts for nobody."""
+    """`late` has one of four draws and is not ranked; `failing` lacks one, which is then left out for all."""
     rows = {
         row("full"): values({A: [0.5, 0.5, 0.5, 0.1]}),
         row("failing"): values({A: [0.6, 0.6, 0.6]}),
@@ -212,7 +212,7 @@ def test_rows_without_a_common_draw_are_not_ranked(rows):
 
 @pytest.mark.parametrize(("device", "peak"), [("cpu", 500), ("NVIDIA H100", 900)])
 def test_costs_are_means_and_the_memory_is_the_closest_bound(device, peak):
-    """A process's peak only grows, so that the cell that ran first says most; a GPU's is taken anew for every cell."""
+    """A process's peak only grows, so its first cell is the tightest bound; a GPU's is reset for every cell."""
     numbers = [(1.0, 0.2, 10, 90, 500), (3.0, 0.4, 30, 80, 900)]
     cells = [
         record(
@@ -235,7 +235,7 @@ def test_costs_are_means_and_the_memory_is_the_closest_bound(device, peak):
 
 
 def test_the_time_ratio_is_the_median_over_pairs():
-    """One cell that was slowed down by something else does not move it; a baseline that fits nothing has no ratio."""
+    """A single slow cell does not change it; a baseline that fits nothing has no ratio."""
     right = with_accuracy(5)
     slow, plain = (
         by_row([record(name, {"prompt": right}, seed=seed, fit_seconds=time) for seed, time in enumerate(times)])[

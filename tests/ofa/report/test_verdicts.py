@@ -1,4 +1,4 @@
-"""The sentences of a report say what the numbers say, and no more than they can."""
+"""The sentences of a report follow from its numbers, and claim no more."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_best_row_is_named_with_what_it_is_not_told_apart_from(records, sent
 
 def test_without_an_average_there_is_no_best_row():
     found = comparison(rows(task="a", lora=8) + rows(task="b", ia3=5))
-    assert verdicts.best(found) == ["No method has a result on every task yet, so that there is no average to compare."]
+    assert verdicts.best(found) == ["No method has a result on every task yet, so there is no average to compare."]
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,20 @@ def test_without_an_average_there_is_no_best_row():
         ),
     ],
 )
-def test_what_the_terms_add_is_said_as_it_came_out(norm_tuning, ofa, told):
+def test_the_effect_of_the_terms_is_a_sentence(norm_tuning, ofa, told):
     sentence = verdicts.terms(comparison(rows(norm_tuning=norm_tuning, ofa=ofa)))[0]
     assert sentence.split("[")[0] == told.split("[")[0]
     assert sentence.split("]")[1] == told.split("]")[1]
 
 
-def test_nothing_is_said_of_terms_that_were_not_run():
+def test_the_effect_of_terms_that_were_not_run_is_unknown():
     assert verdicts.terms(comparison(rows(ofa=5))) == [
-        "What J and H add cannot be said: norm-tuning and ofa have no pair of task and seed in common."
+        "The effect of J and H is unknown: norm-tuning and ofa have no pair of task and seed in common."
     ]
 
 
 def test_a_grid_of_settings_is_counted_and_none_of_them_chosen():
-    """The best λ on the test texts is no answer to what the terms add."""
+    """The λ that is best on the test texts does not measure the effect of the terms."""
     records = rows(norm_tuning=6)
     for weight, right in ((0.1, 8), (0.2, 5), (0.3, 6)):
         records += [
@@ -83,7 +83,7 @@ def test_a_grid_of_settings_is_counted_and_none_of_them_chosen():
             for seed in range(6)
         ]
     assert verdicts.terms(comparison(records)) == [
-        "Of OFA's settings, set against norm-tuning, 1 of 3 above and 1 below it without demonstrations; "
+        "Of OFA's settings, against norm-tuning, 1 of 3 above and 1 below it without demonstrations; "
         "the others are not told apart from it."
     ]
 
