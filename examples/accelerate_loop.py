@@ -3,7 +3,7 @@
     python examples/accelerate_loop.py --epochs 4 --accumulate 2 --out adapter
 
 Tunes the norm scales of a causal language model on five labelled examples per class and saves a PEFT adapter.
-`accelerator.backward` divides by the number of accumulated passes, so that cross-entropy and penalty are means of them.
+`accelerator.backward` divides by the number of accumulated passes, so cross-entropy and penalty are their means.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
-    """Batches of prompt and label, with the label's tokens alone in `labels`."""
+    """Batches of prompt and label; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
     rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

@@ -1,9 +1,9 @@
-"""The two regularizers of OFA with DistributedDataParallel: every process has the model and a part of each batch.
+"""The two regularizers of OFA with DistributedDataParallel: every process has the model and a share of each batch.
 
     torchrun --nproc-per-node 2 examples/ddp.py --epochs 4 --out adapter
 
-NCCL where there is a GPU for every process, else gloo on the CPU. With equal parts, the mean over the ranks that DDP
-takes of the gradients is the gradient of the joined batch, and the adapter is that of `plain_loop.py` with it.
+Uses NCCL with a GPU for every process, else gloo on the CPU. With equal shares, DDP's mean of the gradients is the
+gradient of the whole batch, and the adapter is the same as from `plain_loop.py` with that batch.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     device = meet()
     loaded = ofa.load_model(options.model, device=str(device))
-    params = ofa.tune_norms(loaded.model)  # 1: only the norm scales train; ahead of the wrapper, which averages them
+    params = ofa.tune_norms(loaded.model)  # 1: only the norm scales train; before DDP, which averages their gradients
     model = DistributedDataParallel(loaded.model, device_ids=None if device.type == "cpu" else [device])
-    # 2: every forward pass is measured. Estimators with probes shall draw other ones on every rank.
+    # 2: every forward pass is measured, with other probes on every rank
     reg = ofa.fused_regularizers(model, seed=dist.get_rank())
     optimizer = torch.optim.AdamW(params, lr=options.learning_rate, weight_decay=0.0)
     loader = batches_of(loaded, options)
@@ -53,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"+ 0.01 * J {ratio:.3f} + 0.001 * H {sharpness:.3f}"
             )
     reg.close()
-    saved = ofa.save_adapter(model, options.out)  # on every rank; the first one writes
+    saved = ofa.save_adapter(model, options.out)  # on every rank; rank 0 writes
     if dist.get_rank() == 0:
         print(f"saved {saved}")
     dist.destroy_process_group()
 
 
 def meet() -> torch.device:
-    """Join the other processes; the device of this one."""
+    """Join the other processes; returns this one's device."""
     if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
         dist.init_process_group("gloo")
         return torch.device("cpu")
@@ -71,7 +71,7 @@ def meet() -> torch.device:
 
 
 def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
-    """A rank's part of the batches of prompt and label, with the label's tokens alone in `labels`."""
+    """A rank's share of the batches of prompt and label; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
     rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

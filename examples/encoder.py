@@ -2,9 +2,9 @@
 
     python examples/encoder.py --model google-bert/bert-base-uncased --epochs 5 --out encoder
 
-`tune_norms` freezes everything but the norm scales. A head that is new has to learn as well, so it is unfrozen again
-and gets a learning rate of its own. An adapter holds the scales alone: the head is saved beside it, and a merged
-checkpoint holds both. Without --model a small BERT with random weights shows the way.
+`tune_norms` freezes everything but the norm scales. A new head must train as well, so it is unfrozen and has its own
+learning rate. An adapter holds only the scales: the head is saved next to it, and a merged checkpoint holds both.
+Without --model the example uses a small BERT with random weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     data = ofa.load_task(options.task)
     model, tokenizer, base = load(options, data.task.labels)
-    model.eval()  # no dropout: the trace is that of the model without it, and gradients flow all the same
+    model.eval()  # no dropout, as the trace requires; gradients still flow
     params = ofa.tune_norms(model)  # 1: the norm scales train
-    head = model.classifier.requires_grad_(True)  # and the head, which is new
+    head = model.classifier.requires_grad_(True)  # and so does the new head
     reg = ofa.fused_regularizers(model)  # 2: every forward pass is measured
     groups = [{"params": params, "lr": 1e-3}, {"params": head.parameters(), "lr": options.head_learning_rate}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def load(options: argparse.Namespace, labels: Sequence[str]) -> tuple[Any, Any, str | Path]:
-    """Encoder with a head for the labels, tokenizer, and where they come from."""
+    """Encoder with a head for the labels, tokenizer, and their folder or id."""
     names = dict(enumerate(labels))
     if options.model:
         how = {"id2label": names, "ignore_mismatched_sizes": True}  # replaces a head with other labels
@@ -79,7 +79,7 @@ def load(options: argparse.Namespace, labels: Sequence[str]) -> tuple[Any, Any, 
 
 
 def batches_of(data: TaskData, tokenizer: Any, options: argparse.Namespace) -> DataLoader:
-    """Batches of texts and the numbers of their labels."""
+    """Batches of texts and label indices."""
 
     def collate(examples: Sequence[Any]) -> Any:
         batch = tokenizer([example.text for example in examples], padding=True, return_tensors="pt")

@@ -1,9 +1,9 @@
-"""The two regularizers of OFA with FSDP2 (`fully_shard`): every process has a part of the weights and of each batch.
+"""The two regularizers of OFA with FSDP2 (`fully_shard`): every process has a shard of the weights and of each batch.
 
     torchrun --nproc-per-node 2 examples/fsdp.py --epochs 4 --out adapter
 
-NCCL where there is a GPU for every process, else gloo on the CPU. With equal parts, the mean over the ranks that FSDP
-takes of the gradients is the gradient of the joined batch, and the adapter is that of `plain_loop.py` with it.
+Uses NCCL with a GPU for every process, else gloo on the CPU. With equal shares, FSDP's mean of the gradients is the
+gradient of the whole batch, and the adapter is the same as from `plain_loop.py` with that batch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print the loss and its terms, save."""
     options = parser().parse_args(arguments)
     device = meet()
-    loaded = ofa.load_model(options.model, device="cpu")  # every rank moves its own part to its device
+    loaded = ofa.load_model(options.model, device="cpu")  # every rank moves its own shard to its device
     model = loaded.model
-    ofa.tune_norms(model)  # 1: only the norm scales train, in float32; ahead of fully_shard
-    # 2: every forward pass is measured. Estimators with probes shall draw other ones on every rank.
+    ofa.tune_norms(model)  # 1: only the norm scales train, in float32; before fully_shard
+    # 2: every forward pass is measured, with other probes on every rank
     reg = ofa.fused_regularizers(model, seed=dist.get_rank())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in reg.anatomy.layers:
@@ -59,14 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"+ 0.01 * J {ratio:.3f} + 0.001 * H {sharpness:.3f}"
             )
     reg.close()
-    saved = ofa.save_adapter(model, options.out)  # on every rank, which has a part; the first one writes
+    saved = ofa.save_adapter(model, options.out)  # on every rank, which has a shard; rank 0 writes
     if dist.get_rank() == 0:
         print(f"saved {saved}")
     dist.destroy_process_group()
 
 
 def meet() -> torch.device:
-    """Join the other processes; the device of this one."""
+    """Join the other processes; returns this one's device."""
     if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
         dist.init_process_group("gloo")
         return torch.device("cpu")
@@ -77,7 +77,7 @@ def meet() -> torch.device:
 
 
 def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
-    """A rank's part of the batches of prompt and label, with the label's tokens alone in `labels`."""
+    """A rank's share of the batches of prompt and label; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
     rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

@@ -22,7 +22,7 @@ from ofa.tasks import few_shot
 
 
 class NormTuning(lightning.LightningModule):
-    """A model whose norm scales train, and whose loss carries the penalty."""
+    """A model whose norm scales train, with the penalty in its loss."""
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
-    """Batches of prompt and label, with the label's tokens alone in `labels`."""
+    """Batches of prompt and label; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
     rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

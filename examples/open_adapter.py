@@ -1,9 +1,9 @@
-"""One adapter, everything that opens it, the same answers: PEFT, transformers, this package, and a merged checkpoint.
+"""One adapter, loaded in four ways with the same answers: PEFT, transformers, this package, and a merged checkpoint.
 
     ofa fit --data reviews --model FOLDER --out adapter
     python examples/open_adapter.py adapter --prompt "Review: a warm and funny film\\nSentiment:" --out checkpoint
 
-In float32 nothing is rounded and all logits are equal to the bit. In bfloat16 and float16, PEFT and the merged
+In float32 nothing is rounded and all logits are bit-identical. In bfloat16 and float16, PEFT and the merged
 checkpoint round the tuned scales to the model's dtype, while `ofa.load_adapter` keeps them in float32.
 """
 
@@ -22,12 +22,12 @@ from ofa.adapters import read_adapter
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Open the adapter in every way, and print how far its logits are from those of the adapter in use."""
+    """Load the adapter in every way, and print the distance of its logits from those of `ofa.load_adapter`."""
     options = parser().parse_args(arguments)
     adapter, dtype = options.adapter, getattr(torch, options.dtype)
     base = read_adapter(adapter).base
     loaded = ofa.load_model(base, dtype=options.dtype, device="cpu")
-    ofa.load_adapter(loaded.model, adapter)  # the scales alone, in the model's own norms
+    ofa.load_adapter(loaded.model, adapter)  # only the scales, in the model's own norms
     ids = loaded.tokenizer(options.prompt.replace("\\n", "\n"), return_tensors="pt").input_ids
 
     merged = ofa.merge(bare(base, dtype), adapter, options.out, tokenizer=loaded.tokenizer, overwrite=True)
@@ -50,19 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def bare(name: Any, dtype: torch.dtype) -> Any:
-    """The model of a folder or hub id, as transformers opens it."""
+    """The model of a folder or hub id, as transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 def with_adapter(model: Any, adapter: str) -> Any:
-    """The model with an adapter that transformers itself put in."""
+    """The model with the adapter, loaded by transformers."""
     model.load_adapter(adapter)
     return model
 
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What a model answers, in float32."""
+    """A model's logits, in float32."""
     return model.eval()(ids).logits.float()
 
 

@@ -1,4 +1,4 @@
-"""The two regularizers of OFA in a plain PyTorch loop, and what else such a loop may have.
+"""The two regularizers of OFA in a plain PyTorch loop, with accumulation, checkpointing, bfloat16 or compilation.
 
     python examples/plain_loop.py --steps 20 --out adapter
     python examples/plain_loop.py --accumulate 2 --checkpointing --offload --out adapter
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def batches_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> DataLoader:
-    """Batches of prompt and label, with the label's tokens alone in `labels`."""
+    """Batches of prompt and label; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
     rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

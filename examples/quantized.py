@@ -3,8 +3,7 @@
     python examples/quantized.py --bits 4 --steps 20 --out adapter
     python examples/quantized.py --bits 8 --model FOLDER --out adapter
 
-The norm scales are no part of what is quantized: they train in float32, and the adapter fits the base in any precision.
-The trace is measured by finite differences, because the closed form reads weights as plain matrices.
+The norm scales are not quantized: they train in float32, and the adapter fits the base in any precision.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, str]:
 
 
 def batches_of(model: Any, tokenizer: Any, options: argparse.Namespace) -> DataLoader:
-    """Batches of prompt and label, with the label's tokens alone in `labels`."""
+    """Batches of prompt and label; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(tokenizer, data.task, model_window(model))
     rows = encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

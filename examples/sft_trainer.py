@@ -3,7 +3,7 @@
     python examples/sft_trainer.py --epochs 4 --accumulate 2 --out adapter
 
 Tunes the norm scales of a causal language model on five labelled examples per class and saves a PEFT adapter.
-SFTTrainer checkpoints activations unless told otherwise, which changes nothing in what is measured.
+SFTTrainer checkpoints activations by default, which does not change the measurements.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
 
 
 def pairs(options: argparse.Namespace) -> Dataset:
-    """Prompts and completions of the shots; the loss is that of the completions."""
+    """Prompts and completions of the shots; only completions count for the loss."""
     data = ofa.load_task(options.task)
     shots = few_shot(data.train, data.task.labels, 5, options.seed).examples
     rows = [{"prompt": data.task.prompt(one.text), "completion": data.task.target(one.label)} for one in shots]

@@ -1,4 +1,4 @@
-"""The two regularizers of OFA in `transformers.Trainer`: the model's own loss carries them.
+"""The two regularizers of OFA in `transformers.Trainer`: the penalty is in the model's own loss.
 
     python examples/trainer.py --epochs 4 --accumulate 2 --out adapter
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
 
 
 def rows_of(loaded: ofa.models.load.LoadedModel, options: argparse.Namespace) -> list[dict[str, list[int]]]:
-    """Prompt and label of every shot, with the label's tokens alone in `labels`."""
+    """Prompt and label of every shot; `labels` holds only the label's tokens."""
     data = ofa.load_task(options.task)
     encoder = Encoder(loaded.tokenizer, data.task, model_window(loaded.model))
     return encoder.training_rows(few_shot(data.train, data.task.labels, 5, options.seed).examples)

@@ -1,10 +1,10 @@
-"""The two regularizers of OFA in a vision-language model, on pictures and the words for what is in them.
+"""The two regularizers of OFA in a vision-language model, on pictures and their names.
 
     python examples/vision_language.py --model HuggingFaceTB/SmolVLM-256M-Instruct --steps 20 --out adapter
 
-The whole model is called, pictures included; the norms that are tuned, and the steps that are measured, are those of
-its language part. The vision tower stays as it is. Without --model a Llava is put together from the embedded language
-model and a small vision tower with random weights: it shows the way, and learns little.
+The whole model is called with pictures; tuned norms and measured steps are those of its language part, and the vision
+tower is unchanged. Without --model, a Llava is assembled from the embedded language model and a small random vision
+tower, which learns little.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def batches_of(processor: Any, options: argparse.Namespace) -> Iterator[Any]:
-    """Squares of one colour, a question, and the colour's name, whose tokens alone are in `labels`."""
+    """Squares of one colour, a question, and the colour's name; `labels` holds only the name's tokens."""
     generator = torch.Generator().manual_seed(options.seed)
     image_token = processor.image_token
     while True:
@@ -65,7 +65,7 @@ def batches_of(processor: Any, options: argparse.Namespace) -> Iterator[Any]:
         batch = processor(images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt")
         prompted = processor(images=pictures, text=prompts, padding=True, padding_side="right", return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        labels[:, : prompted["input_ids"].shape[1]] = -100  # the prompts are of one length
+        labels[:, : prompted["input_ids"].shape[1]] = -100  # all prompts have the same length
         batch["labels"] = labels
         yield batch
 

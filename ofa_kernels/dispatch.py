@@ -143,7 +143,7 @@ def step_boundary(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, 
         >>> stream, stack, sqnorm, products = ofa_kernels.step_boundary(
         ...     stream, update, copies, scale, eps=1e-6, samples=1, epsilon=1e-2, seed=0
         ... )
-        >>> stack.shape, products.shape  # the normalized stream and a copy; what the last copies changed
+        >>> stack.shape, products.shape  # the normalized stream and a copy; products of the last copies
         (torch.Size([2, 5, 8]), torch.Size([1, 5]))
     """
     return choose("step_boundary", residual).function(residual, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A task of this package as one of lm-evaluation-harness: the same prompts and label words, on its own local files.
+"""Writes a task of this package as a task of lm-evaluation-harness: the same prompts and label words, in local files.
 
     ofa merge adapter --out checkpoint
     python examples/lm_evaluation/write_task.py reviews --out harness
@@ -6,10 +6,9 @@
         --include_path harness --tasks ofa_reviews --batch_size 16
 
 The harness compares the log-likelihoods of " label" after the prompt, and its `acc` is the accuracy of `ofa evaluate`
-where each label is one token. Where it is several, `ofa evaluate` compares first tokens, or, if two labels share one,
-whole words with their line end, which `--line-end` has the harness do too. Where a text does not fit the model's
-window, `ofa evaluate` shortens the text, and the harness cuts the prompt from the left. With HF_HUB_OFFLINE=1 it asks
-no network.
+if each label is one token. For longer labels `ofa evaluate` compares first tokens, or, if two labels share one, whole
+words with their line end, as the harness does with `--line-end`. If a text does not fit the model's window, `ofa
+evaluate` shortens the text, and the harness cuts the prompt from the left. HF_HUB_OFFLINE=1 keeps it off the network.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def row(task: Task, example: Example) -> dict[str, Any]:
-    """An example with its template applied, so that no brace in a text means anything to the harness."""
+    """An example with its template applied, so that the harness does not interpret braces in texts."""
     return {"prompt": task.prompt(example.text), "label": task.labels.index(example.label)}
 
 
 def harness_task(name: str, task: Task, rows: Path, end: str) -> dict[str, Any]:
-    """The task as the harness reads it: multiple choice between the label words, each followed by `end`."""
+    """The task in the harness's format: multiple choice between the label words, each followed by `end`."""
     return {
         "task": name,
         "dataset_path": "json",

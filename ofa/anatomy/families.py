@@ -1,8 +1,8 @@
 """The wiring of the supported model families, as a table; `steps.find` checks each row it uses against the model.
 
 Names of norms do not tell where they are: `post_attention_layernorm` comes before the MLP in Llama and after the
-attention in Gemma 2, and OPT's `final_layer_norm` is inside the layer. So the table says which module reads and writes
-what.
+attention in Gemma 2, and OPT's `final_layer_norm` is inside the layer. So the table
+defines what each module reads and writes.
 """
 
 from __future__ import annotations

@@ -150,13 +150,13 @@ class Regularizers:
 
     Example:
         >>> with ofa.fused_regularizers(model, sharpness=0.3) as reg:
-        ...     with torch.no_grad(), reg.measuring():  # outside of training too
+        ...     with torch.no_grad(), reg.measuring():  # also outside training
         ...         _ = model(**batch)
         ...     measured = reg.measurements
         ...     penalty = 1e-2 * measured.step_ratio + 0.3 * measured.sharpness
         ...     torch.testing.assert_close(reg.penalty(), penalty)
         ...     reg.forget()  # frees the graph of the measurement
-        >>> reg.close()  # the context manager has done so; a second time does nothing
+        >>> reg.close()  # the context manager has done so; a second call does nothing
     """
 
     def __init__(

@@ -13,10 +13,10 @@ CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 
 
 class RegularizerOptions(BaseModel):
-    """How long steps and sharpness are weighed and measured; the descriptions are the help of the command line.
+    """Weights of the two terms, and how they are measured; the descriptions are the command line's help.
 
     Raises:
-        InputError: an option is unknown or out of range; it is named.
+        InputError: an option is unknown or out of range.
     """
 
     model_config = ConfigDict(title="Regularizers", extra="forbid", frozen=True)
@@ -51,7 +51,7 @@ class RegularizerOptions(BaseModel):
     every: int = Field(
         default=1,
         ge=1,
-        description="Measure the sharpness in one optimizer step of this many; reuse its gradient between.",
+        description="Measure the sharpness in one optimizer step of this many; reuse its gradient in the others.",
     )
     radial: Literal["channels", "exact", "none"] = Field(
         default="channels",
@@ -79,7 +79,7 @@ class RegularizerOptions(BaseModel):
 
 
 def _sentence(error: ValidationError) -> str:
-    """What is wrong with the first option that cannot be used."""
+    """The error of the first option that is unknown or out of range."""
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])

@@ -9,19 +9,21 @@ from pydantic import ConfigDict, Field
 from ofa.regularizers.options import RegularizerOptions
 
 STEPS, EPOCHS = 60, 7
-"""The default length of a run, chosen by docs/studies.md: so many steps, and no example seen less often than that."""
+"""The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
 
 
 class TrainingConfig(RegularizerOptions):
-    """Settings of one run; the defaults are the paper's (see docs/theory.md for the regularizers' options) but for its
-    length, 60 epochs in the paper, and for the sharpness, weighed by 1e-3 and differentiated through everything there.
+    """Settings of one run; docs/theory.md describes the regularizers' options.
+
+    The defaults are the paper's with two exceptions: the paper trains for 60 epochs, and it weighs the sharpness by
+    1e-3 and differentiates it through everything.
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
-    `batch_size × accumulation` examples; accumulation changes the memory it takes, not the objective. `label_loss` and
-    `stop_loss` are in study and off (docs/studies.md).
+    `batch_size × accumulation` examples; accumulation reduces memory and leaves the objective unchanged. By
+    default `label_loss` and `stop_loss` are off (docs/studies.md).
 
     Raises:
-        InputError: a setting is unknown or out of range; it is named.
+        InputError: a setting is unknown or out of range.
     """
 
     model_config = ConfigDict(title="Training")
@@ -31,7 +33,7 @@ class TrainingConfig(RegularizerOptions):
         ge=1,
         description=f"Passes over the shots. Without it {STEPS} optimizer steps, or {EPOCHS} passes if that is more.",
     )
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, whatever --epochs says.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; overrides --epochs.")
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=1e-3, ge=0, description="AdamW's weight decay.")
     warmup: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
@@ -44,12 +46,12 @@ class TrainingConfig(RegularizerOptions):
     seed: int = Field(default=42, ge=-(2**63), lt=2**63, description="Fixes the shots, the batches and the probes.")
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of a run whose epochs have so many: as many as were asked for, else the default."""
+        """Optimizer steps of a run with `steps_per_epoch`: as set by `max_steps` or `epochs`, else the default."""
         if self.max_steps is not None:
             return self.max_steps
         return max(STEPS, EPOCHS * steps_per_epoch) if self.epochs is None else self.epochs * steps_per_epoch
 
     @property
     def regularizer_options(self) -> dict[str, Any]:
-        """The settings that `fused_regularizers` takes."""
+        """The arguments of `fused_regularizers`."""
         return self.model_dump(include=set(RegularizerOptions.model_fields))

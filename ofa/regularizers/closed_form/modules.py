@@ -153,7 +153,7 @@ def mlp_modules(model: nn.Module, branch: Branch) -> MlpModules:
     """The projections of an MLP branch.
 
     Raises:
-        NoClosedForm: they are not there under any known name, or are no plain matrices.
+        NoClosedForm: they have no known names, or are not plain matrices.
     """
     entry = model.get_submodule(branch.entry)
     if branch.exit != branch.entry and not ends_in_norm(branch):
@@ -248,7 +248,7 @@ def attention_modules(model: nn.Module, branch: Branch) -> AttentionModules:
     """The projections of an attention branch.
 
     Raises:
-        NoClosedForm: they are not there under any known name, or are no plain matrices.
+        NoClosedForm: they have no known names, or are not plain matrices.
     """
     module = model.get_submodule(branch.entry)
     for names in ATTENTION_NAMES:
