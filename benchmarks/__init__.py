@@ -1,1 +1,1 @@
-"""What the regularizers cost: counted and timed against the paper's Algorithm 1."""
+"""The cost of the regularizers, counted and timed, also against the paper's Algorithm 1."""

@@ -1,4 +1,4 @@
-"""Tables from what `benchmarks/accuracy.sh` left: mean and standard deviation over the seeds, and a long-form CSV."""
+"""Tables of the results of `benchmarks/accuracy.sh`: mean and standard deviation over seeds, and a long-form CSV."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROWS = {
 
 @dataclass(frozen=True)
 class Value:
-    """One number: which task, seed and row it belongs to, what it measures."""
+    """One number with its task, seed, row and metric."""
 
     task: str
     seed: int
@@ -78,7 +78,7 @@ def _cell(numbers: list[float]) -> str:
 
 
 def main() -> None:
-    """Print the tables; write the CSV where `--csv` says."""
+    """Print the tables; write the CSV to `--csv`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--csv", type=Path)

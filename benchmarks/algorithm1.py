@@ -1,7 +1,7 @@
-"""Algorithm 1 of OFA (arXiv 2505.19107) as a plain loop: after every step, run the step again for every probe.
+"""Algorithm 1 of OFA (arXiv 2505.19107) as a plain loop: every step is run again for every probe.
 
-The baseline of the benchmarks, and a second opinion on `ofa.fused_regularizers`: the same definitions and the same
-probes, without batching, sharing or fusing anything.
+The baseline of the benchmarks, and an independent check of `ofa.fused_regularizers`: the same definitions and probes
+without batching, sharing or fusing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SIGNS = {"theory": -1.0, "algorithm1": 1.0}
 class PlainLoop:
     """Measures J and H of every forward pass of a model; use `penalty()` and `close()` as with `ofa.Regularizers`.
 
-    Options mean what they mean to `ofa.fused_regularizers`. Granularity "layer" takes any family, "sublayer" only
-    those whose every step is one module that reads a norm of the stream (Llama and its kin).
+    Options are those of `ofa.fused_regularizers`. Granularity "layer" works for any family, "sublayer" only if every
+    step is one module that reads a norm of the stream (Llama and similar families).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PlainLoop:
         self._traces: list[Tensor] = []
         self._key = (self.seed << 32) | self.passes
         self.passes += 1
-        # A step that is run again must not find its own keys and values in a cache.
+        # A step that is run again must not read its own keys and values from a cache.
         return (args, {**kwargs, "use_cache": False}) if self._takes_cache else None
 
     def _before_norm(self, norm: nn.Module, args: Any) -> None:
@@ -99,7 +99,7 @@ class PlainLoop:
         Z = given if self.whole_layers else self._norm_input
 
         def step(moved: Tensor) -> Tensor:
-            # Moved in float32 beside a float32 scale, and given on as the model's own stream is.
+            # Displaced in float32 if the scale is float32, then cast to the stream's dtype.
             entering = (moved if self.whole_layers else norm(moved)).to(given.dtype)
             moved_args, moved_kwargs = replace_tensors(args, kwargs, lambda _, x: entering if x is given else x)
             leaving = hidden_output(module(*moved_args, **moved_kwargs))

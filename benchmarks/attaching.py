@@ -1,15 +1,15 @@
-"""What regularizers cost that do little or nothing, what attaching them takes, and how much memory estimators need.
+"""The cost of regularizers with a term or both off, of attaching, and the memory of each estimator.
 
 python -m benchmarks.attaching --out benchmarks/results/attaching_cpu.csv
 
 - `overhead`: time of a training step with both terms off, and with the step ratio alone, relative to a plain step of
-  the same round; and how many hooks the model has. Plain again shows what the machine's noise looks like.
+  the same round; and how many hooks the model has. A second plain variant shows the machine's noise.
 - `attach`: milliseconds to attach and to close, after a first time that imports modules; and how much longer the first
   measured pass takes than the second: constants of the closed form, epsilon scales of finite differences.
-- `memory`: bytes that autograd holds when a forward pass ends, each storage once, parameters not; and the peak of the
-  memory allocated during a step, from its beginning. Both are counted, not sampled; the first is the same in every
-  run, the second but for what Python's collector frees sooner or later. Under activation checkpointing autograd is not
-  told of what checkpoints hold, and the peak alone is stated.
+- `memory`: bytes that autograd holds when a forward pass ends, each storage once, without parameters; and the peak of
+  the memory allocated during a step. Both are counted, not sampled; the first is the same in every run, the second
+  depends on when Python's garbage collector runs. Under activation checkpointing, autograd does not know what
+  checkpoints hold, so only the peak is stated.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ MEASURED: dict[str, Attach] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One number; ratios of times are relative to plain in the same round, those of bytes to plain."""
+    """One number; times are relative to plain in the same round, bytes to plain."""
 
     part: str
     model: str
@@ -112,7 +112,7 @@ def overhead(model: nn.Module, ids: Tensor, rounds: int) -> Iterator[Number]:
 
 
 def count_hooks(model: nn.Module) -> int:
-    """How many hooks the modules of a model have for forward and backward passes."""
+    """Number of forward and backward hooks of a model's modules."""
     return sum(
         len(module._forward_pre_hooks) + len(module._forward_hooks) + len(module._backward_hooks)
         for module in model.modules()
@@ -120,7 +120,7 @@ def count_hooks(model: nn.Module) -> int:
 
 
 def attaching(model: nn.Module, rounds: int) -> Iterator[Number]:
-    """Times to attach and to close each estimator, and what only the first measured pass takes."""
+    """Times to attach and close each estimator, and the extra time of the first measured pass."""
     few = torch.arange(3, 7, device=next(model.parameters()).device).unsqueeze(0)
     for name, attach in ATTACHED.items():
         attach(model, 0).close()  # type: ignore[union-attr]
@@ -145,7 +145,7 @@ def memory(model: nn.Module, ids: Tensor, names: Sequence[str], *, checkpointing
     plain: dict[str, int] = {}
     for name in names:
         attached = MEASURED[name](model, 0)
-        step(model, ids, attached)  # constants of the closed form are made once and stay
+        step(model, ids, attached)  # constants of the closed form are computed once and cached
         counted = {"peak_bytes": peak_bytes(lambda: step(model, ids, attached), ids)}  # noqa: B023
         if not checkpointing:
             counted["saved_bytes"] = saved_bytes(model, ids, attached)
@@ -164,7 +164,7 @@ def saved_bytes(model: nn.Module, ids: Tensor, attached: Any) -> int:
     held: dict[int, int] = {0: 0}
 
     class Held:
-        """Stands for a saved tensor in the graph, for as long as the graph has a use for it."""
+        """Replaces a saved tensor in the graph, for as long as the graph keeps it."""
 
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
@@ -185,7 +185,7 @@ def saved_bytes(model: nn.Module, ids: Tensor, attached: Any) -> int:
 
 
 def peak_bytes(call: Callable[[], None], ids: Tensor) -> int:
-    """The most memory that is allocated at a time during a call, less what was allocated before."""
+    """Peak of the memory allocated during a call, minus that before."""
     if ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -203,7 +203,7 @@ def peak_bytes(call: Callable[[], None], ids: Tensor) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what was asked for and write the table."""
+    """Measure the selected parts and write the table."""
     options = _parser().parse_args(arguments)
     device = cpu() if options.device == "cpu" else torch.cuda.get_device_name()
     origin = options.rounds, device, torch.__version__, transformers.__version__, commit()

@@ -1,8 +1,8 @@
-"""What a GPU can do at best: bytes per second of a large copy, and FLOP per second of a large bfloat16 product.
+"""Ceilings of a GPU: bytes per second of a large copy, and FLOP per second of a large bfloat16 product.
 
 python -m benchmarks.ceilings --out benchmarks/results/ceilings_gpu.csv
 
-Every other figure of a GPU is read beside these two, from the same machine in the same hour.
+Other figures of a GPU are compared with these, measured on the same machine in the same hour.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Row:
 def matrix_rate(device: torch.device, repeats: int) -> float:
     """FLOP per second of a square product of random bfloat16 matrices."""
     side = SIDE[device.type]
-    # Zeros would be faster than anything that is ever multiplied.
+    # Not zeros, whose product is faster.
     left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     result = torch.empty_like(left)
     times = timing.measure([lambda: torch.mm(left, right, out=result)], device, repeats)

@@ -1,10 +1,10 @@
-"""What the cells of a comparison took: median, shortest and longest of the seeds, by method and task.
+"""Seconds of the cells of a comparison: median, minimum and maximum over seeds, by method and task.
 
     python -m benchmarks.comparison_seconds RESULTS --out benchmarks/results/comparison_seconds_gpu.csv
 
 RESULTS is the folder that `ofa compare --out` wrote, finished or not. `cell` is a whole cell (fit, tests, checks),
-`fit` its adaptation alone; failed cells do not count. Cells of other devices, libraries, numbers of threads or of
-workers on a GPU are rows of their own. The results do not tell their commit: it is the one checked out, or `--commit`.
+`fit` only its adaptation; failed cells do not count. Other devices, libraries, numbers of threads or of workers on a
+GPU have separate rows. Results do not contain their commit: it is the one checked out, or `--commit`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MADE_BY = ("device", "threads", "workers_per_gpu", "dtype", "torch", "transform
 
 @dataclass(frozen=True)
 class Row:
-    """One number; `metric` is what took the time and the statistic of it, over `seeds` cells."""
+    """One number; `metric` is what was timed and the statistic over `seeds` cells."""
 
     benchmark: str
     task: str

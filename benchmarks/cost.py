@@ -1,7 +1,7 @@
-"""Counts what a training step costs, exactly and repeatably: floating-point operations and saved activations.
+"""Counts the floating-point operations and saved activations of a training step, exactly and repeatably.
 
-`python -m benchmarks.cost` prints the counts of every variant and their ratios to plain norm tuning. Everything is
-counted on tensors that have a shape and no contents: the operations are the same, and nothing is computed.
+`python -m benchmarks.cost` prints the counts of every variant and their ratios to plain norm tuning. Tensors
+have shapes and no data: the operations are the same, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Cost:
 
 
 def count(workload: Workload, model: nn.Module, variant: str) -> Cost:
-    """The cost of one training step of a variant; `model` is `build(workload)`, and comes back as it was."""
+    """The cost of one training step of a variant; `model` is `build(workload)` and is left unchanged."""
     given, rounds = (model, batch(workload), VARIANTS[variant]), steps_of(variant)
     return Cost(_flops(*given, rounds) / rounds, _saved_bytes(*given))
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def flops_of(workload: Workload, model: nn.Module, estimator: str | None, samples: int) -> int:
-    """FLOPs of one training step with an estimator and so many probes; of a plain step for None."""
+    """FLOPs of one training step with an estimator and a number of probes; of a plain step for None."""
     attach = VARIANTS[PLAIN] if estimator is None else regularized(estimator, samples=samples)
     return _flops(model, batch(workload), attach)
 
@@ -126,7 +126,7 @@ def _saved_bytes(model: nn.Module, ids: Tensor, attach: Attach) -> int:
 
 
 class _Held:
-    """Stands for a saved tensor in the graph, and lives as long as the graph has a use for it."""
+    """Replaces a saved tensor in the graph, for as long as the graph keeps it."""
 
     def __init__(self, storage: UntypedStorage) -> None:
         self.storage = storage
@@ -134,11 +134,7 @@ class _Held:
 
 @contextmanager
 def _attached(attached: Attached | None) -> Iterator[Attached | None]:
-    """What a variant attaches, until it was counted.
-
-    Loops over rows that fit a cache are taken in one go: without contents there is nothing to keep in it, and neither
-    FLOPs nor saved bytes depend on them.
-    """
+    """A variant's regularizers in this context, with loops over blocks in one pass: the counts are the same."""
     loops = ((_MLP, "BLOCK"), (_DIAGONAL, "BLOCK"), (_DIAGONAL, "TRANSPOSED"))
     before = [getattr(module, name) for module, name in loops]
     for module, name in loops:
@@ -164,7 +160,7 @@ _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""The counter knows the fused attention of GPUs alone. As there, a causal mask is not counted as a saving."""
+"""As PyTorch's counter for GPU attention, which does not count a causal mask as a saving."""
 
 
 if __name__ == "__main__":

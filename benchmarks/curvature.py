@@ -1,9 +1,9 @@
-"""Whose gradient the sharpness has, and what its radial terms are worth, on the embedded model and on random ones.
+"""Compares the gradients of the sharpness, and the size of its radial terms, on the embedded model and random ones.
 
 python -m benchmarks.curvature --out benchmarks/results/curvature_cpu.csv
 
 `length` and `cosine`: gradients of H in all γ, through everything, with every σ held fixed, and in P alone. `left_out`:
-how far the gradient of a branch is from that with exact radial terms, relative to its length, and the trace likewise.
+relative errors of a branch's gradient and trace against those with exact radial terms.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
-"""Random models of width 256: no channels are massive there, and eight hold the least of the radial terms."""
+"""Random models of width 256, the worst case: without massive channels, eight hold the least of the radial terms."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _gradient(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Ten
 
 
 def _by_branch(model: nn.Module, batch: dict[str, Tensor], mode: str) -> list[tuple[Tensor, Tensor]]:
-    """Traces of the sequences and the gradient of their sum in γ, of every branch."""
+    """Traces of the sequences, and the gradient of their sum in γ, for every branch."""
     found: list[tuple[Tensor, Tensor]] = []
     own = branch_trace.branch_trace
 

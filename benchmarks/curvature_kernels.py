@@ -1,10 +1,10 @@
-"""Times the kernels of the curvature of one layer beside the reference, and beside a copy of the bytes that they read.
+"""Times the curvature kernels of one layer, the reference, and a copy of the bytes that they read.
 
 python -m benchmarks.curvature_kernels --out benchmarks/results/curvature_gpu.csv
 
 - `eager`: the reference in plain PyTorch; `triton`: the kernels, with PyTorch's sums after them.
 - `bandwidth`: bytes that must be read, each once, by time; `copy_share`: relative to a large copy's.
-- `attention_curvature` has besides `flash_ratio`, its time by that of PyTorch's fused attention, forward.
+- `flash_ratio` of `attention_curvature`: its time relative to PyTorch's fused attention, forward.
 
 An implementation whose results are wrong is not timed.
 """
@@ -30,9 +30,9 @@ from ofa_kernels.reference import Attends, Move, Rotary
 
 REPEATS = {"cuda": 30, "cpu": 2}
 TOLERANCE = 2e-2
-"""‖out − ref‖ / ‖ref‖ from which an implementation is refused: bfloat16 has 2⁻⁹, and sums of it cancel in part."""
+"""Largest accepted ‖out − ref‖ / ‖ref‖: bfloat16 rounds by 2⁻⁹, and its sums cancel in part."""
 READ = 8
-"""Channels through which the radial term is read, as in training."""
+"""Channels of the radial term, as in training."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One number; `error` stands where an implementation was refused."""
+    """One number; `error` says why an implementation was refused."""
 
     benchmark: str
     variant: str
@@ -88,7 +88,7 @@ class Row:
 
 
 def implementations(device: torch.device) -> dict[str, dict[str, Callable[..., Any]]]:
-    """Everyone who computes these operations on a device, the reference first."""
+    """All implementations of these operations on a device, the reference first."""
     found = {"eager": {name: getattr(reference, name) for name in OPERATIONS}}
     if device.type == "cuda":
         found["triton"] = kernels()

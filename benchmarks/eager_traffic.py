@@ -1,8 +1,8 @@
-"""What eager PyTorch moves for the same operations: every kernel reads its inputs and writes its outputs once.
+"""Memory traffic of eager PyTorch for the same operations: every kernel reads its inputs and writes its outputs once.
 
 `python -m benchmarks.eager_traffic` prints, per operation and direction, the model's bytes, eager's, how many kernels
-eager launches, and the ratio: what fusing can gain where bytes are what takes time. Nothing is computed: the tensors
-have a size and no contents, so that any size can be counted on any machine. `--plot` draws it.
+eager launches, and the ratio: the gain of fusing if memory is the bottleneck. Nothing is computed: tensors have shapes
+and no data, so any size can be counted on any machine. `--plot` draws it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _draw(found: dict[str, tuple[int, Counted]], title: str, file: Path) -> None
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the kernels that run as long as it lasts, and the bytes that they move."""
+    """Counts the kernels that run in this context, and the bytes that they move."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Questions about a tensor, such as which device it is on, have no tensor for an answer.
+        # Queries about a tensor, such as its device, return no tensor.
         computes = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         if computes and not any(name in str(func) for name in (*VIEWS, "empty")):
             self.kernels += 1
@@ -105,7 +105,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _nbytes(leaf: Any) -> int:
-    """Bytes of what a tensor holds in memory; an expanded one holds less than it shows."""
+    """Bytes of a tensor in memory; an expanded tensor has fewer than its shape."""
     if not isinstance(leaf, Tensor):
         return 0
     held = [size for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if stride != 0]

@@ -3,9 +3,8 @@
     python -m benchmarks.encoder FOLDER studies/baselines.yaml studies/records/baselines
 
 FOLDER is a model that transformers' AutoModel opens, such as all-MiniLM-L6-v2. Texts are embedded without the prompt by
-the mean of the last hidden states over their tokens; `ofa.probing.linear_probe` learns the shots. Cells that are there
-already
-are left alone.
+the mean of the last hidden states over their tokens; `ofa.probing.linear_probe` learns the shots. Existing cells
+are kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How far each estimator's traces are from the truth on a pretrained model, and what a training step with it costs.
+"""Error of each estimator's traces on a pretrained model, and the cost of a training step with it.
 
 python -m benchmarks.estimators --out benchmarks/results/estimators_cpu.csv --plot docs/figures/estimators.png
 
-The truth is the closed form in float64 on the same weights. Errors are of single passes in float32: the root mean
+Errors are against the closed form in float64 on the same weights. Errors are of single passes in float32: the root mean
 square over repetitions with other probes, sequences and the steps of a group of layers, relative to the root mean
 square of the true traces there. Costs are counted FLOPs of a training step of that model, relative to a plain one.
 """
@@ -31,7 +31,7 @@ SAMPLES = (1, 4, 16)
 
 REPETITIONS = 8
 LAYERS = {"early": (1, 2), "middle": (14, 15), "late": (28, 29)}
-"""Layers of SmolLM2-135M; not the first, whose MLP has one trace that is larger than all others together."""
+"""Layers of SmolLM2-135M; not the first, whose MLP has a trace larger than all others together."""
 
 BRANCHES = ("attention", "mlp")
 TASK = "reviews"
@@ -40,7 +40,7 @@ SEQUENCES = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One number; `metric` is error (relative RMS), spread (deviation over probes, likewise) or flops_ratio."""
+    """One number; `metric` is error (relative RMS), spread (relative deviation over probes) or flops_ratio."""
 
     benchmark: str
     estimator: str

@@ -2,7 +2,7 @@
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.every_kernel
 
-Reading or writing beside a tensor shows at rows and columns that are no powers of two, where masks have to hold.
+Accesses outside a tensor appear at rows and columns that are not powers of two, where kernels need masks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def launch(device: torch.device) -> Iterator[str]:
-    """Run one kernel after the other, and name what has run."""
+    """Run one kernel after the other, printing their names."""
     for one in passes((1, 3)):
         for rows, width in SIZES:
             for dtype in DTYPES:
@@ -46,7 +46,7 @@ def _curvature(device: torch.device) -> Iterator[str]:
             for name, (call, _) in curvature_kernels.calls(curvature_kernels.kernels(), case, device).items():
                 call()
                 yield f"{name} heads of {head} {dtype}"
-            # What a LayerNorm needs besides.
+            # The kernel that only a LayerNorm needs.
             weights = [torch.randn(37, 70, device=device).to(dtype), torch.randn(70, 37, device=device).to(dtype)]
             sums, scale = torch.randn(2, 37, device=device), torch.randn(70, device=device)
             branch_diagonal.mlp_diagonal(weights[:1], weights[1], [sums], scale)
@@ -54,7 +54,7 @@ def _curvature(device: torch.device) -> Iterator[str]:
 
 
 def main() -> None:
-    """Launch them all on the GPU, or in Triton's interpreter where TRITON_INTERPRET=1 asks for it."""
+    """Launch all kernels on the GPU, or in Triton's interpreter with TRITON_INTERPRET=1."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = list(launch(device))
     if device.type == "cuda":

@@ -1,9 +1,8 @@
-"""Which kernels a training step launches on a GPU, how often, and how long they run, by PyTorch's profiler.
+"""Kernels of a training step on a GPU, their number and times, by PyTorch's profiler.
 
 python -m benchmarks.gpu_profile --out benchmarks/results/step_profile_gpu.csv
 
-Steps are those of `benchmarks.gpu_step`, in a process of their own: the profiler goes on slowing launches down after it
-has looked.
+The steps of `benchmarks.gpu_step`, in a separate process: the profiler keeps slowing launches down after it was used.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ WORKLOADS = {"cuda": LAYERS[:2], "cpu": (TINY,)}
 PROFILED = (PLAIN, "step_ratio", "hutchinson_n1", "exact", "exact_every4")
 _ACTIVITIES = {"cuda": [ProfilerActivity.CPU, ProfilerActivity.CUDA], "cpu": [ProfilerActivity.CPU]}
 _COUNTED = {"cuda": DeviceType.CUDA, "cpu": DeviceType.CPU}
-"""Events of the device; on a CPU, where there are none, of the host: to see that it runs."""
+"""Events of the device; on a CPU, to check that this runs, of the host."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Row:
 
 
 def kernels(workload: Workload, model: nn.Module, variant: str) -> dict[str, list[float]]:
-    """Microseconds of every launch of one step by the kernel's name, what takes longest in all first."""
+    """Microseconds of every launch of one step by kernel name, sorted by total time."""
     ids, attached = given(workload, model), VARIANTS[variant](model, 0)
     try:
         for _ in range(2):

@@ -3,12 +3,11 @@
 python -m benchmarks.gpu_step --out benchmarks/results/step_gpu.csv
 python -m benchmarks.gpu_step --what replays --out benchmarks/results/replays_gpu.csv
 
-Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is the host's, from a
-synchronized device to a synchronized device, so that what it takes to launch a step is in it; `device_time` is the
-device's for a step that was queued as a whole, and `replay_time` that of a step captured as a CUDA graph. `peak_memory`
-is all that was allocated at most, weights included, and `step_memory` what the step added to it; `host_time` ends when
-the step is launched, whether the device is done or not. Replays are a run of their own: a capture that fails takes the
-random numbers of its process with it. What the kernels of a step are: `benchmarks.gpu_profile`.
+Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is wall clock
+between device syncs, launch overhead included; `device_time` is the device's for a step queued as a whole, and
+`replay_time` that of a step captured as a CUDA graph. `peak_memory` is the peak allocation with weights, `step_memory`
+the step's part of it; `host_time` ends when the step is launched. Replays are a separate run: a failed capture breaks
+the random numbers of its process. `benchmarks.gpu_profile` lists the kernels of a step.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from benchmarks.workloads import (
 ROUNDS = 4
 DEVICE_ROUNDS = 3
 LONGEST = 1500.0
-"""Milliseconds that all rounds of one variant may take; two are taken of any."""
+"""Milliseconds for all rounds of one variant, of which there are at least two."""
 REPLAYED = (PLAIN, "exact")
 """Variants whose step is also captured as a CUDA graph."""
 PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4")
@@ -87,7 +86,7 @@ Maker = Callable[[str, str, float, str], Row]
 
 @dataclass(frozen=True)
 class Timed:
-    """One step: milliseconds until it is done and until it is launched, bytes allocated at most and before (0: CPU)."""
+    """One step: milliseconds until done and until launched, peak bytes allocated and bytes before (0 on a CPU)."""
 
     milliseconds: float
     host: float
@@ -96,7 +95,7 @@ class Timed:
 
 
 def timed(workload: Workload, model: nn.Module, variant: str) -> Timed:
-    """One step of a loop of steps: a step before it fills the allocator, and the scales move in between."""
+    """Time one step after another one, which fills the allocator, with a change of the scales between them."""
     ids, attached = given(workload, model), VARIANTS[variant](model, 0)
     device = ids.device
     try:
@@ -115,7 +114,7 @@ def timed(workload: Workload, model: nn.Module, variant: str) -> Timed:
 
 
 def device_times(workload: Workload, model: nn.Module, variant: str, rounds: int) -> timing.Times:
-    """Milliseconds that the device works on a step whose launches do not keep it waiting."""
+    """Milliseconds of device time of a step, without waiting for launches."""
     ids, attached = given(workload, model), VARIANTS[variant](model, 0)
 
     def once() -> None:
@@ -123,16 +122,16 @@ def device_times(workload: Workload, model: nn.Module, variant: str, rounds: int
         move_scales(model)
 
     try:
-        with _nobody_looks():
+        with _without_mask_checks():
             return timing.measure([once], ids.device, rounds)
     finally:
         close(model, attached)
 
 
 def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) -> tuple[list[float], float]:
-    """Milliseconds of every replay of a captured step, and how far its gradients are from those of an eager one.
+    """Milliseconds of every replay of a captured step, and the error of its gradients.
 
-    The distance is ‖replayed − eager‖ / ‖eager‖ over all scales together, at scales that have moved since the capture.
+    The error is ‖replayed − eager‖ / ‖eager‖ over all scales, which are changed after the capture.
     """
     ids, attached = given(workload, model), VARIANTS[variant](model, 0)
     try:
@@ -144,7 +143,7 @@ def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) ->
         torch.cuda.current_stream().wait_stream(aside)
         model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with _nobody_looks(), torch.cuda.graph(graph):
+        with _without_mask_checks(), torch.cuda.graph(graph):
             step(model, ids, attached)
         captured = [parameter.grad for parameter in _scales(model)]
         move_scales(model, 1 + 1e-2)
@@ -158,11 +157,10 @@ def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) ->
 
 
 @contextmanager
-def _nobody_looks() -> Iterator[None]:
-    """Keep transformers from asking the device whether a batch is padded or packed; the batches here are neither.
+def _without_mask_checks() -> Iterator[None]:
+    """Keep transformers from checking whether a batch is padded or packed, which syncs; the batches here are neither.
 
-    A step that asks waits for the device in the middle. Under capture, where it cannot ask, it makes a mask of every
-    pair, which flash attention does not take.
+    During capture it cannot check and would make a full mask, which flash attention does not support.
     """
     own = masking_utils._ignore_causal_mask_sdpa, masking_utils.find_packed_sequence_indices
     masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: True
@@ -216,7 +214,7 @@ def _interleaved(workload: Workload, model: nn.Module, variants: Sequence[str], 
             timed(workload, model, variant)
             able.append(variant)
         except RuntimeError as failure:
-            # One that runs out of memory, or cannot take such a model, must not take the others with it.
+            # One variant may run out of memory or not support a model; the others go on.
             if variant == PLAIN:
                 raise
             print(f"{workload.label} {variant} failed: {str(failure)[:200]}", file=sys.stderr)
@@ -261,7 +259,7 @@ _MEASURES = {"times": _times, "replays": _replays}
 
 
 def given(workload: Workload, model: nn.Module) -> Tensor:
-    """Its token ids, where the model is."""
+    """Its token ids, on the model's device."""
     return batch(workload, next(model.parameters()).device)
 
 
@@ -270,7 +268,7 @@ def _scales(model: nn.Module) -> list[nn.Parameter]:
 
 
 def move_scales(model: nn.Module, factor: float = 1 + 1e-6) -> None:
-    """As an optimizer would, so that what depends on them has to be computed again."""
+    """Change the scales as an optimizer would, which invalidates caches."""
     with torch.no_grad():
         for scale in _scales(model):
             scale.mul_(factor)
@@ -299,7 +297,7 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def close(model: nn.Module, attached: Attached | None) -> None:
-    """Drop what a variant and its steps have left."""
+    """Free the memory of a variant and its steps."""
     model.zero_grad(set_to_none=True)
     if attached is not None:
         attached.close()

@@ -1,15 +1,15 @@
-"""What `ofa compare` costs beside the model's own work, and how fast a method is tested.
+"""Overhead of `ofa compare` besides the model's work, and the speed of testing a method.
 
 python -m benchmarks.harness --out benchmarks/results/harness_cpu.csv
 
 - `outside_model`: share of a cell's time in which the model runs neither forward nor backward and no optimizer steps:
   token ids, batches, scores, metrics, the check that the model is given back.
-- `between_cells`: share of a run's time, from its first cell to its last record, that is in no cell: job and record on
-  their way to and from the worker process, the line on disk, the line on the screen.
+- `between_cells`: share of a run's time, from its first cell to its last record, outside cells: sending job and record
+  to and from the worker process, writing the line to disk and to the screen.
 - `throughput`: texts per second of a test, relative to bare forward passes of the model over the same batches, with
-  logits at the last tokens alone, which is the faster way.
+  logits only at the last tokens, which is faster.
 
-Times are medians of the repetitions; those of the throughput take turns, so that a slow minute slows both.
+Times are medians of the repetitions; those of the throughput alternate, so that a slow minute affects both.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def outside_model(plan: Plan, loaded: Any) -> Iterator[tuple[str, str, float]]:
-    """The share of each method's cells that is not the model's."""
+    """The share of each method's cells outside the model."""
     shares: dict[str, list[float]] = {}
     with _clock(loaded.model) as clock:
         runner = CellRunner(loaded, BATCH)
@@ -117,7 +117,7 @@ def throughput(plan: Plan, loaded: Any, repetitions: int) -> Iterator[tuple[str,
 
 
 def between_cells(plan: Plan, source: Source, device: str) -> float:
-    """The share of a run in a worker process that is in none of its cells."""
+    """The share of a run in a worker process outside its cells."""
     stopwatch = _Stopwatch()
     engine = LocalEngine(source, [Placement(device, torch.get_num_threads())])
     with tempfile.TemporaryDirectory() as folder, opened(folder) as results:
@@ -146,7 +146,7 @@ class _Clock:
 
 @contextmanager
 def _clock(model: Any) -> Iterator[_Clock]:
-    """A clock of everything the model does, while the context lasts."""
+    """A clock of the model's work inside this context."""
     clock = _Clock()
     backward = torch.Tensor.backward
 
@@ -173,7 +173,7 @@ def _clock(model: Any) -> Iterator[_Clock]:
 
 
 class _Stopwatch:
-    """Notes when the first cell begins and when the last one is kept."""
+    """Records when the first cell starts and when the last one is stored."""
 
     def __init__(self) -> None:
         self.first = self.last = 0.0
@@ -198,7 +198,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _batches(model: Any, tokenizer: Any, job: Job) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Ids, mask and places of the last tokens of the batches that a test of the prompts has."""
+    """Ids, mask and last-token positions of the batches of a test."""
     encoder = Encoder(tokenizer, job.task, model_window(model))
     prompts = encoder.encode_prompts([example.text for example in job.tested])
     batches = []
@@ -211,7 +211,7 @@ def _batches(model: Any, tokenizer: Any, job: Job) -> list[tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _bare(model: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> float:
-    """Seconds of the forward passes alone."""
+    """Seconds of only the forward passes."""
     _wait()
     started = time.perf_counter()
     for ids, mask, last in batches:

@@ -1,11 +1,10 @@
-"""What the host does for a training step that runs on kernels: milliseconds and launches, without a GPU.
+"""CPU overhead of a training step that runs on kernels: milliseconds and launches, without a GPU.
 
 python -m benchmarks.host_time --out benchmarks/results/host_time_cpu.csv
 
-Four small layers, so that arithmetic is nothing beside the calls. Every operation is the one that a GPU has, but the
-function that launches kernels only counts; results mean nothing. What a launch itself takes, on a GPU some ten
-microseconds, is not in the time. Each round has a step of every variant, and `ratio` is that to the plain step of the
-same round.
+Four small layers, so that arithmetic is negligible. The operations are those of a GPU, but the launch function only
+counts; results are meaningless. A launch itself, on a GPU some ten microseconds, is not in the time. Each round has a
+step of every variant, and `ratio` is relative to the plain step of the same round.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of every round, and how many of the project's kernels a step launches."""
+    """Milliseconds of every round, and the launches of the project's kernels in a step."""
 
     milliseconds: list[float]
     launches: int
 
 
 def measure(rounds: int) -> dict[str, Measured]:
-    """A step of every variant in each round, all on models of their own; by variant.
+    """A step of every variant in each round, each on its own model; by variant.
 
-    From here on this process has kernels everywhere, and computes nothing with them.
+    Afterwards this process uses the kernels, which compute nothing, on every device.
     """
-    # Attached while everything still computes what it says: a model's steps are recognized by what goes by.
+    # Attach before the kernels stop computing, since steps are recognized by a trial run.
     models = {variant: build(WORKLOAD, dtype=torch.bfloat16) for variant in TIMED}
     attached = {variant: VARIANTS[variant](model, 0) for variant, model in models.items()}
     ids, launches = batch(WORKLOAD), 0

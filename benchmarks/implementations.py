@@ -1,8 +1,8 @@
-"""What the kernels are compared in: the operations, the tensors they get, and everyone who computes them.
+"""The operations in which kernels are compared, their tensors, and all implementations.
 
 Norms are RMS without a shift, with a float32 scale. "eager" is the reference, "compile" the reference compiled, and
-"library" what PyTorch's own fused functions offer. Liger and QuACK know no ‖update‖², so that they are compared in
-`add_norm`, the norm step without it.
+"library" PyTorch's own fused functions. Liger and QuACK do not compute ‖update‖², so they are compared in `add_norm`,
+the norm step without it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SEED, _STEP, _GAUSSIAN = 7, 3, False
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of one comparison: their rows, and what they are made of."""
+    """The tensors of one comparison: rows, width, dtype and device."""
 
     rows: int
     width: int
@@ -62,7 +62,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Operation:
-    """A function of tensors, the gradients that come back to it, what its passes move, and who computes it."""
+    """A function of tensors, its incoming gradients, the traffic of its passes, and its implementations."""
 
     name: str
     inputs: Callable[[Case], Tensors]
@@ -76,7 +76,7 @@ class Operation:
     samples: int = 0
 
     def implementations(self, device: torch.device) -> dict[str, Implementation]:
-        """Everyone who can compute this on a device; "eager" first. Kernels and compilers are compared on GPUs only."""
+        """All implementations on a device, "eager" first; kernels and compilers only on GPUs."""
         found = {"eager": Implementation(self.eager)}
         if self.library is not None:
             found["library"] = Implementation(self.library)
@@ -94,7 +94,7 @@ class Pass:
 
     @property
     def name(self) -> str:
-        """As the table has it; the number of samples is a column of its own."""
+        """The name in the table, where the number of samples is a separate column."""
         return f"{self.operation.name}_{self.direction}"
 
     @property
@@ -107,13 +107,13 @@ class Pass:
         return self.operation.inputs(case), self.operation.gradients(case) if self.direction == "backward" else ()
 
     def traffic(self, case: Case) -> Traffic:
-        """What must be moved."""
+        """The bytes that must be moved."""
         model = self.operation.forward if self.direction == "forward" else self.operation.backward
         return model(Size(case.rows, case.width, case.dtype.itemsize, self.operation.samples))
 
 
 def passes(samples: Sequence[int]) -> list[Pass]:
-    """Both directions of all operations, of those with probes once for each number of samples."""
+    """Both directions of all operations, and for those with probes, each number of samples."""
     probed = [make(n) for make in (_contract, _perturb, _step_boundary) for n in samples]
     chosen = _norm_step(), _add_norm(), *probed
     return [Pass(one, way) for one in chosen for way in ("forward", "backward")]
@@ -227,19 +227,19 @@ def _scale(case: Case) -> Tensor:
 def _compiled(function: Function) -> Function:
     from torch._functorch import config
 
-    # A backward graph that gives its buffers away can be walked only once.
+    # A compiled backward graph that donates its buffers can run only once.
     config.donated_buffer = False
     return torch.compile(function, dynamic=False)
 
 
 def _library_add_norm(residual: Tensor, update: Tensor, weight: Tensor) -> Tensors:
     stream = residual + update
-    # The fused kernel wants one dtype.
+    # The fused kernel needs one dtype.
     return stream, F.rms_norm(stream, weight.shape, weight.to(stream.dtype), _EPS)
 
 
 def _other_add_norms() -> dict[str, Implementation]:
-    """Those of other projects that are installed; neither is a dependency."""
+    """Implementations of other projects, if installed; neither is a dependency."""
     found = {"liger": ("liger_kernel", _liger_add_norm), "quack": ("quack", _quack_add_norm)}
     return {name: Implementation(function) for name, (package, function) in found.items() if find_spec(package)}
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.kernels --out benchmarks/results/kernels_h200.csv --plot docs/figures/kernels.png
 
-GB/s are those of `benchmarks.traffic`: bytes that must move, not bytes that did. A copy of a large tensor in the same
-run is what they are compared with. Without a GPU the reference alone is timed, at small sizes.
+GB/s count the bytes of `benchmarks.traffic`, the minimum that must move, and are compared with a copy of a large tensor
+in the same run. Without a GPU only the reference is timed, at small sizes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SAMPLES = (1, 4)
 REPEATS = {"cuda": 50, "cpu": 5}
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
-"""How far from float64 an implementation may be and still be timed: ‖out − ref‖ / ‖ref‖."""
+"""Largest error against float64 of a timed implementation: ‖out − ref‖ / ‖ref‖."""
 CHECKED_ROWS = 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of the table; `error` stands where an implementation was refused, `time_ratio` is to eager."""
+    """One number of the table; `error` says why an implementation was refused, `time_ratio` is to eager."""
 
     benchmark: str
     variant: str
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """What all measurements of a table share; `copied` is the copy bandwidth in bytes per second."""
+    """Facts of all measurements in a table; `copied` is the copy bandwidth in bytes per second."""
 
     variants: Sequence[str]
     repeats: int
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def relative_error(one: Pass, implementation: Implementation, case: Case) -> float:
     """The largest ‖out − ref‖ / ‖ref‖ of all results, by the reference in float64 on the first rows of the case.
 
-    The other rows get no gradients, so that the gradient of γ is that of the first rows alone.
+    The other rows get no gradients, so that the gradient of γ is that of the first rows.
     """
     few = one.draw(replace(case, rows=min(case.rows, CHECKED_ROWS)))
     wide = (tuple(tensor.double() for tensor in tensors) for tensors in few)
@@ -103,7 +103,7 @@ def _measure(one: Pass, case: Case, run: Run) -> Iterator[Row]:
     if moved > timing.free_memory(case.device) / 2:
         print(f"{label} skipped: takes {moved / 2**30:.1f} GiB", file=sys.stderr)
         return
-    # The compiler gives up on a function that it has seen in many sizes.
+    # The compiler stops compiling a function after many sizes.
     torch.compiler.reset()
     eager = None
     for name, implementation in one.operation.implementations(case.device).items():
@@ -117,7 +117,7 @@ def _measure(one: Pass, case: Case, run: Run) -> Iterator[Row]:
                 continue
             times = _times(one, implementation, case, run.repeats)
         except Exception as failure:
-            # One that runs out of memory, or does not know the device, must not take the others with it.
+            # One implementation may run out of memory or not support the device; the others go on.
             print(f"{label} {name} failed: {failure!r}"[:500], file=sys.stderr)
             continue
         eager = times.median if name == "eager" else eager

@@ -1,8 +1,8 @@
-"""Counts the instructions of the kernels of rows, and how often their threads wait for each other, without a GPU.
+"""Counts the instructions and barriers of the row kernels, without a GPU.
 
 python -m benchmarks.machine_code --out benchmarks/results/machine_code.csv
 
-Rows of 4096 bfloat16 numbers, RMSNorm, N = 4. A kernel's loops are those over its samples, which are met N times. Where
+Rows of 4096 bfloat16 numbers, RMSNorm, N = 4. A kernel's loops are those over its samples, which run N times. If
 a program takes one row after the other they are inside that loop, and instructions outside it count for no row.
 Of the variants of a kernel (with or without a residual, and the like) the longest is in the table.
 """
@@ -21,7 +21,7 @@ from ofa_kernels.disassembly import disassemble
 
 WIDTH, SAMPLES = 4096, 4
 OVER_ROWS = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
-"""Kernels whose programs take one row after the other; those of the others have one each."""
+"""Kernels whose programs loop over rows; programs of the others have one row."""
 KERNELS = (
     *("norm_step_forward", "perturb_forward", "step_boundary_forward"),
     *("contract_forward", "contract_backward"),
@@ -56,18 +56,18 @@ class Code:
 
     @property
     def loops(self) -> list[Loop]:
-        """What its backward branches enclose, each once."""
+        """The ranges of its backward branches, each once."""
         found = ((re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), address) for address, text in self.instructions.items())
         ends = [(int(match[1], 16), address) for match, address in found if match]
         return [(first, last) for first, last in ends if first < last]
 
     def count(self, wanted: Callable[[str], bool], within: Loop | None = None) -> int:
-        """Instructions of a kind, of all or of a loop."""
+        """Number of instructions of a kind, in all or in a loop."""
         first, last = within or (min(self.instructions), max(self.instructions))
         return sum(first <= address <= last and wanted(text) for address, text in self.instructions.items())
 
     def per_row(self, wanted: Callable[[str], bool], samples: int, *, over_rows: bool) -> int:
-        """How many of a kind a row meets; `over_rows` says that the longest loop is over rows."""
+        """Number of a kind per row; `over_rows`: the longest loop is over rows."""
         loops = self.loops
         rows = max(loops, key=lambda loop: loop[1] - loop[0]) if over_rows and loops else None
         inner = [one for one in loops if rows is None or (one != rows and rows[0] <= one[0] and one[1] <= rows[1])]
@@ -86,7 +86,7 @@ def is_any(text: str) -> bool:
 
 
 def is_barrier(text: str) -> bool:
-    """One at which the threads of a program wait for each other."""
+    """An instruction at which the threads of a program sync."""
     return "BAR.SYNC" in text
 
 

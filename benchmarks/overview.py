@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def without_demonstrations(folder: Path) -> dict[Row, Mapping[Draw, Outcome]]:
-    """The rows of a comparison with nothing in front of a text; in-context learning has its shots always."""
+    """The rows of a comparison without demonstrations, except in-context learning, which always has its shots."""
     rows = by_row(read_records(folder))
     bare = {row.name for row in rows if row.context == "prompt"}
     return {row: outcomes for row, outcomes in rows.items() if row.context == "prompt" or row.name not in bare}
@@ -72,14 +72,14 @@ def terms(rows: Rows) -> dict[Row, Difference]:
 
 
 def _draw(axis: Any, place: int, difference: Difference) -> None:
-    """A point, and its interval where there are pairs enough for one."""
+    """A point, and its interval if there are enough pairs."""
     axis.plot(100 * difference.mean, place, "o", color="tab:orange")
     if difference.interval and difference.pairs >= FEWEST_PAIRS:
         axis.plot([100 * difference.interval.low, 100 * difference.interval.high], [place, place], color="tab:orange")
 
 
 def _short(name: str) -> str:
-    """The row without what is a default today or shared by a whole study."""
+    """The row's name without defaults and settings shared by a whole study."""
     return re.sub(r"gradient=preconditioner, |max_steps=\d+(, )?", "", name)
 
 

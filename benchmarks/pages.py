@@ -1,4 +1,4 @@
-"""The pages that are made from the code: docs/reference.md whole, and the list of modules in docs/architecture.md.
+"""Writes the pages generated from the code: docs/reference.md, and the list of modules in docs/architecture.md.
 
 python -m benchmarks.pages                  writes both
 """
@@ -33,7 +33,7 @@ RETURNED = (
     "ofa.probing.results.Steps",
     "ofa.probing.results.Value",
 )
-"""What the public functions return, beside public names themselves."""
+"""Classes that public functions return and that have no public name."""
 
 SETTINGS = "ofa.training.TrainingConfig"
 
@@ -74,7 +74,7 @@ def reference() -> str:
 
 
 def public(package: str) -> list[str]:
-    """The full names that a package exports, modules left out."""
+    """The full names that a package exports, without modules."""
     module = import_module(package)
     return [f"{package}.{name}" for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
 
@@ -100,7 +100,7 @@ def command_line() -> str:
 
 
 def with_modules(page: str) -> str:
-    """The page of the architecture with today's modules, from the top floor down."""
+    """The page of the architecture with the current modules, from the top floor down."""
     from tests.test_floors import FLOORS
 
     rooms = [ROOT / "ofa" / room for floor in FLOORS for room in floor.split()]
@@ -144,7 +144,7 @@ def _entry(name: str, value: Any) -> str:
 
 
 def _specification(name: str) -> list[str]:
-    """What an operation computes: signature and docstring of its reference."""
+    """An operation's specification: signature and docstring of its reference."""
     if not name.startswith("ofa_kernels."):
         return []
     function = getattr(import_module("ofa_kernels.reference"), name.rpartition(".")[2])

@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.estimators`: what a training step costs against how wrong its traces are."""
+"""The picture of `benchmarks.estimators`: cost of a training step against error of the traces."""
 
 from __future__ import annotations
 

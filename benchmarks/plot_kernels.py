@@ -21,7 +21,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def draw(table: Path, figure_file: Path) -> bool:
-    """Draw a table; False, and no file, where it has no Triton kernels."""
+    """Draw a table; returns False, without a file, if it has no Triton kernels."""
     with table.open(newline="") as stream:
         panels = curves(csv.DictReader(stream))
     if not any("triton" in panel for panel in panels.values()):
@@ -33,7 +33,7 @@ def draw(table: Path, figure_file: Path) -> bool:
 
 
 def curves(rows: Iterable[dict[str, str]]) -> dict[Panel, Curves]:
-    """(operation, N, dtype) → variant → (width, share of the copy bandwidth), by the most rows timed at a width."""
+    """(operation, N, dtype) → variant → (width, share of the copy bandwidth) for the most rows timed."""
     found = [row for row in rows if row["metric"] == "copy_share"]
     most: dict[tuple[Panel, int], int] = defaultdict(int)
     for row in found:
@@ -51,7 +51,7 @@ def _panel(row: dict[str, str]) -> Panel:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw a table that was measured before."""
+    """Draw an existing table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="CSV file of benchmarks.kernels")
     parser.add_argument("figure", type=Path, help="PNG file to write")

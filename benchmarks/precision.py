@@ -1,14 +1,14 @@
-"""What each dtype costs each estimator, and how far a finite difference should step.
+"""The error of each estimator in each dtype, and the best step of finite differences.
 
 python -m benchmarks.precision --out benchmarks/results/precision_cpu.csv
 
-For every estimator and dtype, the error of the traces h_t and that of the gradient of H against float64, with the same
-weights as that dtype rounds them and with the same probes, so that neither the rounding of weights nor the noise of
-probes is in it. (The finite difference is held to itself in float64, whose ε is small.) Errors of traces are root
+For every estimator and dtype, the error of the traces h_t and of the gradient of H against float64 with the same
+rounded weights and the same probes, which excludes the rounding of weights and the noise of probes. (Finite differences
+are compared with those in float64, whose ε is small.) Errors of traces are root
 mean squares over the steps of some layers and the sequences, relative to that of the traces; errors of gradients are
 the median over the norms of the first layers of ‖g − g₆₄‖/‖g₆₄‖. `noise` is the error of the probes themselves in
-float64, which all of this has to be small against. `hutchinson` has one row per δ, how far it moves a token relative to
-the token's length (`default` is what `epsilon=None` chooses), and per ε that is the same for all layers.
+float64, which should be much larger. `hutchinson` has one row per δ, the displacement relative to the token's length
+(`default`: `epsilon=None`), and one per ε for all layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ofa.tasks import load_task
 
 GROUPS = {"small": {"all": range(6)}, "smollm2_135m_instruct": {"1-3": range(2, 8), "10-19": range(20, 40)}}
 GROUPS["smollm2_135m_instruct"] |= {"20-29": range(40, 60)}
-"""Steps of some layers; not those of the embedded model's layer 0, whose traces are ten times the others'."""
+"""Steps of some layers, without the embedded model's layer 0, whose traces are ten times the others'."""
 
 ESTIMATORS = ("exact", "hutchinson")
 RELATIVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of a model, and that of autocast around it."""
+    """The dtype of a model, and of autocast."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None = None
@@ -124,7 +124,7 @@ def _measure(
 
 
 def traces(model: nn.Module, batch: dict[str, Tensor], precision: Precision, estimator: str, **options: Any) -> Tensor:
-    """h_t of every step and sequence, (T, B), float64, always from the same probes."""
+    """h_t of every step and sequence, (T, B), float64, with the same probes in every call."""
     ofa.tune_norms(model)
     regularizers = ofa.fused_regularizers(model, 0.0, 1.0, estimator=estimator, gradient="full", seed=1, **options)
     with regularizers, torch.no_grad(), regularizers.measuring(), precision.context():
@@ -155,7 +155,7 @@ def _steps(estimator: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Stepping:
-    """Steps of δ in every dtype, for as long as this context lasts; those of the dtypes where δ is None."""
+    """Uses δ for every dtype in this context; None uses the dtypes' own."""
 
     def __init__(self, delta: float | None) -> None:
         self._own = hutchinson.DELTA
@@ -189,7 +189,7 @@ def _first_layers(model: Any) -> Any:
 
 
 def _small() -> tuple[nn.Module, dict[str, Tensor]]:
-    """Three random layers, whose branches bend; four sequences of twelve tokens."""
+    """Three random layers with curvature; four sequences of twelve tokens."""
     torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, vocab_size=64)).eval()

@@ -1,11 +1,11 @@
-"""Rate and memory of `ofa predict --data` on a large file, and its rate beside `ofa evaluate` on the same rows.
+"""Rate and memory of `ofa predict --data` on a large file, and the rate of `ofa evaluate` on the same rows.
 
 python -m benchmarks.predicting --out benchmarks/results/predicting_cpu.csv
 
 The model is a tiny Llama with random weights, saved to disk with an adapter, so that the rest dominates: the
-reader, the template, the tokenizer, the batches, the writer. `--model` takes another one. Every figure is that of a
-process of its own, its start included; processor time is stated beside time on the wall, since other work on the
-machine lengthens it less.
+reader, the template, the tokenizer, the batches, the writer. `--model` sets another one. Every figure is of a
+separate process with its start; processor time is stated with wall-clock time, since other work on the machine affects
+it less.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def tiny_model(folder: Path) -> Path:
-    """A Llama of two layers with a byte-level tokenizer of the words."""
+    """A Llama of two layers with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -104,14 +104,14 @@ def write_rows(file: Path, rows: int) -> Path:
 
 
 def out_of(folder: Path) -> Path:
-    """Where predictions go; an earlier file is removed."""
+    """The file for predictions; an existing one is removed."""
     out = folder / "predictions.csv"
     out.unlink(missing_ok=True)
     return out
 
 
 def _measured(command: str, model: Path, rows: int, *arguments: object) -> list[Row]:
-    """Run a command and see how long it took and how much memory it had at its peak."""
+    """Run a command; returns its times and peak memory."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "ofa", command, *map(str, arguments), "--offline"], stdout=subprocess.DEVNULL

@@ -1,10 +1,10 @@
-"""Latency of a model with its adapter, merged and in use, beside the base, in interleaved rounds of one run.
+"""Latency of a model with its adapter, merged and in use, and of the base, in interleaved rounds of one run.
 
 python -m benchmarks.serving --out benchmarks/results/serving_cpu.csv
 
-Before anything is timed, all that hold the adapter must give the same logits: to the bit in float32. The base is
-loaded twice; the ratio of the second copy to the first is what the machine's noise looks like. Processor time, of all
-threads of this process, is stated beside time on the wall: other work on the machine lengthens it less.
+Before timing, all models with the adapter must give the same logits, in float32 bit-identical ones. The base is loaded
+twice; the ratio of the second copy to the first shows the machine's noise. Processor time, of all threads of this
+process, is stated with wall-clock time: other work on the machine affects it less.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WORKLOADS = (
 
 
 class Seconds(NamedTuple):
-    """What one call took."""
+    """Times of one call."""
 
     wall: float
     processor: float
@@ -134,7 +134,7 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> tuple[float, float,
 
 @torch.no_grad()
 def check_answers(models: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    """See that merged and in use answer alike, and not as the base does; times of other models would mean nothing."""
+    """Check that merged and in use give the same logits, and the base others."""
     calls = requests(WORKLOADS[0], models, device)
     expected = calls[MERGED]()
     for name in (OFA, PEFT) if dtype == torch.float32 else (PEFT,):
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepared(model: str | None, dtype: str, folder: Path) -> tuple[str, Path, Path]:
-    """The base's folder, an adapter of it whose scales are all moved, and the merged checkpoint."""
+    """The base's folder, an adapter with all scales changed, and the merged checkpoint."""
     loaded = load_model(model, dtype=dtype, device="cpu")
     with torch.no_grad():
         for scale in ofa.tune_norms(loaded.model):
@@ -167,7 +167,7 @@ def prepared(model: str | None, dtype: str, folder: Path) -> tuple[str, Path, Pa
 
 
 def _with_memory_of_its_own(model: Any) -> Any:
-    """The model out of the mapped file: those of one file would find each other's weights in the processor's cache."""
+    """The model with its weights copied from the mapped file: models of one file would share the processor's cache."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -187,7 +187,7 @@ def _wait(device: str) -> None:
 
 
 def _origin(options: argparse.Namespace) -> tuple[str, ...]:
-    """Dtype, device, versions and commit, as they are when the run begins."""
+    """Dtype, device, versions and commit at the start of the run."""
     device = cpu() if options.device == "cpu" else torch.cuda.get_device_name()
     return options.dtype, device, torch.__version__, transformers.__version__, peft.__version__, commit()
 

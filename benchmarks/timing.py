@@ -1,4 +1,4 @@
-"""How long a device works on a call, without what the host needs to start it; and how fast the device copies."""
+"""Device time of a call without launch overhead, and the copy bandwidth of a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 Call = Callable[[], Any]
 
 CACHES_FILLED = 3
-"""How many times over the data of calls that follow each other fill the last-level cache."""
+"""Data of consecutive calls, in multiples of the last-level cache."""
 COPIED = {"cuda": 2**30, "cpu": 2**26}
 """Bytes of the tensor whose copy is timed."""
 
@@ -28,9 +28,9 @@ class Times:
 
 
 def measure(calls: Sequence[Call], device: torch.device, repeats: int) -> Times:
-    """Times of single calls, taken from `calls` in turn after each has run once.
+    """Times of single calls, cycling through `calls` after each has run once.
 
-    The results of a call live until its turn comes again, so that it finds neither them nor its inputs in the cache.
+    A call's results are kept until its next turn, so that neither they nor its inputs are in the cache.
     """
     results = [call() for call in calls]
     once = _device_times if device.type == "cuda" else _host_times
@@ -40,7 +40,7 @@ def measure(calls: Sequence[Call], device: torch.device, repeats: int) -> Times:
 
 
 def sets_beyond_cache(nbytes: int, device: torch.device) -> int:
-    """How many calls that move `nbytes` each have to take turns to find nothing in the cache; one on a CPU."""
+    """Number of calls of `nbytes` each to cycle through so that nothing is in the cache; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     return max(1, -(-CACHES_FILLED * torch.cuda.get_device_properties(device).L2_cache_size // nbytes))
@@ -67,7 +67,7 @@ def _device_times(calls: Sequence[Call], results: list[Any], repeats: int) -> li
     events = []
     for index in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # While the device sleeps the host enqueues the whole call: its kernels follow each other without gaps.
+        # While the device sleeps, the host enqueues the whole call, so that its kernels run without gaps.
         torch.cuda._sleep(head_start)
         start.record()
         results[index % len(calls)] = calls[index % len(calls)]()

@@ -1,10 +1,10 @@
 """The fewest bytes that each operation must move through device memory, as a function of its sizes.
 
-The model: every element of every row that goes in is read once and every element that comes out is written once, in
+The model: every element of every input row is read once and every element of every output row is written once, in
 the stream's dtype; numbers per row, `displace`'s preconditioner and its gradient are float32; γ and β are read once
-and their gradients written once for all rows together. All gradients arrive and all are wanted.
+and their gradients written once for all rows together. All gradients are given and computed.
 
-What a kernel moves beyond that is left out, because it comes from a cache or is small beside the rows:
+Left out, because it comes from a cache or is small relative to the rows:
 
 - γ and β, which every row reads again;
 - a tile that `perturb` and `step_boundary` read again for every probe, and the second read of its gradients;
@@ -54,7 +54,7 @@ class Size:
 
     @property
     def scale_and_shift(self) -> int:
-        """Bytes of γ and, where there is one, β; or of their gradients."""
+        """Bytes of γ and β (if any), or of their gradients."""
         return self.scale * (1 + self.biased)
 
 
@@ -72,7 +72,7 @@ class Traffic:
 
 
 def norm_step_forward(size: Size) -> Traffic:
-    """residual, update → stream, normalized; ‖update‖², 1/σ, and μ where the norm has one."""
+    """residual, update → stream, normalized; ‖update‖², 1/σ, and for LayerNorm μ."""
     return Traffic(
         reads=2 * size.stream + size.scale_and_shift,
         writes=2 * size.stream + (2 + size.centred) * size.scalars,

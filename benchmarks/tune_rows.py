@@ -1,12 +1,11 @@
-"""Times each kernel of rows under other launches than its own: what the thresholds of `launch.configure` should be.
+"""Times each row kernel with other launch settings, to tune the thresholds of `launch.configure`.
 
 python -m benchmarks.tune_rows --out benchmarks/results/tune_rows_gpu.csv [--kernels norm_step_backward …]
 
-A candidate is a tile, its warps, its registers, how many tiles a loop has under way and, where rows are shared by
-programs with a partial sum each, how many of those there are for a multiprocessor. The whole operation is timed: the
-kernel and the sum of those partial sums. Every launch is compiled in one of several processes first; one
-that does not fit, or whose results are wrong, is named and not timed, and what one spills is in the table. Without a
-GPU small sizes are interpreted.
+A candidate is a tile, its warps, its registers, the number of tiles that a loop has in flight and, if programs share
+the rows with a partial sum each, their number per multiprocessor. The whole operation is timed: the kernel and the sum
+of those partial sums. Every launch is compiled in one of several processes first; one that does not fit, or whose
+results are wrong, is named and not timed; spills are in the table. Without a GPU small sizes are interpreted.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ WIDTH = {"cuda": 4096, "cpu": 256}
 REPEATS = {"cuda": 20, "cpu": 2}
 
 THREADS = ((4, 128), (4, 255), (8, 64), (8, 128), (8, 255), (16, 64), (16, 128))
-"""Warps and registers for each of their threads: from 8 to 32 columns of 4096, one to four programs at once."""
+"""Warps, and registers per thread: 8 to 32 of 4096 columns per thread, one to four programs per multiprocessor."""
 STAGED = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
 STAGES = (1, 2)
 PROGRAMS = (1, 2, 4)
@@ -45,13 +44,13 @@ PROGRAMS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A launch, and how many programs for each multiprocessor share the rows; None where the library decides."""
+    """A launch, and the programs per multiprocessor that share the rows; None for the library's own."""
 
     launch: Launch
     programs: int | None = None
 
     def decides(self, kernel: str) -> AbstractContextManager[None]:
-        """As long as this context lasts, `kernel` is launched so."""
+        """Launch `kernel` with these settings in this context."""
         configure, programs = launch.configure, launch.programs
 
         def share(rows: int, multiprocessors: int) -> int:
@@ -66,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Job:
-    """One candidate of one kernel at one size, in words and numbers that another process understands."""
+    """One candidate of one kernel at one size, picklable for another process."""
 
     kernel: str
     rows: int
@@ -77,7 +76,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """All of it in one line."""
+        """The job in one line."""
         used, programs = self.candidate.launch, self.candidate.programs
         sizes = f"{32 * used.groups} columns {used.num_warps} warps {used.max_registers} registers {used.stages} stages"
         return f"{self.kernel} {self.rows}x{self.width} {sizes} {programs or 'own'} programs"
@@ -90,7 +89,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a launch: why there is no binary, and how many bytes per thread it spills."""
+    """The result of compiling: the error, or the bytes per thread that the binary spills."""
 
     problem: str | None = None
     spills: int = 0
@@ -98,7 +97,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Row:
-    """One number of the table; `programs` is 0 and `chosen` is 1 where the library decides."""
+    """One number of the table; `programs` is 0 and `chosen` is 1 for the library's own."""
 
     benchmark: str
     kernel: str
@@ -121,7 +120,7 @@ class Row:
 
 
 def candidates(kernel: str, width: int) -> list[Candidate]:
-    """What is tried besides the library's own launch; programs that are staged have a partial sum each."""
+    """Candidates besides the library's own launch."""
     block = max(128, 1 << (width - 1).bit_length())
     launches = [
         Launch(block // 32, 1, warps, registers, stages)
@@ -143,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kernel, rows in product(options.kernels, options.rows)
         for job in _jobs(kernel, rows, options.width, device)
     ]
-    # How many rows there are, and programs, is nothing that a binary depends on.
+    # A binary does not depend on the number of rows and programs.
     binaries = list(dict.fromkeys(map(_binary, jobs)))
     found = [Compiled()] * len(binaries)
     if device.type == "cuda":
@@ -167,7 +166,7 @@ def _binary(job: Job) -> tuple[str, int, str, Launch]:
 
 
 def _compile(binary: tuple[str, int, str, Launch]) -> Compiled:
-    """Leave the binary in Triton's cache."""
+    """Compile into Triton's cache."""
     kernel, width, name, used = binary
     device, one = torch.device(name), _pass(kernel)
 

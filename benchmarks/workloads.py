@@ -1,4 +1,4 @@
-"""The models, batches and variants that are compared, and one training step of them."""
+"""Models, batches and variants of the benchmarks, and their training step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Attached(Protocol):
-    """What a variant attaches to a model."""
+    """A variant's regularizers."""
 
     def penalty(self) -> Tensor: ...
 
@@ -40,11 +40,11 @@ class Workload:
         return f"{self.name}, {self.sequences}x{self.tokens} tokens"
 
     def of(self, sequences: int, tokens: int) -> Workload:
-        """The same model with a batch of another size."""
+        """The same model with another batch size."""
         return replace(self, sequences=sequences, tokens=tokens)
 
     def reshaped(self, name: str, **shape: int) -> Workload:
-        """A model of another name that differs in some of its shape."""
+        """A model with another name and some other dimensions."""
         return replace(self, name=name, shape=tuple({**dict(self.shape), **shape}.items()))
 
 
@@ -70,7 +70,7 @@ LLAMA2_7B_LAYERS = Workload(
         ("num_attention_heads", 32),
         ("num_key_value_heads", 32),
         ("intermediate_size", 11008),
-        # Two layers stand for 32: a vocabulary of the real size would count 16 times too much.
+        # Two layers represent 32: a full vocabulary would count 16 times too much.
         ("vocab_size", 32),
     ),
     sequences=1,
@@ -110,7 +110,7 @@ Attach = Callable[[nn.Module, int], "Attached | None"]
 
 
 def regularized(estimator: str, **options: Any) -> Attach:
-    """The regularizers of this project, with both terms on unless the options say otherwise."""
+    """The regularizers of this project, by default with both terms."""
     return lambda model, seed: ofa.fused_regularizers(model, estimator=estimator, seed=seed, **options)
 
 
@@ -131,11 +131,11 @@ VARIANTS: dict[str, Attach] = {
     "exact_every4": regularized("exact", every=4),
     "exact_full": regularized("exact", gradient="full"),
 }
-"""What is attached to the model before a step: nothing, the paper's loop, or this project's regularizers."""
+"""Functions that attach a variant's regularizers: none, the paper's loop, or this project's."""
 
 
 def build(workload: Workload, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model in evaluation mode, its norm scales, always float32, the only parameters that train."""
+    """The model in evaluation mode; only its norm scales train, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -161,12 +161,12 @@ def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:
 
 
 def steps_of(variant: str) -> int:
-    """How many optimizer steps make one round: where the sharpness is measured in one of four, all four count."""
+    """Optimizer steps per round: four if the sharpness is measured in one of four."""
     return 4 if variant.endswith("every4") else 1
 
 
 def move_scales(model: nn.Module) -> None:
-    """Change the scales a little, as an optimizer does: what depends on them has to be computed again."""
+    """Change the scales a little, as an optimizer does, which invalidates caches."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -174,6 +174,6 @@ def move_scales(model: nn.Module) -> None:
 
 
 def step(model: nn.Module, ids: Tensor, attached: Attached | None) -> None:
-    """Forward and backward pass; the gradients of the step before are dropped."""
+    """Forward and backward pass, without the previous step's gradients."""
     model.zero_grad(set_to_none=True)
     loss(model, ids, attached).backward()
