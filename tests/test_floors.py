@@ -21,8 +21,8 @@ FLOORS = (
     "regularizers tuning",
     "anatomy evaluation",
     "models tasks",
-    "files sharding",
-    "errors hub logs threads _version _lazy",
+    "files sharding hub",
+    "errors logs threads _version _lazy",
 )
 """From the top down. A room imports only from the floors below its own."""
 

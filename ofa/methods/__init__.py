@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import wraps
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,17 +31,30 @@ METHODS = {
     "task-vector": "ofa.methods.task_vector",
     "ia3": "ofa.methods.ia3",
     "lora": "ofa.methods.lora",
-    "lora-r1": "ofa.methods.lora:fit_rank_one",
+    "lora-r1": "ofa.methods.lora",
     "i2cl": "ofa.methods.i2cl",
-    "norm-tuning": "ofa.methods.norm_tuning:fit_norm_tuning",
+    "norm-tuning": "ofa.methods.norm_tuning:fit_ofa",
     "ofa": "ofa.methods.norm_tuning:fit_ofa",
-    "ofa-step-ratio": "ofa.methods.norm_tuning:fit_ofa_step_ratio",
-    "ofa-sharpness": "ofa.methods.norm_tuning:fit_ofa_sharpness",
+    "ofa-step-ratio": "ofa.methods.norm_tuning:fit_ofa",
+    "ofa-sharpness": "ofa.methods.norm_tuning:fit_ofa",
     "guided": "ofa.methods.guided",
-    "guided-finite-difference": "ofa.methods.guided:fit_finite_difference",
-    "guided-first-order": "ofa.methods.guided:fit_first_order",
+    "guided-finite-difference": "ofa.methods.guided",
+    "guided-first-order": "ofa.methods.guided",
 }
 """Method name → "module" with its `fit`, or "module:function"; modules are imported on use."""
+
+_UNREGULARIZED = {"step_ratio": 0.0, "sharpness": 0.0}
+
+SPECIAL_CASES: dict[str, dict[str, Any]] = {
+    "lora-r1": {"rank": 1},
+    "norm-tuning": _UNREGULARIZED,
+    "ofa-step-ratio": {"term": "step_ratio", "sharpness": 0.0},
+    "ofa-sharpness": {"term": "sharpness", "step_ratio": 0.0},
+    "guided": {"variant": "guided", **_UNREGULARIZED},
+    "guided-finite-difference": {"variant": "guided-finite-difference", **_UNREGULARIZED},
+    "guided-first-order": {"variant": "guided-first-order", **_UNREGULARIZED},
+}
+"""Method name → the options whose values define the method, as for `options.special_case`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,22 @@ def method(name: str) -> Callable[..., Predictor]:
         hint = did_you_mean(name, tuple(METHODS)) or f": use one of {', '.join(METHODS)}"
         raise InputError(f'there is no method "{name}"{hint}')
     module, _, function = METHODS[name].partition(":")
-    return getattr(import_module(module), function or "fit")
+    fit = getattr(import_module(module), function or "fit")
+    return _special(name, fit, SPECIAL_CASES[name]) if name in SPECIAL_CASES else fit
+
+
+def _special(name: str, fit: Callable[..., Predictor], case: Mapping[str, Any]) -> Callable[..., Predictor]:
+    """`fit` with fixed options, which are no part of its signature."""
+    from ofa.methods.options import special_case
+
+    @wraps(fit)
+    def special(*given: Any, **options: Any) -> Predictor:
+        return fit(*given, **special_case(name, options, **case))
+
+    signature = inspect.signature(fit)
+    left = [parameter for parameter in signature.parameters.values() if parameter.name not in case]
+    special.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+    return special
 
 
 def nothing_to_release() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from ofa.anatomy.projections import find_projections, stored_transposed
 from ofa.errors import InputError
 from ofa.methods import Predictor
-from ofa.methods.options import special_case
 from ofa.methods.peft_training import fit_adapter
 from ofa.tasks.task import Example, Task
 
@@ -59,14 +58,3 @@ def config_for(model: Any, rank: int, alpha: float) -> Any:
         target_modules=targets,
         fan_in_fan_out=stored_transposed(model, targets),
     )
-
-
-def fit_rank_one(
-    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
-) -> Predictor:
-    """Train adapters of rank 1 on the query and value projections; other options as for `fit`.
-
-    Raises:
-        InputError: the options have another rank.
-    """
-    return fit(model, tokenizer, task, shots, seed, **special_case("lora-r1", options, rank=1))

@@ -9,20 +9,12 @@ from typing import Any
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
-from ofa.methods.options import special_case
 from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
 from ofa.tuning.norms import restore_norms
-
-
-def fit_norm_tuning(
-    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
-) -> Predictor:
-    """Tune every norm scale on the shots without regularizers; options as for `fit_ofa`."""
-    return fit_ofa(model, tokenizer, task, shots, seed, **{**options, "step_ratio": 0.0, "sharpness": 0.0})
 
 
 def fit_norm_scales(
@@ -93,27 +85,3 @@ def fit_ofa(
         validation=validation,
         progress=progress,
     )
-
-
-def fit_ofa_step_ratio(
-    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
-) -> Predictor:
-    """Tune every norm scale on the shots without the sharpness term; other options as for `fit_ofa`.
-
-    Raises:
-        InputError: the options have a sharpness term, or no step-ratio term.
-    """
-    chosen = special_case("ofa-step-ratio", options, term="step_ratio", sharpness=0.0)
-    return fit_ofa(model, tokenizer, task, shots, seed, **chosen)
-
-
-def fit_ofa_sharpness(
-    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any
-) -> Predictor:
-    """Tune every norm scale on the shots without the step-ratio term; other options as for `fit_ofa`.
-
-    Raises:
-        InputError: the options have a step-ratio term, or no sharpness term.
-    """
-    chosen = special_case("ofa-sharpness", options, term="sharpness", step_ratio=0.0)
-    return fit_ofa(model, tokenizer, task, shots, seed, **chosen)

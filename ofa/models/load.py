@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.files import at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
@@ -22,8 +23,6 @@ Source = Literal["hub", "folder", "gguf", "embedded"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_HUB_TIMEOUT = 5.0  # seconds; long enough for a slow line, short enough not to look like a hang
 _WAYS = (
     "connect once to download it, give a model folder or GGUF file (--model PATH), or leave the model out for the "
     "embedded default from PyPI"
@@ -115,7 +114,7 @@ def load_model(
     """
     check_source(model, dtype=dtype, device=device)
     target = _device(device)
-    origin = _locate(model, offline or _hub_is_switched_off(), progress)
+    origin = _locate(model, offline or hub.is_switched_off(), progress)
     if origin.source == "gguf":
         if device_map is not None:
             raise InputError(f"{origin.name} is a GGUF file, which is loaded on one device; leave out the device map")
@@ -144,7 +143,7 @@ def load_tokenizer(
 
     A GGUF file is read whole, weights included.
     """
-    origin = _locate(model, offline or _hub_is_switched_off(), progress)
+    origin = _locate(model, offline or hub.is_switched_off(), progress)
     if origin.source == "gguf":
         whole, tokenizer = read_gguf(Path(origin.address))
         config = whole.config
@@ -234,7 +233,7 @@ def _check_path(model: str) -> None:
         _check_folder(path)
     elif path.exists():
         raise InputError(f"{path} is neither a model folder nor a .gguf file; give the folder that holds config.json")
-    elif not _HUB_ID.fullmatch(model):
+    elif not hub.is_hub_id(model):
         raise InputError(f"there is no folder {path}, and {model!r} is not a hub id (owner/name); check the path")
 
 
@@ -254,26 +253,15 @@ def _embedded(offline: bool, progress: Callable[[str], None] | None) -> _Origin:
 
 
 def _locate_on_hub(hub_id: str, offline: bool) -> _Origin:
-    """Ask the hub once, with a short timeout: without a connection, the loaders would retry for minutes."""
-    if offline:
-        return _from_hub_cache(hub_id, "offline mode is on")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        files = [file.rfilename for file in HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT).siblings or []]
-    except GatedRepoError as error:
+    answer = hub.ask("model", hub_id, offline=offline, otherwise="give the path of a model folder")
+    if answer.unreachable is not None:
+        if _in_hub_cache(hub_id, "config.json"):
+            return _Origin("hub", hub_id, None)
         raise InputError(
-            f"the hub model {hub_id} is gated; accept its terms on its page and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"there is no folder {hub_id} here and no public model {hub_id} on the hub; check the name, or log in with "
-            "`hf auth login` if it is private"
-        ) from error
-    except Exception as error:  # the network errors of the hub's client have no base class of their own
-        return _from_hub_cache(hub_id, f"the hub cannot be reached: {first_sentence(error)}")
-    if not any(name.endswith(".safetensors") for name in files):
+            f"the model {hub_id} is neither a folder here nor in the local cache of the hub ({answer.unreachable}); "
+            f"{_WAYS}"
+        )
+    if not any(name.endswith(".safetensors") for name in answer.files):
         raise InputError(
             f"the hub model {hub_id} has no safetensors weights, and pickles are not read; choose a model that has "
             "them, or convert it to safetensors and give the folder"
@@ -281,22 +269,10 @@ def _locate_on_hub(hub_id: str, offline: bool) -> _Origin:
     return _Origin("hub", hub_id, None, local_only=False)
 
 
-def _from_hub_cache(hub_id: str, why: str) -> _Origin:
-    if _in_hub_cache(hub_id, "config.json"):
-        return _Origin("hub", hub_id, None)
-    raise InputError(f"the model {hub_id} is neither a folder here nor in the local cache of the hub ({why}); {_WAYS}")
-
-
 def _in_hub_cache(hub_id: str, *names: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return all(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names)
-
-
-def _hub_is_switched_off() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _check_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from ofa import hub
 from ofa.errors import InputError, first_sentence
-from ofa.hub import quiet_client
 from ofa.tasks.demo import DEMO_TASKS
 
 _log = logging.getLogger(__name__)
@@ -89,25 +88,8 @@ def find_dataset(
     """
     import datasets
 
-    if offline or datasets.config.HF_HUB_OFFLINE:
-        return HubDataset(hub_id, config, revision, "offline mode is on")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(hub_id, timeout=hub.TIMEOUT)
-    except GatedRepoError as error:
-        raise InputError(
-            f"the data set {hub_id} is gated: accept its terms on its page and log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"there is no public data set {hub_id} on the hub: check its name, log in with `hf auth login` if it is "
-            f"private, or {_WAYS}"
-        ) from error
-    except Exception as error:  # the network errors of the hub's client have no base class of their own
-        return HubDataset(hub_id, config, revision, f"the hub cannot be reached: {first_sentence(error)}")
-    return HubDataset(hub_id, config, revision)
+    answer = hub.ask("data set", hub_id, offline=offline or datasets.config.HF_HUB_OFFLINE, otherwise=_WAYS)
+    return HubDataset(hub_id, config, revision, answer.unreachable)
 
 
 @contextmanager
@@ -131,7 +113,7 @@ def _without_library_lines() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with quiet_client():
+        with hub.quiet_client():
             yield
     finally:
         logging.set_verbosity(before)

@@ -120,7 +120,7 @@ def bench(tmp_path: Path, tiny_folder: Path, good_adapter: Path, monkeypatch: py
     """Without a network, and without what a developer's caches hold."""
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", _unreachable)
     monkeypatch.setattr("ofa.models.load._in_hub_cache", lambda *_: False)
-    monkeypatch.setattr("ofa.models.load._hub_is_switched_off", lambda: False)
+    monkeypatch.setattr("ofa.hub.is_switched_off", lambda: False)
     monkeypatch.setenv("OFA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OFA_EMBEDDED_WHEEL", raising=False)
     (tmp_path / "cache").mkdir()

@@ -78,13 +78,14 @@ def test_methods_without_training_leave_the_model_untouched(unchanged, name, dem
 
 
 def test_norm_tuning_is_ofa_without_its_terms_bit_for_bit(unchanged):
-    """With any weights given."""
+    """And it takes no other weights."""
     expected, records = trained(unchanged, "ofa", **OFF)
-    for weights in ({}, {"step_ratio": 1.0, "sharpness": 1.0}):
-        scales, own = trained(unchanged, "norm-tuning", **weights)
-        assert all(torch.equal(scales[name], value) for name, value in expected.items())
-        assert [record.loss for record in own] == [record.loss for record in records]
-        assert {(record.step_ratio, record.sharpness, record.penalty) for record in own} == {(None, None, 0.0)}
+    scales, own = trained(unchanged, "norm-tuning")
+    assert all(torch.equal(scales[name], value) for name, value in expected.items())
+    assert [record.loss for record in own] == [record.loss for record in records]
+    assert {(record.step_ratio, record.sharpness, record.penalty) for record in own} == {(None, None, 0.0)}
+    with pytest.raises(InputError, match=r"norm-tuning means sharpness=0\.0, not 1\.0"):
+        trained(unchanged, "norm-tuning", sharpness=1.0)
 
 
 def test_ofa_has_both_terms_by_default_and_another_result(unchanged):

@@ -33,7 +33,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test here may depend on the network or on a developer's caches."""
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", _unreachable)
     monkeypatch.setattr(models, "_in_hub_cache", lambda *_: False)
-    monkeypatch.setattr(models, "_hub_is_switched_off", lambda: False)
+    monkeypatch.setattr("ofa.hub.is_switched_off", lambda: False)
     monkeypatch.setenv("OFA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OFA_EMBEDDED_WHEEL", raising=False)
 
@@ -288,7 +288,7 @@ def test_offline_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: asked.append(a))
     assert "offline mode is on" in _refusal(ID, offline=True)
-    monkeypatch.setattr(models, "_hub_is_switched_off", lambda: True)
+    monkeypatch.setattr("ofa.hub.is_switched_off", lambda: True)
     assert "offline mode is on" in _refusal(ID)
     assert not asked
 

@@ -180,7 +180,7 @@ def test_the_libraries_are_left_as_they_were(empty_caches):
 
 @pytest.mark.parametrize(
     ("private", "words"),
-    [(False, "there is no public data set SetFit/sst2 on the hub: check its name"), (True, "there is no public data")],
+    [(False, "there is no public data set SetFit/sst2 on the hub; check its name"), (True, "there is no public data")],
     ids=["no such data set", "a private one"],
 )
 def test_what_the_hub_does_not_give_is_refused_in_a_sentence(private, words, empty_caches, monkeypatch):

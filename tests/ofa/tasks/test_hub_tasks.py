@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -263,7 +264,9 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 @pytest.fixture
 def reachable(monkeypatch):
     """A hub that has every data set."""
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, hub_id, timeout: None)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, hub_id, timeout: SimpleNamespace(siblings=[])
+    )
 
 
 @pytest.fixture
