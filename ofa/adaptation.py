@@ -1,4 +1,4 @@
-"""`adapt`: from a model and five examples per class to something that predicts and can be saved."""
+"""`adapt`: tune a model on a few examples per class; the result predicts and can be saved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ofa.training.records import StepRecord, TrainingResult
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A model tuned to a task, and all that is worth knowing about how.
+    """A model tuned to a task, with the data, settings and records of the run.
 
     Example:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
@@ -52,7 +52,7 @@ class Adaptation:
         return self.predictor.training
 
     def predict(self, texts: Sequence[str | Mapping[str, object]]) -> list[str]:
-        """The most probable label of each text; where the template has several columns, of each row of them by name.
+        """The most probable label of each text, or of each mapping of columns if the template has several.
 
         Raises:
             InputError: a text is empty, or a row lacks a column.
@@ -60,7 +60,7 @@ class Adaptation:
         return self.predictor.predict(self._texts(texts))
 
     def predict_proba(self, texts: Sequence[str | Mapping[str, object]]) -> Tensor:
-        """Probability of each label in the task's order, (texts, labels), float32; of texts or rows as in `predict`."""
+        """Probability of each label in the task's order, (texts, labels), float32; rows as for `predict`."""
         return self.predictor.predict_proba(self._texts(texts))
 
     def evaluate(self, data: TaskData | Data) -> Evaluation:
@@ -68,7 +68,7 @@ class Adaptation:
         return self.predictor.evaluate(examples_from(data, self.data.task))
 
     def save(self, folder: str | Path, *, overwrite: bool = False, **details: Any) -> Path:
-        """Write the adapter folder, see `adapters.save_and_load.save_adapter`; `details` go into its `ofa_config.json`.
+        """Write the adapter folder (see `save_adapter`); `details` are added to its `ofa_config.json`.
 
         Raises:
             InputError: the folder cannot be written, or is not empty and `overwrite` is off.
@@ -78,7 +78,7 @@ class Adaptation:
         )
 
     def details(self) -> dict[str, Any]:
-        """What `ofa_config.json` keeps: task, shots and their indices, seed, settings, seconds. No training text."""
+        """Entries for `ofa_config.json`: task, shots and their indices, seed, settings, seconds; no training text."""
         config = TrainingConfig(**self.settings)
         return {
             "method": "ofa" if config.step_ratio > 0 or config.sharpness > 0 else "norm-tuning",
@@ -97,7 +97,7 @@ class Adaptation:
         return [self.data.task.text_of(row, f"text {number}") for number, row in enumerate(rows, start=1)]
 
     def close(self) -> None:
-        """Leave the model as it was before it was adapted."""
+        """Restore the model's own scales."""
         self.predictor.close()
 
 
@@ -121,17 +121,17 @@ def adapt(
     """Tune the norm scales of a Hugging Face model on a few examples per class with OFA's regularizers.
 
     Args:
-        task: task and examples, or anything that `load_task` makes them of: the name of a known task, a folder with
-            task.json, a file, a DataFrame, a data set, a list of (text, label) or of mappings.
-        template, labels, text_column, label_column: of data that does not bring them, see `load_task`.
+        task: task and examples, or anything that `load_task` takes: the name of a known task, a folder with task.json,
+            a file, a DataFrame, a data set, a list of (text, label) or of mappings.
+        template, labels, text_column, label_column: for data without a task.json, see `load_task`.
         shots: examples per class, drawn from the task's training examples by `seed`, or "all".
-        folder: where metrics and checkpoints go while it trains; None keeps nothing on disk.
+        folder: for metrics and checkpoints during training; None writes nothing to disk.
         resume: continue from the folder's checkpoint.
         validation: examples to choose the best epoch by; without them the last epoch is kept.
         settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`.
 
     Returns:
-        The adaptation, which predicts, saves and undoes itself.
+        The adaptation, which predicts, saves the scales and restores the model.
 
     Raises:
         InputError: the task, the number of shots or a setting cannot be used.

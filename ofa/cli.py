@@ -1,4 +1,4 @@
-"""The command line: adapt and use a model, compare methods, look into models and machines."""
+"""The command line: adapt and use a model, compare methods, inspect models and the installation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for command in (demo, fit, evaluate, predict, compare, report, probe, merge, pus
     app.command()(command)
 
 
-# Typer brings a click of its own or takes the installed one; this is the base of what either raises for wrong options.
+# Typer vendors click or uses the installed one; this is the base class of usage errors in both.
 _UsageError: Any = typer.BadParameter.__base__
 
 _OTHER_NAMES = {
@@ -52,7 +52,7 @@ _OTHER_NAMES = {
     "--gradient-accumulation-steps": "--accumulation",
     "--force": "--overwrite",
 }
-"""What other programs call options, where no similar spelling leads to ours."""
+"""Names of options in other programs, for those not similar to ours."""
 
 
 def _show_version(asked: bool) -> None:
@@ -64,13 +64,13 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _options_of_all(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None: ...
 
 
 def main() -> None:
-    """Entry point of the console script: errors in the options are one sentence too."""
+    """Entry point of the console script; also prints usage errors as one sentence."""
     try:
         _refuse_broken(sys.argv)
         status = app(prog_name="ofa", standalone_mode=False)
@@ -83,12 +83,12 @@ def main() -> None:
         if not message:  # no arguments at all: the help was shown
             raise SystemExit(2) from None
         command = error.ctx.command_path if error.ctx else "ofa"
-        fail(InputError(f"{message}; `{command} --help` shows how it is used"))
+        fail(InputError(f"{message}; `{command} --help` lists the options"))
     raise SystemExit(status or 0)
 
 
 def _refuse_broken(arguments: list[str]) -> None:
-    """Raise `InputError` for an argument with bytes that are not UTF-8, which Python keeps as halves of pairs."""
+    """Raise `InputError` for an argument with bytes that are not UTF-8, which Python decodes to lone surrogates."""
     for argument in arguments:
         try:
             argument.encode()
@@ -99,7 +99,7 @@ def _refuse_broken(arguments: list[str]) -> None:
 
 
 def _message(error: Any) -> str:
-    """What is wrong with the options, as part of a sentence, with the option that was meant where it can be told."""
+    """The usage error as part of a sentence, with the most similar option."""
     if not hasattr(error, "possibilities"):
         message = " ".join(error.format_message().split()).rstrip(".?")
         return message[:1].lower() + message[1:]

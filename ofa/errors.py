@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exception for bad input, and helpers to quote other errors in its message."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ _LINE_ENDS = {ord(character): repr(character)[1:-1] for character in "\n\r\v\f\x
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """Input from the user cannot be used.
 
-    The message is one sentence that says what was wrong, where, and what to do about it. The command line prints it
-    alone, without a traceback, and exits with a non-zero status. What is quoted in it may be anything: line ends and
-    halves of surrogate pairs are written as escapes, and the middle of a very long message is left out.
+    The message is one sentence: what is wrong, where, and what to do. The command line prints only the message, without
+    a traceback, and exits with a non-zero status. Quoted text may be arbitrary: line ends and lone surrogates are
+    escaped, and the middle of a very long message is left out.
 
     Example:
         >>> try:
@@ -22,20 +22,20 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        """Make a line of the message that can be printed."""
+        """Escape and shorten the message to one printable line."""
         line = message.translate(_LINE_ENDS).encode(errors="backslashreplace").decode()
         half = _LONGEST // 2
         super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the first sentence of an error's text, without its full stop, to be quoted inside another sentence."""
+    """The first sentence of an error's text, without its full stop, for quoting inside another sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].split(". ")[0].rstrip(".: ") if lines else type(error).__name__
 
 
 def in_words(error: BaseException) -> str:
-    """The message of an `InputError` as it is; of any other error its type and its first sentence, if it has one."""
+    """The message of an `InputError`, or the type and first sentence of any other error."""
     if isinstance(error, InputError):
         return str(error)
     name, sentence = type(error).__name__, first_sentence(error)

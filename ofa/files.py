@@ -1,4 +1,4 @@
-"""Writing that leaves either the old file or the new one, and output folders that one process at a time writes into."""
+"""Write files atomically, and lock output folders so that one process at a time writes into them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from safetensors import SafetensorError
 
 from ofa.errors import InputError
 
-# What a full or read-only disk raises: safetensors wraps the system's error in its own.
+# Raised on a full or read-only disk; safetensors wraps the system's error.
 WRITE_ERRORS = (OSError, SafetensorError)
 
 LOCK = ".ofa.lock"
-"""The file in an output folder that says that a process is writing there; gone when it is done."""
+"""Lock file in an output folder, removed when the process has finished."""
 
 _owners: dict[Path, int] = {}
-"""Folders that this process has to itself, and the thread that claimed each."""
+"""Folders locked by this process, and the thread that locked each."""
 
 
 def at_home(path: str | os.PathLike[str]) -> Path:
-    """A path in which ~ is the home folder; a shell leaves it alone after = and in a file of options."""
-    # Path.expanduser raises where there is no such user; a name that begins with ~ is a name.
+    """Expand ~ in a path; shells do not expand it after `=`, and never in a configuration file."""
+    # Path.expanduser raises for an unknown user; here, such a path is an ordinary name.
     return Path(os.path.expanduser(path))
 
 
 def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """The folder, made if need be, proven writable, and empty unless `overwrite`.
+    """Create the folder if needed, and check that it is writable, and empty unless `overwrite`.
 
     Raises:
-        InputError: it cannot be written, it is a file, or it holds something and `overwrite` is off.
+        InputError: it cannot be written, is a file, or is not empty and `overwrite` is off.
     """
     path = at_home(folder)
     try:
@@ -59,9 +59,10 @@ def claim_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 
 @contextmanager
 def claimed_folder(folder: str | Path, *, overwrite: bool = False, shared: bool = False) -> Iterator[Path]:
-    """`claim_folder` for the work inside, which no other process does in this folder meanwhile unless it is `shared`.
+    """`claim_folder` for the body of the `with`; the folder is locked for other processes unless `shared`.
 
-    If the work fails before it wrote anything, the folders made go again. Work inside may claim the folder again.
+    If the body fails before it wrote anything, created folders are removed. The same thread may claim the folder again
+    inside.
 
     Raises:
         InputError: see `claim_folder` and `sole_writer`.
@@ -82,12 +83,12 @@ def claimed_folder(folder: str | Path, *, overwrite: bool = False, shared: bool 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """The right to write into a folder, for one process of any machine at a time.
+    """Lock a folder for writing, for one process on any machine at a time.
 
-    It is a lock of the file system, which the end of the process gives back, however it ends. NFS (version 4, or 3
-    with lockd), SMB and Lustre mounted with `flock` lock between machines as a local disk does between processes. On a
-    file system without locks the file itself says that a process is at work; one left by a killed process is taken
-    over on the same machine, and named on others.
+    The file system's lock is released when the process ends in any way. NFS (version 4, or 3 with lockd), SMB and
+    Lustre mounted with `flock` lock between machines. On a file system without locks, the existence of the lock file
+    marks the folder as locked; a file left by a killed process is taken over on the same machine, and named in the
+    error on others.
 
     Raises:
         InputError: another process is writing into the folder, or the lock cannot be made.
@@ -102,7 +103,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     finally:
         del _owners[place]
         if isinstance(lock, FileLock):
-            with suppress(OSError):  # while it is held, so that no other process locks a file that has lost its name
+            with suppress(OSError):  # unlink before release, or another process could lock the unlinked file
                 file.unlink()
         lock.release()
 
@@ -113,13 +114,13 @@ def _locked(folder: Path) -> FileLock | SoftFileLock:
         lock = kind(file)
         try:
             lock.acquire(timeout=0)
-            while isinstance(lock, FileLock) and not file.exists():  # its last owner removed it as this one opened it
+            while isinstance(lock, FileLock) and not file.exists():  # its last owner unlinked it meanwhile
                 lock.release()
                 lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(
-                f"another process{_owner(file)} is writing to {folder} at this moment; wait for its end, or choose "
-                f"another output folder{'' if kind is FileLock else f' (delete {file} if that process is gone)'}"
+                f"another process{_owner(file)} is writing to {folder}; wait until it ends, or choose another output "
+                f"folder{'' if kind is FileLock else f' (delete {file} if that process has ended)'}"
             ) from error
         except OSError as error:  # of network file systems without a lock service
             failure = error
@@ -129,7 +130,7 @@ def _locked(folder: Path) -> FileLock | SoftFileLock:
 
 
 def _owner(lock: Path) -> str:
-    """Which process has a lock, as its file says it."""
+    """The process that holds a lock, from its file."""
     try:
         number, machine = lock.read_text().split()[:2]
     except (OSError, ValueError):
@@ -138,26 +139,26 @@ def _owner(lock: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
 
     Raises:
-        InputError: the file cannot be written; whatever was at `path` is still there.
+        InputError: the file cannot be written; an existing file at `path` is unchanged.
     """
     write_together({path: write})
 
 
 def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Fill a temporary file beside each path; when all of them are whole, move them into place in the order given.
+    """Fill a temporary file beside each path; when all are complete, rename them in the given order.
 
     Raises:
-        InputError: one of them cannot be written; what was at the paths is still there.
+        InputError: one of them cannot be written; existing files are unchanged.
     """
     temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     path = next(iter(files))
     try:
         for path, write in files.items():
             write(temporaries[path])
-            # safetensors makes its files readable for their owner alone; an adapter is there to be shared.
+            # safetensors makes files readable only by their owner, but adapters are shared.
             temporaries[path].chmod(0o666 & ~_umask())
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
@@ -180,24 +181,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def text_writer(text: str) -> Callable[[Path], None]:
-    """What fills a UTF-8 text file, for `write_atomically` and `write_together`."""
+    """A writer of a UTF-8 text file, for `write_atomically` and `write_together`."""
     return lambda path: _flush(path, text)
 
 
 def json_writer(value: Any) -> Callable[[Path], None]:
-    """What fills an indented JSON file, for `write_atomically` and `write_together`."""
+    """A writer of an indented JSON file, for `write_atomically` and `write_together`."""
     return text_writer(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _umask() -> int:
-    """The process's own; reading it means setting it for a moment."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def reason(error: Exception) -> str:
-    """What the system said, without its error number and path where it has them apart."""
+    """The system's message, without error number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 

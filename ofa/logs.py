@@ -1,4 +1,4 @@
-"""Log messages on the command line: our own as plain lines, other libraries' off."""
+"""Configure logging for the command line: our own messages as plain lines, other libraries' off."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 
 
 def quiet_libraries() -> None:
-    """Our own warnings as plain lines on standard error; other libraries' bars and advice off."""
+    """Log our own warnings as plain lines on standard error; silence other libraries' progress bars and advice."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels for a CPU wherever it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of missing CPU kernels on import
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("ofa: %(message)s"))
     logger = logging.getLogger("ofa")

@@ -1,4 +1,4 @@
-"""What an adapter folder says of its task and its base, and the model with the adapter in it."""
+"""Read an adapter folder's task and base, and load the model with the adapter."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def read_task(folder: Path, text_column: str | None = None, label_column: str | None = None) -> Task:
-    """The task an adapter was made for, without the libraries that load the adapter, with other columns if given.
+    """The task an adapter was made for, read without torch; columns given here override its own.
 
     Raises:
-        InputError: the folder is no adapter of ours, or does not say its task.
+        InputError: the folder is not an adapter of `ofa`, or does not name its task.
     """
     read_config(folder)
     details = read_details(folder)
     if "task" not in details:
-        raise InputError(f"{folder} does not say its task (no ofa_config.json); make it with `ofa fit`")
+        raise InputError(f"{folder} does not name its task (no ofa_config.json); make it with `ofa fit`")
     return with_columns(Task.from_dict(details["task"]), text_column or "", label_column or "")
 
 
 def asked_task(folders: Sequence[Path], data: str, how: DataOptions, *, offline: bool) -> Task:
-    """The task of the adapters, or of the data and the options where there is no adapter.
+    """The task of the adapters, or of the data and the options if there is no adapter.
 
     Raises:
         InputError: the adapters were made for different tasks, or the options contradict them; or see `read_task` and
@@ -56,28 +56,28 @@ def asked_task(folders: Sequence[Path], data: str, how: DataOptions, *, offline:
 
 
 def base_of(folder: Path, model: str | None) -> str:
-    """What to load an adapter into, for `load_model`: `model` where it is given, else the base that it names.
+    """The base of an adapter, for `load_model`: `model` if given, else the base that the adapter names.
 
     Raises:
-        InputError: the folder is no adapter of ours, or its base is a path that leads nowhere any more.
+        InputError: the folder is not an adapter of `ofa`, or its base is a path that no longer exists.
     """
     named = read_config(folder).get("base_model_name_or_path")
     if model is not None:
         return model
-    # The embedded default carries the hub id of the model it was made from, but is quantized: go back to the same.
+    # The embedded default has the hub id of its original, but is quantized: load the same weights again.
     if read_details(folder).get("base_source") == "embedded":
         return "embedded"
     if not named:
         raise InputError(f"{folder} does not say which model it was made for; name it with --model")
     if Path(named).is_absolute() and not Path(named).exists():
         raise InputError(
-            f"{folder} was made for the model in {named}, which is not there any more; give its new place with --model"
+            f"{folder} was made for the model in {named}, which no longer exists; give its new place with --model"
         )
     return str(named)
 
 
 def with_base(options: ModelOptions, adapter: Path | None) -> ModelOptions:
-    """The options with the adapter's base where no model is given, refused at once where they name none.
+    """The options, with the adapter's base as the default model; checked early.
 
     Raises:
         InputError: see `base_of` and `check_source`.
@@ -95,15 +95,15 @@ def adapter_digest(folder: Path) -> str:
 
 
 def open_model(options: ModelOptions, adapter: Path | None = None) -> LoadedModel:
-    """Load the model, and put the adapter's scales in where there is one.
+    """Load the model, with the adapter's scales if one is given.
 
     Raises:
-        InputError: the folder is no adapter of ours, or does not fit the model.
+        InputError: the folder is not an adapter of `ofa`, or does not fit the model.
     """
     from ofa.adapters.save_and_load import load_adapter, read_adapter
     from ofa.models.load import load_model
 
-    read = read_adapter(adapter) if adapter else None  # before a base is fetched for it
+    read = read_adapter(adapter) if adapter else None  # fail before downloading the base
     loaded = load_model(progress=notice, **asdict(options))
     if read is not None:
         load_adapter(loaded.model, read)

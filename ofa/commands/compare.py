@@ -1,4 +1,4 @@
-"""`ofa compare`: every method on every task and seed, each cell kept as soon as it is finished."""
+"""`ofa compare`: run every method on every task and seed, and store each finished cell at once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class RunOptions(BaseModel):
-    """What to do with the results."""
+    """Options for the results."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,7 +58,7 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results. One that holds results is continued: only what is missing runs."),
+        typer.Option(help="Folder for the results. If it has results, only missing cells run."),
     ] = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas, or all.")] = "all",
     seeds: Annotated[
@@ -70,7 +70,7 @@ def compare(
     ] = 500,
     contexts: Annotated[
         str,
-        typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or each in turn."),
+        typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or both in turn."),
     ] = "prompt,demonstrations",
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
@@ -92,8 +92,8 @@ def compare(
     workers_per_gpu: Annotated[
         int,
         typer.Option(
-            help="Workers that share a GPU, for a model that leaves it idle: each has its own copy of the model, and "
-            "its seconds are those of a busy GPU. More of them until the GPU's memory or the CPU's cores are used up."
+            help="Workers that share a GPU, for small models that leave it idle. Each has its own copy of the model; "
+            "its times are those of a busy GPU. Limited by the GPU's memory and the CPU's cores."
         ),
     ] = 1,
     ray_address: Annotated[
@@ -103,16 +103,15 @@ def compare(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="CPU threads of each worker. Without it OMP_NUM_THREADS, else the cores that nothing else uses, are "
-            "divided among them."
+            help="CPU threads of each worker. Without it OMP_NUM_THREADS, else the idle cores, are divided among them."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per batch when testing.")] = 16,
     order: Annotated[
         str,
         typer.Option(
-            help="slow-first: within a task no worker is left with a slow method at the end. quick-first: most methods "
-            "are done where the time runs out."
+            help="slow-first: within a task, slow methods run first, so all workers finish together. quick-first: most "
+            "methods are done early."
         ),
     ] = "slow-first",
     retry_failed: Annotated[
@@ -122,11 +121,11 @@ def compare(
         bool,
         typer.Option(
             "--drop-demonstrations",
-            help="Where demonstrations do not fit the model's window, leave the first ones out instead of refusing.",
+            help="Leave out the first demonstrations if they do not fit the model's window, instead of refusing.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, list the cells and what they may take, run nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and list the cells with estimated times; run nothing.")
     ] = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
@@ -138,8 +137,8 @@ def compare(
 
     Example: ofa compare --tasks sst2,trec --seeds 42-46 --out results, then: ofa report results
 
-    Each finished cell (task, method, seed) is a line of results.jsonl at once.
-    Ctrl-C, a kill or a full disk cost no more than the cells under way; the same command continues.
+    Each finished cell (task, method, seed) is written to results.jsonl at once.
+    Ctrl-C, a kill or a full disk lose only the cells in progress; the same command continues.
 
     In a YAML file methods may have settings, and a list of values makes a row of each:
     methods: {norm-tuning: , ofa: {sharpness: [0.001, 0.01], epochs: 30}}
@@ -179,7 +178,7 @@ def compare(
 def _plan(
     grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, run_options: RunOptions
 ) -> tuple[Plan, Mapping[str, Size]]:
-    """The cells, after everything was checked that can be without the weights."""
+    """The cells, after all checks that do not need the weights."""
     from ofa.comparison.plan import Plan, check_window, sizes
     from ofa.models.introspection import model_window
     from ofa.models.load import load_tokenizer
@@ -197,7 +196,7 @@ def _plan(
 
 
 def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Record, ...]:
-    """Run what is missing; the records of all cells of the plan."""
+    """Run the missing cells, and return the records of all cells of the plan."""
     from ofa.comparison.engines.machines import open_engine
     from ofa.comparison.progress import Tally, shown
     from ofa.comparison.run import run_cells
@@ -208,7 +207,7 @@ def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Recor
         cells = plan.missing(results.records, retry_failed=run_options.retry_failed)
         notice(f"ofa: {len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there, {len(cells)} to run")
         if cells:
-            # A path must mean the same to workers elsewhere; a hub id is no path, and the default has both.
+            # Workers elsewhere need an absolute path; a hub id or the default is passed as typed.
             model = plan.model if Path(plan.model).is_absolute() else plan.grid.model
             source = machines.source(model, plan.grid.dtype)
             try:
@@ -227,7 +226,7 @@ def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Recor
 
 
 def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
-    """What `run.json` keeps of a run."""
+    """The entry of a run in `run.json`."""
     from ofa.comparison.environment import library_versions, now
     from ofa.comparison.plan import TEST_SEED
 
@@ -244,7 +243,7 @@ def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
 
 
 def _dry_run(plan: Plan, sizes: Mapping[str, Size], machines: Machines, run_options: RunOptions) -> None:
-    """List the cells, and what they may take; nothing is written."""
+    """List the cells with estimated times; nothing is written."""
     from ofa.commands.compared import show_plan
     from ofa.comparison.engines.machines import foreseen_workers
     from ofa.comparison.store import RESULTS, read_records

@@ -1,4 +1,4 @@
-"""What `ofa compare` prints: the cells it would run, and the scores of those it ran."""
+"""Print the output of `ofa compare`: the cells of a dry run, and the scores."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ofa.comparison.records import Cell, Record
 def show_plan(
     plan: Plan, cells: Sequence[Cell], records: Sequence[Record], sizes: Mapping[str, Size], workers: int, as_json: bool
 ) -> None:
-    """The cells of a plan by task and row, which of them are to run, and what that may take.
+    """Show the cells of a plan by task and row, which of them will run, and their estimated time.
 
-    Times are those of the finished cells in the same folder that are most like them, where there are any.
+    Estimates are from the most similar finished cells in the same folder, if there are any.
     """
     expectation = Expectation(records)
     seconds = {cell.key: expectation.seconds(cell) for cell in cells}
@@ -49,7 +49,7 @@ def show_plan(
 
 
 def show_scores(records: Sequence[Record]) -> None:
-    """Mean accuracy over the seeds, by row and task; `ofa report` says what that is worth."""
+    """Show the mean accuracy over the seeds, by row and task; `ofa report` adds the statistics."""
     tasks = list(dict.fromkeys(record.cell.task for record in records))
     table = Table(title="accuracy, mean over seeds")
     table.add_column("method")

@@ -1,4 +1,4 @@
-"""What the commands print: results on standard output, everything else on standard error."""
+"""Print results on standard output, and notices, progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _quiet = False
 
 _LINE_EVERY = 30.0
-"""Seconds between two lines about a long run where there is no terminal to show a bar on."""
+"""Seconds between two progress lines without a terminal."""
 
 _WHOLE_RUN = 1e9
-"""Seconds over which the pace of a run is measured: its steps may take minutes."""
+"""Window in seconds for the estimated speed: the whole run, since steps may take minutes."""
 
 
 def set_quiet(quiet: bool) -> bool:
-    """Leave out notices and progress if `quiet`; results, warnings and errors stay. Callback of the option."""
+    """Callback of `--quiet`: suppress notices and progress, but not results, warnings and errors."""
     global _quiet
     _quiet = quiet
     return quiet
 
 
 def is_quiet() -> bool:
-    """Whether `--quiet` was given."""
+    """True if `--quiet` was given."""
     return _quiet
 
 
 def notice(text: str) -> None:
-    """One line for the person at the terminal, on standard error, unless they want none."""
+    """Print a line on standard error, unless `--quiet`."""
     if not _quiet:
         _say(text)
 
 
 def warn(text: str) -> None:
-    """One line on standard error that is not to be missed."""
+    """Print a warning on standard error, also with `--quiet`."""
     _say(f"ofa: {text}")
 
 
@@ -63,35 +63,35 @@ def _say(text: str) -> None:
 
 
 def tell_truncated(count: int, of: str = "texts") -> None:
-    """Say on standard error how many texts did not fit the model's window, if there were any."""
+    """Warn of the number of texts that were cut to the model's window, if there were any."""
     if count:
         warn(f"{count} of the {of} did not fit the model's window and lost their beginning")
 
 
 def show(value: Table | str) -> None:
-    """A result for a reader, on standard output; tables as wide as they need when it is not a terminal."""
+    """Print a result on standard output; without a terminal, tables may be 160 columns wide."""
     width = None if sys.stdout.isatty() else 160
     _plain(width=width).print(value, soft_wrap=isinstance(value, str))
 
 
 def show_json(value: Any) -> None:
-    """A result for a program: one JSON document on standard output."""
+    """Print a result as one JSON document on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _plain(**options: Any) -> Console:
-    """A console that prints words as they are: labels and paths may hold brackets and colons."""
+    """A console without markup: labels and paths may have brackets and colons."""
     return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 def fail(error: InputError) -> NoReturn:
-    """Print the one sentence of an error and leave with status 2."""
+    """Print the sentence of an error and exit with status 2."""
     warn(str(error))
     raise SystemExit(2)
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what a command raises into one sentence and a status; OFA_DEBUG=1 in the environment shows where."""
+    """Turn a command's exceptions into one sentence and an exit status; with OFA_DEBUG=1, print the traceback too."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -104,7 +104,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             warn(str(error) or "interrupted")
             raise SystemExit(_INTERRUPTED) from None
         except BrokenPipeError:
-            raise  # whoever read our output has left; typer leaves quietly too
+            raise  # the reader of our output has closed the pipe; typer then exits silently
         except Exception as error:
             if os.environ.get("OFA_DEBUG"):
                 traceback.print_exc()
@@ -115,25 +115,25 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _at_home(value: Any) -> Any:
-    """Paths among the options, with the home folder for ~."""
+    """Expand ~ in paths among the options."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     return at_home(value) if isinstance(value, Path) else value
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind an error: what it falls into, such as an import, may turn it into another one."""
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, KeyboardInterrupt):
+    """True if Ctrl-C caused the error: interrupted code, such as an import, may raise another one from it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
             return True
-        behind = behind.__cause__ or behind.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, without a terminal a line now and then: update(done, total, remark)."""
+    """A progress bar on standard error, or a line every half minute without a terminal: update(done, total, remark)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)

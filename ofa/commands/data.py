@@ -1,4 +1,4 @@
-"""From what is given as `--data` to a task with examples."""
+"""Load the tasks and examples of `--data` and related options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ofa.tasks import (
 
 
 def split_labels(labels: str | None) -> tuple[str, ...]:
-    """`'a, "b, c"'` → ("a", "b, c"), as a line of CSV; nothing for None.
+    """Split `'a, "b, c"'` into ("a", "b, c"), as a line of CSV; empty for None.
 
     Raises:
         InputError: a quote is left open.
@@ -35,14 +35,14 @@ def split_labels(labels: str | None) -> tuple[str, ...]:
         rows = list(csv.reader([labels], skipinitialspace=True, strict=True))
     except csv.Error as error:
         raise InputError(
-            f"the labels {labels} leave a quote open: separate them by commas, and put one that has a comma in it in "
-            "double quotes"
+            f"the labels {labels} leave a quote open: separate them by commas, and put a label with a comma in double "
+            "quotes"
         ) from error
     return tuple(label.strip() for row in rows for label in row if label.strip())
 
 
 def training_data(data: str, how: DataOptions, *, offline: bool) -> TaskData:
-    """The task and training examples of what `load_task` loads, with template and labels as they were typed.
+    """Load a task with `load_task`, with template and labels as typed on the command line.
 
     Raises:
         InputError: the data cannot be read, or the template or labels do not fit it.
@@ -62,7 +62,7 @@ def demonstration_pool(data: str, task: Task, *, separator: str | None, offline:
     """The training examples to draw demonstrations of a known task from.
 
     Raises:
-        InputError: the data cannot be read, or has labels the task does not know.
+        InputError: the data cannot be read, or has labels that the task does not have.
     """
     if not has_parts(data):
         return examples_from(data, task, separator=separator, offline=offline)
@@ -72,7 +72,7 @@ def demonstration_pool(data: str, task: Task, *, separator: str | None, offline:
 
 
 def data_origin(data: str) -> dict[str, str]:
-    """What an adapter says of its data: a name, and where it is from; no path, which means nothing elsewhere."""
+    """An adapter's record of its data: name and origin, but no local path."""
     if is_known(data):
         in_package = data in DEMO_TASKS
         return {

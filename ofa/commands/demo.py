@@ -1,4 +1,4 @@
-"""`ofa demo`: four ways to use five examples per class, side by side on a real model."""
+"""`ofa demo`: compare four ways to use five examples per class on a real model."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _row(
     demonstrations: tuple[Example, ...],
     adaptation: Adaptation | None = None,
 ) -> dict[str, Any]:
-    """One method's scores; seconds are training and testing together."""
+    """The scores, times and size of one method."""
     from ofa.evaluation.scorer import evaluate
     from ofa.evaluation.scores import Metrics
 

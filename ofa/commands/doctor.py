@@ -1,4 +1,4 @@
-"""`ofa doctor`: what is installed, which devices and kernels there are, and what to do about what is missing."""
+"""`ofa doctor`: show installed versions, devices and kernels, and advice for problems."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """Everything `ofa doctor` tells, as JSON values."""
+    """The findings of `ofa doctor` as JSON values."""
     from ofa._version import __version__
     from ofa.models.embedded import embedded_cache_dir, embedded_is_cached
 
@@ -73,7 +73,7 @@ def _devices(threads: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _threads() -> dict[str, Any]:
-    """How many threads commands would compute with now, and why."""
+    """The number of threads that commands would use now, and its reasons."""
     import torch
 
     from ofa.threads import threads_from_environment, usable_cores
@@ -121,11 +121,11 @@ def _advice(document: dict[str, Any]) -> list[str]:
         advice.append(f"{', '.join(missing)} is missing: pip install -c constraints.txt -e .")
     if _version("ofa") is not None:
         advice.append(
-            "a package named `ofa`, which is another project, is installed and may stand before this one: "
-            "pip uninstall ofa, then install ofa-adapt again"
+            "the unrelated package `ofa` is installed and may shadow this one: pip uninstall ofa, then install "
+            "ofa-adapt again"
         )
     if not _is_ours():
-        advice.append("`import ofa` finds another package than this one: look at your PYTHONPATH and working directory")
+        advice.append("`import ofa` finds another package than this one: check your PYTHONPATH and working directory")
     if not document["cache"]["default_model"]:
         advice.append("the default model is not in the cache yet: `ofa demo` fetches it (90 MB), or give --model")
     if any(device["name"].startswith("cuda") for device in document["devices"]) and not document["versions"]["triton"]:

@@ -1,4 +1,4 @@
-"""`ofa evaluate`: how good an adapter, or the bare model, is on labelled examples."""
+"""`ofa evaluate`: score an adapter, or the bare model, on labelled examples."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def evaluate(
     ] = None,
     demonstrations: Annotated[
         str | None,
-        typer.Option(
-            help="Training examples to put in context; with an adapter, the very shots it was tuned on are taken."
-        ),
+        typer.Option(help="Training examples to put in context; with an adapter, the shots it was tuned on."),
     ] = None,
     shots: ShotsOption = 5,
     seed: Annotated[int, typer.Option(help="Draws the demonstrations and the test subset.")] = 42,
@@ -112,7 +110,7 @@ def _demonstrations(
     seed: int,
     where: dict[str, Any],
 ) -> tuple[Example, ...]:
-    """The examples to put in context: an adapter's own shots by their indices, or a fresh draw."""
+    """The examples to put in context: an adapter's own shots by their indices, or a new draw."""
     if source is None:
         return ()
     from ofa.commands.data import demonstration_pool

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _UNUSED_TESTED = 200
-"""Examples that an adapter is scored on where there is no --test; their accuracy is good to about 3 points."""
+"""Maximum number of unused examples to score an adapter on without --test; a standard error of about 3 points."""
 
 
 @reports_errors
@@ -52,7 +52,7 @@ def fit(
     shots: ShotsOption = 5,
     threads: ThreadsOption = None,
     validation: Annotated[
-        str | None, typer.Option(help="Examples to choose the best epoch by; without them the last is kept.")
+        str | None, typer.Option(help="Examples to choose the best epoch by; without them the last epoch is kept.")
     ] = None,
     test: Annotated[
         str | None,
@@ -72,7 +72,7 @@ def fit(
     Example: ofa fit --data train.jsonl --template "Sentence: {text}\\nLabel:" --labels objective,subjective
     --shots 5 --seed 42 --out adapter
 
-    Ctrl-C stops behind the step under way; the same command with --resume continues to the same result.
+    Ctrl-C stops after the current step; the same command with --resume continues to the same result.
     """
     from ofa.commands.adapted import open_model, with_base
     from ofa.commands.data import data_origin, training_data
@@ -96,7 +96,7 @@ def fit(
         from ofa.adapters.folder import CHECKPOINT
         from ofa.training.checkpoint import recorded_threads
 
-        # The same bits come of the same number of threads.
+        # A resumed run is bit-identical only with the same number of threads.
         set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
         loaded = open_model(source)
         with progress_bar("training") as update:
@@ -125,12 +125,12 @@ def fit(
 
 
 def _refuse_stopped(folder: Path, decided: bool) -> None:
-    """Say what to do with a run that was stopped, before its folder is found not to be empty."""
+    """Refuse the folder of a stopped run with a specific message, before the check for an empty folder."""
     from ofa.adapters.folder import CHECKPOINT
 
     if not decided and (folder / CHECKPOINT).is_file():
         raise InputError(
-            f"{folder} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to begin "
+            f"{folder} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to start "
             "again, or choose another folder"
         )
 
@@ -154,7 +154,7 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **detail
 
     adaptation.save(folder, overwrite=True, scores=scores, **details)
     training_figure({"training": adaptation.training.records}, folder / "training.png")
-    # The adapter holds what the checkpoint was for.
+    # A saved adapter makes the checkpoint obsolete.
     (folder / CHECKPOINT).unlink(missing_ok=True)
     records = adaptation.training.records
     return {

@@ -1,4 +1,4 @@
-"""`ofa inspect`: what the regularizers and adapters see in a model."""
+"""`ofa inspect`: show a model's anatomy as regularizers and adapters use it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def inspect(
 
 
 def describe(model: Any, anatomy: Anatomy, name: str) -> dict[str, Any]:
-    """Everything `ofa inspect` tells, as JSON values."""
+    """The output of `ofa inspect` as JSON values."""
     conventions = Counter((norm.kind, norm.offset, norm.eps) for norm in anatomy.norms)
     return {
         "model": name,
@@ -97,10 +97,10 @@ def _step(step: Step) -> dict[str, Any]:
 
 
 def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
-    """Each estimator, whether it applies, and why not; `auto` takes the first that does of exact and hutchinson."""
+    """Each estimator, and whether it applies or why not; `auto` chooses exact if it applies, else hutchinson."""
     from ofa.regularizers.closed_form.recognize import why_not
 
-    sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm stands behind the sum"
+    sublayer = "" if anatomy.sublayer_steps else "only with --granularity layer: the norm comes after the sum"
     reason = why_not(model, anatomy)
     exact = {
         "name": "exact",

@@ -1,4 +1,4 @@
-"""`ofa merge`: a checkpoint or a GGUF file with the adapter's scales in it, for anything that serves models."""
+"""`ofa merge`: write a checkpoint or a GGUF file with the adapter's scales, for serving."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def merge(
     gguf: Annotated[
         Path | None,
         typer.Option(
-            help="A GGUF file of the base, at any quantization: it is copied, and only its norms, in float32, become "
-            "the adapter's."
+            help="A GGUF file of the base, at any quantization. It is copied, and only its float32 norms are replaced "
+            "by the adapter's."
         ),
     ] = None,
     model: ModelOption = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="Dtype of the checkpoint: auto (the base's own; float32 of a GGUF file), or as for the others."
+            help="Dtype of the checkpoint: auto (the base's; float32 for a GGUF file), float32, bfloat16 or float16."
         ),
     ] = "auto",
     overwrite: OverwriteOption = False,
@@ -51,7 +51,7 @@ def merge(
     """
     if gguf is not None:
         if model is not None or dtype != "auto":
-            raise InputError("--gguf names the base, and nothing in it changes its type: leave out --model and --dtype")
+            raise InputError("--gguf names the base and keeps its types: leave out --model and --dtype")
         _merge_gguf(adapter, gguf, out, overwrite)
         return
     from ofa.commands.adapted import base_of
@@ -64,7 +64,7 @@ def merge(
         from ofa.adapters.save_and_load import merge as write_merged
         from ofa.adapters.save_and_load import read_adapter
 
-        read_adapter(adapter)  # before a base is fetched for it
+        read_adapter(adapter)  # fail before downloading the base
         loaded = load_model(
             base,
             dtype=dtype,
@@ -83,4 +83,4 @@ def _merge_gguf(adapter: Path, base: Path, out: Path, overwrite: bool) -> None:
     from ofa.adapters.gguf_norms import merge_gguf
 
     written = merge_gguf(adapter, base, out, overwrite=overwrite)
-    notice(f"merged GGUF file: {written} ({written.stat().st_size / 1e6:.0f} MB); all but its norms is {base}'s")
+    notice(f"merged GGUF file: {written} ({written.stat().st_size / 1e6:.0f} MB); only its norms differ from {base}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, one by one and in groups, and the YAML file that can replace them."""
+"""Shared options of the commands, single and in groups, and the YAML file that sets them."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ DtypeOption = Annotated[
     str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16. Norm scales stay float32.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:N or mps.")]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network; use local copies only.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Do not use the network, only local copies.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a model bring code of its own. Only for models you trust.")
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with a model. Only for models you trust.")
 ]
 QuietOption = Annotated[
     bool,
-    typer.Option("--quiet", "-q", callback=set_quiet, help="Say only results, warnings and errors; no progress."),
+    typer.Option("--quiet", "-q", callback=set_quiet, help="Print only results, warnings and errors; no progress."),
 ]
 
 
 def _shots(given: str | int) -> Shots:
-    """Parser of `--shots`, of its default too."""
+    """Parse `--shots`, also its default."""
     value = str(given)
     if value == "all":
         return "all"
@@ -59,9 +59,7 @@ ShotsOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="CPU threads. Without it OMP_NUM_THREADS, else as many as there are cores that nothing else uses."
-    ),
+    typer.Option(min=1, help="CPU threads. Without it OMP_NUM_THREADS, else the number of idle cores."),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Texts per batch when predicting.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -69,15 +67,15 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Write into a
 TemplateOption = Annotated[
     str | None,
     typer.Option(
-        help=r'Prompt with {text} in it, such as "Sentence: {text}\nLabel:", or with any columns of the data by name. '
+        help=r'Prompt with {text}, such as "Sentence: {text}\nLabel:", or with any columns of the data by name. '
         r"\n is a line break, \t a tab, \\n a backslash and an n; {{ and }} are braces."
     ),
 ]
 LabelsOption = Annotated[
     str | None,
     typer.Option(
-        help="Label words, separated by commas; one with a comma in it in double quotes, as in 'yes,\"no, never\"'. "
-        "Labels that are numbers 0, 1, … mean these words in their order. Without it: the labels that occur, sorted."
+        help="Label words, separated by commas; a word with a comma in double quotes, as in 'yes,\"no, never\"'. "
+        "Numbers 0, 1, … in the data mean these words in order. Without it: the labels that occur, sorted."
     ),
 ]
 TextColumnOption = Annotated[
@@ -88,9 +86,7 @@ LabelColumnOption = Annotated[
 ]
 SeparatorOption = Annotated[
     str | None,
-    typer.Option(
-        help='What separates the cells of a CSV file, such as ";" or tab. Without it: found out from the file'
-    ),
+    typer.Option(help='Separator of a CSV file, such as ";" or tab. Without it: detected from the file.'),
 ]
 DATA_FILES = (
     "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
@@ -100,7 +96,7 @@ DATA_FILES = (
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model of a command, as `load_model` takes it."""
+    """The model of a command: arguments of `load_model`."""
 
     model: ModelOption = None
     dtype: DtypeOption = "float32"
@@ -111,7 +107,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How the data of a command is read, as it was typed."""
+    """How to read the data of a command, as typed."""
 
     template: TemplateOption = None
     labels: LabelsOption = None
@@ -122,7 +118,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Only:
-    """The fields of a configuration that a command has as options, where it has not all of them."""
+    """Annotation that limits a command's options to these fields of a configuration."""
 
     names: tuple[str, ...]
 
@@ -131,9 +127,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def grouped(command: Command) -> Command:
-    """Give a command the options of its groups: a parameter that is a dataclass or a configuration has one per field.
+    """Expand a command's parameters that are dataclasses or pydantic configurations into one option per field.
 
-    A field of a dataclass brings its option in its annotation; that of a configuration has its description as help.
+    A dataclass field has its option in its annotation; a configuration field's description becomes the help text.
     """
     signature = inspect.signature(command, eval_str=True)
     options: dict[str, Parameter] = {}
@@ -157,7 +153,7 @@ def grouped(command: Command) -> Command:
 
 
 def _options_of(annotation: Any) -> Iterator[Parameter]:
-    """The options of a group; none of what is no group."""
+    """The options of a group; none if the annotation is not a group."""
     kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
@@ -169,17 +165,17 @@ def _options_of(annotation: Any) -> Iterator[Parameter]:
 
 
 def _own_first(config: type[BaseModel]) -> dict[str, None]:
-    """The names of a configuration's fields, those that it does not inherit first."""
+    """The names of a configuration's fields, inherited ones last."""
     return {name: None for kind in _kinds(config) for name in inspect.get_annotations(kind)}
 
 
 def _kinds(config: type[BaseModel]) -> list[type[BaseModel]]:
-    """A configuration and those that it inherits from."""
+    """A configuration and its bases that are configurations."""
     return [kind for kind in config.__mro__ if issubclass(kind, BaseModel) and kind is not BaseModel]
 
 
 def _setting(config: type[BaseModel], name: str) -> Parameter:
-    """The option of a field, in the panel of the configuration that declares it; checked by the configuration."""
+    """The option of a field, in the help panel of its declaring configuration, which validates it."""
     field = config.model_fields[name]
     panel = next(kind for kind in _kinds(config) if name in inspect.get_annotations(kind)).model_config["title"]
     typed = str if get_origin(field.annotation) is Literal else field.annotation
@@ -188,7 +184,7 @@ def _setting(config: type[BaseModel], name: str) -> Parameter:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let PyTorch compute with the threads of `--threads`, or without it on the free cores; said where some are not."""
+    """Set PyTorch's threads to `--threads`, or by default to the idle cores, with a notice if some are busy."""
     found = use_threads(threads)
     if found is not None and found.free < found.allowed:
         notice(
@@ -199,10 +195,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of `--config`: the YAML file's entries become the command's defaults; flags still win.
+    """Callback of `--config`: entries of the YAML file become the command's defaults, which flags override.
 
     Raises:
-        InputError: the file cannot be read, is no mapping, or names an option the command does not have.
+        InputError: the file cannot be read, is not a mapping, or names an option that the command does not have.
     """
     if path is None:
         return None
@@ -218,20 +214,20 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _written(parameter: Any) -> str:
-    """The name of an option as a user writes it, without dashes: `json`, not the `as_json` of the code."""
+    """The name of an option as the user writes it, without dashes: `json`, not `as_json`."""
     flags = [flag.removeprefix("--") for flag in parameter.opts if flag.startswith("--")]
     return (flags[0] if flags else parameter.name).replace("-", "_")
 
 
 _LISTS = ("labels", "tasks", "seeds", "contexts")
-"""Options that are typed with commas, and may be a list in YAML."""
+"""Options that are comma-separated on the command line, and may be a list in YAML."""
 
 
 def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[str] | None:
-    """A value as it would be typed behind its flag, so that both are checked alike.
+    """A YAML value as it would be typed after its flag, so that both are validated alike.
 
     Raises:
-        InputError: YAML made something of it that cannot be typed.
+        InputError: the value cannot be typed on the command line.
     """
     repeats = getattr(parameter, "multiple", False) or getattr(parameter, "nargs", 1) == -1
     if name == "methods" and isinstance(value, list | dict):
@@ -251,7 +247,7 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
 
 
 def _joined(items: list[str]) -> str:
-    """A list as one line of CSV, in which a label may hold a comma."""
+    """A list as one line of CSV, since a label may have a comma."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(items)
     return line.getvalue()
@@ -275,10 +271,10 @@ ConfigOption = Annotated[
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The entries of a YAML file.
+    """Read a mapping from a YAML file.
 
     Raises:
-        InputError: it cannot be read, or is no mapping.
+        InputError: it cannot be read, or is not a mapping.
     """
     import yaml
 
@@ -294,7 +290,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _first_fault(error: Exception) -> str:
-    """What the parser did not like and where, without its drawing of the line."""
+    """The YAML parser's message and position, without its excerpt of the file."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return first_sentence(error)

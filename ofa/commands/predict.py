@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ofa.tasks.tables import Row, Table
 
 _BATCHES = 64
-"""Batches that are predicted together, sorted by length, and written together; what a stopped run loses."""
+"""Batches that are sorted by length and written together; a stopped run loses at most these."""
 
 
 @reports_errors
@@ -46,21 +46,21 @@ def predict(
         typer.Option(
             "--data",
             "--file",
-            help="A file with the columns that the adapter's template asks for (.jsonl, .ndjson, .json, .csv, .tsv, "
+            help="A file with the columns of the adapter's template (.jsonl, .ndjson, .json, .csv, .tsv, "
             ".parquet, each also as .gz), or a .txt file with one text per line; - reads lines from standard input.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A .csv or .jsonl file for the columns of --data with the label and the probability of each label. It "
-            "appears when it is complete."
+            help="A .csv or .jsonl file for the columns of --data with the label and the probability of each label. "
+            "The file appears when it is complete."
         ),
     ] = None,
     text_column: TextColumnOption = None,
     separator: SeparatorOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the file of a run that was stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     quiet: QuietOption = False,
@@ -71,10 +71,10 @@ def predict(
 
     Example: ofa predict adapter --text "a tedious film" --json
 
-    Of a file: ofa predict adapter --data films.csv --out labelled.csv
+    For a file: ofa predict adapter --data films.csv --out labelled.csv
 
-    Every row has its answer, in order; one without text has none. Ctrl-C stops a run with --out, and the same command
-    with --resume continues it.
+    Rows keep their order; a row without text gets no label. Ctrl-C stops a run with --out, and the same command with
+    --resume continues it.
     """
     from ofa.commands.adapted import adapter_digest, open_model, read_task, with_base
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
@@ -92,7 +92,7 @@ def predict(
         raise InputError(f"there is no text to label{f' in {data}' if data else ''}; give --text or --data")
     for position, one in enumerate(text or [], start=1):
         if not one.strip():
-            raise InputError(f"--text number {position} is nothing but blanks: give it some words, or leave it out")
+            raise InputError(f"--text number {position} is blank: give it some words, or leave it out")
     from ofa.evaluation.scorer import Scorer
 
     set_threads(threads)
@@ -118,12 +118,12 @@ def predict(
             _show(answers, naming, task)
     tell_truncated(scorer.truncated)
     if found.blank:
-        warn(f"{found.blank} of the {found.rows} rows have no text, and so no label")
+        warn(f"{found.blank} of the {found.rows} rows have no text, so they get no label")
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is to be predicted: single texts, then the rows of a table; every iteration begins at the first."""
+    """The rows to predict: single texts, then those of a table; can be iterated repeatedly."""
 
     texts: list[str]
     table: Table | None
@@ -137,15 +137,15 @@ class _Rows:
 
 
 def _of_texts(task: Task, data: str | None) -> Task:
-    """The task for texts that are in no columns: {text} is in the column text.
+    """The task for texts without columns, with "text" as the column of {text}.
 
     Raises:
-        InputError: the template asks for several columns.
+        InputError: the template has several columns.
     """
     names = task.columns.names
     if len(names) > 1:
         raise InputError(
-            f"{data or '--text'} gives texts without columns, but the adapter's template asks for "
+            f"{data or '--text'} gives texts without columns, but the adapter's template has the columns "
             f"{' and '.join(names)}: give --data with a file of these columns"
         )
     from ofa.tasks import with_columns
@@ -166,7 +166,7 @@ def _write(file: PredictionFile, rows: _Rows, scorer: Scorer, found: Survey) -> 
 def _answered(
     rows: Iterable[tuple[str, Row]], scorer: Scorer, naming: Naming, total: int, *, done: int = 0
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Parts of the rows, and their answers."""
+    """Chunks of the rows with their answers."""
     left = iter(rows)
     with progress_bar("predicting") as update:
         while part := list(islice(left, _BATCHES * scorer.batch_size)):

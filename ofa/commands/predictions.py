@@ -1,4 +1,4 @@
-"""Rows with their predictions: what the columns are called, and a file of them that a stopped run continues."""
+"""Write rows with their predictions: names of the columns, and a file that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUFFIXES = (".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class Survey:
-    """What there is to predict: the number of rows, of those without text, and all columns in their order."""
+    """The number of rows to predict, of rows without text, and all columns in order."""
 
     rows: int
     blank: int
@@ -36,7 +36,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Naming:
-    """What the predictions are called beside the input's columns: a name that is taken has predicted_ before it."""
+    """Names of the predictions' columns; a name that the input uses gets the prefix predicted_."""
 
     columns: tuple[str, ...]
     labels: tuple[str, ...]
@@ -71,7 +71,7 @@ class Naming:
         return (*self.columns, self.label, *(self._free(f"probability_{label}") for label in self.labels))
 
     def flattened(self, answer: Row) -> list[object]:
-        """An answer as a row of that CSV file."""
+        """An answer as a row of the CSV file."""
         if not self.labels:
             return [_cell(answer.get(name)) for name in self.flat]
         by_label = answer[self.probabilities]
@@ -86,18 +86,18 @@ class Naming:
 
 
 def check_out(path: Path) -> None:
-    """Raise `InputError` for a name that does not say how predictions are written, or a folder that is not there."""
+    """Raise `InputError` for an unknown suffix, or a folder that does not exist."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path} is no file of predictions that can be written: end it in {' or '.join(SUFFIXES)}")
+        raise InputError(f"{path} has no suffix for predictions: end it in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{path} cannot be written: give the name of a file in a folder that is there")
+        raise InputError(f"{path} cannot be written: give the name of a file in an existing folder")
 
 
 def survey(rows: Iterable[tuple[str, Row]], task: Task) -> Survey:
-    """Read all rows once, so that nothing in the last of them stops a run of hours.
+    """Read all rows once, so that a bad row is refused before a long run.
 
     Raises:
-        InputError: a row cannot be read, or lacks a column that the task asks for.
+        InputError: a row cannot be read, or lacks a column of the task.
     """
     columns: dict[str, None] = {}
     count = blank = 0
@@ -110,10 +110,10 @@ def survey(rows: Iterable[tuple[str, Row]], task: Task) -> Survey:
 
 
 class PredictionFile:
-    """A file of predictions that grows by whole parts in a hidden file beside it, and appears when it is complete.
+    """A file of predictions, written in chunks to a hidden partial file, and renamed when it is complete.
 
-    `rows` is how many rows are done. A second hidden file says how far the first is good, for which input rows, and
-    what it is `made_with`.
+    `rows` is the number of finished rows. A second hidden file records how much of the partial file is valid, a digest
+    of its input rows, and the settings in `made_with`.
     """
 
     def __init__(self, path: Path, naming: Naming, made_with: Mapping[str, Any]) -> None:
@@ -128,11 +128,11 @@ class PredictionFile:
 
     @contextmanager
     def opened(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
-        """The file, to `append` to; it is put in place when the work inside ends well.
+        """Open the partial file for `append`; it is renamed if the body succeeds.
 
         Raises:
-            InputError: there is such a file, or a part of one, and neither `resume` nor `overwrite` says what to do
-                with it; it was begun with something else; another process is writing it; it cannot be written.
+            InputError: the file or a partial one exists and neither `resume` nor `overwrite` is given; it was started
+                with other settings; another process is writing it; or it cannot be written.
         """
         with _writing(self.path), _sole(self.path):
             state = self._continued(resume, overwrite)
@@ -146,22 +146,23 @@ class PredictionFile:
             self._state.unlink()
 
     def remaining(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-        """The rows that are not done.
+        """The rows that are not finished.
 
         Raises:
-            InputError: those that were done are not the first of these.
+            InputError: the finished rows are not the first of these.
         """
         left = iter(rows)
         for _, row in islice(left, self.rows):
             self._digest.update(_json(row))
         if self._digest.hexdigest() != self._expected:
             raise InputError(
-                f"the data is not what {self.path} was begun with: give the same file, or --overwrite to begin again"
+                f"the data differs from that of the stopped run of {self.path}: give the same file, or --overwrite to "
+                "start again"
             )
         return left
 
     def append(self, rows: Sequence[Row], answers: Iterable[Row]) -> None:
-        """Write the answers to the next rows; they are on the disk when this returns."""
+        """Write the answers to the next rows, and sync them to disk."""
         flat = self.path.suffix.lower() == ".csv"
         self._write(_line(self.naming.flattened(answer)) if flat else _json(answer) for answer in answers)
         for row in rows:
@@ -171,22 +172,22 @@ class PredictionFile:
         write_json(self._state, {"made_with": self.made_with, **state})
 
     def _continued(self, resume: bool, overwrite: bool) -> dict[str, Any]:
-        """How far an earlier run has come; nowhere if it is to be begun."""
+        """The state of an earlier run, or the initial state."""
         start = {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
         if self.path.exists() and not overwrite:
-            raise InputError(f"{self.path} is there already: choose another --out, or pass --overwrite")
+            raise InputError(f"{self.path} exists already: choose another --out, or pass --overwrite")
         if overwrite or not self._state.exists():
             return start
         if not resume:
-            raise InputError(f"{self.path} was begun by a run that was stopped: pass --resume, or --overwrite")
+            raise InputError(f"{self.path} belongs to a run that was stopped: pass --resume, or --overwrite")
         state = _read_state(self._state)
         if state["made_with"] != self.made_with:
             other = next(name for name in self.made_with if state["made_with"].get(name) != self.made_with[name])
             raise InputError(
-                f"{self.path} was begun with another {other}: resume with the same, or pass --overwrite to begin again"
+                f"{self.path} was started with another {other}: resume with the same, or start again with --overwrite"
             )
         if not self._partial.exists() or self._partial.stat().st_size < state["bytes"]:
-            raise InputError(f"{self._partial} has lost its end: pass --overwrite to begin again")
+            raise InputError(f"{self._partial} is missing or truncated: pass --overwrite to start again")
         return state
 
     def _write(self, lines: Iterable[bytes]) -> None:
@@ -207,20 +208,20 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _sole(path: Path) -> Iterator[None]:
-    """The right to write a file, for one process at a time."""
+    """Lock the file for this process."""
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
         with lock:
             yield
             Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout as error:
-        raise InputError(f"another process is writing {path} at this moment: choose another --out") from error
+        raise InputError(f"another process is writing {path}: choose another --out") from error
 
 
 def _read_state(file: Path) -> dict[str, Any]:
     state = parse_json(read_text(file), file)
     if not isinstance(state, dict) or {"made_with", "rows", "bytes", "sha256"} - state.keys():
-        raise InputError(f"{file} does not say how far a run has come: pass --overwrite to begin again")
+        raise InputError(f"{file} is damaged, so the run cannot be resumed: pass --overwrite to start again")
     return state
 
 
@@ -230,7 +231,7 @@ def _json(row: Row) -> bytes:
 
 def _line(cells: Iterable[object]) -> bytes:
     line = io.StringIO()
-    # The writer quotes the characters of its line end, and a carriage return has to be quoted.
+    # With this line end the writer quotes carriage returns, which CSV readers need.
     csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue().removesuffix("\r\n").encode() + b"\n"
 

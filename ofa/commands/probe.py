@@ -1,4 +1,4 @@
-"""`ofa probe`: layer by layer, what a model and its adapters know, how long their steps are, and how sharp."""
+"""`ofa probe`: measure a model and its adapters layer by layer: accuracy, loss, step lengths, sharpness."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ofa.tasks import Example, Task
 
 BASE = "base model"
-"""What the model without an adapter is called in the figure and the data."""
+"""Name of the model without an adapter, in the figure and the data."""
 
 
 @reports_errors
@@ -50,7 +50,7 @@ def probe(
     source: ModelOptions,
     measured: Annotated[RegularizerOptions, Only(("estimator", "samples", "convention", "tokens"))],
     adapters: Annotated[
-        list[Path] | None, typer.Argument(help="Adapter folders to see beside their base; without any, the base alone.")
+        list[Path] | None, typer.Argument(help="Adapter folders to compare with their base; without any, the base.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Probe with a class-balanced subset of this many.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the subsets and the demonstrations, and fixes the probes.")] = 42,
@@ -122,7 +122,7 @@ def probe(
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The adapters' folders by their own names, or in full where two have the same.
+    """The names of the adapters' folders, or their full paths if two names are equal.
 
     Raises:
         InputError: a folder is given twice.
@@ -149,7 +149,7 @@ def _probe_all(
     examples: tuple[Example, ...],
     asked: dict[str, Any],
 ) -> dict[str, Probe]:
-    """The base and then every adapter in it; that all of them fit is known before the first is measured."""
+    """Probe the base and then every adapter; all adapters are checked against the base first."""
     from ofa.adapters.save_and_load import load_adapter
     from ofa.probing.layerwise import probe as measure
     from ofa.tuning.norms import restore_norms
@@ -173,7 +173,7 @@ def _probe_all(
 
 
 def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, Any]:
-    """What was found, as JSON values."""
+    """The results as JSON values."""
     from ofa.adapters.save_and_load import versions
 
     first = next(iter(probes.values()))

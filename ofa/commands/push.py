@@ -1,4 +1,4 @@
-"""`ofa push`: an adapter on the Hugging Face hub, for others to load by name."""
+"""`ofa push`: publish an adapter on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def push(
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, created for it.")],
     base_model: Annotated[
         str | None,
-        typer.Option(metavar="HUB_ID", help="The base model's hub id, where the adapter was made from a local model."),
+        typer.Option(metavar="HUB_ID", help="The base model's hub id, if the adapter was made from a local model."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a repository that only its owner sees.")] = False,
     metrics: Annotated[
-        bool, typer.Option("--metrics", help="Send the records and the figure of the training run too.")
+        bool, typer.Option("--metrics", help="Also upload the records and the figure of the training run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Commit to a repository that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Commit to an existing repository.")] = False,
     quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Put an adapter and its model card on the Hugging Face hub; the token is that of `hf auth login` or HF_TOKEN.
+    """Publish an adapter and its model card on the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN.
 
     Example: ofa push adapter me/reviews-ofa
     """

@@ -1,4 +1,4 @@
-"""`ofa report`: what a comparison says, as Markdown and as one HTML page."""
+"""`ofa report`: write a comparison's results as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def report(
         bool,
         typer.Option(
             "--whole-tasks",
-            help="Leave out tasks that some method has not run with every seed yet: of a comparison that was stopped "
-            "within a task, the average is over the finished ones, and has every method.",
+            help="Leave out tasks that some method has not run with every seed. For a comparison that was stopped "
+            "within a task: averages are over the finished tasks, and have every method.",
         ),
     ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Write what a comparison says, finished or not, as report.md and as report.html, one page that needs nothing else.
+    """Write the results of a comparison, finished or not, as report.md and report.html, a self-contained page.
 
     Example: ofa report results
     """
@@ -49,13 +49,13 @@ def report(
 
     records = read_records(folder)
     if not records:
-        raise InputError(f"{folder} has no finished cell yet: let `ofa compare --out {folder}` finish one")
+        raise InputError(f"{folder} has no finished cell yet: run `ofa compare --out {folder}`")
     if whole:
         records, left_out = whole_tasks(records)
         for task in left_out:
-            warn(f"{task} is left out, which some method has not run with every seed")
+            warn(f"{task} is left out: some method has not run it with every seed")
     content = build(records, read_runs(folder))
-    # A comparison may be under way in it: a report is of the cells that are there.
+    # Shared: a comparison may still be running in this folder.
     with claimed_folder(out or folder, overwrite=True, shared=True) as target:
         written = write_report(content, target)
     if as_json:
@@ -66,7 +66,7 @@ def report(
 
 
 def _show(content: Content) -> None:
-    """The answers; everything else is in the files."""
+    """Show the main results; the files have all."""
     from ofa.report import tables, verdicts
 
     show(f"{verdicts.title(content)}: {verdicts.progress(content)}")

@@ -1,4 +1,4 @@
-"""The command line as tests run it, and the small task that they run it on."""
+"""Run the command line in tests, and the small task for it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FIT_FILES = ADAPTER_FILES | {"metrics.jsonl", "training.png"}
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left: its exit status and its two streams."""
+    """The result of a command: exit status, standard output and standard error."""
 
     status: int
     out: str
@@ -53,7 +53,7 @@ class Finished:
 
 
 def ofa(*arguments: object, stdin: str = "") -> Finished:
-    """Run the command line in this process, and leave the process as it was."""
+    """Run the command line in this process, and restore the process's state."""
     status, out, err, logger = 0, io.StringIO(), io.StringIO(), logging.getLogger("ofa")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["ofa", *map(str, arguments)]))

@@ -1,4 +1,4 @@
-"""From a model and a few examples to something that predicts, can be saved, and can be undone."""
+"""`adapt`: from a model and a few examples to predictions, saved scales, and a restored model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_label_whose_tokens_begin_another_one_s_can_be_told_from_it(tiny_model
 
 
 def test_rows_of_several_columns_are_predicted_by_name(tiny_model):
-    """What a template of several columns is trained on is what it predicts; a bare text is refused."""
+    """A template of several columns predicts the same rows that it is trained on; a bare text is refused."""
     task = Task("nli", "{premise} / {text}:", ("yes", "no"))
     rows = [{"premise": f"p{n}", "text": f"h{n}", "label": task.labels[n % 2]} for n in range(4)]
     data = TaskData(task, tuple(Example(task.text_of(row), row["label"]) for row in rows))
@@ -93,7 +93,7 @@ def test_a_task_can_be_given_by_name(tiny_model):
 
 
 def test_the_shots_are_the_draw_of_the_seed(tiny_model):
-    """The examples at the indices, as many of each class as asked for; the same again for the same seed."""
+    """The examples at the indices, `shots` of each class; the same again for the same seed."""
     seen = {}
     for seed in (3, 3, 4):
         adaptation = adapted(tiny_model, seed=seed, epochs=1)
@@ -145,7 +145,7 @@ def test_an_open_ended_task_is_adapted_to_its_completions(tiny_model):
     ],
     ids=["too few", "no shots", "no examples", "no task", "range", "unknown", "option", "nothing to resume"],
 )
-def test_what_cannot_be_used_is_refused_and_the_model_left_alone(tiny_model, task, options, message):
+def test_bad_input_is_refused_and_the_model_is_unchanged(tiny_model, task, options, message):
     before = {name: id(p) for name, p in tiny_model[0].named_parameters()}
     with pytest.raises(InputError, match=message):
         adapted(tiny_model, task, **options)
@@ -156,7 +156,7 @@ def test_what_cannot_be_used_is_refused_and_the_model_left_alone(tiny_model, tas
 
 
 def test_predictions_are_the_tuned_models_until_close(tiny_model):
-    """Labels are the most probable ones; close() gives back the model's own scores."""
+    """Labels are the most probable ones; close() restores the model's own scores."""
     model, tokenizer = tiny_model
     base = Scorer(model, tokenizer, TASK).predict_proba(TEXTS)
     adaptation = adapted(tiny_model)
@@ -211,7 +211,7 @@ def test_metrics_and_checkpoint_go_to_the_folder_and_validation_chooses(tiny_mod
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-# What is saved
+# Saving
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_metrics_and_checkpoint_go_to_the_folder_and_validation_chooses(tiny_mod
     [({}, "ofa"), ({"step_ratio": 0.0}, "ofa"), ({"step_ratio": 0.0, "sharpness": 0.0}, "norm-tuning")],
     ids=["both", "one half", "neither"],
 )
-def test_the_folder_says_how_it_was_made_and_holds_no_training_text(tiny_model, tmp_path, settings, name):
-    """Task, shots, indices, seed and every setting, those left to their defaults too; details of the caller beside."""
+def test_the_folder_records_the_run_and_no_training_text(tiny_model, tmp_path, settings, name):
+    """Task, shots, indices, seed and every setting, also defaults; and the caller's details."""
     adaptation = adapted(tiny_model, **settings)
     folder = adaptation.save(tmp_path / "adapter", scores={"accuracy": 0.5})
     details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
@@ -238,7 +238,7 @@ def test_the_folder_says_how_it_was_made_and_holds_no_training_text(tiny_model, 
 
 
 def test_a_saved_adapter_gives_the_same_predictions_on_the_base(tiny_model, tmp_path):
-    """The scales come back to the bit; a folder that holds something is kept unless overwriting is asked for."""
+    """The scales are bit-identical; a folder that is not empty is kept without `overwrite`."""
     model, tokenizer = tiny_model
     adaptation = adapted(tiny_model)
     expected, scales = adaptation.predict_proba(TEXTS), scales_of(model)

@@ -1,4 +1,4 @@
-"""Output is the old file or the new one, never half of either, and is not written over by accident."""
+"""Files are replaced atomically, and not overwritten by accident."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ofa.errors import InputError
 from ofa.files import LOCK, claim_folder, claimed_folder, write_atomically, write_json, write_text, write_together
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-# What safetensors raises on a full disk; it is not an OSError.
+# Raised by safetensors on a full disk; not an OSError.
 NO_SPACE_IN_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -98,7 +98,7 @@ def test_a_missing_folder_is_made_with_its_parents(tmp_path):
 
 
 @pytest.mark.parametrize(("held", "words"), [(["x"], "already holds x;"), (["x", "y"], "already holds x and more;")])
-def test_a_folder_that_holds_something_is_not_written_into_unasked(tmp_path, held, words):
+def test_a_folder_that_is_not_empty_is_refused_without_overwrite(tmp_path, held, words):
     for name in held:
         (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"{words} choose another one or pass --overwrite"):
@@ -107,7 +107,7 @@ def test_a_folder_that_holds_something_is_not_written_into_unasked(tmp_path, hel
     assert contents(tmp_path) == dict.fromkeys(held, "mine")
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_refused_as_a_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"folder .*file cannot be written"):
         claim_folder(tmp_path / "file", overwrite=True)
@@ -124,10 +124,10 @@ def test_a_folder_without_room_is_refused_before_anything_is_computed(tmp_path, 
 
 @pytest.mark.parametrize("kind", [filelock.FileLock, filelock.SoftFileLock], ids=["locks", "no locks"])
 def test_a_folder_that_another_process_writes_into_is_refused_and_left_alone(tmp_path, monkeypatch, kind):
-    """Two runs in one folder would interleave their records; also where the file system itself has no locks."""
+    """Two runs in one folder would interleave their records; also on file systems without locks."""
     if kind is filelock.SoftFileLock:
         monkeypatch.setattr(filelock.FileLock, "acquire", without_locks)
-    with kind(tmp_path / LOCK), pytest.raises(InputError, match=r"is writing to .* at this moment; wait for its end"):
+    with kind(tmp_path / LOCK), pytest.raises(InputError, match=r"is writing to .*; wait until it ends"):
         claimed_folder(tmp_path, overwrite=True).__enter__()
     with claimed_folder(tmp_path):  # and its lock is nothing that the folder holds
         pass
@@ -139,7 +139,7 @@ def without_locks(lock, timeout):
 
 
 def test_work_in_a_claimed_folder_claims_it_again_but_other_threads_do_not(tmp_path):
-    """`ofa fit` claims its folder, and so do the training and the saving inside it."""
+    """`ofa fit` claims its folder, and so do training and saving inside it."""
     refused = []
 
     def elsewhere():

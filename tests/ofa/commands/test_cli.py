@@ -1,4 +1,4 @@
-"""The commands work together: fit, evaluate, predict, merge, inspect, doctor and demo, from data to results."""
+"""The commands together: fit, evaluate, predict, merge, inspect, doctor and demo, from data to results."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def fitted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Round
     return Round(plain.folder, train, test, tiny_folder, finished)
 
 
-def test_fit_leaves_a_whole_small_adapter_and_no_checkpoint(fitted: Round) -> None:
-    """Everything that was promised is there, under a megabyte, and nothing that was only scaffolding."""
+def test_fit_writes_a_complete_small_adapter_and_no_checkpoint(fitted: Round) -> None:
+    """All documented files, under a megabyte, and no temporary ones."""
     assert names(fitted.folder) == FIT_FILES
     assert sum((fitted.folder / name).stat().st_size for name in ADAPTER_FILES) < MEGABYTE
     assert (fitted.folder / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -87,7 +87,7 @@ def test_fit_leaves_a_whole_small_adapter_and_no_checkpoint(fitted: Round) -> No
     assert all(step["step_ratio"] > 0 and step["sharpness"] > 0 for step in steps)
 
 
-def test_fit_tells_a_program_what_it_did(fitted: Round) -> None:
+def test_fit_prints_one_json_document(fitted: Round) -> None:
     """Standard output is one JSON document with the documented fields, and standard error stays empty."""
     assert fitted.finished.err == ""
     summary = fitted.finished.json
@@ -121,7 +121,7 @@ def test_fit_records_what_it_was_made_from_and_no_training_text(fitted: Round) -
 
 
 def test_evaluate_agrees_with_the_scores_of_fit(fitted: Round) -> None:
-    """The saved adapter scores as the model did that was just tuned."""
+    """The saved adapter's scores equal those of the tuned model."""
     document = done("evaluate", fitted.folder, "--data", fitted.test, "--json").json
     assert {name: document[name] for name in fitted.finished.json["scores"]} == fitted.finished.json["scores"]
     assert (document["adapter"], document["data"]) == (str(fitted.folder), str(fitted.test))
@@ -133,7 +133,7 @@ def test_evaluate_agrees_with_the_scores_of_fit(fitted: Round) -> None:
 
 
 def test_evaluate_shows_a_reader_the_scores_and_the_confusion(fitted: Round) -> None:
-    """Without --json the same numbers stand in tables that are not cut to a terminal's width."""
+    """Without --json the same numbers are in tables, not cut to a terminal's width."""
     shown = done("evaluate", fitted.folder, "--data", fitted.test, "--size", 2).out
     assert "test.jsonl: 2 examples" in shown
     assert "accuracy" in shown
@@ -142,7 +142,7 @@ def test_evaluate_shows_a_reader_the_scores_and_the_confusion(fitted: Round) -> 
 
 
 def test_merged_checkpoint_predicts_what_the_adapter_predicts(fitted: Round, tmp_path: Path) -> None:
-    """Merging loses nothing: bit-equal probabilities from an ordinary checkpoint, other than the base's."""
+    """Merging is exact: bit-identical probabilities from an ordinary checkpoint, and not the base's."""
     answers = done("predict", fitted.folder, *(f"--text={text}" for text in TEXTS), "--json").json
     adapted = torch.tensor([list(answer["probabilities"].values()) for answer in answers])
     told = done("merge", fitted.folder, "--out", tmp_path / "merged")
@@ -157,7 +157,7 @@ def test_merged_checkpoint_predicts_what_the_adapter_predicts(fitted: Round, tmp
 
 
 def test_a_merged_checkpoint_is_like_its_base(fitted: Round, tmp_path: Path) -> None:
-    """A bfloat16 base makes a bfloat16 checkpoint, and the tokenizer is not the one made ready for training here."""
+    """A bfloat16 base makes a bfloat16 checkpoint, with the base's unchanged tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = tmp_path / "base"
@@ -186,20 +186,20 @@ def test_a_merged_checkpoint_is_like_its_base(fitted: Round, tmp_path: Path) -> 
     ids=["predict", "evaluate", "merge", "probe"],
 )
 def test_a_base_that_moved_is_asked_for(fitted: Round, tmp_path: Path, command) -> None:
-    """An adapter knows its base by the path that it had; where it is now, only its owner knows."""
+    """An adapter records the path of its base; if that no longer exists, the user must name it."""
     adapter = Path(shutil.copytree(fitted.folder, tmp_path / "adapter"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "before")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     finished = ofa(*command(adapter))
     assert finished.status == 2
-    assert f"made for the model in {tmp_path / 'before'}, which is not there any more" in finished.err
+    assert f"made for the model in {tmp_path / 'before'}, which no longer exists" in finished.err
     assert "give its new place with --model" in finished.err
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_of_a_gguf_file_opens_as_its_card_says(fitted: Round, tiny_gguf: Path, tmp_path: Path) -> None:
-    """The card's own Python, with the folder's path put in: a GGUF file is no folder that a library opens by name."""
+def test_the_python_on_the_card_of_a_gguf_adapter_runs(fitted: Round, tiny_gguf: Path, tmp_path: Path) -> None:
+    """With the folder's path filled in; libraries cannot open a GGUF file as a folder."""
     out = tmp_path / "out"
     done("fit", *fitted.arguments, "--model", tiny_gguf, "--learning-rate", 0.1, "--out", out)
     lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -245,7 +245,7 @@ def test_predict_shows_a_table(fitted: Round) -> None:
 
 
 def test_config_file_equals_flags(fitted: Round, tmp_path: Path) -> None:
-    """A YAML file with the options' own names makes the same adapter, to the bit, as the flags."""
+    """A YAML file with the options' names makes a bit-identical adapter."""
     config = tmp_path / "fit.yaml"
     config.write_text(
         f"data: {fitted.train}\nmodel: {fitted.model}\nout: {tmp_path / 'out'}\nlabels: [objective, subjective]\n"
@@ -259,7 +259,7 @@ def test_config_file_equals_flags(fitted: Round, tmp_path: Path) -> None:
 def test_paths_may_begin_at_home_and_labels_may_have_commas(
     fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a file of options, where no shell looks at them: every path, and a list of labels as it is."""
+    """In a YAML file, which no shell expands: every path, and a list of labels."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(write_rows(tmp_path / "elsewhere" / "none.jsonl", []).parent)
     rows = [(text, "yes, sir" if label == "subjective" else "no") for text, label in TRAIN]
@@ -279,7 +279,7 @@ def test_paths_may_begin_at_home_and_labels_may_have_commas(
 
 
 def test_flags_win_over_the_config_file(fitted: Round, tmp_path: Path) -> None:
-    """A flag typed by hand is the last word; the file fills in the rest."""
+    """Flags override the file."""
     config = tmp_path / "fit.yaml"
     config.write_text("epochs: 1\nseed: 8\nlearning_rate: 1e-3\n")
     arguments = [argument for argument in fitted.arguments if argument not in ("--seed", 7)]
@@ -330,7 +330,7 @@ def test_a_demo_task_is_known_by_its_name(fitted: Round, tmp_path: Path) -> None
 def test_demonstrations_of_an_adapter_are_its_own_shots(
     fitted: Round, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Methods are compared on the same examples: in context go those that the adapter was tuned on, in their order."""
+    """For a fair comparison, the demonstrations are the shots that the adapter was tuned on, in their order."""
     shown = _spy_on_demonstrations(monkeypatch)
     evaluate = ["evaluate", fitted.folder, "--data", fitted.test, "--demonstrations", fitted.train]
     document = done(*evaluate, "--seed", 99, "--shots", 1, "--json").json
@@ -361,7 +361,7 @@ def _spy_on_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Exampl
 
 
 def test_evaluate_without_an_adapter_is_zero_shot(fitted: Round) -> None:
-    """No training, no demonstrations: the base model's own probabilities, by the given labels' order."""
+    """No training, no demonstrations: the base model's probabilities, in the order of the given labels."""
     bare = ["evaluate", "--model", fitted.model, "--data", fitted.test, "--template", TEMPLATE]
     document = done(*bare, "--labels", "subjective, objective", "--json").json
     assert (document["adapter"], document["demonstrations"]) == (None, 0)
@@ -376,7 +376,7 @@ def test_evaluate_without_an_adapter_is_zero_shot(fitted: Round) -> None:
 def test_resume_continues_to_the_same_adapter(
     fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    """Ctrl-C leaves a checkpoint and no adapter; --resume ends with the bytes of a run that was never stopped."""
+    """Ctrl-C leaves a checkpoint and no adapter; --resume ends bit-identically to an uninterrupted run."""
 
     def stops(update):
         return lambda record, total: record.step == stop_after and signal.raise_signal(signal.SIGINT)
@@ -397,7 +397,7 @@ def test_resume_continues_to_the_same_adapter(
 
 
 def test_a_stopped_run_says_how_to_continue_it(fitted: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command again finds its folder full: --resume is what is wanted, --overwrite loses the run."""
+    """The same command finds a non-empty folder: --resume continues, --overwrite discards the run."""
 
     def stops(update):
         return lambda record, total: signal.raise_signal(signal.SIGINT)
@@ -409,7 +409,7 @@ def test_a_stopped_run_says_how_to_continue_it(fitted: Round, tmp_path: Path, mo
     again = ofa("fit", *fitted.arguments, "--out", out)
     assert again.status == 2
     assert again.err == (
-        f"ofa: {out} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to begin "
+        f"ofa: {out} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to start "
         "again, or choose another folder\n"
     )
 
@@ -425,10 +425,10 @@ def test_a_stopped_run_says_how_to_continue_it(fitted: Round, tmp_path: Path, mo
         ("all", "6 of 6 examples used; ", None),
     ],
 )
-def test_how_many_examples_are_used_is_said_and_the_others_are_scored(
+def test_the_number_of_used_examples_is_shown_and_the_others_are_scored(
     fitted: Round, tmp_path: Path, shots: object, said: str, scored: str | None
 ) -> None:
-    """Without --test the examples that were not drawn are the only ones whose score says anything."""
+    """Without --test only the examples that were not drawn give a meaningful score."""
     finished = done("fit", *fitted.arguments, "--shots", shots, "--out", tmp_path / "out")
     assert said in finished.err
     known = details(tmp_path / "out")
@@ -447,7 +447,7 @@ def test_how_many_examples_are_used_is_said_and_the_others_are_scored(
 
 
 def test_overwrite_replaces_an_adapter(fitted: Round, tmp_path: Path) -> None:
-    """--overwrite allows a second run in the same folder, which then holds the second adapter alone."""
+    """--overwrite allows a second run in the same folder, which then has only the second adapter."""
     out = tmp_path / "out"
     done("fit", *fitted.arguments, "--out", out, "--learning-rate", 1e-2)
     assert weights(out) != weights(fitted.folder)
@@ -457,14 +457,14 @@ def test_overwrite_replaces_an_adapter(fitted: Round, tmp_path: Path) -> None:
 
 
 def test_validation_examples_choose_the_epoch(fitted: Round, tmp_path: Path) -> None:
-    """With --validation the best epoch is kept and named; both weights 0 is norm tuning, and is recorded as that."""
+    """With --validation the best epoch is kept and reported; with both weights 0, the method is norm tuning."""
     options = ["--validation", fitted.test, "--step-ratio", 0, "--sharpness", 0, "--out", tmp_path / "out", "--json"]
     assert done("fit", *fitted.arguments, *options).json["best_epoch"] in (1, 2)
     assert details(tmp_path / "out")["method"] == "norm-tuning"
 
 
 def test_every_setting_is_an_option_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its own help, and under the names that the library has."""
+    """With a help text, under the library's names."""
     monkeypatch.setenv("COLUMNS", "400")
     shown = done("fit", "--help").out
     for name, field in TrainingConfig.model_fields.items():
@@ -487,7 +487,7 @@ def test_inspect_describes_the_model(tiny_folder: Path) -> None:
 
 
 def test_inspect_describes_an_encoder_too(tiny_folder: Path, tmp_path: Path) -> None:
-    """Its norms can be tuned in a loop of one's own, which is refused to `fit`."""
+    """`fit` refuses encoders, but their norms can be tuned in the user's own loop."""
     config = BertConfig(**families.SIZE, intermediate_size=48)
     BertLMHeadModel(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
@@ -525,7 +525,7 @@ def test_doctor_examines_the_installation(empty_cache: Path) -> None:
 
 
 def test_doctor_notices_the_other_ofa(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ofa` on PyPI is another project: its name among the installed distributions is worth a word."""
+    """`ofa` on PyPI is an unrelated project; if it is installed, the advice says so."""
     assert "pip uninstall ofa" not in done("doctor").out
     metadata = tmp_path / "site" / "ofa-1.0.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`ofa merge --gguf`: the file that it writes answers as the adapter does."""
+"""`ofa merge --gguf`: the merged file predicts what the adapter predicts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_merged_file_predicts_what_the_adapter_predicts(adapter: Path, tuned: 
 
 
 @pytest.mark.parametrize("option", [("--model", "embedded"), ("--dtype", "float16")], ids=["model", "dtype"])
-def test_what_a_gguf_file_decides_itself_is_refused(adapter: Path, tiny_gguf: Path, tmp_path: Path, option) -> None:
+def test_options_that_the_gguf_file_fixes_are_refused(adapter: Path, tiny_gguf: Path, tmp_path: Path, option) -> None:
     finished = ofa("merge", adapter, "--gguf", tiny_gguf, "--out", tmp_path / "tuned.gguf", *option)
     assert finished.status == 2
     assert "leave out --model and --dtype" in finished.err

@@ -1,4 +1,4 @@
-"""What people expect of any command line: a version, quiet, completion, other names of options, signs of life."""
+"""Habits of command lines: --version, --quiet, completion, other names of options, progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_version():
     ],
 )
 def test_options_by_the_names_of_other_programs(arguments, words):
-    """The option that was meant is named, where the command has it."""
+    """The message suggests our name of the option, if the command has it."""
     finished = ofa(*arguments)
     assert finished.status == 2
     assert words in finished.err
@@ -41,7 +41,7 @@ def test_options_by_the_names_of_other_programs(arguments, words):
 
 
 def test_completion(monkeypatch):
-    """What the line that `--install-completion` writes asks for at every press of Tab."""
+    """The request that the shell sends at every press of Tab after `--install-completion`."""
     monkeypatch.setenv("_OFA_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "ofa fit --learn")
     monkeypatch.setenv("COMP_CWORD", "2")
@@ -49,7 +49,7 @@ def test_completion(monkeypatch):
 
 
 def test_quiet_leaves_results_and_warnings(tiny_folder, tmp_path, monkeypatch):
-    """Notices and progress go; what did not fit the window is still said, and the next command is not quiet."""
+    """Notices and progress are off, warnings of cut texts stay, and the next command is not quiet."""
     train = write_rows(tmp_path / "train.jsonl", [(text + " and slow" * 300, label) for text, label in TRAIN])
     fit = ["fit", "--data", train, "--template", TEMPLATE, "--model", tiny_folder, "--shots", 1, "--epochs", 1]
     monkeypatch.setattr(console, "_LINE_EVERY", 0.0)
@@ -62,8 +62,8 @@ def test_quiet_leaves_results_and_warnings(tiny_folder, tmp_path, monkeypatch):
     assert done(*predict, "-q").out == done(*predict).out != ""
 
 
-def test_a_long_run_without_a_terminal_says_a_line_now_and_then(monkeypatch):
-    """In a log: how far, and how much longer, at the pace since it was first told (a stopped run goes on at 100)."""
+def test_a_long_run_without_a_terminal_prints_progress_lines(monkeypatch):
+    """In a log: progress and remaining time, at the speed since the first update (a resumed run starts at 100)."""
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with contextlib.redirect_stderr(io.StringIO()) as told, console.progress_bar("training") as update:
@@ -76,7 +76,7 @@ def test_a_long_run_without_a_terminal_says_a_line_now_and_then(monkeypatch):
     assert lines[-1] == "ofa: training: 699 of 1,000, loss 0.5, about 5 min left"
 
 
-def test_a_short_run_says_nothing_on_its_way():
+def test_a_short_run_prints_no_progress():
     with contextlib.redirect_stderr(io.StringIO()) as told, console.progress_bar("training") as update:
         for step in range(10):
             update(step, 10, "")
@@ -124,7 +124,7 @@ for line in sys.stdin:
 
 
 def test_wrong_paths_columns_and_templates_are_refused_before_torch_is_imported(tmp_path):
-    """torch alone takes seconds to import; none of these needs it, and where it is missing they are refused alike."""
+    """Importing torch takes seconds; none of these checks needs it."""
     (tmp_path / "rows.csv").write_text("text,label\na film,good\nanother,bad\n")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LN_TUNING"}')

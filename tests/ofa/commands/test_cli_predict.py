@@ -1,4 +1,4 @@
-"""`ofa predict` of files: every row has its answer, beside its columns, and a stopped run goes on."""
+"""`ofa predict` of files: every row keeps its columns and gets its answer, and a stopped run can resume."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def label_of(bench: Bench, text: str) -> object:
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_a_row_has_its_columns_its_label_and_a_probability_of_each_label(bench: Bench, form: str) -> None:
-    """Also a row without text, a text with every kind of separator, and gold labels that are there already."""
+    """Also a row without text, a text with every kind of separator, and existing gold labels."""
     data = write_csv(
         bench.here / "in.csv", ["id", "Text", "label"], [[str(i), text, "gold"] for i, text in enumerate(TEXTS)]
     )
@@ -87,7 +87,7 @@ def _probabilities(row: dict, form: str) -> dict[str, float]:
 
 
 def test_a_text_file_is_lines_ended_by_a_line_feed(bench: Bench) -> None:
-    """A byte-order mark is no part of the first text, other separators end no text, a blank line keeps its place."""
+    """A byte-order mark is stripped, only line feeds end a text, and blank lines are rows."""
     file = bench.here / "texts.txt"
     file.write_bytes("\ufeffone\r\n\ntwo\u2028a\x0bb\n".encode())
     answers = done("predict", bench.adapter, "--data", file, "--json").json
@@ -96,7 +96,7 @@ def test_a_text_file_is_lines_ended_by_a_line_feed(bench: Bench) -> None:
     assert answers[0]["label"] == label_of(bench, "one")
 
 
-def test_an_adapter_of_several_columns_asks_for_them_by_name(bench: Bench) -> None:
+def test_an_adapter_of_several_columns_needs_them_by_name(bench: Bench) -> None:
     data = write_rows(bench.here / "in.jsonl", [("a", "b")], ("Premise", "text"))
     answer = done("predict", bench.pair_adapter, "--data", data, "--json").json[0]
     assert list(answer) == ["Premise", "text", "label", "probabilities"]
@@ -104,7 +104,7 @@ def test_an_adapter_of_several_columns_asks_for_them_by_name(bench: Bench) -> No
     for given, words in (
         (["--data", lacking], 'lacking.jsonl, line 1 has no column "premise" (columns found: "text", "other")'),
         (["--text", "b"], "--text gives texts without columns"),
-        (["--data", "-"], "asks for premise and text: give --data with a file of these columns"),
+        (["--data", "-"], "has the columns premise and text: give --data with a file of these columns"),
     ):
         refused = ofa("predict", bench.pair_adapter, *given, stdin="b\n")
         assert refused.status == 2
@@ -151,30 +151,28 @@ def test_a_stopped_run_continues_to_the_same_file(
     done(*command, "--out", whole)
     assert not out.exists()
     if parts:
-        assert "was begun by a run that was stopped: pass --resume" in ofa(*command, "--out", out).err
+        assert "belongs to a run that was stopped: pass --resume" in ofa(*command, "--out", out).err
     done(*command, "--out", out, "--resume")
     assert out.read_bytes() == whole.read_bytes()
     assert names(bench.here) == {data.name, out.name, whole.name}
-    assert "is there already" in ofa(*command, "--out", out, "--resume").err
+    assert "exists already" in ofa(*command, "--out", out, "--resume").err
     done(*command, "--out", out, "--overwrite")
 
 
-def test_a_run_continues_with_nothing_else_than_it_was_begun_with(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_only_with_the_same_settings_and_data(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_csv(bench.here / "in.csv", ["text"], [[f"text {n}"] for n in range(5)])
     out = bench.here / "out.csv"
     stopped(bench, monkeypatch, data, out, 1)
     command = ["predict", bench.adapter, "--data", data, "--out", out, "--resume"]
-    assert "was begun with another dtype" in ofa(*command, "--dtype", "bfloat16").err
+    assert "was started with another dtype" in ofa(*command, "--dtype", "bfloat16").err
     write_csv(data, ["text"], [["another"], *([f"text {n}"] for n in range(1, 5))])
-    assert "the data is not what" in ofa(*command).err
+    assert "the data differs from" in ofa(*command).err
     assert read_csv(out.with_name(".out.csv.partial")) != []
 
 
 @pytest.mark.parametrize(
     ("out", "words"),
-    [("out.txt", "end it in .csv or .jsonl"), ("none/out.csv", "in a folder that is there"), (".", "end it in")],
+    [("out.txt", "end it in .csv or .jsonl"), ("none/out.csv", "in an existing folder"), (".", "end it in")],
 )
 def test_a_file_that_cannot_be_written_is_refused_first(bench: Bench, out: str, words: str) -> None:
     refused = ofa("predict", bench.here / "no adapter", "--data", "none.csv", "--out", bench.here / out)

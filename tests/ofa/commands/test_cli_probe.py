@@ -1,4 +1,4 @@
-"""`ofa probe` through the command line: figure and data of adapters beside their base, and what it refuses."""
+"""`ofa probe`: figure and data of adapters and their base, and refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def probed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Probe
 
 
 def test_adapters_may_stand_in_a_configuration_file(probed: Probed, tmp_path: Path) -> None:
-    """Arguments that repeat are a list there, and the run is the one that was typed."""
+    """Repeated arguments are a list there, and the run equals the typed one."""
     adapters = "".join(f"  - {adapter}\n" for adapter in probed.adapters)
     config = tmp_path / "probe.yaml"
     config.write_text(f"adapters:\n{adapters}data: {probed.test}\nout: {tmp_path / 'out'}\n")
@@ -61,8 +61,8 @@ def test_adapters_may_stand_in_a_configuration_file(probed: Probed, tmp_path: Pa
     assert [one["name"] for one in found["models"]] == [one["name"] for one in probed.finished.json["models"]]
 
 
-def test_it_leaves_a_figure_and_its_data(probed: Probed) -> None:
-    """Three files, whole, and one JSON document on standard output that is also the file's."""
+def test_it_writes_a_figure_and_its_data(probed: Probed) -> None:
+    """Three complete files; the JSON document on standard output equals the file."""
     assert names(probed.here / "out") == FILES
     assert (probed.here / "out" / "probe.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((probed.here / "out" / "probe.json").read_text()) == probed.finished.json
@@ -92,8 +92,8 @@ def test_the_long_form_holds_every_point_of_every_curve(probed: Probed) -> None:
 
 
 @pytest.mark.parametrize("name", [BASE, "norm-tuning", "ofa"])
-def test_every_model_is_itself(probed: Probed, name: str) -> None:
-    """Behind the last layer stands what `ofa evaluate` says of that model alone: no adapter is left in the next."""
+def test_models_do_not_affect_each_other(probed: Probed, name: str) -> None:
+    """After the last layer, the scores equal `ofa evaluate` of that model alone: no adapter stays in the next model."""
     told = {one["name"]: one for one in probed.finished.json["models"]}
     subject = [probed.here / name] if name != BASE else ["--model", probed.model, "--template", TEMPLATE]
     alone = done("evaluate", *subject, "--data", probed.test, "--json").json
@@ -103,7 +103,7 @@ def test_every_model_is_itself(probed: Probed, name: str) -> None:
 
 
 def test_the_base_alone_can_be_probed(probed: Probed, tmp_path: Path) -> None:
-    """Without an adapter the data and the template make the task; the reader gets a table and the files' place."""
+    """Without an adapter, data and template define the task; the output is a table and the files' paths."""
     bare = ["--model", probed.model, "--data", probed.test, "--template", TEMPLATE, "--labels", LABELS]
     finished = done("probe", *bare, "--size", 2, "--out", tmp_path / "out")
     assert BASE in finished.out
@@ -168,7 +168,7 @@ REFUSALS: dict[str, Case] = {
     ),
     "adapter without its task": (
         lambda p, here: [_retold(p.adapters[1], here, task=None), "--data", p.test],
-        ("does not say its task", "make it with `ofa fit`"),
+        ("does not name its task", "make it with `ofa fit`"),
     ),
     "template for adapters": (
         lambda p, here: [p.adapters[0], "--data", p.test, "--template", TEMPLATE],
@@ -207,7 +207,7 @@ REFUSALS: dict[str, Case] = {
 
 
 def _retold(adapter: Path, here: Path, **change: object) -> Path:
-    """A copy of an adapter whose `ofa_config.json` tells another story."""
+    """A copy of an adapter with a changed `ofa_config.json`."""
     copy = Path(shutil.copytree(adapter, here / "retold"))
     known = json.loads((copy / "ofa_config.json").read_text())
     if "template" in change:
@@ -221,8 +221,8 @@ def _retold(adapter: Path, here: Path, **change: object) -> Path:
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_probed_is_refused_in_one_sentence(probed: Probed, tmp_path: Path, case: str) -> None:
-    """Status 2, one line that says what, where and what to do, and no folder left behind."""
+def test_bad_input_is_refused_in_one_sentence(probed: Probed, tmp_path: Path, case: str) -> None:
+    """Status 2, one line with what, where and what to do, and no new folder."""
     arguments, words = REFUSALS[case]
     finished = ofa("probe", *arguments(probed, tmp_path), "--out", tmp_path / "new" / "out")
     assert finished.status == 2, finished.err

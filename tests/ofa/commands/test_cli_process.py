@@ -1,4 +1,4 @@
-"""The command line as a process of its own: what starting costs, what reaches the terminal, what Ctrl-C leaves."""
+"""The command line as a process: the time to start, the output at the terminal, the state after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def best_of_three(*arguments: object) -> float:
-    """Wall-clock seconds of the fastest of three runs: on a shared machine the others measure its other work."""
+    """Wall-clock seconds of the fastest of three runs, the one least disturbed by other processes."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -43,7 +43,7 @@ def best_of_three(*arguments: object) -> float:
     ids=["import ofa", "ofa --help"],
 )
 def test_starting_is_quick(arguments: list[str], limit: float) -> None:
-    """Nobody waits for torch to read a help text; the whole process counts, interpreter included."""
+    """A help text must not wait for torch; the time includes the interpreter's start."""
     assert best_of_three(*arguments) < limit
 
 
@@ -58,14 +58,14 @@ def test_starting_is_quick(arguments: list[str], limit: float) -> None:
     ids=["import ofa", "import ofa.cli", "--help", "fit --help"],
 )
 def test_starting_imports_nothing_heavy(code: str) -> None:
-    """The reason why it is quick, which no busy machine can blur."""
+    """The cause of a quick start, tested independently of the machine's load."""
     done = python("-c", f"{code}\nimport sys\nprint({HEAVY} & set(sys.modules))", check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_every_command_explains_itself(command: str) -> None:
-    """--help of the whole and of each part exits 0, on standard output alone."""
+def test_every_command_has_help(command: str) -> None:
+    """--help of `ofa` and of each command exits 0, and prints only on standard output."""
     done = python("-m", "ofa", *command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage:" in done.stdout
@@ -84,17 +84,17 @@ def test_every_command_explains_itself(command: str) -> None:
     ids=["unknown option", "no number", "missing option", "missing argument", "unknown command"],
 )
 def test_wrong_options_are_one_sentence(arguments: list[str], about: str) -> None:
-    """What the parser of the options refuses looks like everything else that is refused."""
+    """The option parser's errors have the same form as all others."""
     done = python("-m", "ofa", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("ofa: ")
     assert about in line.lower()
-    assert "--help` shows how it is used" in line
+    assert "--help` lists the options" in line
 
 
 def test_no_arguments_at_all_show_the_help() -> None:
-    """Status 2, as nothing was done, and what there is to do."""
+    """Status 2, because nothing was done."""
     done = python("-m", "ofa")
     assert done.returncode == 2
     assert "Usage:" in done.stdout + done.stderr
@@ -108,7 +108,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[object]:
 
 
 def test_interrupted_fit_leaves_a_checkpoint_and_resumes(arguments: list[object], tmp_path: Path) -> None:
-    """A real Ctrl-C: one line, status 130, a checkpoint; --resume then finishes, and says no more than it has to."""
+    """A real Ctrl-C: one line, status 130, a checkpoint; --resume then finishes, with only its own output."""
     out = tmp_path / "out"
     running = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -143,7 +143,7 @@ def test_interrupted_fit_leaves_a_checkpoint_and_resumes(arguments: list[object]
 
 
 def test_a_pipe_that_closes_early_ends_it_quietly() -> None:
-    """`ofa doctor --json | head -0`: the reader has gone, and nobody wants to hear of it."""
+    """`ofa doctor --json | head -0`: no traceback when the reader closes the pipe."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "ofa", "doctor", "--json"]

@@ -1,4 +1,4 @@
-"""Bad input through the command line: one sentence that says what and where and what to do, and nothing written."""
+"""Bad input on the command line: one sentence with what, where and what to do, and no output written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG = "far too long and slow " * 60  # the tiny model's window is 256 tokens
 
 @dataclass
 class Bench:
-    """A folder to work in, a good model and a good adapter, and ways to spoil copies of them."""
+    """A working folder with a good model and adapter, and methods to damage copies of them."""
 
     here: Path
     model: Path
@@ -38,7 +38,7 @@ class Bench:
         return self.here / name
 
     def fit(self, *more: object, data: object = None, template: str | None = TEMPLATE) -> list[object]:
-        """The arguments of a `fit` into a new folder two levels down; later ones win over earlier ones."""
+        """The arguments of a `fit` into a new folder two levels down; later arguments override earlier ones."""
         form = ["--template", template] if template else []
         given = ["--data", data or self.rows(*TRAIN), *form, "--model", self.model, "--out", self.here / "new" / "out"]
         return ["fit", *given, "--shots", 2, "--epochs", 1, *more]
@@ -96,7 +96,7 @@ class Bench:
         return [*arguments, "--resume", *more]
 
     def cannot_write(self) -> Path:
-        """A folder on a disk that takes no files; root may write anywhere, so permissions would not do."""
+        """A folder that accepts no files; permissions would not stop root."""
 
         def refuse(**options):
             raise OSError(30, "Read-only file system")
@@ -117,7 +117,7 @@ def good_adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny_folder: Path, good_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Without a network, and without what a developer's caches hold."""
+    """Without a network and a developer's caches."""
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", _unreachable)
     monkeypatch.setattr("ofa.models.load._in_hub_cache", lambda *_: False)
     monkeypatch.setattr("ofa.hub.is_switched_off", lambda: False)
@@ -133,7 +133,7 @@ def _unreachable(*_: object, **__: object) -> None:
 
 
 def cut(file: str) -> Callable[[Path], object]:
-    """Spoil a file by losing its second half."""
+    """Truncate a file to its first half."""
     return lambda folder: (folder / file).write_bytes(
         (folder / file).read_bytes()[: (folder / file).stat().st_size // 2]
     )
@@ -151,7 +151,7 @@ def edited(file: str, **fields: object) -> Callable[[Path], object]:
 
 
 def scales(change: Callable[[torch.Tensor], torch.Tensor], file: str) -> Callable[[Path], object]:
-    """Spoil the norm scales of a safetensors file."""
+    """Damage the norm scales of a safetensors file."""
 
     def spoil(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -369,7 +369,7 @@ ADAPTERS: dict[str, Case] = {
     ),
     "no task recorded": (
         lambda b: b.predict(b.adapter(lambda folder: (folder / "ofa_config.json").unlink())),
-        ("does not say its task", "`ofa fit`"),
+        ("does not name its task", "`ofa fit`"),
     ),
     "another base": (
         lambda b: b.predict(b.good, "--model", b.base(scales(lambda value: value + 1, "model.safetensors"))),
@@ -485,7 +485,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def one_sentence(err: str, *words: str) -> None:
-    """One line for a person, ours, with what they need to know, and no traceback."""
+    """Check that the output is one line of ours with these words, and no traceback."""
     assert len(err.splitlines()) == 1, err
     assert err.startswith("ofa: ")
     assert "Traceback" not in err
@@ -505,7 +505,7 @@ def one_sentence(err: str, *words: str) -> None:
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     bench: Bench, prepare: Callable[[Bench], list[object]], words: tuple[str, ...]
 ) -> None:
-    """Refused with a status, one sentence that names the culprit and the remedy, and not a byte written anywhere."""
+    """A non-zero status, one sentence that names the fault and the remedy, and nothing written."""
     arguments = prepare(bench)
     before = contents(bench.here)
     finished = ofa(*arguments)
@@ -541,7 +541,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     ids=["fit", "resume", "merge", "probe", "demo", "compare"],
 )
 def test_a_folder_belongs_to_one_process(bench: Bench, arguments: Callable[[Bench], list[object]]) -> None:
-    """Of two runs into one folder the second would mix its files with those of the first, whatever it may overwrite."""
+    """A second run into the same folder, even with --overwrite, would mix its files with the first run's."""
     (bench.here / "new" / "out").mkdir(parents=True)
     given = arguments(bench)
     with FileLock(bench.here / "new" / "out" / LOCK):
@@ -579,7 +579,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(bench
 
 
 def test_a_hopeless_learning_rate_is_refused_too(bench: Bench) -> None:
-    """Divergence as it happens, not as it is staged: no adapter is written."""
+    """Real divergence, not a stub: no adapter is written."""
     finished = ofa(*bench.fit("--learning-rate", 1e30, "--epochs", 30))
     assert finished.status == 2
     one_sentence(finished.err, "the loss is", " of 30", "try a lower learning rate")
@@ -587,7 +587,7 @@ def test_a_hopeless_learning_rate_is_refused_too(bench: Bench) -> None:
 
 
 def test_interrupt_before_training_leaves_nothing(bench: Bench) -> None:
-    """Ctrl-C while the model loads: one line, the shell's status for it, and no empty output folder."""
+    """Ctrl-C while the model loads: one line, status 130, and no empty output folder."""
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -598,8 +598,8 @@ def test_interrupt_before_training_leaves_nothing(bench: Bench) -> None:
     assert not (bench.here / "new").exists()
 
 
-def test_long_texts_lose_their_beginning_and_it_is_said(bench: Bench) -> None:
-    """A text beyond the window is no error: it is cut from the left, counted, and every command says so."""
+def test_long_texts_are_cut_with_a_warning(bench: Bench) -> None:
+    """A text beyond the window is cut from the left and counted, and every command warns of it."""
     rows = [(f"{LONG} {end}", label) for end, label in TEST]
     long = bench.rows(*rows, TRAIN[0], TRAIN[1], name="long.jsonl")
     out = bench.here / "out"
@@ -618,7 +618,7 @@ def test_long_texts_lose_their_beginning_and_it_is_said(bench: Bench) -> None:
 
 
 def test_labels_with_one_first_token_are_scored_by_the_whole_word(bench: Bench) -> None:
-    """Two such labels cannot be told apart by it; that whole words are scored instead is said once."""
+    """First tokens cannot distinguish them; one warning says that whole words are scored."""
     data = bench.rows(("a", "xab"), ("b", "xacd"), ("c", "xab"), ("d", "xacd"), name="alike.jsonl")
     bare = ["evaluate", "--model", bench.model, "--data", data, "--template", TEMPLATE, "--json"]
     finished = done(*bare)
@@ -628,7 +628,7 @@ def test_labels_with_one_first_token_are_scored_by_the_whole_word(bench: Bench) 
 
 
 def test_an_unforeseen_error_is_one_line_too(bench: Bench) -> None:
-    """No traceback from the command line, unless OFA_DEBUG asks for it."""
+    """No traceback, unless OFA_DEBUG is set."""
 
     def fail(*_, **__):
         raise RuntimeError("the moon is in the wrong place\nand so is the sun")

@@ -1,4 +1,4 @@
-"""What commands make of errors, apart from any command."""
+"""Handling of errors that is common to all commands."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from ofa.commands.console import was_interrupted
 
 
-def test_an_interrupt_is_found_behind_what_it_became() -> None:
-    """A library that is interrupted in the middle may raise an error of its own, in whose wake Ctrl-C would be lost."""
+def test_an_interrupt_is_found_as_the_cause_of_another_error() -> None:
+    """An interrupted library may raise an error of its own, which would hide the Ctrl-C."""
     broken = RuntimeError("broken")
     assert not was_interrupted(broken)
     broken.__context__ = KeyboardInterrupt()
@@ -16,8 +16,8 @@ def test_an_interrupt_is_found_behind_what_it_became() -> None:
 
 
 @pytest.mark.parametrize("link", ["__cause__", "__context__"])
-def test_it_may_be_far_behind(link: str) -> None:
-    """However it is chained."""
+def test_an_interrupt_is_found_through_any_chain(link: str) -> None:
+    """By __cause__ or __context__, at any depth."""
     first, second, third = KeyboardInterrupt(), ValueError(), RuntimeError()
     setattr(second, link, first)
     setattr(third, link, second)

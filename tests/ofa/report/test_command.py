@@ -79,7 +79,7 @@ def test_a_task_that_is_not_whole_can_be_left_out(tmp_path):
     folder = write(tmp_path, records)
     shown = ofa_report(folder, "--whole-tasks", "--json")
     assert shown.exit_code == 0, shown.output
-    assert "ofa: second is left out, which some method has not run with every seed" in shown.stderr
+    assert "ofa: second is left out: some method has not run it with every seed" in shown.stderr
     text = (tmp_path / MARKDOWN).read_text()
     assert "3 methods on first" in text
     assert "second" not in text
