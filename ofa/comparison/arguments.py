@@ -29,12 +29,12 @@ class MethodInputs:
     """The other tasks of the grid, each with its shots of the same seed."""
 
 
-MATERIAL = frozenset(field.name for field in fields(MethodInputs))
+_INPUTS = frozenset(field.name for field in fields(MethodInputs))
 
 
-def material_for(name: str, material: MethodInputs) -> dict[str, Any]:
+def inputs_for(name: str, inputs: MethodInputs) -> dict[str, Any]:
     """The inputs that the signature of this method names, by argument."""
-    return {part: getattr(material, part) for part in sorted(MATERIAL & _parameters(method(name)).keys())}
+    return {part: getattr(inputs, part) for part in sorted(_INPUTS & _parameters(method(name)).keys())}
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ def _own_settings(fit: Callable[..., Any]) -> set[str]:
     named = {
         name for name, parameter in _parameters(fit).items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
-    return named - _COMMON - _OF_SINGLE_RUNS - MATERIAL
+    return named - _COMMON - _OF_SINGLE_RUNS - _INPUTS
 
 
 def _training_settings(fit: Callable[..., Any]) -> set[str]:

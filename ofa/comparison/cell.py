@@ -77,7 +77,7 @@ class CellRunner:
         started = time.perf_counter()
         fit = method(cell.method)
         with fit(
-            self._model, self._tokenizer, job.task, shots, cell.seed, **cell.settings, **job.material
+            self._model, self._tokenizer, job.task, shots, cell.seed, **cell.settings, **job.inputs
         ) as predictor:
             _wait_for_device()
             fit_seconds = time.perf_counter() - started

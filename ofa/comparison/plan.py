@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ofa.comparison.arguments import MethodInputs, check_settings, material_for
+from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
 from ofa.comparison.grid import Grid, Row
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
@@ -61,14 +61,14 @@ class TaskPlan:
 class Job:
     """The inputs of a worker, besides its model, for one cell.
 
-    `material` are arguments of the method's `fit` besides the shots, the seed and the cell's settings.
+    `inputs` are arguments of the method's `fit` besides the shots, the seed and the cell's settings.
     """
 
     cell: Cell
     task: Task
     shots: FewShot
     tested: tuple[Example, ...]
-    material: Mapping[str, Any]
+    inputs: Mapping[str, Any]
     contexts: tuple[str, ...]
 
 
@@ -107,8 +107,8 @@ class Plan:
         """The inputs of a worker for a cell."""
         plan = self.tasks[cell.task]
         others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
-        material = material_for(cell.method, MethodInputs(plan.data.train, others))
-        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, material, self.grid.contexts)
+        inputs = inputs_for(cell.method, MethodInputs(plan.data.train, others))
+        return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, inputs, self.grid.contexts)
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
         """The cells without a record; with `retry_failed` also failed ones."""

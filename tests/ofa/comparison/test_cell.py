@@ -119,7 +119,7 @@ def test_a_method_keeps_its_own_demonstrations(runner, make_plan, register):
     assert own.extra_tokens == 7
 
 
-def test_settings_and_material_reach_the_method(runner, make_plan, register):
+def test_settings_and_inputs_reach_the_method(runner, make_plan, register):
     given = {}
 
     def fit(model, tokenizer, task, shots, seed, *, rank, pool, **settings):
@@ -130,7 +130,7 @@ def test_settings_and_material_reach_the_method(runner, make_plan, register):
     plan = make_plan(methods={"asks": {"rank": 3, "epochs": 2}}, seeds="9")
     assert run(runner, plan).record.done
     job = plan.job(plan.cells[0])
-    assert given == {"rank": 3, "epochs": 2, "seed": 9, "pool": job.material["pool"], "shots": job.shots.examples}
+    assert given == {"rank": 3, "epochs": 2, "seed": 9, "pool": job.inputs["pool"], "shots": job.shots.examples}
 
 
 # Failures

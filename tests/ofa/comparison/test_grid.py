@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from ofa.comparison.arguments import MethodInputs, check_settings, material_for
+from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
 from ofa.comparison.grid import Grid, checked_part
 from ofa.errors import InputError
 from ofa.methods import METHODS
@@ -162,11 +162,11 @@ def test_settings_that_a_method_does_not_take_are_refused_before_anything_runs(n
         check_settings(name, settings)
 
 
-def test_a_method_gets_the_material_that_its_signature_names():
+def test_a_method_gets_the_inputs_that_its_signature_names():
     pool = (Example("a", "b"),)
     others = ((Task("t"), pool),)
-    material = MethodInputs(pool, others)
-    assert material_for("takes-all", material) == {"pool": pool, "other_tasks": others}
-    assert material_for("takes-one", material) == {"pool": pool}
-    assert material_for("takes-none", material) == {}
-    assert material_for("zero-shot", material) == {}
+    inputs = MethodInputs(pool, others)
+    assert inputs_for("takes-all", inputs) == {"pool": pool, "other_tasks": others}
+    assert inputs_for("takes-one", inputs) == {"pool": pool}
+    assert inputs_for("takes-none", inputs) == {}
+    assert inputs_for("zero-shot", inputs) == {}

@@ -57,16 +57,16 @@ def test_all_methods_of_a_seed_get_the_same_shots_and_all_cells_the_same_test_ex
     assert Counter(example.label for example in jobs[0].tested) == {"negative": 2, "positive": 2}
 
 
-def test_material_is_the_training_split_and_the_shots_of_the_other_tasks(make_plan, tasks, register):
+def test_inputs_are_the_training_split_and_the_shots_of_the_other_tasks(make_plan, tasks, register):
     def fit(model, tokenizer, task, shots, seed, *, pool, other_tasks): ...
 
     register("asks", fit)
     plan = make_plan(tasks=[tasks["mood"], tasks["kind"]], methods="asks,icl", seeds="1-2")
     by_cell = {(cell.task, cell.method, cell.seed): plan.job(cell) for cell in plan.cells}
     own, other = by_cell["mood", "asks", 2], by_cell["kind", "icl", 2]
-    assert own.material["pool"] == load_task(tasks["mood"]).train
-    assert own.material["other_tasks"] == [(other.task, other.shots.examples)]
-    assert other.material == {}
+    assert own.inputs["pool"] == load_task(tasks["mood"]).train
+    assert own.inputs["other_tasks"] == [(other.task, other.shots.examples)]
+    assert other.inputs == {}
 
 
 @pytest.mark.parametrize("changed", ["task.json", "train.jsonl", "test.jsonl"])
