@@ -349,7 +349,7 @@ ADAPTERS: dict[str, Case] = {
     "no adapter there": (lambda b: b.predict(b.full()), ("full is not an adapter folder", "`ofa fit` wrote")),
     "another kind of adapter": (
         lambda b: b.predict(b.adapter(edited("adapter_config.json", peft_type="LORA"))),
-        ("holds a LORA adapter", "only LN_TUNING"),
+        ("holds a LORA adapter", "give an LN_TUNING adapter"),
     ),
     "truncated safetensors": (
         lambda b: b.predict(b.adapter(cut("adapter_model.safetensors"))),
