@@ -1,4 +1,4 @@
-"""Questions to the Hugging Face hub: one short request for a repository, names it could have, a quiet client."""
+"""Query the Hugging Face hub: one short request for a repository, valid names, a quiet client."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Literal
 from ofa.errors import InputError, first_sentence
 
 TIMEOUT = 5.0
-"""Seconds for one question; long enough for a slow line, short enough not to look like a hang."""
+"""Timeout of a request in seconds: enough for a slow connection, but too short to look like a hang."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a repository of the hub could have this name; an absolute path and a Windows path have another form."""
+    """True if a hub repository could have this name; absolute and Windows paths cannot match."""
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The files of a repository, or the reason why the hub does not say."""
+    """The files of a repository, or the reason why the hub did not answer."""
 
     files: tuple[str, ...] = ()
     unreachable: str | None = None
@@ -32,7 +32,7 @@ class Answer:
 def ask(kind: Literal["model", "data set"], repo_id: str, *, offline: bool, otherwise: str) -> Answer:
     """Ask the hub once, with a short timeout: without a connection, the loaders would retry for minutes.
 
-    With `offline` it is not asked. `otherwise` is what to do without the repository.
+    With `offline`, no request is sent. `otherwise` is the alternative that the error message suggests.
 
     Raises:
         InputError: the hub has no such repository, or access to it is restricted.
@@ -53,13 +53,13 @@ def ask(kind: Literal["model", "data set"], repo_id: str, *, offline: bool, othe
             f"there is no public {kind} {repo_id} on the hub; check its name, log in with `hf auth login` if it is "
             f"private, or {otherwise}"
         ) from error
-    except Exception as error:  # the network errors of the hub's client have no base class of their own
+    except Exception as error:  # network errors of the hub's client have no common base class
         return Answer(unreachable=f"the hub cannot be reached: {first_sentence(error)}")
     return Answer(tuple(file.rfilename for file in info.siblings or ()))
 
 
 def is_switched_off() -> bool:
-    """Whether the environment says not to use the network (HF_HUB_OFFLINE)."""
+    """True if the environment forbids network access (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -67,7 +67,7 @@ def is_switched_off() -> bool:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Only errors of the client reach the terminal: what its warnings are about, our own sentence says."""
+    """Silence the client's warnings: our own message replaces them."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

@@ -195,7 +195,7 @@ def _explained(target: _Target) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         raise InputError(_refusal(target, error)) from error
-    except Exception as error:  # the network errors of the hub's client have no base class of their own
+    except Exception as error:  # network errors of the hub client have no common base class
         raise InputError(
             f"the hub cannot be reached ({first_sentence(error)}); connect and run the command again, with --overwrite "
             f"if {target.repo_id} was already created"

@@ -76,9 +76,7 @@ class CellRunner:
         cell, shots = job.cell, job.shots.examples
         started = time.perf_counter()
         fit = method(cell.method)
-        with fit(
-            self._model, self._tokenizer, job.task, shots, cell.seed, **cell.settings, **job.inputs
-        ) as predictor:
+        with fit(self._model, self._tokenizer, job.task, shots, cell.seed, **cell.settings, **job.inputs) as predictor:
             _wait_for_device()
             fit_seconds = time.perf_counter() - started
             scores, truncated = {}, 0

@@ -41,7 +41,7 @@ METHODS = {
     "guided-finite-difference": "ofa.methods.guided",
     "guided-first-order": "ofa.methods.guided",
 }
-"""Method name → "module" with its `fit`, or "module:function"; modules are imported on use."""
+"""Map each method to a "module" with a `fit`, or to "module:function"; modules are imported on use."""
 
 _UNREGULARIZED = {"step_ratio": 0.0, "sharpness": 0.0}
 
@@ -54,7 +54,7 @@ SPECIAL_CASES: dict[str, dict[str, Any]] = {
     "guided-finite-difference": {"variant": "guided-finite-difference", **_UNREGULARIZED},
     "guided-first-order": {"variant": "guided-first-order", **_UNREGULARIZED},
 }
-"""Method name → the options whose values define the method, as for `options.special_case`."""
+"""Map methods to the options whose values define them, see `options.special_case`."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ofa.tuning.norms import restore_norms, tune_norms
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to follow the guided objective, with our weights λ_d and λ_m, or shares of the first-order variant."""
+    """A guidance with its default weights λ_d and λ_m (for the first-order variant, shares)."""
 
     guidance: Callable[[Weights, Sequence[Loss]], StructuredGuidance]
     direction: float
@@ -108,7 +108,7 @@ def fit(
 
 @contextmanager
 def _prepared(model: Any, guidance: Any) -> Iterator[None]:
-    """What a variant needs of the model: attention with a second derivative, or float32 weights."""
+    """Prepare the model for a variant: check the attention's second derivative, or use float32 weights."""
     if guidance is ExactGuidance:
         check_attention(model)
     if guidance is not FiniteDifferenceGuidance:
