@@ -180,13 +180,13 @@ def _perturb(samples: int) -> Operation:
     settings = {"eps": _EPS, "samples": samples, "epsilon": _EPSILON, "seed": _SEED, "step": _STEP}
 
     def call(function: Callable[..., Any]) -> Function:
-        return lambda stream, front, weight: (function(stream, weight, undisturbed=front, **settings),)
+        return lambda stream, front, weight: (function(stream, weight, unperturbed=front, **settings),)
 
     return Operation(
         "perturb",
         inputs=lambda case: (_rows(case), _rows(case), _scale(case)),
         gradients=lambda case: (_rows(case, 1 + samples),),
-        forward=partial(traffic.perturb_forward, undisturbed=True),
+        forward=partial(traffic.perturb_forward, unperturbed=True),
         backward=traffic.perturb_backward,
         eager=call(reference.perturb),
         triton=Implementation(call(perturb.perturb), _perturb_backward),

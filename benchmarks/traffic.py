@@ -95,16 +95,16 @@ def add_norm_backward(size: Size) -> Traffic:
     )
 
 
-def perturb_forward(size: Size, *, undisturbed: bool = False) -> Traffic:
-    """Stream → copies, after a copy of `undisturbed` if given."""
+def perturb_forward(size: Size, *, unperturbed: bool = False) -> Traffic:
+    """Stream → copies, after a copy of `unperturbed` if given."""
     return Traffic(
-        reads=(1 + undisturbed) * size.stream + size.scale_and_shift,
-        writes=(undisturbed + size.samples) * size.stream,
+        reads=(1 + unperturbed) * size.stream + size.scale_and_shift,
+        writes=(unperturbed + size.samples) * size.stream,
     )
 
 
 def perturb_backward(size: Size) -> Traffic:
-    """Stream and gradients of the copies → gradients of stream, γ, β; that of `undisturbed` is already there."""
+    """Stream and gradients of the copies → gradients of stream, γ, β; that of `unperturbed` is already there."""
     return Traffic(
         reads=(1 + size.samples) * size.stream + size.scale,
         writes=size.stream + size.scale_and_shift,

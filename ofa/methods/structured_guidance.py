@@ -216,7 +216,7 @@ class FiniteDifferenceGuidance(StructuredGuidance):
         if not outer.any():
             return value.item(), gradient, gradient
         size, step = outer.norm(), difference_step(self._parameters, value.item(), float(gradient.norm()))
-        with _displaced(self._parameters, step * outer / size):
+        with _perturbed(self._parameters, step * outer / size):
             product = (_gradient([loss], self._parameters) - gradient) / step
         return value.item(), gradient, gradient + size * product
 
@@ -317,7 +317,7 @@ def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 @contextmanager
-def _displaced(parameters: Sequence[nn.Parameter], displacement: Tensor) -> Iterator[None]:
+def _perturbed(parameters: Sequence[nn.Parameter], displacement: Tensor) -> Iterator[None]:
     """Displace the parameters by a vector (n,); afterwards they are restored bit-identically."""
     originals = [parameter.detach().clone() for parameter in parameters]
     moved = _split(_flat(parameters) + displacement, parameters)

@@ -20,7 +20,7 @@ from ofa.regularizers.step_length import with_length
 
 
 class BranchHooks:
-    """The hooks of one branch: they add the displaced copies at its entry and remove them at its exit."""
+    """The hooks of one branch: they add the perturbed copies at its entry and remove them at its exit."""
 
     def __init__(
         self,

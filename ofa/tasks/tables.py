@@ -28,7 +28,6 @@ from ofa.files import at_home
 FilePath = str | os.PathLike[str] | Traversable
 Row = dict[str, object]
 
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".json-lines")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".ndjson", ".json-lines", ".parquet")
 """Suffixes of tables, each optionally followed by .gz."""
 TEXT_SUFFIXES = (".txt", "")

@@ -23,13 +23,13 @@ from ofa_kernels.kernels.tile import (
 @triton.jit(do_not_specialize=["step", "seed_low", "seed_high"])
 def perturb_forward(
     stream,
-    undisturbed,
+    unperturbed,
     weight,
     bias,
     copies,
     width,
     stride_stream,
-    stride_undisturbed,
+    stride_unperturbed,
     eps,
     epsilon,
     step,
@@ -44,18 +44,18 @@ def perturb_forward(
 ):
     """copies[i] = N(z + ε γ/σ ⊙ ν_i), (SAMPLES, rows, width); one program per row, one read of z.
 
-    With `undisturbed`, (rows, width), the output begins with a copy of it: (1 + SAMPLES, rows, width).
+    With `unperturbed`, (rows, width), the output begins with a copy of it: (1 + SAMPLES, rows, width).
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     eps, epsilon = tl.cast(eps, tl.float32), tl.cast(epsilon, tl.float32)
     key, norm = (step, seed_low, seed_high), (width, eps)
     out = copies + row * width
-    if undisturbed is not None:
+    if unperturbed is not None:
         for tile in range(TILES):
             channel = channels(tile, GROUPS)
             inside = channel < width
-            store(out, channel, inside, load(undisturbed + row * stride_undisturbed, channel, inside))
+            store(out, channel, inside, load(unperturbed + row * stride_unperturbed, channel, inside))
         out += rows * width
     z_row = stream + row * stride_stream
     mu, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)

@@ -158,7 +158,7 @@ def step_boundary_backward(
             g_row = grad_stack + at
             mu, r = row_moments(z_row, width, eps, GROUPS, TILES, CENTRED)
             shift = epsilon * r
-            along, through = undisturbed_statistics(z_row, g_row, weight, mu, r, width, GROUPS, TILES, CENTRED, OFFSET)
+            along, through = unperturbed_statistics(z_row, g_row, weight, mu, r, width, GROUPS, TILES, CENTRED, OFFSET)
             statistics, pull = perturbed_statistics(
                 z_row, g_row + size, size, weight, scale_squares, row, next_key, shift, mu, r, norm, SAMPLES, SLOTS,
                 GROUPS, TILES, STAGES, CENTRED, OFFSET, GAUSSIAN
@@ -207,7 +207,7 @@ def step_boundary_backward(
 
 
 @triton.jit
-def undisturbed_statistics(
+def unperturbed_statistics(
     z_row, g_row, weight, mu, r, width, GROUPS: tl.constexpr, TILES: tl.constexpr, CENTRED: tl.constexpr,
     OFFSET: tl.constexpr
 ):  # fmt: skip

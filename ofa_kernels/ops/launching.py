@@ -246,15 +246,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def runs_and_tiles(kernel: Any, rows: int, tensor: Tensor, width: int) -> tuple[int, int]:
-    """(runs of rows, tiles of a row) for a kernel whose programs take one tile of a run of rows each.
-
-    Every tile has its own program, so fewer runs keep the GPU busy.
-    """
-    tiles = configuration(kernel, tensor, width).tiles
-    return (launch.programs(rows, max(1, multiprocessors(tensor.device) // tiles)) if rows else 0), tiles
-
-
 class ScaleGradients:
     """Buffers for the gradients of γ and β, summed by each program over its rows, then over the programs in order.
 

@@ -11,7 +11,7 @@ from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, as_st
 from ofa_kernels.philox import check_probe
 
 library.define(
-    "perturb(Tensor stream, Tensor? undisturbed, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
+    "perturb(Tensor stream, Tensor? unperturbed, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
     "SymInt samples, float epsilon, SymInt seed, SymInt step, bool gaussian) -> Tensor"
 )
 library.define(
@@ -33,20 +33,20 @@ def perturb(
     seed: int,
     step: int = 0,
     probe: str = "rademacher",
-    undisturbed: Tensor | None = None,
+    unperturbed: Tensor | None = None,
 ) -> Tensor:
     """As `reference.perturb`, with one read of the stream and probes in registers."""
     reference.check_norm(stream, weight, bias, kind)
     check_probe(probe)
-    if undisturbed is not None:
-        reference.check_same_shape("undisturbed", undisturbed, "stream", stream)
+    if unperturbed is not None:
+        reference.check_same_shape("unperturbed", unperturbed, "stream", stream)
     norm = eps, kind == "layer", offset
-    return call(stream, undisturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian")
+    return call(stream, unperturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian")
 
 
 def forward(
     stream: Tensor,
-    undisturbed: Tensor | None,
+    unperturbed: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
@@ -61,10 +61,10 @@ def forward(
     """Launch the forward kernel."""
     from ofa_kernels.kernels.perturb import perturb_forward
 
-    first = stream if undisturbed is None else undisturbed
-    copies = first.new_empty((samples + (undisturbed is not None), *stream.shape))
+    first = stream if unperturbed is None else unperturbed
+    copies = first.new_empty((samples + (unperturbed is not None), *stream.shape))
     width = stream.shape[-1]
-    z, front = as_rows(stream, width), None if undisturbed is None else as_rows(undisturbed, width)
+    z, front = as_rows(stream, width), None if unperturbed is None else as_rows(unperturbed, width)
     run(
         perturb_forward,
         z.shape[0],
@@ -89,11 +89,11 @@ def forward(
     return copies
 
 
-def empty(stream: Tensor, undisturbed: Tensor | None, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+def empty(stream: Tensor, unperturbed: Tensor | None, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
     samples = settings[3]
-    if undisturbed is None:
+    if unperturbed is None:
         return stream.new_empty((samples, *stream.shape))
-    return undisturbed.new_empty((1 + samples, *stream.shape))
+    return unperturbed.new_empty((1 + samples, *stream.shape))
 
 
 def backward(
@@ -156,9 +156,9 @@ def empty_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    stream, undisturbed, weight, bias, *settings = inputs
+    stream, unperturbed, weight, bias, *settings = inputs
     ctx.eps, ctx.centred, ctx.offset, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
-    ctx.front, ctx.biased = undisturbed is not None, bias is not None
+    ctx.front, ctx.biased = unperturbed is not None, bias is not None
     ctx.save_for_backward(stream, weight)
 
 

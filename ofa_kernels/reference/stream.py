@@ -88,7 +88,7 @@ def perturb(
     seed: int,
     step: int = 0,
     probe: str = "rademacher",
-    undisturbed: Tensor | None = None,
+    unperturbed: Tensor | None = None,
 ) -> Tensor:
     """Normalized copies of the stream, each moved along one preconditioned probe.
 
@@ -100,25 +100,25 @@ def perturb(
         stream: z, (..., d).
         epsilon: finite-difference step ε, in units of the stream per unit of Pν.
         seed, step: the probes' Philox key and counter word, see `philox.probes`.
-        undisturbed: the branch's input without probes, shaped like the stream, returned as the first copy.
+        unperturbed: the branch's input without probes, shaped like the stream, returned as the first copy.
 
     Returns:
-        (samples, ..., d) in the stream's dtype; (1 + samples, ..., d) with `undisturbed`, in its dtype.
+        (samples, ..., d) in the stream's dtype; (1 + samples, ..., d) with `unperturbed`, in its dtype.
 
     Raises:
         ValueError: unknown `kind` or `probe`, or shapes that do not match.
     """
     check_norm(stream, weight, bias, kind)
-    if undisturbed is not None:
-        check_same_shape("undisturbed", undisturbed, "stream", stream)
+    if unperturbed is not None:
+        check_same_shape("unperturbed", unperturbed, "stream", stream)
     wide = upcast(stream)
     rstd = moments(wide, eps, kind)[1]
     direction = (upcast(weight) + offset) * rstd.unsqueeze(-1)
     moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
     copies = _normalize(moved, weight, bias, eps, kind, offset)[0]
-    if undisturbed is None:
+    if unperturbed is None:
         return copies.to(stream.dtype)
-    return torch.cat((undisturbed.unsqueeze(0), copies.to(undisturbed.dtype)))
+    return torch.cat((unperturbed.unsqueeze(0), copies.to(unperturbed.dtype)))
 
 
 def displace(
@@ -149,7 +149,7 @@ def contract(
 
     Args:
         base: branch output of the unperturbed stream, (..., d).
-        copies: branch outputs of the displaced copies, (samples, ..., d).
+        copies: branch outputs of the perturbed copies, (samples, ..., d).
 
     Returns:
         (samples, ...) and (...), float32.
@@ -183,7 +183,7 @@ def step_boundary(
     Args:
         residual: the stream that `step` started from, (..., d).
         update: its branch's output, same shape.
-        copies: its branch's outputs of displaced copies, (n, ..., d); n may be 0.
+        copies: its branch's outputs of perturbed copies, (n, ..., d); n may be 0.
         weight, bias, eps, kind, offset: the norm that `step` + 1 starts with, see `norm_step`.
         samples: number of perturbed copies of step + 1; may be 0.
 
@@ -199,7 +199,7 @@ def step_boundary(
     norm: dict[str, Any] = {"eps": eps, "kind": kind, "offset": offset}
     stream, normalized, _, _ = norm_step(residual, update, weight, bias, **norm)
     keys: dict[str, Any] = {"seed": seed, "step": step + 1, "probe": probe}
-    stack = perturb(stream, weight, bias, **norm, samples=samples, epsilon=epsilon, **keys, undisturbed=normalized)
+    stack = perturb(stream, weight, bias, **norm, samples=samples, epsilon=epsilon, **keys, unperturbed=normalized)
     return stream, stack, update_sqnorm, products
 
 

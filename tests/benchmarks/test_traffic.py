@@ -71,8 +71,8 @@ def norm_step_backward(size, measured=True):
     return norm_step.backward(*saved, *grads, size.centred, 0.0, size.biased)
 
 
-def perturb_forward(size, undisturbed=False):
-    tensors = rows(size), rows(size) if undisturbed else None, *scale_and_shift(size)
+def perturb_forward(size, unperturbed=False):
+    tensors = rows(size), rows(size) if unperturbed else None, *scale_and_shift(size)
     return (perturb.forward(*tensors, 1e-5, size.centred, 0.0, size.samples, 0.1, *PROBE),)
 
 
@@ -141,9 +141,9 @@ OPERATIONS = {
     ),
     "perturb_forward": (perturb_forward, traffic.perturb_forward, lambda n: {"stream": 1 + 2 * n}),
     "perturb_forward behind": (
-        partial(perturb_forward, undisturbed=True),
-        partial(traffic.perturb_forward, undisturbed=True),
-        lambda n: {"stream": 1 + 2 * n, "undisturbed": 1},
+        partial(perturb_forward, unperturbed=True),
+        partial(traffic.perturb_forward, unperturbed=True),
+        lambda n: {"stream": 1 + 2 * n, "unperturbed": 1},
     ),
     "perturb_backward": (
         perturb_backward,

@@ -139,7 +139,7 @@ def _without_update(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _behind(function: Callable[..., Any]) -> Callable[..., Any]:
-    def stack(stream: Tensor, weight: Tensor, bias: Tensor | None, undisturbed: Tensor, **settings: Any) -> Tensor:
-        return function(stream, weight, bias, undisturbed=undisturbed, **settings)  # type: ignore[no-any-return]
+    def stack(stream: Tensor, weight: Tensor, bias: Tensor | None, unperturbed: Tensor, **settings: Any) -> Tensor:
+        return function(stream, weight, bias, unperturbed=unperturbed, **settings)  # type: ignore[no-any-return]
 
     return stack

@@ -3,14 +3,14 @@
     tr(J P) ≈ 1/(εN) Σᵢ νᵢᵀ(F(Z + εPνᵢ) − F(Z))
 
 for random νᵢ with E[ννᵀ] = I (Hutchinson 1990). If the branch reads the norm's output, its input is the norm of the
-displaced stream. If the norm comes after the branch, the σ of P = Γ/σ is not known before; since σ is one number per
+perturbed stream. If the norm comes after the branch, the σ of P = Γ/σ is not known before; since σ is one number per
 token, tr(J Γ/σ) = E[(ν/σ)ᵀ J Γν], and the output rows are divided by σ.
 
 With the curvature held fixed, the derivative in γ is a diagonal, and E[ν ⊙ (J ν/σ)] = diag(J)/σ:
 
     ∂tr/∂γ_k ≈ 2/(εN) Σᵢ ν_ik (F(Z + εν_i/σ) − F(Z))_k,     tr ≈ ½ Σ_k γ_k ∂tr/∂γ_k
 
-The copies are displaced without γ, and run after the branch without a graph. Probes along Pν would have to be divided
+The copies are perturbed without γ, and run after the branch without a graph. Probes along Pν would have to be divided
 by γ_k, some of which are near 0: their noise is 1.2 to 79 times the gradient in branches of the embedded model, that of
 ν/σ 0.3 to 4.5 times.
 
@@ -211,11 +211,11 @@ class FullHutchinson(_Differences):
         """Nothing to release."""
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
-        """The branch's input with `copies` displaced inputs after it, (1 + copies)·B along the first dimension."""
+        """The branch's input with `copies` perturbed inputs after it, (1 + copies)·B along the first dimension."""
         keys = self._keys(branch, stream, probe)
         if branch.reads == "normalized":
             settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset, **keys}
-            return dispatch.perturb(stream, norm.weight, norm.bias, **settings, undisturbed=entering).flatten(0, 1)
+            return dispatch.perturb(stream, norm.weight, norm.bias, **settings, unperturbed=entering).flatten(0, 1)
         copies = dispatch.displace(stream, self._preconditioner(branch, norm, stream), **keys)
         return torch.cat((entering.unsqueeze(0), copies.to(entering.dtype))).flatten(0, 1)
 
@@ -228,7 +228,7 @@ class FullHutchinson(_Differences):
         keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
         products, sqnorm = dispatch.contract(real, copies, **keys)
         if branch.writes == "stream":
-            # The copies' outputs contain their displaced streams; subtract them, that is tr(P).
+            # The copies' outputs contain their perturbed streams; subtract them, that is tr(P).
             moved = dispatch.displace(
                 stream, self._preconditioner(branch, norm, stream), **self._keys(branch, stream, probe)
             )

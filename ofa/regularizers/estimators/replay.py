@@ -54,7 +54,7 @@ class Replay:
         self._open, self._first, self._last = False, None, None
 
     def run(self, inputs: Tensor, stream: Tensor, copies: int) -> Tensor:
-        """The branch's output for `copies` other batches, (copies·B, T, d); `stream` is their displaced stream.
+        """The branch's output for `copies` other batches, (copies·B, T, d); `stream` is their perturbed stream.
 
         Raises:
             InputError: the computation between the branch's modules is unknown.

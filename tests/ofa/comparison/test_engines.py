@@ -86,7 +86,7 @@ def ended(processes: list[psutil.Process]) -> bool:
 def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid, tmp_path):
     """A killed worker's cell runs again; then the parent is killed, and its workers end.
 
-    The same command resumes, and every cell has the result of an undisturbed run.
+    The same command resumes, and every cell has the result of an unperturbed run.
     """
     out = tmp_path / "out"
     running = Running(*grid, "--out", str(out))
@@ -108,8 +108,8 @@ def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid
     assert told.told[0] == f"{lines} of 16 cells are there, {16 - lines} to run"
     assert (out / RESULTS).read_bytes().startswith(finished)
     assert (told.json["done"], told.json["failed"]) == (12, 4)
-    run(*grid, "--out", tmp_path / "undisturbed")
-    results = [{r.cell.key: but_for_times(r) for r in read_records(tmp_path / name)} for name in ("out", "undisturbed")]
+    run(*grid, "--out", tmp_path / "unperturbed")
+    results = [{r.cell.key: but_for_times(r) for r in read_records(tmp_path / name)} for name in ("out", "unperturbed")]
     assert results[0] == results[1]
 
 

@@ -222,7 +222,7 @@ def test_the_step_in_float32_is_near_the_best_one(problem, monkeypatch):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_finite_difference_puts_the_scales_back_to_the_bit(problem, broken):
-    """Also where the displaced pass fails."""
+    """Also where the perturbed pass fails."""
     before = [scale.detach().clone() for scale in problem.parameters]
     passes = 0
 
