@@ -34,7 +34,7 @@ def test_whole_layers_of_other_families(name):
 
 @pytest.mark.parametrize("name", NORM_BEHIND)
 def test_whole_layers_with_the_norm_behind_the_branch(name):
-    # σ is known only after the branch: the loop moves by εγν/σ, the batched pass by εγν, and divides afterwards. With
+    # σ is known only after the branch: the loop displaces by εγν/σ, the batched pass by εγν, and divides afterwards. With
     # one token per sequence (no other token's σ to meet) they differ by curvature alone, which is proportional to ε.
     gaps = []
     for epsilon in (1e-4, 1e-5):
@@ -108,7 +108,7 @@ def padded(batch):
 
 
 def assert_equal_to_rounding(dtype, epsilon, got, expected):
-    # A difference quotient divides what rounding leaves of F(Z + εPν) − F(Z) by ε, in the value and in its gradient.
+    # A difference quotient divides the rounding of F(Z + εPν) − F(Z) by ε, in the value and in its gradient.
     # 100 covers the roundings in series in three layers; both are relative to the largest entry, as rounding is.
     tolerance = 100 * torch.finfo(dtype).eps / epsilon
     for actual, wanted in zip(got, expected, strict=True):

@@ -1,4 +1,4 @@
-"""`benchmarks.attaching` run small: what it counts is exact, so that it can be held to what must be there."""
+"""`benchmarks.attaching` run small: its counts are exact and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks import attaching
 
 SEQUENCES, TOKENS = 2, 8
 WIDTH, BRANCHES = 64, 6
-"""Of the tiny model: what a branch adds to the stream has so many channels."""
+"""Channels of the tiny model's stream."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_nothing_is_attached_where_nothing_is_weighted(rows: dict[tuple[str, ...
 
 
 def test_bytes_are_counted_to_the_byte(rows: dict[tuple[str, ...], float]) -> None:
-    """The step ratio keeps what each branch adds to the stream, in float32, and of the rest only numbers per row.
+    """The step ratio saves each branch's update in float32, and otherwise only numbers per row.
 
     The sharpness keeps nothing, with a gradient in P.
     """
@@ -46,13 +46,13 @@ def test_bytes_are_counted_to_the_byte(rows: dict[tuple[str, ...], float]) -> No
 
 
 def test_checkpoints_lower_the_peak_of_every_variant(rows: dict[tuple[str, ...], float]) -> None:
-    """Layers are then held one at a time; so few of them that the cheapest variants gain little."""
+    """Layers are then kept one at a time; with few layers, the cheapest variants gain little."""
     peaks = {on: {v: rows["memory", v, "peak_bytes", on] for v in attaching.MEASURED} for on in ("True", "False")}
     assert all(peaks["True"][variant] < peaks["False"][variant] for variant in attaching.MEASURED)
 
 
 def test_the_peak_is_the_most_at_a_time() -> None:
-    """What is freed before does not count, nor what was there before."""
+    """Without memory that was freed or allocated before."""
     there = torch.empty(1 << 22, dtype=torch.uint8)
 
     def call() -> None:
@@ -64,6 +64,6 @@ def test_the_peak_is_the_most_at_a_time() -> None:
 
 
 def test_every_estimator_is_attached_and_closed(rows: dict[tuple[str, ...], float]) -> None:
-    """Milliseconds, of all of them, the model given back each time."""
+    """Milliseconds of all estimators, with the model restored each time."""
     for variant in attaching.ATTACHED:
         assert 0 < rows["attach", variant, "attach_and_close_median", "False"] < 10_000

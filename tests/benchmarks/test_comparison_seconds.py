@@ -32,7 +32,7 @@ def values(rows):
 
 
 def test_every_method_and_task_has_its_median_and_range(tmp_path):
-    """Of the committed comparison, beside a count by hand."""
+    """Of the committed comparison, against a plain count."""
     comparison_seconds.main([str(KEPT), "--out", str(tmp_path / "seconds.csv"), "--commit", "abc"])
     rows = table(tmp_path / "seconds.csv")
     assert len(rows) == 4 * 16 * 6
@@ -66,7 +66,7 @@ def script(*arguments, **environment):
 
 
 def test_the_script_runs_a_grid_and_leaves_results_report_and_seconds(tiny_folder, tmp_path):
-    """And none of them names a folder of this machine, but for the model's."""
+    """None of them names a folder of the machine, except the model's."""
     write_task(tmp_path / "data" / "mood", "mood")
     write_task(tmp_path / "data" / "kind", "kind")
     options = "--methods zero-shot,icl --seeds 1-2 --shots 1 --test-size 4 --dtype float32"
@@ -88,7 +88,7 @@ def test_the_script_runs_a_grid_and_leaves_results_report_and_seconds(tiny_folde
 
 
 def test_what_compiles_the_kernels_is_a_grid_of_methods_that_the_comparison_has():
-    """It runs on a GPU alone; a slip in it would be seen there for the first time."""
+    """The script runs only on a GPU, where an error would first be found."""
     grids = [
         checked_part(Grid, {"tasks": "mood", **yaml.safe_load((SCRIPT.parent / name).read_text())})
         for name in ("compile_kernels.yaml", "comparison.yaml")

@@ -1,4 +1,4 @@
-"""What eager moves is counted, not estimated: each kernel's inputs and outputs, and nothing that is no kernel."""
+"""Eager traffic is counted, not estimated: inputs and outputs of each kernel, and of nothing else."""
 
 from __future__ import annotations
 

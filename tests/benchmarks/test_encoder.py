@@ -1,4 +1,4 @@
-"""The baseline of a sentence encoder keeps records like those of compare, and runs no cell twice."""
+"""The baseline of a sentence encoder writes records like `ofa compare`, and runs no cell twice."""
 
 from __future__ import annotations
 

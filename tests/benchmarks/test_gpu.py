@@ -1,4 +1,4 @@
-"""What is run on a GPU runs small on a CPU too, so that a lease is not spent on finding out that it does not."""
+"""The GPU benchmarks also run small on a CPU, so that errors are found without a GPU."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ TUNED = ["--rows", "2", "--width", "128", "--repeats", "2"]
 
 
 def test_every_launch_of_a_kernel_of_rows_is_timed_beside_its_own(tmp_path):
-    """Each tile, pipelined or not, with as many programs as are tried; the results of each are right."""
+    """Every candidate's tiles, stages and number of programs give right results."""
     tune_rows.main(["--out", str(tmp_path / "rows.csv"), "--kernels", "norm_step_backward", *TUNED])
     rows = read(tmp_path / "rows.csv")
     assert {row["metric"] for row in rows} - {"spills"} == {"time_median"}
@@ -122,7 +122,7 @@ def test_what_a_call_does_not_launch_is_said():
 
 
 def test_the_memory_checker_sees_every_kernel():
-    """Every kernel that is compiled ahead of time, which `ofa_kernels.workload` launches, is launched here too."""
+    """Every kernel of `ofa_kernels.workload`, which is compiled ahead of time, is launched here too."""
     ahead = [
         *workload.cases([64], ["fp32"], ["rms"], [1]),
         *workload.curvature_cases([64], ["bf16"], workload.VARIANTS),
@@ -149,10 +149,10 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: there are no CUDA graphs elsewhere")
 @pytest.mark.parametrize("variant", gpu_step.REPLAYED)
 def test_a_replayed_step_has_the_gradients_of_an_eager_one(variant):
-    """At scales that have moved since the capture: the constants of the closed form are computed in the graph.
+    """With scales changed after the capture: the constants of the closed form are computed in the graph.
 
-    Half a unit of bfloat16, 2⁻⁹, in the two places where a gradient of a scale is rounded differently if kernels of
-    other tiles are chosen, and again for every one of the four branches that it comes through.
+    Tolerance: half a unit of bfloat16, 2⁻⁹, in the two places where kernels with other tiles round a scale's gradient
+    differently, and again in each of the four branches that it passes.
     """
     workload = gpu_step.TINY.reshaped("small", hidden_size=128, intermediate_size=192, vocab_size=64).of(2, 64)
     model = gpu_step.build(workload, torch.device("cuda"), torch.bfloat16)
@@ -177,7 +177,7 @@ def _launched(run):
 
 
 def test_the_hosts_time_is_measured_on_kernels_without_a_gpu(tmp_path):
-    """In a process of its own, which computes nothing afterwards. A step launches more kernels the more it measures."""
+    """In a separate process, which cannot compute afterwards. A step that measures more launches more kernels."""
     command = [sys.executable, "-m", "benchmarks.host_time", "--rounds", "2", "--out", str(tmp_path / "host.csv")]
     subprocess.run(command, cwd=SCRIPT.parents[1], check=True, capture_output=True)
     rows = read(tmp_path / "host.csv")
@@ -203,7 +203,7 @@ LISTING = """
     [(True, 5 + 3 * 3, 2 + 3 * 1), (False, 7 + 3 * 3 + 3 * 5, 2 + 3 * 1 + 3 * 2)],
 )
 def test_what_is_in_a_loop_counts_as_often_as_it_is_met(over_rows, instructions, barriers):
-    """Four samples: three more rounds of every loop but that over rows, around which nothing counts."""
+    """Four samples: three more rounds of every loop except that over rows, outside which nothing counts."""
     code = machine_code.read(LISTING)
     assert code.loops == [(0x20, 0x40), (0x10, 0x50)]
     assert code.per_row(machine_code.is_any, 4, over_rows=over_rows) == instructions

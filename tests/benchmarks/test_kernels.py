@@ -1,4 +1,4 @@
-"""The kernels' benchmark: a table on any machine, from implementations that compute what they should."""
+"""The kernels' benchmark: a table on any machine, of implementations with right results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_kernels_compute_the_reference(one):
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
 def test_wrong_results_are_refused(monkeypatch, tmp_path, capsys, factor):
-    """Its error is written in place of its times; the others are timed."""
+    """Its error is written instead of its times; the others are timed."""
 
     def wrong(residual, update, weight):
         stream, normalized, length = first().operation.eager(residual, update, weight)
@@ -94,7 +94,7 @@ def first():
 
 
 def timed_with(library, monkeypatch, folder):
-    """The table of the first pass, with this function in the place of the library's."""
+    """The table of the first pass, with this function instead of the library's."""
     changed = replace(first(), operation=replace(first().operation, library=library))
     monkeypatch.setattr(kernels, "passes", lambda samples: [changed])
     out = folder / "kernels.csv"

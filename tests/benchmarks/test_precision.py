@@ -1,4 +1,4 @@
-"""The table of errors by dtype says what it is read for: which estimator loses what, and where steps are best."""
+"""The table of errors by dtype: the error of each estimator, and the best step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_errors_of_a_small_model_are_of_the_size_of_their_dtype() -> None:
     assert found["exact", "default", "noise"] == 0
     assert found["hutchinson", "default", "noise"] > 0.1
     assert found["hutchinson", "ε = 1", "error"] > 0.5
-    # Rounding falls with δ and bending rises: in between there is a best one.
+    # Rounding falls with δ and curvature rises: there is a best δ in between.
     curve = [found["hutchinson", f"δ = {delta:g}", "gradient_error"] for delta in precision.RELATIVE]
     assert min(curve) < min(curve[0], curve[-1])
 

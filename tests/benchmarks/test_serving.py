@@ -1,4 +1,4 @@
-"""The latencies of adapters: the same request to models that answer alike, compared within a round."""
+"""The latencies of adapters: the same request to models with the same answers, compared within a round."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import serving
 
-# PEFT says so of every norm, and then tunes it all the same.
+# PEFT warns of every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
 
@@ -34,7 +34,7 @@ def test_models_that_answer_differently_are_not_compared(tiny_folder, tmp_path):
 
 
 def test_a_ratio_is_taken_within_a_round():
-    """A machine that is ten times slower in one round is so for all: the ratio does not see it."""
+    """A round in which the machine is ten times slower does not change the ratios."""
     base = [1.0, 10.0, 1.0, 2.0, 1.0]
     assert serving.ratio([1.5 * one for one in base], base) == (1.5, 1.5, 1.5)
 

@@ -1,4 +1,4 @@
-"""The page of the studies says what the records say: differences paired by draw, against the grid's first row."""
+"""The page of the studies follows from the records: differences paired by draw, against the grid's first row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(method, settings, task, seed, accuracy, likelihood, context="prompt")
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """A page with a place for one study: a row lost a cell, another has a context and a task of its own."""
+    """A page with one study: a row lacks a cell, another has a different context and task."""
     folder = tmp_path / "records" / "steps"
     folder.mkdir(parents=True)
     base = {(task, seed): (0.5 + 0.1 * (task == "b"), 0.9) for task in "ab" for seed in (1, 2, 3)}
@@ -50,7 +50,7 @@ def page(tmp_path, monkeypatch):
 
 
 def test_differences_are_paired_with_the_first_row_and_the_best_row_is_on_top(page, tmp_path):
-    """With intervals from six pairs on; a row that has demonstrations always is set against the bare prompt."""
+    """With intervals from six pairs on; a row that always has demonstrations is compared with the bare prompt."""
     rows = [line for line in studies.filled(page).splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| norm-tuning (max_steps=60) | 55.0 | 0.900 | 0.125 | – | – | – | 30 s |",

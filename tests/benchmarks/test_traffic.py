@@ -23,9 +23,9 @@ SIZES = [
 ]
 PROBE = 7, 3, False
 CACHED = ("weight", "bias")
-"""Read again by every row: once in the model."""
+"""Operands that every row reads again; counted once in the model."""
 PARTIAL = ("partial_weight", "partial_bias")
-"""Not in the model; what is made of them is."""
+"""Operands that are not in the model; their results are."""
 
 
 class Ledger:
@@ -125,8 +125,8 @@ def label(parameter):
     return f"{parameter.rows}x{parameter.width}" if isinstance(parameter, Size) else f"tiles of {parameter or 'a row'}"
 
 
-# Every operation with the model of its bytes, and how often it reads each element of its rows and numbers per row if a
-# row is one tile. What is read more than once is in the cache: the rows are those of one program.
+# Every operation with the model of its bytes, and the reads of each element of its rows and numbers per row if a row is
+# one tile. Repeated reads are in the cache, since one program reads them.
 OPERATIONS = {
     "norm_step_forward": (norm_step_forward, traffic.norm_step_forward, lambda n: {"residual": 1, "update": 1}),
     "norm_step_backward": (
@@ -182,7 +182,7 @@ over_sizes = pytest.mark.parametrize("size", SIZES, ids=label)
 
 @cache
 def counted(operation, size, tile):
-    """The ledger of one call and its results; rows in tiles of `tile` columns, or of as many as they usually have."""
+    """The ledger of one call and its results; rows have tiles of `tile` columns, or the default."""
     from triton.runtime.interpreter import interpreter_builder
 
     ledger, builder = Ledger(), type(interpreter_builder)

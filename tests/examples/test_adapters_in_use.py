@@ -16,7 +16,7 @@ import ofa
 from ofa.evaluation.scorer import evaluate
 from tests.examples.test_loops import example
 
-# PEFT says so of every norm, and then tunes it all the same.
+# PEFT warns of every norm, and tunes it anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
 WAYS = ["PeftModel.from_pretrained", "AutoPeftModelForCausalLM", "model.load_adapter", "merged checkpoint"]
@@ -35,7 +35,7 @@ def adapter(tiny_folder: Path, tmp_path: Path) -> Path:
 def opened(
     adapter: Path, out: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> tuple[dict[str, float], list[str]]:
-    """The distances that the example prints, and what the two pipelines wrote."""
+    """The distances that the example prints, and the texts of the two pipelines."""
     example("open_adapter").main([str(adapter), "--dtype", dtype, "--out", str(out)])
     printed = capsys.readouterr().out
     distances = {name.strip(): float(value) for name, value in re.findall(r"(?m)^(.{26}) (\S+e\S+)", printed)}
@@ -43,7 +43,7 @@ def opened(
 
 
 def test_everything_opens_an_adapter_and_answers_the_same(adapter: Path, tmp_path: Path, capsys) -> None:
-    """To the bit in float32, and the base alone answers something else."""
+    """Bit-identical in float32, and different from the base."""
     distances, written = opened(adapter, tmp_path / "checkpoint", "float32", capsys)
     assert {name: distances[name] for name in WAYS} == dict.fromkeys(WAYS, 0.0)
     assert distances["the base without it"] > 0.1
@@ -56,7 +56,7 @@ def test_in_half_precision_all_round_the_scales_alike(dtype: str, adapter: Path,
     """PEFT and the merged checkpoint round the scales once; the adapter in use has them in float32."""
     distances, written = opened(adapter, tmp_path / "checkpoint", dtype, capsys)
     assert len({distances[name] for name in WAYS}) == 1
-    # Rounding, which shows, and is small beside what the adapter does.
+    # Rounding is visible, and small relative to the adapter's effect.
     assert 0 < distances["merged checkpoint"] < 0.1 * distances["the base without it"]
     assert written[0] == written[1]
 

@@ -1,4 +1,4 @@
-"""The examples that start several processes, run small by the launchers themselves, over gloo on the CPU."""
+"""The examples with several processes, run small by their launchers, over gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COMMANDS = {
     "accelerate": [*ACCELERATE, "accelerate_ddp.yaml", "accelerate_loop.py"],
 }
 SECONDS = 240
-"""Ten times what the slowest takes on one idle core; a rank that hangs ends with it."""
+"""Seconds until a hanging rank is killed: ten times what the slowest example takes on one idle core."""
 
 
 def launch(*command: str) -> str:
-    """What a module of Python with these arguments printed, together with the processes that it started."""
+    """The output of a Python module with these arguments, and of the processes that it starts."""
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -72,7 +72,7 @@ def test_two_processes_end_where_the_plain_loop_ends(name: str, tiny_folder: Pat
 
 @pytest.mark.parametrize(("name", "kind"), [("accelerate_ddp", "MULTI_GPU"), ("accelerate_fsdp", "FSDP")])
 def test_accelerate_knows_every_line_of_its_configuration(name: str, kind: str) -> None:
-    """FSDP2 is what accelerate has for GPUs only; it refuses keys that it does not know."""
+    """accelerate runs FSDP2 only on GPUs; it refuses unknown keys."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))

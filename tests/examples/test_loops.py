@@ -1,4 +1,4 @@
-"""The examples that are training loops, run small: what they train, and how much the penalty weighs in a step."""
+"""The examples with training loops, run small: trained parameters, and the penalty's weight in a step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def example(name: str) -> ModuleType:
 
 
 def run(name: str, model: Path, out: Path, *options: str, rounds: int = 2) -> dict[str, Tensor]:
-    """The adapter of `rounds` epochs, which are steps in the plain loop; its folder is new."""
+    """The adapter of `rounds` epochs (steps in the plain loop), in a new folder."""
     length = "--steps" if name == "plain_loop" else "--epochs"
     example(name).main(["--model", str(model), "--out", str(out), length, str(rounds), *options])
     return read_adapter(out).parameters
@@ -49,7 +49,7 @@ def run(name: str, model: Path, out: Path, *options: str, rounds: int = 2) -> di
 def test_it_tunes_the_norms_and_says_so(
     name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every scale has moved, the adapter is saved, J and H are printed as numbers."""
+    """Every scale has changed, the adapter is saved, J and H are printed as numbers."""
     tuned = run(name, tiny_folder, tmp_path / "adapter")
     assert len(tuned) == 7
     assert all(float((scale - 1).abs().max()) > 1e-4 for scale in tuned.values())
@@ -108,7 +108,7 @@ def test_it_ends_where_the_plain_loop_ends(name: str, tiny_folder: Path, tmp_pat
 
 @pytest.mark.parametrize("name", ["plain_loop"])
 def test_saving_memory_changes_nothing(name: str, tiny_folder: Path, tmp_path: Path) -> None:
-    """Checkpoints, offloading and both, with accumulation: the same adapter to the bit."""
+    """Checkpoints, offloading and both, with accumulation: bit-identical adapters."""
     plain, *others = (
         run(name, tiny_folder, tmp_path / "-".join(flags or ("plain",)), "--accumulate", "2", *flags)
         for flags in ((), ("--checkpointing",), ("--offload",), ("--checkpointing", "--offload"))
@@ -118,7 +118,7 @@ def test_saving_memory_changes_nothing(name: str, tiny_folder: Path, tmp_path: P
 
 
 def test_a_compiled_loop_ends_where_the_plain_loop_ends(tiny_folder: Path, tmp_path: Path) -> None:
-    """Up to 2 % of a step: AdamW divides by the gradient, and so enlarges the rounding of small ones."""
+    """Up to 2 % of a step: AdamW divides by the gradient, which amplifies the rounding of small ones."""
     plain = run("plain_loop", tiny_folder, tmp_path / "plain", "--batch-size", "10")
     try:
         compiled = run("plain_loop", tiny_folder, tmp_path / "again", "--batch-size", "10", "--compile", "aot_eager")
@@ -128,7 +128,7 @@ def test_a_compiled_loop_ends_where_the_plain_loop_ends(tiny_folder: Path, tmp_p
 
 
 def test_half_precision_tunes_float32_scales(tiny_folder: Path, tmp_path: Path) -> None:
-    """In bfloat16 a scale of 1 would stay where it is for steps of this size."""
+    """In bfloat16 a scale of 1 would not change by steps of this size."""
     tuned = run("plain_loop", tiny_folder, tmp_path / "adapter", "--dtype", "bfloat16")
     assert all(scale.dtype == torch.float32 for scale in tuned.values())
     assert all(1e-4 < float((scale - 1).abs().max()) < 3e-3 for scale in tuned.values())
@@ -139,7 +139,7 @@ def test_lightning_accumulates_what_a_loop_accumulates(precision: str, tmp_path:
     """Two batches in a step, with and without autocast: the gradient is that of their mean loss."""
     import lightning
 
-    # On the CPU, where Lightning puts a module at the end, wherever it was trained.
+    # On the CPU, where Lightning moves the module after training.
     given = (families.inputs("llama", tokens=tokens, seed=tokens) for tokens in (6, 5))
     rows = [{key: value.cpu() for key, value in one.items()} for one in given]
     module = example("lightning_module").NormTuning(families.build("llama").cpu(), 0.0)

@@ -1,4 +1,4 @@
-"""The examples for other models than plain language models, run small: what trains, what is saved, what opens it."""
+"""The examples for other than plain language models, run small: trained parameters, saved files, loading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 def test_an_encoder_and_its_head_train_and_are_loaded_again(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Scales and head have moved and nothing else; adapter with head and merged checkpoint give the same logits."""
+    """Only scales and head have changed; adapter with head and merged checkpoint give the same logits."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model: Any = families.build("bert")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -52,7 +52,7 @@ def test_an_encoder_and_its_head_train_and_are_loaded_again(
 def test_a_vision_language_model_trains_its_language_part(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each norm of the language part has moved; those of the vision tower are not in the adapter."""
+    """Each norm of the language part has changed; those of the vision tower are not in the adapter."""
     options = ["--language", str(tiny_folder), "--steps", "2", "--out", str(tmp_path / "adapter")]
     example("vision_language").main(options)
     parameters = read_adapter(tmp_path / "adapter").parameters
