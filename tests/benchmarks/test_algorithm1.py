@@ -34,7 +34,7 @@ def test_whole_layers_of_other_families(name):
 
 @pytest.mark.parametrize("name", NORM_BEHIND)
 def test_whole_layers_with_the_norm_behind_the_branch(name):
-    # σ is known only after the branch: the loop displaces by εγν/σ, the batched pass by εγν, and divides afterwards. With
+    # σ is known only after the branch: the loop displaces by εγν/σ, the batched pass by εγν and divides later. With
     # one token per sequence (no other token's σ to meet) they differ by curvature alone, which is proportional to ε.
     gaps = []
     for epsilon in (1e-4, 1e-5):

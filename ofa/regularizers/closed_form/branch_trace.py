@@ -99,7 +99,8 @@ def branch_trace(
 
     Args:
         body: the function between the norms.
-        before, behind: the norms before and after the branch; P is that of `before` if there is one.
+        before: the norm before the branch, or None; P is that of this norm if there is one.
+        behind: the norm after the branch, or None.
         share: weights of the tokens, (B, T), that add up to 1 over the real tokens of a sequence.
         radial: one of `RADIAL`.
     """

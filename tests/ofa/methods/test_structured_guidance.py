@@ -68,7 +68,7 @@ class Problem:
                 scale.add_(part)
 
     def guided(self, guidance):
-        """The gradient that a guidance leaves behind in its second step; an epoch has one, so that there is a τ."""
+        """The gradient of a guidance in its second step; an epoch has one, so that there is a τ."""
         guidance.begin(self.parameters, [lambda: self.loss(slice(0, 9))])
         guidance.backward(lambda: self.loss(slice(4, 8)))
         # Otherwise τ, the length of the first gradient, might lie above the second one's, with no magnitude term.
@@ -339,7 +339,7 @@ class Bowl:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_references_follow_their_definitions(variant):
-    """r: EMA from the gradient on all shots; τ: median of ‖g‖ over the first epoch; s: anew at each epoch's start."""
+    """r: EMA from the gradient on all shots; τ: median of ‖g‖ over the first epoch; s: at each epoch's start."""
     bowl, source = Bowl(), Bowl()
     source.theta = bowl.theta
     guidance = variant(Weights(0.1, 0.1, 0.1), [source.loss(1, 0), source.loss(0, 3)])

@@ -56,7 +56,7 @@ def by_layers(model, ids, overwritten=None):
 
 
 def scores_by_layers(model, tokenizer, task, texts, layer, vector):
-    """Label scores of one text, one word at a time: the word behind the prompt is not overwritten."""
+    """Label scores of one text, one word at a time: the word after the prompt is not overwritten."""
     words = list(label_token_ids(tokenizer, task).values())
     whole = len({word[0] for word in words}) < len(words)
     rows = []
@@ -107,7 +107,7 @@ def test_scores_are_those_of_an_overwrite_by_hand(tiny_model, family, task, laye
     actual = scorer.log_probabilities(TEXTS)
     expected = scores_by_layers(model, tokenizer, task, TEXTS, layer, vector)
     torch.testing.assert_close(actual, expected, atol=ROUNDING, rtol=0)
-    # From the last layer on only the next token depends on it, and words that begin alike are told apart behind that.
+    # From the last layer on only the next token depends on it, and words that begin alike are distinguished after that.
     if task is TASK or layer == 0:
         assert (actual - Scorer(model, tokenizer, task).log_probabilities(TEXTS)).abs().max() > 0.01
 

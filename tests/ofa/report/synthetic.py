@@ -81,7 +81,7 @@ def record(
     test_size: int = 500,
     **fields: object,
 ) -> Record:
-    """A record of one cell; without scores and with an error it is one that failed."""
+    """A record of one cell; without scores and with an error, the cell failed."""
     cell = Cell(model, task, f"hash of {task}", method, seed, shots, test_size, settings or {})
     fields = {"versions": VERSIONS, "finished": "2026-11-21T18:00:00+00:00", **fields}
     return Record(cell=cell, error=error, scores=scores or {}, **fields)
