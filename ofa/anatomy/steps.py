@@ -189,7 +189,7 @@ def _try_wiring(
     if verify:
         seen = _run_first_layer(model, layers[0], _paths(wiring))
         reason = _contradiction(seen, layers[0], [step for step in sublayer if step.layer == 0])
-        if reason and family.layer_only and _norm_stands_behind(seen, layers[0], sublayer):
+        if reason and family.layer_only and _norm_comes_after(seen, layers[0], sublayer):
             return _post_norm_layers(model_type, layers, norms, family.layer_only, by_path), ""
         if reason:
             return None, reason
@@ -409,7 +409,7 @@ def _contradiction(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: li
     return "" if trial.close(end, stream) else f"{layer} does not return the residual sum"
 
 
-def _norm_stands_behind(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: tuple[Step, ...]) -> bool:
+def _norm_comes_after(seen: dict[str, tuple[Tensor, Tensor]], layer: str, steps: tuple[Step, ...]) -> bool:
     """Whether the first layer's norms read the residual sums, and the last norm ends the layer, as in OPT-350m."""
     stream, end = seen[layer]
     own = [step.branches[0] for step in steps if step.layer == 0]

@@ -12,7 +12,7 @@ from tests.families import build, inputs
 
 WEIGHTS = {"step_ratio": 0.3, "sharpness": 0.7}
 NORM_BEFORE = ("qwen3", "granite", "phi", "gpt2", "falcon", "gpt_neox")
-NORM_BEHIND = ("olmo2", "opt_post_norm", "bert")
+NORM_AFTER = ("olmo2", "opt_post_norm", "bert")
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
@@ -32,8 +32,8 @@ def test_whole_layers_of_other_families(name):
     assert_equal_to_rounding(torch.float64, 1e-4, *batched_and_plain(name, torch.float64, inputs(name), **options))
 
 
-@pytest.mark.parametrize("name", NORM_BEHIND)
-def test_whole_layers_with_the_norm_behind_the_branch(name):
+@pytest.mark.parametrize("name", NORM_AFTER)
+def test_whole_layers_with_the_norm_after_the_branch(name):
     # σ is known only after the branch: the loop displaces by εγν/σ, the batched pass by εγν and divides later. With
     # one token per sequence (no other token's σ to meet) they differ by curvature alone, which is proportional to ε.
     gaps = []

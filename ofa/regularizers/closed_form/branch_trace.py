@@ -93,14 +93,14 @@ class Body(Protocol):
 
 
 def branch_trace(
-    body: Body, before: NormAt | None, behind: NormAt | None, share: Tensor, radial: str = "exact"
+    body: Body, before: NormAt | None, after: NormAt | None, share: Tensor, radial: str = "exact"
 ) -> BranchTrace:
     """The trace of a branch from its activations.
 
     Args:
         body: the function between the norms.
         before: the norm before the branch, or None; P is that of this norm if there is one.
-        behind: the norm after the branch, or None.
+        after: the norm after the branch, or None.
         share: weights of the tokens, (B, T), that add up to 1 over the real tokens of a sequence.
         radial: one of `RADIAL`.
     """
@@ -114,10 +114,10 @@ def branch_trace(
         weights, beta = weights * rstd.square(), before.norm.bias
         own = along = before.scale
         scale = own if before.norm.kind == "layer" else None
-    if behind is not None:
-        back, rstd = behind.hat()
+    if after is not None:
+        back, rstd = after.hat()
         weights = weights * (rstd if before is not None else rstd.square())
-        factor = behind.scale
+        factor = after.scale
         along = factor if before is None else along
     read = None if before is None or radial == "none" else _channels(hat, weights, radial)
     sums = body.sums(weights, read, beta)

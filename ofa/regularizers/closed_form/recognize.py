@@ -90,7 +90,7 @@ class Recognized:
     modules: Modules
     spec: Spec
     before: Norm | None
-    behind: Norm | None
+    after: Norm | None
 
 
 def recognize(model: nn.Module, anatomy: Anatomy, steps: Iterable[Step]) -> tuple[Recognized, ...]:
@@ -145,14 +145,14 @@ def _modules(model: nn.Module, branch: Branch) -> Modules:
 
 def _norms(branch: Branch, anatomy: Anatomy, modules: Modules) -> tuple[Norm | None, Norm | None]:
     before = branch.norm if branch.norm_reads_stream else None
-    behind = None
+    after = None
     if ends_in_norm(branch):
-        behind = next(norm for norm in anatomy.norms if norm.path == branch.exit)
-        if any(norm is not None and norm.kind != "rms" for norm in (before, behind)):
-            raise NoClosedForm(f"{behind.path} after {branch.entry} is a LayerNorm")
-    if isinstance(modules, ExpertsModules) and (behind is not None or branch.norm.kind != "rms"):
+        after = next(norm for norm in anatomy.norms if norm.path == branch.exit)
+        if any(norm is not None and norm.kind != "rms" for norm in (before, after)):
+            raise NoClosedForm(f"{after.path} after {branch.entry} is a LayerNorm")
+    if isinstance(modules, ExpertsModules) and (after is not None or branch.norm.kind != "rms"):
         raise NoClosedForm(f"the experts of {branch.entry} have other norms than one RMSNorm before them")
-    return before, behind
+    return before, after
 
 
 def _kind(modules: Modules) -> Any:

@@ -50,13 +50,13 @@ class Exact:
         self.held = not full
         self._radial = "exact" if full else radial
         self._recognized = {one.branch: one for one in recognize(model, anatomy, anatomy.steps(granularity))}
-        self._norms_behind = {
-            branch: model.get_submodule(one.behind.path)
+        self._norms_after = {
+            branch: model.get_submodule(one.after.path)
             for branch, one in self._recognized.items()
-            if one.behind is not None
+            if one.after is not None
         }
         self._taps: dict[Branch, Tap] = {}
-        self._behind: dict[Branch, Tensor] = {}
+        self._after: dict[Branch, Tensor] = {}
         """Inputs of the norms after branches, until the branch is left."""
         self._linears: list[Linear] = [
             linear
@@ -73,7 +73,7 @@ class Exact:
         self._taps = {branch: tap_of(one.modules) for branch, one in self._recognized.items()}
         for tap in self._taps.values():
             handles += tap.handles
-        return handles + [self._watch(branch) for branch in self._norms_behind]
+        return handles + [self._watch(branch) for branch in self._norms_after]
 
     def begin(self, branches: Collection[Branch]) -> None:
         """Refuse trained weights with the full gradient: their part of it would be missing."""
@@ -94,37 +94,37 @@ class Exact:
             RuntimeError: the branch skipped its last projection.
         """
         recognized, seen = self._recognized[branch], self._taps[branch].take()
-        reads = self._behind.pop(branch, None)
+        reads = self._after.pop(branch, None)
         if seen is None:
             raise RuntimeError(
                 f"{branch.entry} skipped its last projection, so the model was changed after the regularizers were "
                 "attached; close() them, and attach them after that"
             )
         before = NormAt(norm, stream) if recognized.before is not None else None
-        behind = None
-        if recognized.behind is not None:
+        after = None
+        if recognized.after is not None:
             assert reads is not None
-            view = view_norm(self._norms_behind[branch], recognized.behind)
-            behind = NormAt(view, reads.view_as(stream))
+            view = view_norm(self._norms_after[branch], recognized.after)
+            after = NormAt(view, reads.view_as(stream))
         radial = self._radial if probe.of_pass.with_grad else "exact"
         with _plain(stream, grad=not self.held):
             body = body_of(recognized, seen)
-            trace = branch_trace(body, before, behind, token_shares(probe.of_pass.mask, stream), radial)
+            trace = branch_trace(body, before, after, token_shares(probe.of_pass.mask, stream), radial)
         return BranchMeasurement(leaving, None, trace if self.held else BranchTrace(trace.values))
 
     def abandon(self) -> None:
         """Release the tensors of branches that were entered and not left."""
         for tap in self._taps.values():
             tap.stop()
-        self._behind.clear()
+        self._after.clear()
 
     def _watch(self, branch: Branch) -> Handle:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._taps[branch].started:
-                self._behind[branch] = hidden_input(args, kwargs)
+                self._after[branch] = hidden_input(args, kwargs)
 
         # Prepended: tuned norms of a bfloat16 model upcast their input.
-        return self._norms_behind[branch].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        return self._norms_after[branch].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_families_are_recognized(name: str) -> None:
     for one in found:
         modules, spec = one.modules, one.spec
         assert (one.before is None) == (name == "olmo2")
-        assert (one.behind is not None) == (name in ("gemma2", "gemma3", "olmo2"))
+        assert (one.after is not None) == (name in ("gemma2", "gemma3", "olmo2"))
         if isinstance(modules, ExpertsModules):
             assert spec == MIXTURES[name]
             continue

@@ -291,7 +291,7 @@ def test_auto_chooses_exact_where_it_can(caplog: pytest.LogCaptureFixture) -> No
         ("opt", "model.decoder.layers.1.activation_fn"),
     ],
 )
-def test_an_exception_in_a_branch_leaves_nothing_behind(name: str, path: str) -> None:
+def test_an_exception_in_a_branch_leaves_no_state(name: str, path: str) -> None:
     """The model fails inside a branch: taps are stopped, and the next pass is bit-identical."""
     model, given = built(name), families.inputs(name)
     plain, module = model(**given).logits, model.get_submodule(path)

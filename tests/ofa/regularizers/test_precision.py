@@ -151,10 +151,10 @@ def test_epsilon_scales_follow_the_length_of_the_stream_and_the_scales() -> None
         model.get_parameter(f"{norm.path}.weight").data *= 4
     assert next(iter(epsilon_scales(model, steps_of(model)).values())).epsilon == pytest.approx(short[0].epsilon / 4)
     # A norm after its branch does not divide by the stream's length: the displacement is γν, not γ/σ ν.
-    behind = families.build("olmo2")
-    before = list(epsilon_scales(behind, steps_of(behind)).values())
-    behind.get_input_embeddings().weight.data *= 10
-    assert next(iter(epsilon_scales(behind, steps_of(behind)).values())).epsilon == pytest.approx(
+    olmo2 = families.build("olmo2")
+    before = list(epsilon_scales(olmo2, steps_of(olmo2)).values())
+    olmo2.get_input_embeddings().weight.data *= 10
+    assert next(iter(epsilon_scales(olmo2, steps_of(olmo2)).values())).epsilon == pytest.approx(
         10 * before[0].epsilon, rel=1e-3
     )
 
