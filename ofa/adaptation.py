@@ -15,6 +15,7 @@ from ofa.errors import InputError
 from ofa.evaluation.scorer import Evaluation
 from ofa.methods import Predictor
 from ofa.methods.norm_tuning import fit_ofa
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks import Data, FewShot, Shots, TaskData, examples_from, few_shot, load_task
 from ofa.training.config import TrainingConfig
 from ofa.training.records import StepRecord, TrainingResult
@@ -102,8 +103,8 @@ class Adaptation:
 
 
 def adapt(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: TaskData | Data,
     shots: Shots = 5,
     seed: int = 42,

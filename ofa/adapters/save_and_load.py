@@ -25,6 +25,7 @@ from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS, read_config, rea
 from ofa.adapters.model_card import model_card
 from ofa.errors import InputError
 from ofa.files import WRITE_ERRORS, at_home, claimed_folder, json_writer, reason, text_writer, write_together
+from ofa.models.types import Tokenizer
 from ofa.tuning.norms import base_parameters, hold_norms
 
 _PREFIX = "base_model.model."
@@ -194,7 +195,12 @@ def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
 
 
 def merge(
-    model: nn.Module | str, adapter: str | Path, out: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+    model: nn.Module | str,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a full checkpoint of the base with the adapter's scales in place of its own.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ofa.anatomy.module_names import ATTENTION_NAMES, MLP_NAMES
 from ofa.errors import InputError
+from ofa.models.types import CausalLM
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Projections:
     down: tuple[str, ...]
 
 
-def find_projections(model: Any) -> Projections:
+def find_projections(model: CausalLM) -> Projections:
     """The projections of a Hugging Face model's text decoder, found by the names of its modules.
 
     Raises:
@@ -44,12 +44,12 @@ def find_projections(model: Any) -> Projections:
     return Projections(query, key, value, tuple(paths[-1] for paths in mlp))
 
 
-def stored_transposed(model: Any, paths: Sequence[str]) -> bool:
+def stored_transposed(model: CausalLM, paths: Sequence[str]) -> bool:
     """Whether the first of these projections keeps its weight as (inputs, outputs), as GPT-2's do."""
     return type(model.get_submodule(paths[0])).__name__ == "Conv1D"
 
 
-def _with_children(model: Any, rows: Sequence[tuple[str | None, ...]]) -> Iterator[list[str]]:
+def _with_children(model: CausalLM, rows: Sequence[tuple[str | None, ...]]) -> Iterator[list[str]]:
     """Paths of the children of every decoder module that has all children named in a row."""
     for path, module in _decoder_modules(model):
         children = {name for name, _ in module.named_children()}
@@ -60,7 +60,7 @@ def _with_children(model: Any, rows: Sequence[tuple[str | None, ...]]) -> Iterat
                 break
 
 
-def _decoder_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def _decoder_modules(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:
     decoder = model.get_decoder()
     prefix = next(path for path, module in model.named_modules() if module is decoder)
     return decoder.named_modules(prefix=prefix)

@@ -15,6 +15,7 @@ from ofa.commands.options import (
     QuietOption,
     TrustOption,
 )
+from ofa.models.types import CausalLM
 
 if TYPE_CHECKING:
     from ofa.anatomy.steps import Anatomy, Step
@@ -56,7 +57,7 @@ def inspect(
         _show(document)
 
 
-def describe(model: Any, anatomy: Anatomy, name: str) -> dict[str, Any]:
+def describe(model: CausalLM, anatomy: Anatomy, name: str) -> dict[str, Any]:
     """The output of `ofa inspect` as JSON values."""
     conventions = Counter((norm.kind, norm.offset, norm.eps) for norm in anatomy.norms)
     return {
@@ -96,7 +97,7 @@ def _step(step: Step) -> dict[str, Any]:
     }
 
 
-def _estimators(model: Any, anatomy: Anatomy) -> list[dict[str, Any]]:
+def _estimators(model: CausalLM, anatomy: Anatomy) -> list[dict[str, Any]]:
     """Each estimator, and whether it applies or why not; `auto` chooses exact if it applies, else hutchinson."""
     from ofa.regularizers.closed_form.recognize import why_not
 

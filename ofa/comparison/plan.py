@@ -13,6 +13,7 @@ from ofa.comparison.grid import Grid, Row
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
 from ofa.files import at_home
+from ofa.models.types import Tokenizer
 from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, is_known, load_task
 
 TEST_SEED = 42
@@ -167,7 +168,7 @@ class Size:
     demonstrations: Mapping[int, int]
 
 
-def sizes(tasks: Mapping[str, TaskPlan], tokenizer: Any) -> dict[str, Size]:
+def sizes(tasks: Mapping[str, TaskPlan], tokenizer: Tokenizer) -> dict[str, Size]:
     """The size of every task.
 
     Raises:
@@ -196,7 +197,7 @@ def check_window(sizes: Mapping[str, Size], window: int | None) -> None:
                 )
 
 
-def _size(task: TaskPlan, tokenizer: Any) -> Size:
+def _size(task: TaskPlan, tokenizer: Tokenizer) -> Size:
     from ofa.evaluation.encoding import Encoder
 
     encoder = Encoder(tokenizer, task.task, None)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ofa.errors import InputError
+from ofa.models.types import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from ofa.tasks.task import Example, Task
 
 
@@ -33,7 +32,7 @@ class Encoder:
         truncated: number of texts cut so far.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, window: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, task: Task, window: int | None) -> None:
         self.tokenizer = tokenizer
         self.task = task
         self.window = window
@@ -170,7 +169,7 @@ class Encoder:
         return "" if self.task.open_ended else example.label
 
 
-def label_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, tuple[int, ...]]:
+def label_token_ids(tokenizer: Tokenizer, task: Task) -> dict[str, tuple[int, ...]]:
     """Token ids of each label word as it follows the prompt, in label order.
 
     If two labels share their first token, every word gets the newline that ends a demonstration. Without it, a label
@@ -211,19 +210,19 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     # verbose=False: texts longer than the window are cut here, so the tokenizer's warning would mislead.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     plain = _plain_ids(tokenizer, _ANY_TEXT)
     full = list(tokenizer(_ANY_TEXT)["input_ids"])
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return tuple(full[:start])
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_id(tokenizer: Tokenizer) -> int:
     # Padding is masked and on the right: any id works if the tokenizer has no pad token.
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in known if token is not None), 0)
@@ -245,7 +244,7 @@ def _check_distinct(ids: Mapping[str, tuple[int, ...]], task: Task) -> None:
             )
 
 
-def _ids_after_prompt(tokenizer: PreTrainedTokenizerBase, task: Task, label: str, end: str = "") -> tuple[int, ...]:
+def _ids_after_prompt(tokenizer: Tokenizer, task: Task, label: str, end: str = "") -> tuple[int, ...]:
     _require_text(label, f"a label of task {task.name!r}")
     prompt = task.prompt(_ANY_TEXT)
     before = _plain_ids(tokenizer, prompt)

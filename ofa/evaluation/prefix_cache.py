@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from ofa.errors import InputError
 from ofa.evaluation.encoding import collate
 from ofa.models.introspection import accepted_arguments, model_window
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+from ofa.models.types import CausalLM
 
 Intervention = Callable[[Tensor], AbstractContextManager[None]]
 """From the column (B,), int64, of each prompt's last token in the input to a context manager around the forward."""
@@ -43,7 +40,7 @@ class PrefixCache:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         prefix: Sequence[int],
         pad_id: int,
         *,
@@ -183,7 +180,7 @@ def _log_probabilities_of(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
-def _cache_layer_names(model: PreTrainedModel) -> set[str]:
+def _cache_layer_names(model: CausalLM) -> set[str]:
     """Class names of the layers of the model's own cache; empty if a cached prefix cannot be continued."""
     from transformers import DynamicCache
 
@@ -195,7 +192,7 @@ def _cache_layer_names(model: PreTrainedModel) -> set[str]:
     return {type(layer).__name__ for layer in cache.layers}
 
 
-def _learns_positions(model: PreTrainedModel) -> bool:
+def _learns_positions(model: CausalLM) -> bool:
     """True if the model has a learned embedding of positions."""
     window, tokens = model_window(model), model.get_input_embeddings()
     tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)

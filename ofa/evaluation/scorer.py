@@ -18,10 +18,9 @@ from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scores import CompletionMetrics, Metrics, metrics
 from ofa.models.introspection import evaluating, model_window
 from ofa.models.load import refuse_encoder
+from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ofa.tasks import Data, TaskData
     from ofa.tasks.task import Example, Task
 
@@ -57,8 +56,8 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     examples: TaskData | Data,
     *,
@@ -117,8 +116,8 @@ class Scorer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: CausalLM,
+        tokenizer: Tokenizer,
         task: Task,
         *,
         demonstrations: Sequence[Example] = (),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ofa.evaluation.scorer import Progress, Scorer
 from ofa.methods import Predictor, nothing_to_release
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 CONTENT_FREE = ("N/A", "[MASK]", "-")
 """The paper has an empty text instead of the dash, but prompts here always have a text."""
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
+def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words after the demonstrations, in the order of `shots`, and calibrate the scores."""
     scorer = CalibratedScorer(model, tokenizer, task, demonstrations=shots)
     return Predictor(scorer, nothing_to_release, contexts=("demonstrations",))

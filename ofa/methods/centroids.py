@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ofa.methods import Predictor
 from ofa.methods.hidden_states import Classifier, fit_classifier
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
+def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Compute the mean of the last hidden states of each label's shots.
 
     Raises:

@@ -24,6 +24,7 @@ from ofa.methods.structured_guidance import (
     check_attention,
 )
 from ofa.models.introspection import model_window
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loss import cross_entropy_in_parts, encode_example
@@ -50,8 +51,8 @@ VARIANTS = {
 
 
 def fit(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     seed: int,
@@ -107,7 +108,7 @@ def fit(
 
 
 @contextmanager
-def _prepared(model: Any, guidance: Any) -> Iterator[None]:
+def _prepared(model: CausalLM, guidance: Any) -> Iterator[None]:
     """Prepare the model for a variant: check the attention's second derivative, or use float32 weights."""
     if guidance is ExactGuidance:
         check_attention(model)
@@ -125,7 +126,7 @@ def _prepared(model: Any, guidance: Any) -> Iterator[None]:
 
 
 def source_losses(
-    model: Any, tokenizer: Any, other_tasks: Sequence[tuple[Task, Sequence[Example]]], size: int
+    model: CausalLM, tokenizer: Tokenizer, other_tasks: Sequence[tuple[Task, Sequence[Example]]], size: int
 ) -> list[Loss]:
     """Losses of at most `size` examples each, whose sum is the mean over the tasks of their shots' cross-entropy.
 

@@ -13,6 +13,7 @@ from ofa.evaluation.encoding import collate
 from ofa.evaluation.scorer import Progress, Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.models.introspection import accepted_arguments, evaluating
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 Classifier = Callable[[Tensor], Tensor]
@@ -20,8 +21,8 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 def fit_classifier(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     train: Callable[[Tensor, Tensor], tuple[Classifier, int]],
@@ -47,7 +48,7 @@ def fit_classifier(
 class HiddenStateScorer(Scorer):
     """Scores labels by a classifier of the hidden state at the last token of the prompt."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, classifier: Classifier) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Task, classifier: Classifier) -> None:
         super().__init__(model, tokenizer, task)
         self._classifier = classifier
 

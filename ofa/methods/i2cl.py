@@ -24,6 +24,7 @@ from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.methods.last_token import last_token_outputs
 from ofa.methods.options import special_case
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
@@ -51,8 +52,8 @@ class ContextPredictor(Predictor):
 
 
 def fit(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     seed: int,
@@ -93,7 +94,7 @@ def fit(
 
 
 def transfer(
-    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], coefficients: Tensor
+    model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], coefficients: Tensor
 ) -> ContextPredictor:
     """Use the vectors of the shots with coefficients (2L, 2) calibrated on another task; nothing is trained.
 
@@ -137,7 +138,7 @@ def similarity(first: Tensor, second: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0))
 
 
-def context_vectors(model: Any, encoder: Encoder, examples: Sequence[Example]) -> list[Tensor]:
+def context_vectors(model: CausalLM, encoder: Encoder, examples: Sequence[Example]) -> list[Tensor]:
     """Mean over the demonstrations, each run alone, of each branch's output (d,) at the last token.
 
     Demonstrations that do not fit the window are left out.
@@ -156,7 +157,7 @@ def context_vectors(model: Any, encoder: Encoder, examples: Sequence[Example]) -
 class Mixture:
     """Replaces every branch output of a model by β·out + λ·v while attached."""
 
-    def __init__(self, model: Any, vectors: list[Tensor]) -> None:
+    def __init__(self, model: CausalLM, vectors: list[Tensor]) -> None:
         self.vectors = vectors
         self._branches = [model.get_submodule(path) for path in _exits(model)]
         device = next(model.parameters()).device
@@ -234,7 +235,7 @@ class _Noise:
         return torch.randn(tensor.shape, generator=self._generators[device], dtype=tensor.dtype, device=device)
 
 
-def _exits(model: Any) -> list[str]:
+def _exits(model: CausalLM) -> list[str]:
     branches = [branch for step in anatomy.find(model).steps() for branch in step.branches]
     if any(branch.writes != "update" for branch in branches):
         raise InputError(

@@ -8,13 +8,16 @@ from typing import Any
 from ofa.anatomy.projections import find_projections, stored_transposed
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 SETTINGS = {"learning_rate": 3e-3}
 """Defaults that differ from `TrainingConfig`."""
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
+def fit(
+    model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int, **options: Any
+) -> Predictor:
     """Train a scale, initially 1, per output of the key and value projections and per input of the MLP's last one.
 
     A fused projection that also computes queries is scaled whole, as in PEFT; `options` as for `fit_adapter`.
@@ -25,7 +28,7 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
     return fit_adapter(model, tokenizer, task, shots, seed, config_for, notes={}, **{**SETTINGS, **options})
 
 
-def config_for(model: Any) -> Any:
+def config_for(model: CausalLM) -> Any:
     """PEFT's configuration of these scales for a model; for a mixture of experts only keys and values.
 
     Raises:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
@@ -24,10 +23,11 @@ from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.models.introspection import evaluating, model_window
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
+def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words of prompts that attend to the anchors of the demonstrations, in the order of `shots`.
 
     Positions and window are as with all demonstrations in context, see `PrefixCache` and `Encoder`. The notes have the
@@ -53,7 +53,7 @@ def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: 
 class LabelAnchorScorer(Scorer):
     """Scores labels after demonstrations whose texts are hidden from the prompts."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, *, demonstrations: Sequence[Example]) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Task, *, demonstrations: Sequence[Example]) -> None:
         super().__init__(model, tokenizer, task, demonstrations=demonstrations)
         self.encoder: AnchorEncoder = AnchorEncoder(tokenizer, task, model_window(model))
 
@@ -65,7 +65,7 @@ class LabelAnchorScorer(Scorer):
 class AnchorEncoder(Encoder):
     """An encoder that keeps the positions of the anchors in the demonstrations it encoded last."""
 
-    def __init__(self, tokenizer: Any, task: Task, window: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, task: Task, window: int | None) -> None:
         super().__init__(tokenizer, task, window)
         self.anchors: list[int] = []
 

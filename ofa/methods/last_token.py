@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ofa.anatomy.module_io import hidden_output
 from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.models.introspection import evaluating
+from ofa.models.types import CausalLM
 
 
-def last_token_outputs(model: Any, paths: Sequence[str], ids: Sequence[int]) -> list[Tensor]:
+def last_token_outputs(model: CausalLM, paths: Sequence[str], ids: Sequence[int]) -> list[Tensor]:
     """Output (d,) of each module at the last token of `ids`, in its own dtype, from one forward."""
     outputs: dict[str, Tensor] = {}
 

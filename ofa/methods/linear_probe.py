@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ofa.methods import Predictor
 from ofa.methods.hidden_states import Classifier, fit_classifier
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.probing import linear_probe
 from ofa.tasks.task import Example, Task
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
+def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Fit `ofa.probing.linear_probe` to the shots: one weight per label and channel, and a bias.
 
     Raises:

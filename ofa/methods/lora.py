@@ -9,12 +9,13 @@ from ofa.anatomy.projections import find_projections, stored_transposed
 from ofa.errors import InputError
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 
 def fit(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     seed: int,
@@ -41,7 +42,7 @@ def fit(
     )
 
 
-def config_for(model: Any, rank: int, alpha: float) -> Any:
+def config_for(model: CausalLM, rank: int, alpha: float) -> Any:
     """PEFT's configuration of these adapters for a model.
 
     Raises:

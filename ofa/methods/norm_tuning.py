@@ -10,6 +10,7 @@ from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.models.introspection import model_window
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
@@ -18,8 +19,8 @@ from ofa.tuning.norms import restore_norms
 
 
 def fit_norm_scales(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     config: TrainingConfig,
@@ -54,8 +55,8 @@ def fit_norm_scales(
 
 
 def fit_ofa(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     seed: int,

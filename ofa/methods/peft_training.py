@@ -15,6 +15,7 @@ from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.models.introspection import model_window
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.regularizers.options import RegularizerOptions
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
@@ -28,8 +29,8 @@ _SET_BY_PEFT = ("prepare_inputs_for_generation", "generation_config", "_require_
 
 
 def fit_adapter(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     shots: Sequence[Example],
     seed: int,
@@ -90,7 +91,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def stored_bytes(model: Any) -> int:
+def stored_bytes(model: CausalLM) -> int:
     """Size in bytes of the tensors that PEFT would save of the adapter."""
     from peft import get_peft_model_state_dict
 
@@ -106,7 +107,7 @@ def _training_config(seed: int, settings: Mapping[str, Any]) -> TrainingConfig:
     return TrainingConfig(seed=seed, step_ratio=0.0, sharpness=0.0, **settings)
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: CausalLM) -> None:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -119,7 +120,7 @@ def _check_model(model: Any) -> None:
         raise InputError("the model already has a PEFT adapter; merge or unload it first")
 
 
-def _attach(model: Any, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> Any:
+def _attach(model: CausalLM, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> Any:
     """Inject the adapter and freeze everything else; `undo` restores all that PEFT replaces, sets and freezes.
 
     PEFT's own `unload` needs a complete adapter, which a failure may not leave, and restores only modules.
@@ -132,7 +133,7 @@ def _attach(model: Any, config: PeftConfig, targets: Iterable[str], seed: int, u
         return _wrap(model, config, undo) if config.is_prompt_learning else _inject(model, config, targets, undo)
 
 
-def _inject(model: Any, config: PeftConfig, targets: Iterable[str], undo: ExitStack) -> Any:
+def _inject(model: CausalLM, config: PeftConfig, targets: Iterable[str], undo: ExitStack) -> Any:
     from peft import inject_adapter_in_model
     from peft.functional import cast_adapter_dtype
 
@@ -150,7 +151,7 @@ def _inject(model: Any, config: PeftConfig, targets: Iterable[str], undo: ExitSt
     return model
 
 
-def _wrap(model: Any, config: PeftConfig, undo: ExitStack) -> Any:
+def _wrap(model: CausalLM, config: PeftConfig, undo: ExitStack) -> Any:
     from peft import get_peft_model
 
     for module in (model, *model.children()):

@@ -13,13 +13,16 @@ from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
 SETTINGS = {"learning_rate": 0.1, "epochs": 50}
 """Defaults that differ from `TrainingConfig`."""
 
 
-def fit(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, **options: Any) -> Predictor:
+def fit(
+    model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int, **options: Any
+) -> Predictor:
     """Train one vector (d,), initialized with the embedding of a token drawn uniformly from the vocabulary by `seed`.
 
     The vector comes first, then demonstrations, then the prompt; labels are scored at the prompt's last token.
@@ -48,7 +51,7 @@ class SoftPromptScorer(Scorer):
         return shared if shared.reuses_cache else super().shared_prefix(demonstrations)
 
 
-def config_for(model: Any) -> Any:
+def config_for(model: CausalLM) -> Any:
     """PEFT's configuration of the vector for a model."""
     from peft import PromptTuningConfig
 

@@ -23,6 +23,7 @@ from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.methods.last_token import last_token_outputs
 from ofa.models.introspection import model_window
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.sampling import class_balanced
 from ofa.tasks.task import Example, Task
 
@@ -31,7 +32,13 @@ VALIDATION_SIZE = 32
 
 
 def fit(
-    model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], seed: int, *, pool: Sequence[Example] = ()
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    task: Task,
+    shots: Sequence[Example],
+    seed: int,
+    *,
+    pool: Sequence[Example] = (),
 ) -> Predictor:
     """Record the states of all layers in one forward, and choose the layer with the best accuracy (lowest if tied).
 
@@ -87,7 +94,7 @@ def draw(task: Task, shots: Sequence[Example], pool: Sequence[Example], seed: in
 class TaskVectorScorer(Scorer):
     """Scores labels with the output of one layer overwritten at the last token of every prompt."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, *, layer: str, state: Tensor) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Task, *, layer: str, state: Tensor) -> None:
         super().__init__(model, tokenizer, task)
         self._layer = model.get_submodule(layer)
         self._state = state
@@ -111,7 +118,7 @@ class TaskVectorScorer(Scorer):
             handle.remove()
 
 
-def _prompt(model: Any, tokenizer: Any, task: Task, shots: Sequence[Example], query: Example) -> list[int]:
+def _prompt(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], query: Example) -> list[int]:
     encoder = Encoder(tokenizer, task, model_window(model))
     demonstrations = encoder.encode_demonstrations(shots, texts=[query.text])
     return [*demonstrations, *encoder.encode_prompt(query.text, demonstrations=demonstrations)]

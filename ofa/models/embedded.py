@@ -16,14 +16,10 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ofa.errors import InputError, first_sentence
 from ofa.files import at_home
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from ofa.models.types import CausalLM, Tokenizer
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENCE = "Apache-2.0"
@@ -88,7 +84,7 @@ def embedded_is_cached() -> bool:
         return False
 
 
-def read_gguf(file: Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_gguf(file: Path, dtype: str = "float32") -> tuple[CausalLM, Tokenizer]:
     """Read a GGUF file into a trainable model (every weight dequantized to `dtype`) and its tokenizer.
 
     Raises InputError if the file is missing, damaged, or of an architecture that transformers cannot read.
@@ -135,7 +131,7 @@ def check_gguf(file: Path) -> None:
         )
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+def _split_digits(tokenizer: Tokenizer) -> None:
     # transformers gives every byte-level BPE of a GGUF the splitting rule of GPT-2; these models were trained with one
     # token per digit, which also changes the spaces before a number.
     from tokenizers import pre_tokenizers

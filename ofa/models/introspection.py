@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ofa.models.types import CausalLM
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def accepted_arguments(model: PreTrainedModel) -> set[str]:
+def accepted_arguments(model: CausalLM) -> set[str]:
     """The arguments of a model's forward, seen through a PEFT wrapper; empty if the wrapper rewrites the input."""
     adapter = getattr(model, "active_peft_config", None)
     if adapter is None:
@@ -37,7 +35,7 @@ def accepted_arguments(model: PreTrainedModel) -> set[str]:
     return set() if adapter.is_prompt_learning else set(inspect.signature(model.get_base_model().forward).parameters)
 
 
-def model_window(model: PreTrainedModel) -> int | None:
+def model_window(model: CausalLM) -> int | None:
     """The number of positions for input tokens, without virtual tokens; None if the model has no limit."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

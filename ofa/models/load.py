@@ -14,10 +14,11 @@ from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.files import at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
+from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 Source = Literal["hub", "folder", "gguf", "embedded"]
 
@@ -44,8 +45,8 @@ class LoadedModel:
         (True, 'right')
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: CausalLM
+    tokenizer: Tokenizer
     name: str
     source: Source
     path: Path | None
@@ -55,7 +56,7 @@ class LoadedModel:
 class LoadedTokenizer:
     """A model without its weights: tokenizer, configuration and name."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     config: PretrainedConfig
     name: str
 
@@ -313,7 +314,7 @@ def _check_safetensors(file: Path) -> None:
 
 def _read_checkpoint(
     origin: _Origin, config: PretrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[CausalLM, Tokenizer]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -346,7 +347,7 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PretrainedConfig:
         return AutoConfig.from_pretrained(origin.address, **_where(origin, trust_remote_code))
 
 
-def _read_tokenizer(origin: _Origin, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _read_tokenizer(origin: _Origin, config: PretrainedConfig, trust_remote_code: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     with _explained(f"{origin.address} has no usable tokenizer", "add its tokenizer.json and tokenizer_config.json"):
@@ -366,7 +367,7 @@ def _check_report(report: dict[str, Any]) -> None:
         raise ValueError(f"{name} has shape {tuple(found)}, but config.json needs {tuple(wanted)}")
 
 
-def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def _prepare_tokenizer(tokenizer: Tokenizer, name: str) -> None:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is not None:
         return

@@ -23,21 +23,20 @@ from ofa.evaluation.encoding import Encoder, batches_by_length, collate, scores_
 from ofa.evaluation.scorer import Progress
 from ofa.models.introspection import accepted_arguments, evaluating, model_window
 from ofa.models.load import refuse_encoder
+from ofa.models.types import CausalLM, Tokenizer
 from ofa.probing.linear_probe import linear_probe
 from ofa.probing.logit_lens import LogitLens
 from ofa.probing.results import Probe, Readout, Steps
 from ofa.regularizers.attach import fused_regularizers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ofa.tasks import Data, TaskData
     from ofa.tasks.task import Example, Task
 
 
 def probe(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     task: Task,
     examples: TaskData | Data,
     *,
@@ -119,7 +118,7 @@ def probe(
 class _Subject:
     """The model under measurement and how to run it; `count` is called with the number of texts of each forward."""
 
-    model: PreTrainedModel
+    model: CausalLM
     lens: LogitLens
     pad_id: int
     batch_size: int
@@ -240,7 +239,7 @@ def _check_examples(task: Task, examples: Sequence[Example], training: Sequence[
         )
 
 
-def _anatomy(model: PreTrainedModel) -> anatomies.Anatomy:
+def _anatomy(model: CausalLM) -> anatomies.Anatomy:
     try:
         return anatomies.find(model)
     except InputError as error:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ofa.anatomy.module_io import hidden_output, replace_hidden_output
 from ofa.models.introspection import accepted_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ofa.models.types import CausalLM
 
 _ROWS = 256
 """Hidden states decoded per forward: their logits over a vocabulary of 128,000 tokens take 130 MB."""
@@ -30,7 +28,7 @@ class LogitLens:
     The caller sets eval mode and turns gradients off. `layers` are module paths, first to last.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[str]) -> None:
+    def __init__(self, model: CausalLM, layers: Sequence[str]) -> None:
         self.model = model
         self._layers = [model.get_submodule(path) for path in layers]
         self._device = next(model.parameters()).device
