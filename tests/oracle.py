@@ -50,7 +50,7 @@ RMS = (*SANDWICH, *BRANCH_NORM, "llama", *LIKE_LLAMA)
 
 CASES = [(name, "sublayer") for name in families.BUILDERS if name not in POST_NORM_LAYER]
 CASES += [(name, "layer") for name in families.BUILDERS]
-"""Every family at every granularity it has."""
+"""Every family at every granularity it has: each pair is another row of the table of wirings."""
 
 
 class Float64(TorchFunctionMode):

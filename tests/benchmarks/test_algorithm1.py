@@ -8,6 +8,7 @@ from torch import nn
 
 import ofa
 from benchmarks.algorithm1 import PlainLoop
+from tests.cases import over_pairs
 from tests.families import build, inputs
 
 WEIGHTS = {"step_ratio": 0.3, "sharpness": 0.7}
@@ -15,12 +16,15 @@ NORM_BEFORE = ("qwen3", "granite", "phi", "gpt2", "falcon", "gpt_neox")
 NORM_AFTER = ("olmo2", "opt_post_norm", "bert")
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("convention", ["theory", "algorithm1"])
-@pytest.mark.parametrize("granularity", ["sublayer", "layer"])
-@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float64, 1e-4), (torch.float32, 1e-2)], ids=["f64", "f32"])
-def test_plain_loop_equals_batched(dtype, epsilon, granularity, convention, samples, masked):
+@over_pairs(
+    precision=[(torch.float64, 1e-4), (torch.float32, 1e-2)],
+    granularity=["sublayer", "layer"],
+    convention=["theory", "algorithm1"],
+    samples=[1, 3],
+    masked=[False, True],
+)
+def test_plain_loop_equals_batched(precision, granularity, convention, samples, masked):
+    dtype, epsilon = precision
     batch = padded(inputs("llama")) if masked else inputs("llama")
     options = {"granularity": granularity, "convention": convention, "samples": samples, "epsilon": epsilon, "seed": 5}
     assert_equal_to_rounding(dtype, epsilon, *batched_and_plain("llama", dtype, batch, **options))

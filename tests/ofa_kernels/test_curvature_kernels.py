@@ -20,6 +20,7 @@ from ofa_kernels.ops import attention_curvature as attention
 from ofa_kernels.ops import branch_diagonal, launching
 from ofa_kernels.ops import mlp_curvature as mlp
 from ofa_kernels.reference import Attends, HeadNorm, Move, Rotary
+from tests.cases import over_pairs
 from tests.device import DEVICE
 from tests.ofa_kernels.calls import draw
 
@@ -169,6 +170,7 @@ def eager() -> Iterator[None]:
         yield
 
 
+# Full product: a kernel branches by the case, and each branch has casts of its own.
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(case, dtype):
@@ -285,10 +287,7 @@ def wider(given):
     return given.double() if isinstance(given, torch.Tensor) else [wider(one) for one in given]
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("sequences", [1, 3, 18], ids=["one", "a block", "two blocks"])
-@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over_pairs(sequences=[1, 3, 18], gated=[True, False], centred=[False, True], dtype=DTYPES)
 def test_mlp_diagonal(gated, sequences, centred, dtype, monkeypatch):
     """Both branches of the kernel (one sequence, 16 at once), and the image that a LayerNorm needs."""
     monkeypatch.setattr(branch_diagonal, "multiprocessors", lambda device: 1)
@@ -299,9 +298,7 @@ def test_mlp_diagonal(gated, sequences, centred, dtype, monkeypatch):
     assert_close(*(_pair(*one) for one in (found, plain, oracle)), torch.float32)
 
 
-@pytest.mark.parametrize("sequences", [1, 3])
-@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over_pairs(sequences=[1, 3], centred=[False, True], dtype=DTYPES)
 def test_attention_trace_and_diagonal(sequences, centred, dtype):
     """tr(C M), not Σ C ⊙ M: heads are narrower than values, and neither divides a tile."""
     weights, sums = attention_weights(sequences, dtype)

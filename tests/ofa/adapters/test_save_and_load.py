@@ -34,6 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarni
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # Raised by safetensors on a full disk; not an OSError.
 NO_SPACE_IN_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+KINDS = ["llama", "gemma", "gemma3", "qwen3", "mixtral", "gpt_oss", "gpt2", "falcon_two_norms", "opt_post_norm"]
+"""One family for each kind of norm (RMSNorm, 1+w, on heads, with a shift, two in parallel, after the sum) and of
+checkpoint (sandwiches and experts, which transformers renames). All the others differ in names, and those are in every
+family's folder."""
 FIRST_NORM = "model.layers.0.input_layernorm.weight"
 
 
@@ -120,19 +124,21 @@ def contents(folder):
 # Loaders of a folder.
 
 
+@pytest.mark.parametrize("saved", [*KINDS, "bert", "vit"], indirect=True)
 def test_peft_loads_and_merges_it(saved):
     model = PeftModel.from_pretrained(saved.fresh(), saved.folder).eval()
     assert torch.equal(logits(model, saved.name), saved.tuned_logits)
     assert torch.equal(logits(model.merge_and_unload(), saved.name), saved.tuned_logits)
 
 
+@pytest.mark.parametrize("saved", [*KINDS, "bert", "vit"], indirect=True)
 def test_transformers_loads_it(saved):
     model = saved.fresh()
     model.load_adapter(str(saved.folder))
     assert torch.equal(logits(model.eval(), saved.name), saved.tuned_logits)
 
 
-@pytest.mark.parametrize("saved", CAUSAL, indirect=True)
+@pytest.mark.parametrize("saved", KINDS, indirect=True)
 def test_peft_finds_the_base_of_a_causal_model(saved):
     model = AutoPeftModelForCausalLM.from_pretrained(saved.folder).eval().to(DEVICE)
     assert torch.equal(logits(model, saved.name), saved.tuned_logits)
@@ -149,6 +155,7 @@ def test_ofa_loads_it_and_restores_the_base(saved):
     assert torch.equal(logits(model, saved.name), saved.base_logits)
 
 
+@pytest.mark.parametrize("saved", [*KINDS, "bert", "vit"], indirect=True)
 def test_a_merged_checkpoint_is_an_ordinary_one(saved, tmp_path):
     model = saved.fresh()
     before = snapshot(model)

@@ -60,6 +60,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     )
 
 
+# Every family: the one test of fitting, saving and taking out that goes through all of them.
 @pytest.mark.parametrize("name", EVERY)
 def test_three_steps_and_back(name: str, tmp_path: Path) -> None:
     """Each tuned scale changes in the first step; PEFT loads the saved adapter; the model is bit-identical afterwards.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ofa.adapters.folder import CHECKPOINT
-from tests.ofa.command_line import FIT_FILES, TEMPLATE, TEST, TRAIN, names, write_rows
+from tests.ofa.command_line import FIT_FILES, TEMPLATE, TEST, TRAIN, names, ofa, write_rows
 
 COMMANDS = ("demo", "fit", "evaluate", "predict", "compare", "report", "probe", "merge", "push", "inspect", "doctor")
 HEAVY = "{'torch', 'transformers', 'datasets', 'matplotlib', 'peft'}"
@@ -66,10 +66,10 @@ def test_starting_imports_nothing_heavy(code: str) -> None:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_every_command_has_help(command: str) -> None:
     """--help of `ofa` and of each command exits 0, and prints only on standard output."""
-    done = python("-m", "ofa", *command.split(), "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Usage:" in done.stdout
-    assert all(name in done.stdout for name in ([command] if command else COMMANDS))
+    finished = ofa(*command.split(), "--help")
+    assert (finished.status, finished.err) == (0, "")
+    assert "Usage:" in finished.out
+    assert all(name in finished.out for name in ([command] if command else COMMANDS))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,12 @@ def test_every_command_has_help(command: str) -> None:
     ],
     ids=["unknown option", "no number", "missing option", "missing argument", "unknown command"],
 )
-def test_wrong_options_are_one_sentence(arguments: list[str], about: str) -> None:
+def test_wrong_options_are_one_sentence(arguments: list[str], about: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The option parser's errors have the same form as all others."""
-    done = python("-m", "ofa", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    monkeypatch.setenv("COLUMNS", "40")
+    finished = ofa(*arguments)
+    assert (finished.status, finished.out) == (2, "")
+    (line,) = finished.err.splitlines()
     assert line.startswith("ofa: ")
     assert about in line.lower()
     assert "--help` lists the options" in line

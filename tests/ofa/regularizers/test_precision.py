@@ -72,6 +72,7 @@ def gradient(model: nn.Module, name: str, given: dict[str, Tensor], mode: Mode) 
     return output.logits, loss.detach(), torch.cat([param.grad for param in params]) / SCALE
 
 
+# Every family in every dtype: what overflows, or is cast by autocast, differs from class to class.
 EVERYWHERE = ("bfloat16", "float16", "bfloat16 autocast")
 CASES = [(name, mode) for mode in EVERYWHERE for name in EVERY]
 CASES += [(name, mode) for mode in MODES if mode not in EVERYWHERE for name in ("llama", "gpt2", "gemma2", "vit")]

@@ -71,6 +71,7 @@ CASES = {
 }
 
 
+# Full product: each case takes another path through the estimators, and so does each kind of mask and norm.
 @pytest.mark.parametrize(
     ("name", "padded"), [("llama", False), ("llama", True), ("gpt2", True), ("granite", False), ("gemma2", True)]
 )

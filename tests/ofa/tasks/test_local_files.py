@@ -207,6 +207,7 @@ LABELS = [
 ]
 
 
+# Full product: each format has its own types, and a rule for each of them.
 @pytest.mark.parametrize(("value", "words", "label"), LABELS)
 @pytest.mark.parametrize("form", ["json", "parquet", "csv"])
 def test_a_label_means_the_same_in_every_file(write, form, value, words, label):

@@ -11,6 +11,7 @@ from ofa import anatomy
 from ofa.errors import InputError
 from tests.families import BUILDERS, build, inputs
 
+# Every family: a class of norms is tuned by its own parameters, dtypes and forward.
 over_families = pytest.mark.parametrize("name", BUILDERS)
 
 
