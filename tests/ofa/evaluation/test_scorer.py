@@ -247,16 +247,16 @@ def test_generation_is_greedy_and_padding_does_not_change_it(llama, tokenizer, s
 
 def test_open_ended_evaluation_compares_as_many_lines_as_the_truth_has(llama, tokenizer, monkeypatch):
     """Only a newline ends a line; blanks around an answer do not count."""
-    answers = [" 19\nQuestion: 3 + 4", "London", "a\u2028bank\nand"]
+    answers = [" 19\nQuestion: 3 + 4", "London", "a\u2028bank\nand", "one\ntwo\nthree"]
     monkeypatch.setattr(Scorer, "generate", lambda *_, **__: answers)
-    examples = [*OPEN_EXAMPLES[:2], Example("who", "\na\u2028bank\n")]
+    examples = [*OPEN_EXAMPLES[:2], Example("who", "\na\u2028bank\n"), Example("count", "one\ntwo")]
     result = evaluate(llama, tokenizer, OPEN, examples, batch_size=2)
-    assert result.predictions == ("19", "London", "a\u2028bank")
-    assert result.metrics.exact_match == result.metrics.accuracy == pytest.approx(2 / 3)
+    assert result.predictions == ("19", "London", "a\u2028bank", "one\ntwo")
+    assert result.metrics.exact_match == result.metrics.accuracy == pytest.approx(3 / 4)
     assert Scorer(llama, tokenizer, OPEN).accuracy(examples) == result.metrics.accuracy, "what chooses the best epoch"
     totals, counts = Scorer(llama, tokenizer, OPEN).completion_totals(examples)
     assert result.metrics.negative_log_likelihood == pytest.approx(-float(totals.sum()) / int(counts.sum()))
-    assert result.probabilities.shape == (3, 0)
+    assert result.probabilities.shape == (4, 0)
     assert result.mode == "completion"
 
 
