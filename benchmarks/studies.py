@@ -47,8 +47,11 @@ class Line:
 
 
 def main() -> None:
-    """Fill the page and draw the figures."""
+    """Fill the page and draw the figures, also the one of README.md."""
+    from benchmarks import overview  # which is made of studies
+
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    overview.main()
 
 
 def filled(page: str) -> str:
