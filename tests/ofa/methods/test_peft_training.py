@@ -59,7 +59,7 @@ def unchanged(tiny_model):
 
 
 def trained(loaded, name, seed=5, **options):
-    """Trained parameters and records of a method's run, the model being given back."""
+    """Trained parameters and records of a method's run; the model is restored."""
     with method(name)(*loaded, TASK, SHOTS, seed, **{**QUICK, **options}) as predictor:
         tuned = trainable(predictor.scorer.model)
         return {path: value.detach().clone() for path, value in tuned.items()}, predictor.training.records

@@ -165,7 +165,7 @@ def test_both_granularities_are_what_the_regularizers_measure(unchanged, options
     model.requires_grad_(False)
     model.eval()
     order = sorted(range(len(EXAMPLES)), key=lambda index: -len(encoded(tokenizer)[1][index].nonzero()))
-    ids, mask = (part[order] for part in encoded(tokenizer))  # the batch as it was put together, for the same probes
+    ids, mask = (part[order] for part in encoded(tokenizer))  # the probe's own batch, for equal random probes
     asked = options.get("estimator", "exact")
     names = {"sublayer": asked, "layer": "hutchinson"}
     for granularity, name in names.items():
