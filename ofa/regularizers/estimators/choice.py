@@ -49,8 +49,8 @@ def choose(options: RegularizerOptions, model: nn.Module, anatomy: Anatomy) -> T
 def _differences(options: RegularizerOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
     steps = anatomy.steps(options.granularity)
     norms = (norm.path for norm in anatomy.norms)
-    reach = epsilon_scales_of(model, norms, steps) if options.epsilon is None else {}
-    settings = options.samples, options.epsilon, options.probe, reach
+    scales = epsilon_scales_of(model, norms, steps) if options.epsilon is None else {}
+    settings = options.samples, options.epsilon, options.probe, scales
     if options.gradient == "full":
         return FullHutchinson(*settings)
     return Hutchinson(*settings, _subject=[(model, [branch for step in steps for branch in step.branches])])

@@ -79,22 +79,22 @@ class EpsilonScale:
 class _Differences:
     """N probes by finite differences.
 
-    `epsilon` is the same for all branches; None chooses one per branch by the dtype and by `reach`, the branch's
+    `epsilon` is the same for all branches; None chooses one per branch by the dtype and by `scales`, the branch's
     `EpsilonScale` (1 for branches without one).
     """
 
     samples: int = 1
     epsilon: float | None = None
     probe: str = "rademacher"
-    reach: Mapping[Branch, EpsilonScale] = field(default_factory=dict)
+    scales: Mapping[Branch, EpsilonScale] = field(default_factory=dict)
     name: str = "hutchinson"
 
     relies_on: ClassVar[tuple[str, ...]] = ()
 
     def begin(self, branches: Collection[Branch]) -> None:
         """Find the epsilon scales of the branches before the first pass."""
-        if isinstance(self.reach, LazyEpsilonScales):
-            self.reach.find()
+        if isinstance(self.scales, LazyEpsilonScales):
+            self.scales.find()
 
     def _keys(self, branch: Branch, stream: Tensor, probe: Probe) -> dict[str, Any]:
         return {
@@ -106,8 +106,8 @@ class _Differences:
         }
 
     def _delta(self, branch: Branch, stream: Tensor) -> float:
-        delta, reach = DELTA[_branch_dtype(stream)], self.reach.get(branch)
-        return delta if reach is None else max(delta, reach.at_least)
+        delta, scale = DELTA[_branch_dtype(stream)], self.scales.get(branch)
+        return delta if scale is None else max(delta, scale.at_least)
 
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
         raise NotImplementedError
@@ -186,9 +186,9 @@ class Hutchinson(_Differences):
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
         if self.epsilon is not None:
             return self.epsilon
-        reach = self.reach.get(branch)
+        scale = self.scales.get(branch)
         # The displacement ν/σ is shorter than Pν by the root mean square of γ.
-        return self._delta(branch, stream) * (1.0 if reach is None else reach.epsilon * reach.scale)
+        return self._delta(branch, stream) * (1.0 if scale is None else scale.epsilon * scale.scale)
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,8 @@ class FullHutchinson(_Differences):
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
         if self.epsilon is not None:
             return self.epsilon
-        reach = self.reach.get(branch)
-        return self._delta(branch, stream) * (1.0 if reach is None else reach.epsilon)
+        scale = self.scales.get(branch)
+        return self._delta(branch, stream) * (1.0 if scale is None else scale.epsilon)
 
 
 def token_mean(

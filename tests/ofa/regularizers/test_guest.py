@@ -417,7 +417,7 @@ def test_the_default_epsilon_is_that_of_the_model_at_attaching() -> None:
     """Attaching runs no pass; training or resuming before the first pass still does not change ε."""
     model, runs = tuned(), []
     model.register_forward_pre_hook(lambda module, args: runs.append(args))
-    reach = {}
+    scales = {}
     for moved in (False, True):
         with attach(model, "hutchinson") as reg:
             runs.clear()
@@ -430,5 +430,5 @@ def test_the_default_epsilon_is_that_of_the_model_at_attaching() -> None:
             assert (attached_without, len(runs)) == (0, 2)
             model(**inputs("llama"))
             assert len(runs) == 3
-            reach[moved] = dict(reg._trace_estimator.reach)  # type: ignore[attr-defined]
-    assert reach[False] == reach[True]
+            scales[moved] = dict(reg._trace_estimator.scales)  # type: ignore[attr-defined]
+    assert scales[False] == scales[True]

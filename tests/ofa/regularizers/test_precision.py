@@ -181,8 +181,8 @@ def test_the_default_step_suits_streams_of_any_length(
 ) -> None:
     """In each dtype the error is of order δ, for tokens as short as after the embeddings and as long as at the end."""
     model, given = of_length(factor), families.inputs("llama")
-    reach = epsilon_scales(model, steps_of(model))
-    monkeypatch.setattr(choice, "epsilon_scales_of", lambda *_: reach)
+    scales = epsilon_scales(model, steps_of(model))
+    monkeypatch.setattr(choice, "epsilon_scales_of", lambda *_: scales)
     narrow = copy.deepcopy(model).to(dtype)
     options = {"estimator": "hutchinson", "gradient": gradient, "samples": 4}
     found = traces_of(narrow, given, **options).double()
@@ -208,8 +208,8 @@ def test_quantized_layers_have_a_larger_epsilon() -> None:
     stream, first = torch.zeros(1, 4, 32, device=DEVICE), next(iter(found))
     # The displacement without γ is shorter by the root mean square of γ.
     for estimator, factors in (
-        (FullHutchinson(reach=found), (1.0, 1.0)),
-        (Hutchinson(reach=found), (found[branch].scale, found[first].scale)),
+        (FullHutchinson(scales=found), (1.0, 1.0)),
+        (Hutchinson(scales=found), (found[branch].scale, found[first].scale)),
     ):
         for one, delta, factor in zip((branch, first), (INT8_DELTA, DELTA[torch.float32]), factors, strict=True):
             assert estimator._epsilon(one, stream) == pytest.approx(delta * found[one].epsilon * factor, rel=1e-12)
