@@ -130,31 +130,40 @@ def _found(name: str) -> Any:
 
 
 def _entry(name: str, value: Any) -> str:
+    heading = f"### `{name}`\n"
+    if name.startswith("ofa_kernels."):  # the specification knows the arguments, the dispatched function the example
+        specification = getattr(import_module("ofa_kernels.reference"), name.rpartition(".")[2])
+        return "\n".join([heading, _signature(name, specification), _markdown(specification), _markdown(value)])
     if not inspect.isclass(value):
-        return "\n".join([f"### `{name}`\n", _signature(name, value), _markdown(value), *_specification(name)])
-    parts = [f"### `{name}`\n", _markdown(value)]
-    if dataclasses.is_dataclass(value):
-        parts += [f"- `{field.name}: {field.type}`" for field in dataclasses.fields(value)] + [""]
-    for member, function in members(value):
-        function = function.__func__ if isinstance(function, classmethod) else function
-        call = f"`{member}`\n" if isinstance(function, property) else _signature(member, function)
-        parts += [f"#### `{name.rpartition('.')[2]}.{member}`\n"] if not isinstance(function, property) else []
-        parts += [call, _markdown(function)]
-    return "\n".join(parts)
+        return "\n".join([heading, _signature(name, value), _markdown(value)])
+    return "\n".join([heading, *_constructor(name, value), _markdown(value), *_members(name, value)])
 
 
-def _specification(name: str) -> list[str]:
-    """An operation's specification: signature and docstring of its reference."""
-    if not name.startswith("ofa_kernels."):
-        return []
-    function = getattr(import_module("ofa_kernels.reference"), name.rpartition(".")[2])
-    return [_signature(f"reference.{function.__name__}", function), _markdown(function)]
+def _constructor(name: str, kind: type) -> list[str]:
+    """How users make one; fields are listed for dataclasses, and what `RETURNED` names is made by functions."""
+    if dataclasses.is_dataclass(kind):
+        return [*(f"- `{field.name}: {field.type}`" for field in dataclasses.fields(kind)), ""]
+    return [] if name in RETURNED else [_signature(name, kind)]
+
+
+def _members(name: str, kind: type) -> Iterator[str]:
+    """Properties as a list, methods with a heading each."""
+    found = list(members(kind))
+    told = [(member, value.__doc__ or "") for member, value in found if isinstance(value, property)]
+    yield from (f"- `.{member}`: {doc.split(chr(10) * 2)[0]}" for member, doc in told)
+    if told:
+        yield ""
+    for member, value in found:
+        function = value.__func__ if isinstance(value, classmethod) else value
+        if not isinstance(function, property):
+            yield from (f"#### `{name.rpartition('.')[2]}.{member}`\n", _signature(member, function))
+            yield _markdown(function)
 
 
 def _signature(name: str, function: Any) -> str:
-    parameters = [part for part in inspect.signature(function).parameters.values() if part.name != "self"]
+    parameters = [part for part in inspect.signature(function).parameters.values() if part.name not in ("self", "cls")]
     result = inspect.signature(function).return_annotation
-    arrow = "" if result is inspect.Signature.empty else f" -> {result}"
+    arrow = "" if result is inspect.Signature.empty or inspect.isclass(function) else f" -> {result}"
     shown = [_parameter(part) for part in parameters]
     first = next((n for n, part in enumerate(parameters) if part.kind is part.KEYWORD_ONLY), None)
     if first is not None and not any(part.kind is part.VAR_POSITIONAL for part in parameters):
