@@ -9,6 +9,7 @@ from ofa._lazy import on_first_use
 if TYPE_CHECKING:
     from ofa.adapters.base_norms import fingerprints as fingerprints
     from ofa.adapters.gguf_norms import merge_gguf as merge_gguf
+    from ofa.adapters.pool import AdapterPool as AdapterPool
     from ofa.adapters.push import push_to_hub as push_to_hub
     from ofa.adapters.save_and_load import Adapter as Adapter
     from ofa.adapters.save_and_load import load_adapter as load_adapter
@@ -21,6 +22,7 @@ __all__, __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "merge_gguf": "ofa.adapters.gguf_norms",
+        "AdapterPool": "ofa.adapters.pool",
         "push_to_hub": "ofa.adapters.push",
         "Adapter": "ofa.adapters.save_and_load",
         "fingerprints": "ofa.adapters.base_norms",

@@ -186,7 +186,7 @@ def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
         >>> ofa.restore_norms(model)
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
-    _check_fit(sharding.unwrapped(model), adapter)
+    check_fit(sharding.unwrapped(model), adapter)
     hold_norms(model)
     model = sharding.unwrapped(model)
     for path, value in adapter.parameters.items():
@@ -230,7 +230,7 @@ def merge(
             "a sharded model cannot be merged; save the adapter, and merge it with the base's name or folder"
         )
     read = read_adapter(adapter)
-    _check_fit(model, read)
+    check_fit(model, read)
     with claimed_folder(out, overwrite=overwrite) as target:
         staging = target / ".partial"
         try:
@@ -267,7 +267,12 @@ def _merged_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return {**model.state_dict(), **base, **scales}
 
 
-def _check_fit(model: nn.Module, adapter: Adapter) -> None:
+def check_fit(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter of another base; say, once, where only the weights beside the norms differ.
+
+    Raises:
+        InputError: the model has no such norm, another width, or other norms of its own.
+    """
     own = base_parameters(model)
     name = adapter.base or "another model"
     unknown = next((path for path in adapter.parameters if path not in own), None)

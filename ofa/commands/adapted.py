@@ -16,6 +16,7 @@ from ofa.files import at_home
 from ofa.tasks import Task, with_columns
 
 if TYPE_CHECKING:
+    from ofa.models.llama_cpp import LlamaCpp
     from ofa.models.load import LoadedModel
 
 
@@ -108,3 +109,17 @@ def open_model(options: ModelOptions, adapter: Path | None = None) -> LoadedMode
     if read is not None:
         load_adapter(loaded.model, read)
     return loaded
+
+
+def open_merged(file: Path, adapter: Path) -> LlamaCpp:
+    """The GGUF file that the adapter was merged into, run by llama.cpp.
+
+    Raises:
+        InputError: the file does not hold the adapter's scales, or llama.cpp is not installed.
+    """
+    from ofa.adapters.gguf_norms import check_merged
+    from ofa.adapters.save_and_load import read_adapter
+    from ofa.models.llama_cpp import load_llama_cpp
+
+    check_merged(read_adapter(adapter), file)
+    return load_llama_cpp(at_home(file))

@@ -61,6 +61,13 @@ def predict(
     separator: SeparatorOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the file of a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="A GGUF file that `ofa merge --gguf` made with this adapter, to be run by llama.cpp in place of the "
+            "base (`pip install llama-cpp-python`)."
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     quiet: QuietOption = False,
@@ -76,13 +83,17 @@ def predict(
     Rows keep their order; a row without text gets no label. Ctrl-C stops a run with --out, and the same command with
     --resume continues it.
     """
-    from ofa.commands.adapted import adapter_digest, open_model, read_task, with_base
+    from ofa.commands.adapted import adapter_digest, open_merged, open_model, read_task, with_base
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
     if out is not None:
         check_out(out)
-    named, source = source.model, with_base(source, adapter)
+    named = str(gguf) if gguf else source.model
+    if gguf is None:
+        source = with_base(source, adapter)
+    elif source != ModelOptions(offline=source.offline):
+        raise InputError("--gguf holds the base, and llama.cpp runs it: leave out --model, --dtype and --device")
     task = read_task(adapter, text_column)
     if data is None or suffix_of(data) in TEXT_SUFFIXES:
         task = _of_texts(task, data)
@@ -96,7 +107,7 @@ def predict(
     from ofa.evaluation.scorer import Scorer
 
     set_threads(threads)
-    subject = open_model(source, adapter)
+    subject: Any = open_merged(gguf, adapter) if gguf else open_model(source, adapter)
     scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size)
     naming = Naming(found.columns, task.labels)
     if out is not None:

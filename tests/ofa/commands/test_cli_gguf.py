@@ -1,7 +1,8 @@
-"""`ofa merge --gguf`: the merged file predicts what the adapter predicts."""
+"""`ofa merge --gguf`: the merged file predicts what the adapter predicts, in transformers and in llama.cpp."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,51 @@ def test_options_that_the_gguf_file_fixes_are_refused(adapter: Path, tiny_gguf: 
     assert finished.status == 2
     assert "leave out --model and --dtype" in finished.err
     assert not (tmp_path / "tuned.gguf").exists()
+
+
+@pytest.fixture
+def llama_cpp() -> None:
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: its package is source that takes half an hour"
+    )
+
+
+def test_llama_cpp_gives_the_labels_of_the_adapter(adapter: Path, tuned: Path, llama_cpp: None) -> None:
+    texts = [f"--text={text}" for text in TEXTS]
+    expected = done("predict", adapter, *texts, "--json").json
+    found = done("predict", adapter, "--gguf", tuned, *texts, "--json").json
+    for row, other in zip(found, expected, strict=True):
+        assert row["label"] == other["label"]
+        # Keys and values are in float16 there.
+        assert row["probabilities"] == pytest.approx(other["probabilities"], abs=2e-3)
+
+
+def test_llama_cpp_completes_as_transformers_does(tiny_gguf: Path, tmp_path: Path, llama_cpp: None) -> None:
+    rows = [("12 + 7 is", "19"), ("the team", "won"), ("a film", "of the year")]
+    data = write_rows(tmp_path / "pairs.jsonl", rows, columns=("prompt", "completion"))
+    done("fit", "--model", tiny_gguf, "--data", data, "--shots", "all", "--epochs", 2, "--out", tmp_path / "adapter")
+    done("merge", tmp_path / "adapter", "--gguf", tiny_gguf, "--out", tmp_path / "tuned.gguf")
+    texts = [f"--text={prompt}" for prompt, _ in rows]
+    expected = done("predict", tmp_path / "adapter", *texts, "--json").json
+    assert done("predict", tmp_path / "adapter", "--gguf", tmp_path / "tuned.gguf", *texts, "--json").json == expected
+
+
+def test_a_file_without_the_adapter_is_refused(adapter: Path, tiny_gguf: Path) -> None:
+    finished = ofa("predict", adapter, "--gguf", tiny_gguf, "--text", TEXTS[0])
+    assert finished.status == 2
+    assert "does not hold the scales of" in finished.err
+
+
+def test_what_llama_cpp_decides_itself_is_refused(adapter: Path, tuned: Path) -> None:
+    finished = ofa("predict", adapter, "--gguf", tuned, "--text", TEXTS[0], "--dtype", "bfloat16")
+    assert finished.status == 2
+    assert "leave out --model, --dtype and --device" in finished.err
+
+
+def test_where_llama_cpp_is_absent_its_package_is_named(
+    adapter: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    finished = ofa("predict", adapter, "--gguf", tuned, "--text", TEXTS[0])
+    assert finished.status == 2
+    assert "pip install llama-cpp-python" in finished.err
