@@ -51,7 +51,7 @@ class Row:
 def calls(
     model: Any, adapters: dict[str, Adapter], tokens: int, pool: ofa.AdapterPool
 ) -> dict[str, Callable[[], Tensor]]:
-    """The logits behind the last token of every row, by variant."""
+    """The logits after the last token of every row, by variant."""
     names = list(adapters)
     ids = torch.randint(3, 300, (len(names), tokens), generator=torch.Generator().manual_seed(0))
 

@@ -110,7 +110,7 @@ class LlamaCppModel(nn.Module):
         return new
 
     def _read(self, tokens: Sequence[int], start: int, wanted: Sequence[int]) -> Tensor:
-        """Logits (K, vocabulary) at the wanted places of `tokens`, which stand `start` places behind the beginning."""
+        """Logits (K, vocabulary) at the wanted places of `tokens`, which stand `start` places after the beginning."""
         import llama_cpp
 
         context = self._llama.ctx
