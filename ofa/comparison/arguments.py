@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ofa.errors import InputError
-from ofa.methods import method
+from ofa.methods import SPECIAL_CASES, method
+from ofa.methods.options import special_case
 from ofa.tasks import Example, Task, did_you_mean
 
 _COMMON = {"model", "tokenizer", "task", "shots", "seed"}
@@ -50,6 +51,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         if setting not in known:
             hint = did_you_mean(setting, known) or (f": use one of {', '.join(known)}" if known else ": it has none")
             raise InputError(f'the method {name} has no setting "{setting}"{hint}')
+    special_case(name, settings, **SPECIAL_CASES.get(name, {}))
     trained = {setting: value for setting, value in settings.items() if setting in shared and setting not in own}
     if trained:
         _check_training(name, trained)

@@ -65,7 +65,7 @@ class TraceEstimator(Protocol):
 
     @property
     def name(self) -> str:
-        """The name in `ESTIMATORS`."""
+        """The name that the option `estimator` has for it."""
         ...
 
     @property

@@ -148,6 +148,7 @@ def test_settings_are_the_arguments_of_fit_and_of_training(name, settings):
     ("name", "settings", "words"),
     [
         ("ofa", {"sharpnes": 0.1}, 'ofa has no setting "sharpnes", did you mean "sharpness"'),
+        ("norm-tuning", {"sharpness": 1.0}, r"norm-tuning means sharpness=0\.0, not 1\.0"),
         ("ofa", {"epochs": 0}, "in the method ofa, epochs must be"),
         ("ofa", {"estimator": "guess"}, "in the method ofa, .*guess"),
         ("takes-all", {"pool": "x"}, 'no setting "pool"'),
