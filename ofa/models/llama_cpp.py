@@ -5,6 +5,8 @@ Its own tokenizer is used too: what answers here is what answers in llama.cpp's 
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +47,10 @@ def load_llama_cpp(file: Path) -> LlamaCpp:
             "a GGUF file is run by llama.cpp, whose Python package is not installed; `pip install llama-cpp-python`"
         ) from error
     try:
-        vocabulary = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+        window = min(_trained_context(file), _LONGEST_CONTEXT)
         llama = llama_cpp.Llama(
             str(file),
-            n_ctx=min(llama_cpp.llama_model_n_ctx_train(vocabulary.model), _LONGEST_CONTEXT),
+            n_ctx=window,
             n_batch=_TOKENS_AT_ONCE,
             n_threads=torch.get_num_threads(),
             n_threads_batch=torch.get_num_threads(),
@@ -59,18 +61,29 @@ def load_llama_cpp(file: Path) -> LlamaCpp:
             f"llama.cpp cannot read {file} ({first_sentence(error)}); make the file with a llama.cpp of the "
             "installed version"
         ) from error
-    return LlamaCpp(LlamaCppModel(llama), LlamaCppTokenizer(llama))
+    # While Python still has what closing it calls.
+    still = weakref.ref(llama)
+    atexit.register(lambda: (one := still()) is not None and one.close())
+    return LlamaCpp(LlamaCppModel(llama, window), LlamaCppTokenizer(llama))
+
+
+def _trained_context(file: Path) -> int:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    architecture = reader.fields["general.architecture"].contents()
+    return int(reader.fields[f"{architecture}.context_length"].contents())
 
 
 class LlamaCppModel(nn.Module):
     """Logits and greedy completions, one sequence at a time."""
 
-    def __init__(self, llama: Any) -> None:
+    def __init__(self, llama: Any, window: int) -> None:
         from transformers import PretrainedConfig
 
         super().__init__()
         self._llama = llama
-        self.config = PretrainedConfig(max_position_embeddings=llama.n_ctx(), name_or_path=llama.model_path)
+        self.config = PretrainedConfig(max_position_embeddings=window, name_or_path=llama.model_path)
         # Says where inputs go.
         self.device_of_inputs = nn.Parameter(torch.empty(0), requires_grad=False)
 

@@ -54,11 +54,21 @@ def llama_cpp() -> None:
 def test_llama_cpp_gives_the_labels_of_the_adapter(adapter: Path, tuned: Path, llama_cpp: None) -> None:
     texts = [f"--text={text}" for text in TEXTS]
     expected = done("predict", adapter, *texts, "--json").json
-    found = done("predict", adapter, "--gguf", tuned, *texts, "--json").json
-    for row, other in zip(found, expected, strict=True):
+    finished = done("predict", adapter, "--gguf", tuned, *texts, "--json")
+    assert "llama" not in finished.err
+    for row, other in zip(finished.json, expected, strict=True):
         assert row["label"] == other["label"]
         # Keys and values are in float16 there.
         assert row["probabilities"] == pytest.approx(other["probabilities"], abs=2e-3)
+
+
+def test_a_text_longer_than_the_context_loses_its_beginning(
+    adapter: Path, tuned: Path, llama_cpp: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context of 128,000 positions would take more memory than the model."""
+    monkeypatch.setattr("ofa.models.llama_cpp._LONGEST_CONTEXT", 64)
+    finished = done("predict", adapter, "--gguf", tuned, "--text", "a film " * 100, "--json")
+    assert "1 of the texts did not fit" in finished.err
 
 
 def test_llama_cpp_completes_as_transformers_does(tiny_gguf: Path, tmp_path: Path, llama_cpp: None) -> None:
