@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ofa.adapters.peft_folder import save_peft_adapter
 from ofa.adapters.save_and_load import save_adapter
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Evaluation
-from ofa.methods import Predictor
-from ofa.methods.norm_tuning import fit_ofa
+from ofa.files import claim_folder
+from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks import Data, FewShot, Shots, TaskData, examples_from, few_shot, load_task
-from ofa.training.config import TrainingConfig
-from ofa.training.records import StepRecord, TrainingResult
+from ofa.training.records import StepRecord, TrainingResult, write_metrics
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A model tuned to a task, with the data, settings and records of the run.
+    """A model adapted to a task, with the data, settings and records of the run.
 
     Example:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
@@ -44,7 +44,7 @@ class Adaptation:
     drawn: FewShot
     shots: Shots
     seed: int
-    settings: dict[str, Any]
+    method: str
 
     @property
     def training(self) -> TrainingResult:
@@ -74,15 +74,15 @@ class Adaptation:
         Raises:
             InputError: the folder cannot be written, or is not empty and `overwrite` is off.
         """
-        return save_adapter(
-            self.predictor.scorer.model, folder, details={**self.details(), **details}, overwrite=overwrite
-        )
+        write = save_adapter if self.method in NORM_METHODS else save_peft_adapter
+        return write(self.predictor.scorer.model, folder, details={**self.details(), **details}, overwrite=overwrite)
 
     def details(self) -> dict[str, Any]:
         """Entries for `ofa_config.json`: task, shots and their indices, seed, settings, seconds; no training text."""
-        config = TrainingConfig(**self.settings)
+        config = self.training.config
+        is_plain = self.method == "ofa" and not (config.step_ratio or config.sharpness)
         return {
-            "method": "ofa" if config.step_ratio > 0 or config.sharpness > 0 else "norm-tuning",
+            "method": "norm-tuning" if is_plain else self.method,
             "task": self.data.task.to_dict(),
             "shots": self.shots,
             "examples": len(self.data.train),
@@ -109,6 +109,7 @@ def adapt(
     shots: Shots = 5,
     seed: int = 42,
     *,
+    method: str = "ofa",
     template: str | None = None,
     labels: Sequence[str] = (),
     text_column: str = "",
@@ -119,23 +120,26 @@ def adapt(
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
 ) -> Adaptation:
-    """Tune the norm scales of a Hugging Face model on a few examples per class with OFA's regularizers.
+    """Adapt a Hugging Face model to a task from a few examples per class: by OFA, or by another method.
 
     Args:
         task: task and examples, or anything that `load_task` takes: the name of a known task, a folder with task.json,
             a file, a DataFrame, a data set, a list of (text, label) or of mappings.
+        method: one of `methods.ADAPTER_METHODS`.
         template, labels, text_column, label_column: for data without a task.json, see `load_task`.
         shots: examples per class, drawn from the task's training examples by `seed`, or "all".
-        folder: for metrics and checkpoints during training; None writes nothing to disk.
+        folder: for metrics and checkpoints during training; None writes nothing to disk. The guided methods write only
+            metrics, at the end.
         resume: continue from the folder's checkpoint.
         validation: examples to choose the best epoch by; without them the last epoch is kept.
-        settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`.
+        settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`, and the
+            method's own, such as `rank` of LoRA; those left out have the method's defaults.
 
     Returns:
         The adaptation, which predicts, saves the scales and restores the model.
 
     Raises:
-        InputError: the task, the number of shots or a setting cannot be used.
+        InputError: the task, the method, the number of shots or a setting cannot be used.
 
     Example:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
@@ -145,20 +149,27 @@ def adapt(
         torch.Size([1, 2])
         >>> adaptation.close()
     """
+    fit = adapter_method(method)
+    if method in GUIDED and resume:
+        raise InputError(f"a run of {method} keeps no checkpoint and cannot be resumed; train it again")
     data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)
     if not data.train:
         raise InputError(f'the task "{data.task.name}" has no training examples; add a train file')
     drawn = few_shot(data.train, data.task.labels, shots, seed)
-    predictor = fit_ofa(
+    kept = {} if method in GUIDED else {"folder": folder, "resume": resume}
+    metrics = claim_folder(folder, overwrite=True) if folder is not None and method in GUIDED else None
+    predictor = fit(
         model,
         tokenizer,
         data.task,
         drawn.examples,
         seed,
-        folder=folder,
-        resume=resume,
         validation=examples_from(validation, data.task),
         progress=progress,
+        **kept,
         **settings,
     )
-    return Adaptation(predictor, data, drawn, shots, seed, settings)
+    adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
+    if metrics is not None:
+        write_metrics(metrics, adaptation.training.records)
+    return adaptation

@@ -13,7 +13,7 @@ FLOORS = (
     "__main__",
     "cli",
     "commands",
-    "report",
+    "report sklearn",
     "comparison adaptation",
     "methods",
     "training",

@@ -1,4 +1,4 @@
-"""Save, read, load, merge and publish tuned norm scales as adapter folders."""
+"""Save, read, load, merge and publish adapter folders: tuned norm scales, and what PEFT's other methods train."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from ofa.adapters.gguf_norms import merge_gguf as merge_gguf
     from ofa.adapters.pool import AdapterPool as AdapterPool
     from ofa.adapters.push import push_to_hub as push_to_hub
-    from ofa.adapters.save_and_load import Adapter as Adapter
+    from ofa.adapters.read import Adapter as Adapter
+    from ofa.adapters.read import read_adapter as read_adapter
     from ofa.adapters.save_and_load import load_adapter as load_adapter
     from ofa.adapters.save_and_load import merge as merge
-    from ofa.adapters.save_and_load import read_adapter as read_adapter
     from ofa.adapters.save_and_load import save_adapter as save_adapter
-    from ofa.adapters.save_and_load import versions as versions
+    from ofa.adapters.write import versions as versions
 
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
@@ -24,12 +24,12 @@ __all__, __getattr__, __dir__ = on_first_use(
         "merge_gguf": "ofa.adapters.gguf_norms",
         "AdapterPool": "ofa.adapters.pool",
         "push_to_hub": "ofa.adapters.push",
-        "Adapter": "ofa.adapters.save_and_load",
+        "Adapter": "ofa.adapters.read",
         "fingerprints": "ofa.adapters.base_norms",
         "load_adapter": "ofa.adapters.save_and_load",
         "merge": "ofa.adapters.save_and_load",
-        "read_adapter": "ofa.adapters.save_and_load",
+        "read_adapter": "ofa.adapters.read",
         "save_adapter": "ofa.adapters.save_and_load",
-        "versions": "ofa.adapters.save_and_load",
+        "versions": "ofa.adapters.write",
     },
 )

@@ -33,6 +33,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     is_tuned = any(not parameter.requires_grad for parameter in model.parameters())
     groups: dict[str, list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
+        name = name.replace(".base_layer.", ".")  # as before PEFT wrapped the layer
         if name not in norms and not (is_tuned and parameter.requires_grad):
             groups.setdefault(_group(name), []).append((name, parameter))
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,27 @@ CONFIG = "adapter_config.json"
 DETAILS = "ofa_config.json"
 CARD = "README.md"
 
+NORMS = "LN_TUNING"
+KINDS = {NORMS: "LN-tuning", "LORA": "LoRA", "IA3": "IA3", "PROMPT_TUNING": "prompt-tuning"}
+"""PEFT types of the adapters that are written and opened here, and their names in a text."""
+
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
 """State of an unfinished run; a finished run replaces it by the adapter."""
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read `adapter_config.json` of an LN-tuning adapter.
+def read_config(folder: str | Path, kinds: Collection[str] = tuple(KINDS)) -> dict[str, Any]:
+    """Read `adapter_config.json` of an adapter of one of these `kinds`.
 
     Raises:
         InputError: the folder is not an adapter folder, or holds another kind of adapter.
     """
     path = at_home(folder)
     config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
-    if config.get("peft_type") != "LN_TUNING":
+    if config.get("peft_type") not in kinds:
         raise InputError(
-            f"{path} holds a {config.get('peft_type')} adapter, which cannot be loaded here; give an LN_TUNING adapter"
+            f"{path} holds a {config.get('peft_type')} adapter, which cannot be loaded here; give an adapter of the "
+            f"kind {' or '.join(kinds)}"
         )
     return config
 

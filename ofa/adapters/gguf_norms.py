@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ofa.adapters.base_norms import fingerprints_of
-from ofa.adapters.save_and_load import Adapter, read_adapter
+from ofa.adapters.read import Adapter, read_adapter
 from ofa.errors import InputError, first_sentence
 from ofa.files import at_home, write_atomically
 from ofa.models.embedded import check_gguf

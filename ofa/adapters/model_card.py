@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ofa.adapters.folder import KINDS, NORMS
 from ofa.hub import is_hub_id
 
 HERE = "PATH_OF_THIS_FOLDER"
@@ -21,21 +22,21 @@ _MEASURES = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro-F1"
 """Our scores that hubs list: the hub's id of the metric, and its name."""
 
 
-def model_card(details: Mapping[str, Any], task_type: str | None) -> str:
+def model_card(details: Mapping[str, Any], task_type: str | None, kind: str = NORMS) -> str:
     """The card as Markdown, with the front matter that model hubs read.
 
     Args:
         details: the content of `ofa_config.json`.
         task_type: PEFT's task type, `CAUSAL_LM`, or None for an encoder.
+        kind: PEFT's type of the adapter.
     """
     task = details.get("task") or {}
     parts = [
-        f"---\n{_front_matter(details, task, task_type)}\n---\n",
-        f"# {_title(task)}\n",
-        f"{details['parameters']:,} tuned norm scales of {named(details['base_model'])}, and nothing else: a PEFT "
-        f"LN-tuning adapter made with `ofa` (Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n",
+        f"---\n{_front_matter(details, task, task_type, kind)}\n---\n",
+        f"# {_title(task, kind)}\n",
+        _what(details, kind),
         _QUANTIZED if details.get("base_source") == "embedded" else "",
-        _made_from(details, task),
+        _made_from(details, task, kind),
         _scores(details),
         usage(HERE, task_type, published=False, base=details["base_model"]),
         "Made with " + ", ".join(f"{name} {version}" for name, version in details["versions"].items()) + ".\n",
@@ -76,11 +77,22 @@ def _load_gguf(base: str, place: str) -> str:
     )
 
 
-def _title(task: Mapping[str, Any]) -> str:
-    return f"Norm scales for {task.get('name', 'a task')}"
+def _what(details: Mapping[str, Any], kind: str) -> str:
+    count, base = f"{details['parameters']:,}", named(details["base_model"])
+    if kind == NORMS:
+        return (
+            f"{count} tuned norm scales of {base}, and nothing else: a PEFT LN-tuning adapter made with `ofa` "
+            f"(Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n"
+        )
+    return f"A PEFT {KINDS[kind]} adapter of {count} parameters for {base}, made with `ofa`.\n"
 
 
-def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type: str | None) -> str:
+def _title(task: Mapping[str, Any], kind: str) -> str:
+    what = "Norm scales" if kind == NORMS else f"{KINDS[kind]} adapter"
+    return f"{what} for {task.get('name', 'a task')}"
+
+
+def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type: str | None, kind: str) -> str:
     from huggingface_hub import ModelCardData
 
     base = details["base_model"]
@@ -89,12 +101,12 @@ def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type
     card = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
-        tags=["few-shot", "ln-tuning", "ofa", f"arxiv:{PAPER}"],
+        tags=["few-shot", KINDS[kind].lower(), "ofa", *([f"arxiv:{PAPER}"] if kind == NORMS else [])],
         # Hubs look up the base model, so a local folder is named only in the text.
         base_model=base if is_known else None,
         base_model_relation="adapter" if is_known else None,
         datasets=list(dict.fromkeys(one["hub_id"] for one in data.values() if "hub_id" in one)) or None,
-        model_name=_title(task),
+        model_name=_title(task, kind),
         eval_results=_eval_results(details, task) or None,
     )
     return card.to_yaml(line_break="\n")
@@ -121,7 +133,7 @@ def _eval_results(details: Mapping[str, Any], task: Mapping[str, Any]) -> list[A
     ]
 
 
-def _made_from(details: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+def _made_from(details: Mapping[str, Any], task: Mapping[str, Any], kind: str) -> str:
     if not task:
         return ""
     settings = details.get("settings") or {}
@@ -133,10 +145,14 @@ def _made_from(details: Mapping[str, Any], task: Mapping[str, Any]) -> str:
         "examples used": _used(details),
         "seed": details.get("seed"),
         "method": details.get("method"),
-        "step ratio, sharpness": f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None,
+        "step ratio, sharpness": _weights(settings) if kind == NORMS else None,
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
     return f"## Made from\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _weights(settings: Mapping[str, Any]) -> str | None:
+    return f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None
 
 
 def _used(details: Mapping[str, Any]) -> str | None:

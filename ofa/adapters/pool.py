@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ofa import sharding
-from ofa.adapters.save_and_load import Adapter, check_fit, read_adapter
+from ofa.adapters.read import Adapter, read_adapter
+from ofa.adapters.save_and_load import check_fit
 from ofa.errors import InputError
 from ofa.tuning.norms import base_parameters
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.model_card import HERE, model_card, named, usage
-from ofa.adapters.save_and_load import Adapter, read_adapter
+from ofa.adapters.read import Adapter, read_any_adapter
 from ofa.errors import InputError, first_sentence
 from ofa.hub import is_hub_id, quiet_client
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 METRICS = ("metrics.jsonl", "training.png")
-_MESSAGE = "Norm scales tuned with ofa"
+_MESSAGE = "An adapter made with ofa"
 
 
 def push_to_hub(
@@ -35,8 +35,8 @@ def push_to_hub(
 ) -> str:
     """Push an adapter to the hub, in one commit.
 
-    Only the scales, PEFT's configuration, `ofa_config.json` and the model card are uploaded; in the card, the
-    repository's name replaces the folder's.
+    Only the adapter's tensors, PEFT's configuration, `ofa_config.json` and the model card are uploaded; in the card,
+    the repository's name replaces the folder's.
 
     Args:
         repo_id: "owner/name", or only the name for a repository of the token's user.
@@ -58,7 +58,7 @@ def push_to_hub(
         >>> ofa.push_to_hub(path, "owner/reviews-ofa")
         'http.../owner/reviews-ofa'
     """
-    adapter = read_adapter(folder)
+    adapter = read_any_adapter(folder)
     _check_name(repo_id)
     contents = _contents(adapter, repo_id, _public_base(adapter, base_model))
     if metrics:
@@ -123,7 +123,7 @@ def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
     files: dict[str, Any] = {CONFIG: {**config, "base_model_name_or_path": base}}
     if adapter.details:
         files[DETAILS] = {**adapter.details, "base_model": base}
-    card = _card(adapter, repo_id, base, config.get("task_type"))
+    card = _card(adapter, repo_id, base, config)
     return {
         WEIGHTS: (adapter.folder / WEIGHTS).read_bytes(),
         **{name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in files.items()},
@@ -131,16 +131,16 @@ def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
     }
 
 
-def _card(adapter: Adapter, repo_id: str, base: str, task_type: str | None) -> str | None:
+def _card(adapter: Adapter, repo_id: str, base: str, config: dict[str, Any]) -> str | None:
     """The folder's card, with edits by the user, rewritten for readers of the repository."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
-    file = adapter.folder / CARD
+    file, task_type = adapter.folder / CARD, config.get("task_type")
     if file.is_file():
         text = file.read_text(encoding="utf-8").replace(named(adapter.base), named(base))
     elif adapter.details:
-        text = model_card({**adapter.details, "base_model": base}, task_type)
+        text = model_card({**adapter.details, "base_model": base}, task_type, adapter.kind)
     else:
         return None
     try:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ofa.adapters.folder import WEIGHTS, read_config, read_details
+from ofa.adapters.folder import NORMS, WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
 from ofa.commands.options import DataOptions, ModelOptions
 from ofa.errors import InputError
@@ -91,24 +91,29 @@ def with_base(options: ModelOptions, adapter: Path | None) -> ModelOptions:
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256 of an adapter's scales."""
+    """SHA-256 of an adapter's tensors."""
     return hashlib.sha256((at_home(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
 def open_model(options: ModelOptions, adapter: Path | None = None) -> LoadedModel:
-    """Load the model, with the adapter's scales if one is given.
+    """Load the model, with the adapter in it if one is given.
 
     Raises:
         InputError: the folder is not an adapter of `ofa`, or does not fit the model.
     """
-    from ofa.adapters.save_and_load import load_adapter, read_adapter
+    from ofa.adapters.peft_folder import open_peft_adapter
+    from ofa.adapters.read import read_any_adapter
+    from ofa.adapters.save_and_load import load_adapter
     from ofa.models.load import load_model
 
-    read = read_adapter(adapter) if adapter else None  # fail before downloading the base
+    read = read_any_adapter(adapter) if adapter else None  # fail before downloading the base
     loaded = load_model(progress=notice, **asdict(options))
-    if read is not None:
+    if read is None:
+        return loaded
+    if read.kind == NORMS:
         load_adapter(loaded.model, read)
-    return loaded
+        return loaded
+    return replace(loaded, model=open_peft_adapter(loaded.model, read))
 
 
 def open_merged(file: Path, adapter: Path) -> LlamaCpp:
@@ -118,7 +123,7 @@ def open_merged(file: Path, adapter: Path) -> LlamaCpp:
         InputError: the file does not hold the adapter's scales, or llama.cpp is not installed.
     """
     from ofa.adapters.gguf_norms import check_merged
-    from ofa.adapters.save_and_load import read_adapter
+    from ofa.adapters.read import read_adapter
     from ofa.models.llama_cpp import load_llama_cpp
 
     check_merged(read_adapter(adapter), file)

@@ -1,4 +1,4 @@
-"""`ofa fit`: tune a model's norm scales on a few examples and write the adapter."""
+"""`ofa fit`: adapt a model to a few examples, by default by its norm scales, and write the adapter."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ofa.commands.options import (
     set_threads,
 )
 from ofa.errors import InputError
+from ofa.methods import ADAPTER_METHODS, NORM_METHODS
 from ofa.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ def fit(
     how: DataOptions,
     source: ModelOptions,
     training: TrainingConfig,
+    method: Annotated[
+        str, typer.Option(help=f"How to adapt: {', '.join(ADAPTER_METHODS)}; `ofa compare` says which is best.")
+    ] = "ofa",
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A setting that only the method has, such as rank=16 of lora."
+        ),
+    ] = None,
     shots: ShotsOption = 5,
     threads: ThreadsOption = None,
     validation: Annotated[
@@ -67,12 +77,13 @@ def fit(
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Tune a model's norm scales on a few labelled examples and write a PEFT adapter of less than a megabyte.
+    """Adapt a model to a few labelled examples and write a PEFT adapter: norm scales in less than a megabyte, or LoRA …
 
     Example: ofa fit --data train.jsonl --template "Sentence: {text}\\nLabel:" --labels objective,subjective
     --shots 5 --seed 42 --out adapter
 
-    Ctrl-C stops after the current step; the same command with --resume continues to the same result.
+    Settings that are left out have the method's defaults. Ctrl-C stops after the current step, and the same command
+    with --resume continues to the same result; the guided methods cannot be resumed.
     """
     from ofa.commands.adapted import open_model, with_base
     from ofa.commands.data import data_origin, training_data
@@ -81,6 +92,7 @@ def fit(
     from ofa.tasks.duplicates import warn_of_shared_texts
 
     _refuse_stopped(out, resume or overwrite)
+    settings = _settings(method, training, own or [])
     source, seed = with_base(source, None), training.seed
     where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
     given = training_data(data, how, offline=source.offline)
@@ -106,11 +118,12 @@ def fit(
                 given,
                 shots,
                 seed,
+                method=method,
                 folder=folder,
                 resume=resume,
                 validation=held_out,
                 progress=_reporter(update),
-                **training.model_dump(exclude={"seed"}),
+                **settings,
             )
         tell_truncated(adaptation.training.truncated, "training texts")
         origins = {part: data_origin(name) for part, name in (("train", data), ("test", test)) if name}
@@ -122,6 +135,30 @@ def fit(
         show_json(summary)
     else:
         _tell(summary, several=len(given.task.columns.names) > 1)
+
+
+def _settings(method: str, training: TrainingConfig, own: list[str]) -> dict[str, Any]:
+    """The settings that were asked for, by options and by `--set`.
+
+    Raises:
+        InputError: the method cannot be saved, or has no such setting.
+    """
+    import yaml
+
+    from ofa.comparison.arguments import check_settings
+    from ofa.methods import adapter_method
+
+    adapter_method(method)
+    settings = training.model_dump(exclude={"seed"}, exclude_unset=True)
+    for pair in own:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair} has no value; write it as in --set rank=16")
+        if name in TrainingConfig.model_fields:
+            raise InputError(f"--set {pair} has an option of its own; write --{name.replace('_', '-')} {value}")
+        settings[name] = yaml.safe_load(value)
+    check_settings(method, settings)
+    return settings
 
 
 def _refuse_stopped(folder: Path, decided: bool) -> None:
@@ -160,6 +197,7 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **detail
     return {
         "folder": str(folder),
         "adapter_bytes": (folder / WEIGHTS).stat().st_size,
+        "method": adaptation.details()["method"],
         "trainable_parameters": adaptation.predictor.trainable_parameters,
         "steps": len(records),
         "first_loss": records[0].loss,
@@ -175,9 +213,10 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **detail
 
 
 def _tell(summary: dict[str, Any], *, several: bool) -> None:
+    tuned = "norm scales tuned" if summary["method"] in NORM_METHODS else f"parameters of {summary['method']} trained"
     notice(
         f"{summary['used']:,} of {summary['examples']:,} examples used; "
-        f"{summary['trainable_parameters']:,} norm scales tuned in {summary['steps']} steps, "
+        f"{summary['trainable_parameters']:,} {tuned} in {summary['steps']} steps, "
         f"{summary['seconds']:.0f} s; loss {summary['first_loss']:.3f} → {summary['last_loss']:.3f}"
     )
     accuracy = summary["scores"].get("accuracy", summary["scores"].get("exact_match"))

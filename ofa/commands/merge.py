@@ -43,7 +43,7 @@ def merge(
     quiet: QuietOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Write the base model with the adapter's norm scales as one ordinary checkpoint, or as a GGUF file.
+    """Write the base model with the adapter in it as one ordinary checkpoint, or norm scales into a GGUF file.
 
     Example: ofa merge adapter --out checkpoint
 
@@ -61,10 +61,11 @@ def merge(
     base = base_of(adapter, model)
     check_source(base, dtype=dtype)
     with claimed_folder(out, overwrite=overwrite) as target:
+        from ofa.adapters.peft_folder import refuse_soft_prompt
+        from ofa.adapters.read import read_any_adapter
         from ofa.adapters.save_and_load import merge as write_merged
-        from ofa.adapters.save_and_load import read_adapter
 
-        read_adapter(adapter)  # fail before downloading the base
+        refuse_soft_prompt(read_any_adapter(adapter))  # fail before downloading the base
         loaded = load_model(
             base,
             dtype=dtype,

@@ -123,13 +123,16 @@ class Only:
     names: tuple[str, ...]
 
 
+_CONTEXT = "typer_context"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def grouped(command: Command) -> Command:
     """Expand a command's parameters that are dataclasses or pydantic configurations into one option per field.
 
-    A dataclass field has its option in its annotation; a configuration field's description becomes the help text.
+    A dataclass field has its option in its annotation; a configuration field's description becomes the help text. A
+    configuration gets only the options that were given, so `model_fields_set` separates them from the defaults.
     """
     signature = inspect.signature(command, eval_str=True)
     options: dict[str, Parameter] = {}
@@ -142,14 +145,25 @@ def grouped(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
+        context = given.pop(_CONTEXT)
         for name, (kind, names) in groups.items():
-            given[name] = kind(**{option: given.pop(option) for option in names})
+            values = {option: given.pop(option) for option in names}
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                values = {option: value for option, value in values.items() if _is_given(context, option)}
+            given[name] = kind(**values)
         return command(**given)
 
+    options[_CONTEXT] = Parameter(_CONTEXT, Parameter.KEYWORD_ONLY, annotation=typer.Context)
     by_name = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options.values()]
     run.__signature__ = signature.replace(parameters=by_name)  # type: ignore[attr-defined]
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
     return run  # type: ignore[return-value]
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option was typed, or stands in the file of `--config`."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _options_of(annotation: Any) -> Iterator[Parameter]:

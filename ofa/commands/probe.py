@@ -30,7 +30,7 @@ from ofa.errors import InputError
 from ofa.regularizers.options import RegularizerOptions
 
 if TYPE_CHECKING:
-    from ofa.adapters.save_and_load import Adapter
+    from ofa.adapters.read import Adapter
     from ofa.models.load import LoadedModel
     from ofa.probing.results import Probe
     from ofa.tasks import Example, Task
@@ -96,7 +96,7 @@ def probe(
         asked: dict[str, Any] = measured.model_dump(exclude_unset=True) | {"seed": seed, "batch_size": batch_size}
         asked["training"] = _at_most(linear_size, pool, task, seed)
         asked["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
-        from ofa.adapters.save_and_load import read_adapter
+        from ofa.adapters.read import read_adapter
 
         read = [read_adapter(one) for one in folders]
         set_threads(threads)
@@ -174,7 +174,7 @@ def _probe_all(
 
 def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, Any]:
     """The results as JSON values."""
-    from ofa.adapters.save_and_load import versions
+    from ofa.adapters.write import versions
 
     first = next(iter(probes.values()))
     return {

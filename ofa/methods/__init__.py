@@ -56,6 +56,15 @@ SPECIAL_CASES: dict[str, dict[str, Any]] = {
 }
 """Map methods to the options whose values define them, see `options.special_case`."""
 
+GUIDED = ("guided", "guided-finite-difference", "guided-first-order")
+"""Methods whose runs keep no checkpoint: it would not hold what the guidance remembers."""
+
+NORM_METHODS = ("norm-tuning", "ofa", "ofa-step-ratio", "ofa-sharpness", *GUIDED)
+"""Methods that train the norm scales, which are saved as a PEFT LN-tuning adapter."""
+
+ADAPTER_METHODS = (*NORM_METHODS, "lora", "lora-r1", "ia3", "soft-prompt")
+"""Methods whose result is an adapter in one of PEFT's formats: those of `adapt` and `ofa fit`."""
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -158,6 +167,21 @@ def _special(name: str, fit: Callable[..., Predictor], case: Mapping[str, Any]) 
     left = [parameter for parameter in signature.parameters.values() if parameter.name not in case]
     special.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
     return special
+
+
+def adapter_method(name: str) -> Callable[..., Predictor]:
+    """The `fit` of a method whose result can be saved.
+
+    Raises:
+        InputError: there is no such method, or its result has no format of PEFT.
+    """
+    fit = method(name)
+    if name not in ADAPTER_METHODS:
+        raise InputError(
+            f"the result of {name} has no adapter format of PEFT and cannot be saved; measure it with `ofa compare`, "
+            f"or use one of {', '.join(ADAPTER_METHODS)}"
+        )
+    return fit
 
 
 def nothing_to_release() -> None:

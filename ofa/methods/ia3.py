@@ -25,7 +25,9 @@ def fit(
     Raises:
         InputError: see `fit_adapter`.
     """
-    return fit_adapter(model, tokenizer, task, shots, seed, config_for, notes={}, **{**SETTINGS, **options})
+    return fit_adapter(
+        model, tokenizer, task, shots, seed, config_for, method="ia3", notes={}, **{**SETTINGS, **options}
+    )
 
 
 def config_for(model: CausalLM) -> Any:

@@ -38,7 +38,15 @@ def fit(
         raise InputError(f"the alpha of LoRA is {alpha!r}: give a number above 0")
     notes = {"rank": rank, "alpha": alpha}
     return fit_adapter(
-        model, tokenizer, task, shots, seed, lambda model: config_for(model, rank, alpha), notes=notes, **options
+        model,
+        tokenizer,
+        task,
+        shots,
+        seed,
+        lambda model: config_for(model, rank, alpha),
+        notes=notes,
+        method="lora",
+        **options,
     )
 
 

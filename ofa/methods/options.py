@@ -6,6 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ofa.errors import InputError
+from ofa.regularizers.options import RegularizerOptions
+
+
+def without_regularizers(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with both regularizers off.
+
+    Raises:
+        InputError: the options have a setting of the regularizers other than a weight of 0.
+    """
+    off = {"step_ratio": 0.0, "sharpness": 0.0}
+    foreign = options.keys() & (RegularizerOptions.model_fields.keys() - {"seed"})
+    foreign -= {name for name in off if options.get(name) == 0}
+    if foreign:
+        raise InputError(f"{min(foreign)} is a setting of OFA, and {method} has no regularizers; leave it out")
+    return {**options, **off}
 
 
 def special_case(method: str, options: Mapping[str, Any], *, term: str | None = None, **fixed: Any) -> dict[str, Any]:

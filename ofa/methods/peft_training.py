@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from ofa.errors import InputError, first_sentence
+from ofa.adapters.attach_peft import attach_adapter
+from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
+from ofa.methods.options import without_regularizers
 from ofa.models.introspection import model_window
 from ofa.models.types import CausalLM, Tokenizer
-from ofa.regularizers.options import RegularizerOptions
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
@@ -24,8 +24,6 @@ from ofa.training.records import StepRecord
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_SET_BY_PEFT = ("prepare_inputs_for_generation", "generation_config", "_require_grads_hooks", "_require_grads_hook")
 
 
 def fit_adapter(
@@ -36,6 +34,9 @@ def fit_adapter(
     seed: int,
     adapter: Callable[[Any], PeftConfig],
     *,
+    method: str,
+    folder: str | Path | None = None,
+    resume: bool = False,
     validation: Sequence[Example] = (),
     progress: Callable[[StepRecord, int], None] | None = None,
     scored_by: type[Scorer] = Scorer,
@@ -49,6 +50,8 @@ def fit_adapter(
     restores the model.
 
     Args:
+        method: its name in messages.
+        folder, resume: as for `training.loop.train`.
         adapter: makes PEFT's configuration for a model; targets are full paths.
         scored_by: the scorer's class.
         notes: the predictor's notes, to which the names of the adapted modules are added.
@@ -58,18 +61,20 @@ def fit_adapter(
         InputError: a setting is wrong, the model is not a causal language model or has an adapter, or PEFT cannot
             adapt it; see also `training.loop.train`.
     """
-    config = _training_config(seed, settings)
+    config = TrainingConfig(seed=seed, **without_regularizers(method, settings))
     _check_model(model)
     peft_config = adapter(model)
     targets = sorted(getattr(peft_config, "target_modules", ()))
     with ExitStack() as undo:
-        adapted = _attach(model, peft_config, targets, config.seed, undo)
+        adapted = attach_adapter(model, peft_config, targets, config.seed, undo)
         scorer = scored_by(adapted, tokenizer, task)
         result = train(
             adapted,
             Encoder(tokenizer, task, model_window(adapted)),
             shots,
             config,
+            folder=folder,
+            resume=resume,
             validate=(lambda: scorer.accuracy(validation)) if validation else None,
             progress=progress,
             tune=trainable,
@@ -100,13 +105,6 @@ def stored_bytes(model: CausalLM) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _training_config(seed: int, settings: Mapping[str, Any]) -> TrainingConfig:
-    foreign = settings.keys() & (RegularizerOptions.model_fields.keys() - {"seed"})
-    if foreign:
-        raise InputError(f"{min(foreign)} is a setting of OFA, and this method has no regularizers; leave it out")
-    return TrainingConfig(seed=seed, step_ratio=0.0, sharpness=0.0, **settings)
-
-
 def _check_model(model: CausalLM) -> None:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -118,60 +116,3 @@ def _check_model(model: CausalLM) -> None:
         )
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError("the model already has a PEFT adapter; merge or unload it first")
-
-
-def _attach(model: CausalLM, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> Any:
-    """Inject the adapter and freeze everything else; `undo` restores all that PEFT replaces, sets and freezes.
-
-    PEFT's own `unload` needs a complete adapter, which a failure may not leave, and restores only modules.
-    """
-    for parameter in model.parameters():
-        undo.callback(parameter.requires_grad_, parameter.requires_grad)
-    # PEFT draws initial values on the CPU; forking its generator keeps the global random state.
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(seed)
-        return _wrap(model, config, undo) if config.is_prompt_learning else _inject(model, config, targets, undo)
-
-
-def _inject(model: CausalLM, config: PeftConfig, targets: Iterable[str], undo: ExitStack) -> Any:
-    from peft import inject_adapter_in_model
-    from peft.functional import cast_adapter_dtype
-
-    for path in targets:
-        parent, _, name = path.rpartition(".")
-        undo.callback(setattr, model.get_submodule(parent), name, model.get_submodule(path))
-    _keep_attributes(model, ("peft_config",), undo)
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise InputError(
-            f"PEFT cannot adapt this model by {config.peft_type.value}: {first_sentence(error)}"
-        ) from error
-    cast_adapter_dtype(model, "default")
-    return model
-
-
-def _wrap(model: CausalLM, config: PeftConfig, undo: ExitStack) -> Any:
-    from peft import get_peft_model
-
-    for module in (model, *model.children()):
-        _keep_attributes(module, _SET_BY_PEFT, undo)
-    if hasattr(model.config, "pretraining_tp"):
-        undo.callback(setattr, model.config, "pretraining_tp", model.config.pretraining_tp)
-    hooks = getattr(model, "_require_grads_hooks", None)
-    with warnings.catch_warnings():
-        # PEFT still uses a property that transformers has deprecated.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        wrapped = get_peft_model(model, config)
-    if getattr(model, "_require_grads_hooks", None) is not hooks:
-        undo.callback(model.disable_input_require_grads)
-    return wrapped
-
-
-def _keep_attributes(module: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
-    own = vars(module)
-    for name in names:
-        if name in own:
-            undo.callback(own.__setitem__, name, own[name])
-        else:
-            undo.callback(own.pop, name, None)

@@ -34,7 +34,7 @@ def fit(
     if task.open_ended:
         # PEFT's generation ignores positions, so padding would shift the shorter prompts of a batch.
         raise InputError(f"task {task.name!r} has no labels, and soft-prompt only scores labels; choose another method")
-    own = {"scored_by": SoftPromptScorer, "notes": {"extra_tokens": 1}}
+    own = {"method": "soft-prompt", "scored_by": SoftPromptScorer, "notes": {"extra_tokens": 1}}
     return fit_adapter(model, tokenizer, task, shots, seed, config_for, **{**SETTINGS, **options, **own})
 
 

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from ofa.adapters.folder import CHECKPOINT, METRICS
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
-from ofa.files import claim_folder, claimed_folder, write_text
+from ofa.files import claim_folder, claimed_folder
 from ofa.models.introspection import evaluating
 from ofa.regularizers.attach import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.training import checkpoint
 from ofa.training.config import TrainingConfig
 from ofa.training.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, encode_example
-from ofa.training.records import StepRecord, TrainingResult, read_metrics
+from ofa.training.records import StepRecord, TrainingResult, read_metrics, write_metrics
 from ofa.tuning.norms import tune_norms
 
 
@@ -231,7 +231,7 @@ class _Run:
         """Restore the best epoch's scales, if there was a validation, and return the result."""
         if self.best is not None:
             self._restore(self.best[2])
-        return TrainingResult(tuple(self.records), self.seconds, truncated, self.best and self.best[0])
+        return TrainingResult(tuple(self.records), self.seconds, truncated, self.config, self.best and self.best[0])
 
     def _take_step(self, started: float) -> StepRecord:
         step, epoch = self.step, self.step // self.steps_per_epoch
@@ -370,8 +370,7 @@ class _Run:
             epoch, score, scales = state.best
             self.best = (epoch, score, [scales[name] for name in self.scales])
         self.records = [record for record in read_metrics(self.folder) if record.step <= self.step]
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
-        write_text(self.folder / METRICS, lines)
+        write_metrics(self.folder, self.records)
 
     def _log(self, record: StepRecord) -> None:
         if self.folder is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ofa.adapters.folder import METRICS
+from ofa.files import write_text
+from ofa.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The records of all steps, the run's time in seconds, truncated prompts, and the best epoch if it validated.
+    """The records of all steps, the run's time in seconds, truncated prompts, settings, and the best epoch if it
+    validated.
 
     Example:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
@@ -50,7 +54,13 @@ class TrainingResult:
     records: tuple[StepRecord, ...]
     seconds: float
     truncated: int
+    config: TrainingConfig
     best_epoch: int | None = None
+
+
+def write_metrics(folder: Path, records: Sequence[StepRecord]) -> None:
+    """Replace a run's metrics file."""
+    write_text(folder / METRICS, "".join(json.dumps(asdict(record)) + "\n" for record in records))
 
 
 def read_metrics(folder: Path) -> list[StepRecord]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ofa.adapters.save_and_load import read_adapter
+from ofa.adapters.read import read_adapter
 from tests.examples.test_loops import run
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 import ofa
-from ofa.adapters.save_and_load import read_adapter
+from ofa.adapters.read import read_adapter
 from tests import families
 
 pytestmark = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ofa.adapters.save_and_load import read_adapter
+from ofa.adapters.read import read_adapter
 from tests import families
 from tests.examples.test_loops import example
 

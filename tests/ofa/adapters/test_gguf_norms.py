@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 import ofa
 from ofa.adapters.folder import DETAILS
 from ofa.adapters.gguf_norms import check_merged, merge_gguf
-from ofa.adapters.save_and_load import read_adapter
+from ofa.adapters.read import read_adapter
 from ofa.errors import InputError
 from ofa.tuning.norms import base_parameters
 from tests.families import GROUPED, build

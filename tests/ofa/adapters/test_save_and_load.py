@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ofa
 from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
-from ofa.adapters.save_and_load import read_adapter
+from ofa.adapters.read import read_adapter
 from ofa.errors import InputError
 from tests import oracle
 from tests.cases import CAUSAL

@@ -1,0 +1,75 @@
+"""Put an adapter of PEFT into a model so that it can be taken out again completely."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ofa.errors import InputError, first_sentence
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_SET_BY_PEFT = ("prepare_inputs_for_generation", "generation_config", "_require_grads_hooks", "_require_grads_hook")
+
+
+def attach_adapter(model: Any, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> Any:
+    """Inject the adapter and freeze everything else; `undo` restores all that PEFT replaces, sets and freezes.
+
+    PEFT's own `unload` needs a complete adapter, which a failure may not leave, and restores only modules.
+    """
+    for parameter in model.parameters():
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    # PEFT draws initial values on the CPU; forking its generator keeps the global random state.
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        return _wrap(model, config, undo) if config.is_prompt_learning else _inject(model, config, targets, undo)
+
+
+def _inject(model: Any, config: PeftConfig, targets: Iterable[str], undo: ExitStack) -> Any:
+    from peft import inject_adapter_in_model
+    from peft.functional import cast_adapter_dtype
+
+    for path in targets:
+        parent, _, name = path.rpartition(".")
+        undo.callback(setattr, model.get_submodule(parent), name, model.get_submodule(path))
+    _keep_attributes(model, ("peft_config",), undo)
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise InputError(
+            f"PEFT cannot adapt this model by {config.peft_type.value}: {first_sentence(error)}"
+        ) from error
+    cast_adapter_dtype(model, "default")
+    return model
+
+
+def _wrap(model: Any, config: PeftConfig, undo: ExitStack) -> Any:
+    from peft import get_peft_model
+
+    for module in (model, *model.children()):
+        _keep_attributes(module, _SET_BY_PEFT, undo)
+    if hasattr(model.config, "pretraining_tp"):
+        undo.callback(setattr, model.config, "pretraining_tp", model.config.pretraining_tp)
+    hooks = getattr(model, "_require_grads_hooks", None)
+    with warnings.catch_warnings():
+        # PEFT still uses a property that transformers has deprecated.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        wrapped = get_peft_model(model, config)
+    if getattr(model, "_require_grads_hooks", None) is not hooks:
+        undo.callback(model.disable_input_require_grads)
+    return wrapped
+
+
+def _keep_attributes(module: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
+    own = vars(module)
+    for name in names:
+        if name in own:
+            undo.callback(own.__setitem__, name, own[name])
+        else:
+            undo.callback(own.pop, name, None)

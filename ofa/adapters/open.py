@@ -1,0 +1,47 @@
+"""Put an adapter folder of any kind into a model for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from ofa.adapters.attach_peft import attach_adapter
+from ofa.adapters.folder import NORMS
+from ofa.adapters.read import PREFIX, Adapter
+from ofa.adapters.same_base import check_base
+from ofa.adapters.save_and_load import load_adapter
+from ofa.tuning.norms import restore_norms
+
+
+@contextmanager
+def opened_adapter(model: nn.Module, adapter: Adapter) -> Iterator[Any]:
+    """Put an adapter that `ofa` made into its base model, and take it out again completely.
+
+    Yields:
+        The model to score with, which for a soft prompt is PEFT's wrapper.
+
+    Raises:
+        InputError: the adapter belongs to another base.
+    """
+    with ExitStack() as undo:
+        if adapter.kind == NORMS:
+            undo.callback(restore_norms, model)
+            load_adapter(model, adapter)
+            yield model
+        else:
+            yield _attached(model, adapter, undo)
+
+
+def _attached(model: Any, adapter: Adapter, undo: ExitStack) -> Any:
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    check_base(model, adapter)
+    config = PeftConfig.from_pretrained(adapter.folder)
+    attached = attach_adapter(model, config, sorted(getattr(config, "target_modules", ())), 0, undo)
+    # Without PEFT's wrapper the keys lack the path of the model in it.
+    own = {key.removeprefix(PREFIX): value for key, value in adapter.parameters.items()}
+    set_peft_model_state_dict(attached, own)
+    return attached

@@ -1,0 +1,50 @@
+"""Refuse an adapter of another base, and warn of one whose frozen weights differ."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+
+from torch import nn
+
+from ofa.adapters.base_norms import fingerprints
+from ofa.adapters.base_weights import difference
+from ofa.adapters.read import Adapter
+from ofa.errors import InputError
+
+_warned: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
+"""Adapters, by model, for which a warning about another base was logged."""
+
+logger = logging.getLogger(__name__)
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name that a model was loaded by."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or None
+
+
+def check_base(model: nn.Module, adapter: Adapter) -> None:
+    """Compare a model with the base that the adapter's details describe; warn once of other frozen weights.
+
+    Raises:
+        InputError: the model's own norms differ.
+    """
+    name = adapter.base or "another model"
+    actual = fingerprints(model)
+    expected = {adapter.details[name] for name in actual if name in adapter.details}
+    if expected and expected.isdisjoint(actual.values()):
+        raise InputError(
+            f"{adapter.folder} was made for {name}, and this model's own norms differ; load that base instead"
+        )
+    warned = _warned.setdefault(model, set())
+    differing = difference(adapter.details.get("base_weights", {}), model)
+    if differing is not None and adapter.folder not in warned:
+        warned.add(adapter.folder)
+        logger.warning(
+            "%s was made for %s: this model has the same norms but other weights (%s), so predictions may differ; load "
+            "that base, or test this one with `ofa evaluate`",
+            adapter.folder,
+            name,
+            differing,
+        )

@@ -1,0 +1,187 @@
+"""Every method of `ofa fit --method` leaves a folder that PEFT and ofa open with the logits of the trained model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+
+import ofa
+from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
+from ofa.adapters.peft_folder import open_peft_adapter
+from ofa.adapters.read import read_any_adapter
+from ofa.errors import InputError
+from ofa.evaluation.scorer import Scorer
+from ofa.methods import ADAPTER_METHODS
+from tests.ofa.given_back import state
+from tests.ofa.test_adaptation import DATA, TASK, TEXTS
+
+QUICK = {"max_steps": 2, "batch_size": 2}
+PEFT_METHODS = ("lora", "ia3", "soft-prompt")
+
+
+def logits(model, tokenizer):
+    """At the prompt's last token."""
+    inputs = tokenizer("Review: a film that drags\nSentiment:", return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        return model.eval()(**inputs).logits[0, -1].clone()
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """Adapt by a method, save, give the model back; the folder, and logits and probabilities of the trained model."""
+
+    def make(method, **settings):
+        model, tokenizer = tiny_model
+        adaptation = ofa.adapt(model, tokenizer, DATA, shots=2, seed=3, method=method, **QUICK, **settings)
+        trained = logits(adaptation.predictor.scorer.model, tokenizer), adaptation.predict_proba(TEXTS)
+        folder = adaptation.save(tmp_path / "adapter")
+        adaptation.close()
+        return folder, *trained
+
+    return make
+
+
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
+def test_peft_opens_what_was_trained(saved, tiny_model, method):
+    """The trained logits, not the base's."""
+    model, tokenizer = tiny_model
+    folder, trained, _ = saved(method)
+    opened = AutoPeftModelForCausalLM.from_pretrained(folder)
+    # A merged scale or a fused norm rounds differently: a few float32 roundings of logits below 1.
+    torch.testing.assert_close(logits(opened.to(model.device), tokenizer), trained, rtol=0, atol=1e-6)
+    assert not torch.allclose(logits(model, tokenizer), trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_it_opens_again_with_equal_probabilities(saved, tiny_model, method):
+    model, tokenizer = tiny_model
+    folder, _, trained = saved(method)
+    opened = open_peft_adapter(model, read_any_adapter(folder))
+    torch.testing.assert_close(Scorer(opened, tokenizer, TASK).predict_proba(TEXTS), trained, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_the_folder_says_how_it_was_made(saved, method):
+    """The method's own defaults too, which differ from those of norm tuning."""
+    folder, *_ = saved(method)
+    details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
+    assert details["method"] == method
+    assert details["settings"]["learning_rate"] == {"lora": 1e-3, "ia3": 3e-3, "soft-prompt": 0.1}[method]
+    assert details["parameters"] == sum(value.numel() for value in load_file(folder / WEIGHTS).values())
+    card = (folder / CARD).read_text(encoding="utf-8")
+    assert "norm scales" not in card
+    assert "adapter for mood" in card
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_merging_gives_a_plain_checkpoint_and_leaves_the_model(saved, tiny_model, tmp_path, method):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = tiny_model
+    folder, trained, _ = saved(method)
+    before = state(model)
+    out = ofa.merge(model, folder, tmp_path / "merged", tokenizer=tokenizer)
+    assert state(model) == before
+    merged = AutoModelForCausalLM.from_pretrained(out).to(model.device)
+    # W + BA is rounded once more than Wx + BAx: a few units of float32 at logits below 1.
+    torch.testing.assert_close(logits(merged, tokenizer), trained, rtol=0, atol=2e-6)
+
+
+def test_a_soft_prompt_cannot_be_merged(saved, tiny_model, tmp_path):
+    folder, *_ = saved("soft-prompt")
+    with pytest.raises(InputError, match="soft prompt, which is an input and cannot be merged"):
+        ofa.merge(tiny_model[0], folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def other_norms(model):
+    with torch.no_grad():
+        model.model.norm.weight += 0.5
+
+
+DAMAGE = {
+    "a tensor is missing": (lambda t: t.pop(next(iter(t))), "does not fit this model .*is in one of them only"),
+    "another width": (lambda t: t.update({k: v[:, :8].clone() for k, v in t.items() if "lora_A" in k}), "does not fit"),
+    "not finite": (lambda t: next(iter(t.values())).fill_(float("nan")), "is not finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_is_refused(saved, tiny_model, change, message):
+    """PEFT itself only warns of parameters that are missing."""
+    folder, *_ = saved("lora")
+    edit_tensors(folder, change)
+    with pytest.raises(InputError, match=message):
+        open_peft_adapter(tiny_model[0], read_any_adapter(folder))
+
+
+def test_another_base_is_refused(saved, tiny_model):
+    folder, *_ = saved("lora")
+    other_norms(tiny_model[0])
+    with pytest.raises(InputError, match="this model's own norms differ"):
+        open_peft_adapter(tiny_model[0], read_any_adapter(folder))
+
+
+def test_only_norm_scales_go_into_a_model_in_place(saved, tiny_model):
+    """`load_adapter` and what is built on it say what they take."""
+    folder, *_ = saved("lora")
+    with pytest.raises(InputError, match=r"holds a LORA adapter, .*; give an adapter of the kind LN_TUNING"):
+        ofa.load_adapter(tiny_model[0], folder)
+
+
+def test_a_stopped_run_resumes_to_the_same_tensors(tiny_model, tmp_path):
+    """LoRA's checkpoint holds its matrices and moments."""
+    model, tokenizer = tiny_model
+
+    def run(name, **options):
+        with_folder = {"folder": tmp_path / name, "shots": 2, "seed": 3, "method": "lora", "epochs": 2, "batch_size": 2}
+        adaptation = ofa.adapt(model, tokenizer, DATA, **{**with_folder, **options})
+        adaptation.save(tmp_path / name, overwrite=True)
+        adaptation.close()
+        return (tmp_path / name / WEIGHTS).read_bytes()
+
+    whole = run("whole")
+    with pytest.raises(ZeroDivisionError):
+        run("stopped", progress=lambda record, total: 1 / (3 - record.step))
+    assert not (tmp_path / "stopped" / CONFIG).exists()
+    assert run("stopped", resume=True) == whole
+
+
+REFUSED = {
+    "a regularizer": ({"method": "lora", "step_ratio": 0.1}, "step_ratio is a setting of OFA, and lora has no"),
+    "a term": ({"method": "norm-tuning", "step_ratio": 0.1}, "norm-tuning means step_ratio=0"),
+    "no format": ({"method": "i2cl"}, "the result of i2cl has no adapter format of PEFT"),
+    "a typing error": ({"method": "loar"}, 'there is no method "loar"'),
+    "guided, resumed": ({"method": "guided", "resume": True}, "keeps no checkpoint and cannot be resumed"),
+    "another rank": ({"method": "lora-r1", "rank": 4}, "lora-r1 means rank=1"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_a_method_does_not_have_is_refused(tiny_model, options, message):
+    model, tokenizer = tiny_model
+    before = state(model)
+    with pytest.raises(InputError, match=message):
+        ofa.adapt(model, tokenizer, DATA, shots=2, seed=3, **options)
+    assert state(model) == before
+
+
+def test_guided_runs_leave_their_metrics(tiny_model, tmp_path):
+    model, tokenizer = tiny_model
+    adaptation = ofa.adapt(
+        model, tokenizer, DATA, shots=2, seed=3, method="guided-first-order", folder=tmp_path / "run", **QUICK
+    )
+    adaptation.close()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+    shutil.rmtree(tmp_path / "run")
