@@ -27,7 +27,7 @@ from ofa.tasks import Example, Shots, Task, TaskData
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_consistent_length, check_is_fitted
+    from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 except ImportError as error:
     raise ImportError("ofa.sklearn needs scikit-learn: pip install 'ofa-adapt[sklearn]'") from error
 
@@ -106,9 +106,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         check_consistent_length(X, y)
-        self.classes_, numbers = np.unique(np.asarray(y), return_inverse=True)
+        self.classes_, numbers = np.unique(y, return_inverse=True)
         self.task_ = Task("sklearn", self.template, self._words())
         texts = self._texts(X)
         train = tuple(Example(text, self.task_.labels[number]) for text, number in zip(texts, numbers, strict=True))
@@ -140,7 +141,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Texts) -> np.ndarray[Any, Any]:
         """The most probable class of each text."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Copy the adapter to a folder that `ofa predict` and PEFT open, and use it there from now on.
@@ -224,19 +226,22 @@ def _shared(model: str | None, dtype: str, device: str) -> _Shared:
     return _Shared(load_model(model, dtype=dtype, device=device))
 
 
-_temporary: weakref.WeakKeyDictionary[FewShotClassifier, str] = weakref.WeakKeyDictionary()
+_temporary: weakref.WeakKeyDictionary[FewShotClassifier, tuple[str, weakref.finalize[..., Any]]]
+_temporary = weakref.WeakKeyDictionary()
 
 
 def _temporary_folder(classifier: FewShotClassifier) -> Path:
-    """A folder that goes with the classifier."""
+    """A folder that is deleted with the classifier, or when it gets another."""
+    if classifier in _temporary:
+        _temporary[classifier][1]()
     folder = tempfile.mkdtemp(prefix="ofa-adapter-")
-    weakref.finalize(classifier, shutil.rmtree, folder, ignore_errors=True)
-    _temporary[classifier] = folder
+    delete = weakref.finalize(classifier, shutil.rmtree, folder, ignore_errors=True)
+    _temporary[classifier] = folder, delete
     return Path(folder)
 
 
 def _is_temporary(classifier: FewShotClassifier) -> bool:
-    return _temporary.get(classifier) == getattr(classifier, "adapter_", None) is not None
+    return classifier in _temporary and _temporary[classifier][0] == getattr(classifier, "adapter_", None)
 
 
 def _files(folder: str) -> list[Path]:

@@ -330,7 +330,7 @@ DAMAGE = {
     "broken JSON": (lambda folder: (folder / CONFIG).write_text('{"peft'), r"adapter_config.json cannot be read \("),
     "JSON that is no object": (lambda folder: (folder / CONFIG).write_text("[]"), "does not hold a JSON object"),
     "binary JSON": (lambda folder: (folder / DETAILS).write_bytes(b"\xff\xfe"), "ofa_config.json cannot be read"),
-    "another method": (edit_json(CONFIG, peft_type="LORA"), "holds a LORA adapter, .*; give an LN_TUNING"),
+    "another method": (edit_json(CONFIG, peft_type="VERA"), "holds a VERA adapter, .*; give an adapter of the kind"),
     "no tensors": (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
     "cut short": (cut_short, r"adapter_model.safetensors is damaged or truncated \("),
     "empty file": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is damaged or truncated"),
