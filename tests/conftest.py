@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import os
@@ -115,21 +114,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def _loaded(tiny_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@pytest.fixture
+def tiny_model(tiny_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fresh (model, tokenizer) of the tiny Llama: float32, eval mode, on the tests' device.
+
+    Loaded each time: training a copy of a loaded model does not end at the same bits.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     return model.eval().to(DEVICE), AutoTokenizer.from_pretrained(tiny_folder)
-
-
-@pytest.fixture
-def tiny_model(
-    _loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A fresh (model, tokenizer) of the tiny Llama: float32, eval mode, on the tests' device."""
-    return copy.deepcopy(_loaded)  # a fifth of what loading it takes
 
 
 @pytest.fixture(scope="session")
