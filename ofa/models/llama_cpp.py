@@ -1,6 +1,6 @@
-"""A GGUF file run by llama.cpp, with as much of the face of a transformers model as scoring asks for.
+"""Run a GGUF file in llama.cpp, with the interface that `Scorer` needs of a transformers model and its tokenizer.
 
-Its own tokenizer is used too: what answers here is what answers in llama.cpp's server.
+The tokenizer is llama.cpp's own, so that its server reads the same tokens.
 """
 
 from __future__ import annotations
