@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from ofa.errors import InputError
 from ofa.evaluation.scorer import Evaluation
 from ofa.files import claim_folder
 from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method
+from ofa.methods.calibrating import calibration, check_kind, held_out_by_folds, held_out_by_validation
 from ofa.models.types import CausalLM, Tokenizer
-from ofa.tasks import Data, FewShot, Shots, TaskData, examples_from, few_shot, load_task
+from ofa.tasks import Data, Example, FewShot, Shots, Task, TaskData, examples_from, few_shot, load_task
 from ofa.training.records import StepRecord, TrainingResult, write_metrics
 
 
@@ -79,7 +81,7 @@ class Adaptation:
 
     def details(self) -> dict[str, Any]:
         """Entries for `ofa_config.json`: task, shots and their indices, seed, settings, seconds; no training text."""
-        config = self.training.config
+        config, calibrated = self.training.config, self.predictor.scorer.calibration
         is_plain = self.method == "ofa" and not (config.step_ratio or config.sharpness)
         return {
             "method": "norm-tuning" if is_plain else self.method,
@@ -90,6 +92,7 @@ class Adaptation:
             "shots_sha256": self.drawn.sha256,
             "seed": self.seed,
             "settings": config.model_dump(exclude={"seed"}),
+            **({"calibration": calibrated.to_dict()} if calibrated else {}),
             "seconds": round(self.training.seconds, 2),
             "threads": torch.get_num_threads(),
         }
@@ -117,6 +120,7 @@ def adapt(
     folder: str | Path | None = None,
     resume: bool = False,
     validation: TaskData | Data = (),
+    calibrate: str | None = None,
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
 ) -> Adaptation:
@@ -132,6 +136,9 @@ def adapt(
             metrics, at the end.
         resume: continue from the folder's checkpoint.
         validation: examples to choose the best epoch by; without them the last epoch is kept.
+        calibrate: "temperature", "context" (probabilities relative to those of texts without content) or "both". The
+            temperature is chosen on `validation`, or without it on every shot by a model that was trained without the
+            shot's fold, for which up to five more models are trained. docs/choosing.md says what is known of either.
         settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`, and the
             method's own, such as `rank` of LoRA; those left out have the method's defaults.
 
@@ -158,18 +165,41 @@ def adapt(
     drawn = few_shot(data.train, data.task.labels, shots, seed)
     kept = {} if method in GUIDED else {"folder": folder, "resume": resume}
     metrics = claim_folder(folder, overwrite=True) if folder is not None and method in GUIDED else None
+    chosen_by = examples_from(validation, data.task)
+    held_out = None
+    if calibrate is not None:
+        check_kind(calibrate, data.task)
+        if calibrate != "context" and not chosen_by:
+            fold = functools.partial(_fold, fit, model, tokenizer, data.task, seed, settings)
+            held_out = held_out_by_folds(fold, data.task, drawn.examples, calibrate)
     predictor = fit(
         model,
         tokenizer,
         data.task,
         drawn.examples,
         seed,
-        validation=examples_from(validation, data.task),
+        validation=chosen_by,
         progress=progress,
         **kept,
         **settings,
     )
+    if calibrate is not None:
+        if calibrate != "context" and chosen_by:
+            held_out = held_out_by_validation(predictor.scorer, chosen_by, calibrate)
+        predictor.scorer.calibration = calibration(predictor.scorer, calibrate, held_out)
     adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
     if metrics is not None:
         write_metrics(metrics, adaptation.training.records)
     return adaptation
+
+
+def _fold(
+    fit: Callable[..., Predictor],
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    task: Task,
+    seed: int,
+    settings: Mapping[str, Any],
+    shots: Sequence[Example],
+) -> Predictor:
+    return fit(model, tokenizer, task, shots, seed, **settings)

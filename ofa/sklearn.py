@@ -19,6 +19,7 @@ from ofa.adaptation import adapt
 from ofa.adapters.open import opened_adapter
 from ofa.adapters.read import read_any_adapter
 from ofa.errors import InputError
+from ofa.evaluation.calibration import calibration_from
 from ofa.evaluation.scorer import Scorer
 from ofa.files import claim_folder
 from ofa.models.load import LoadedModel, load_model
@@ -49,6 +50,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         shots: examples per class to draw by `random_state`, or "all".
         epochs, max_steps, learning_rate, step_ratio, sharpness: settings of `TrainingConfig`; None is the method's own.
         settings: other settings by name, such as {"rank": 4} of LoRA.
+        calibrate: as for `adapt`.
         batch_size: texts per batch when predicting.
         dtype, device: as for `load_model`.
 
@@ -78,6 +80,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         step_ratio: float | None = None,
         sharpness: float | None = None,
         settings: Mapping[str, Any] | None = None,
+        calibrate: str | None = None,
         batch_size: int = 16,
         dtype: str = "float32",
         device: str = "auto",
@@ -94,6 +97,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.step_ratio = step_ratio
         self.sharpness = sharpness
         self.settings = settings
+        self.calibrate = calibrate
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = device
@@ -121,6 +125,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 self.shots,
                 self.random_state,
                 method=self.method,
+                calibrate=self.calibrate,
                 **self._settings(),
             )
             try:
@@ -135,8 +140,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Probability of each class in the order of `classes_`, (texts, classes)."""
         check_is_fitted(self)
         texts = self._texts(X)
-        with _Shared.of(self).alone() as loaded, opened_adapter(loaded.model, read_any_adapter(self.adapter_)) as model:
-            scorer = Scorer(model, loaded.tokenizer, self.task_, batch_size=self.batch_size)
+        adapter = read_any_adapter(self.adapter_)
+        calibration = calibration_from(adapter.details, self.task_.labels)
+        with _Shared.of(self).alone() as loaded, opened_adapter(loaded.model, adapter) as model:
+            scorer = Scorer(model, loaded.tokenizer, self.task_, batch_size=self.batch_size, calibration=calibration)
             return scorer.predict_proba(texts).double().numpy()
 
     def predict(self, X: Texts) -> np.ndarray[Any, Any]:

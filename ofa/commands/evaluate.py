@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
@@ -24,8 +26,15 @@ from ofa.commands.options import (
 from ofa.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ofa.evaluation.calibration import Calibration
     from ofa.evaluation.scorer import Evaluation
     from ofa.tasks import Example, Shots, Task
+
+
+_CALIBRATED = ("accuracy", "expected_calibration_error", "negative_log_likelihood", "brier_score")
+"""The metrics that a calibration changes."""
 
 
 @reports_errors
@@ -71,6 +80,7 @@ def evaluate(
         examples = class_balanced(examples, task.labels, size, seed)
     details = read_details(adapter) if adapter else {}
     shown = _demonstrations(demonstrations, task, details, shots, seed, where)
+    from ofa.evaluation.calibration import calibration_from
     from ofa.evaluation.scorer import evaluate as measure
 
     set_threads(threads)
@@ -86,6 +96,12 @@ def evaluate(
             progress=lambda done, total: update(done, total, ""),
         )
     tell_truncated(result.truncated)
+    calibration = None if shown else calibration_from(details, task.labels)
+    before = result.metrics.to_dict()
+    if calibration is not None:
+        result = _calibrated(result, calibration, examples, task.labels)
+    elif details.get("calibration"):
+        notice("the adapter's calibration is for prompts without demonstrations, and is not applied")
     document = {
         "adapter": str(adapter) if adapter else None,
         "data": data,
@@ -94,12 +110,28 @@ def evaluate(
         "scored": result.mode,
         "truncated": result.truncated,
         "seconds": round(result.seconds, 2),
+        "calibration": calibration and calibration.to_dict(),
+        "uncalibrated": {name: before[name] for name in _CALIBRATED} if calibration else None,
         **result.metrics.to_dict(),
     }
     if as_json:
         show_json(document)
     else:
         _show(result, document, data_origin(data)["name"])
+
+
+def _calibrated(
+    result: Evaluation, calibration: Calibration, examples: Sequence[Example], labels: Sequence[str]
+) -> Evaluation:
+    from ofa.evaluation.scores import metrics
+
+    probabilities = calibration.apply(result.probabilities.log()).exp()
+    return replace(
+        result,
+        metrics=metrics(probabilities, [example.label for example in examples], labels),
+        predictions=tuple(labels[index] for index in probabilities.argmax(1).tolist()),
+        probabilities=probabilities,
+    )
 
 
 def _demonstrations(
@@ -135,14 +167,20 @@ def _show(result: Evaluation, document: dict[str, Any], evaluated: str) -> None:
     from rich.table import Table
 
     summary = Table(title=f"{evaluated}: {document['count']} examples, {document['seconds']:.1f} s")
-    names = ("accuracy", "macro_f1", "expected_calibration_error", "exact_match", "negative_log_likelihood")
-    shown = [name for name in names if name in document]
+    shown = [name for name in (*_CALIBRATED, "macro_f1", "exact_match") if name in document]
+    before = document["uncalibrated"]
+    if before:
+        summary.add_column("")
     for name in shown:
         summary.add_column(name.replace("_", " "), justify="right")
-    summary.add_row(*(f"{document[name]:.4f}" for name in shown))
+    if before:
+        summary.add_row("before calibration", *(f"{before[name]:.4f}" if name in before else "" for name in shown))
+    label = [f"temperature {document['calibration']['temperature']:.2f}"] if before else []
+    summary.add_row(*label, *(f"{document[name]:.4f}" for name in shown))
     show(summary)
     if "confusion" not in document:
         return
+    show(_classes(document))
     confusion = Table(title="confusion: rows are true, columns predicted")
     confusion.add_column("")
     for label in document["labels"]:
@@ -150,3 +188,17 @@ def _show(result: Evaluation, document: dict[str, Any], evaluated: str) -> None:
     for label, row in zip(document["labels"], document["confusion"], strict=True):
         confusion.add_row(label, *map(str, row))
     show(confusion)
+
+
+def _classes(document: dict[str, Any]) -> Table:
+    """The classes with how often each occurs and is predicted."""
+    from rich.table import Table
+
+    table = Table(title="classes")
+    for name in ("", "examples", "predicted", "precision", "recall", "F1"):
+        table.add_column(name, justify="right" if name else "left")
+    predicted = [sum(row[index] for row in document["confusion"]) for index in range(len(document["labels"]))]
+    for one, count in zip(document["per_class"], predicted, strict=True):
+        scores = (f"{one[name]:.3f}" for name in ("precision", "recall", "f1"))
+        table.add_row(one["label"], str(one["support"]), str(count), *scores)
+    return table

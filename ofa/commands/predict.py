@@ -68,6 +68,10 @@ def predict(
             "base (`pip install llama-cpp-python`)."
         ),
     ] = None,
+    abstain_below: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Give no label where the most probable one has less than this probability."),
+    ] = 0.0,
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     quiet: QuietOption = False,
@@ -104,18 +108,25 @@ def predict(
     for position, one in enumerate(text or [], start=1):
         if not one.strip():
             raise InputError(f"--text number {position} is blank: give it some words, or leave it out")
+    if abstain_below and task.open_ended:
+        raise InputError("the adapter's task has no labels to abstain from: leave out --abstain-below")
+    from ofa.adapters.folder import read_details
+    from ofa.evaluation.calibration import calibration_from
     from ofa.evaluation.scorer import Scorer
 
+    calibration = calibration_from(read_details(adapter), task.labels)
     set_threads(threads)
     subject: Any = open_merged(gguf, adapter) if gguf else open_model(source, adapter)
-    scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size)
-    naming = Naming(found.columns, task.labels)
+    scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size, calibration=calibration)
+    naming = Naming(found.columns, task.labels, abstain_below)
     if out is not None:
         made_with = {
             "adapter": adapter_digest(adapter),
             "model": named,
             "dtype": source.dtype,
             "template": task.to_dict(),
+            "abstain_below": abstain_below,
+            "calibration": calibration and calibration.to_dict(),
         }
         file = PredictionFile(out, naming, made_with)
         with file.opened(resume=resume, overwrite=overwrite):

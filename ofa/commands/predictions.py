@@ -40,12 +40,16 @@ class Naming:
 
     columns: tuple[str, ...]
     labels: tuple[str, ...]
+    abstain_below: float = 0.0
+    """Below this probability of the most probable label a row has none."""
 
     def answer(self, row: Row, prediction: str | None, probabilities: Sequence[float] | None) -> Row:
         """A row of input with its prediction: label and probabilities, or the completion of an open-ended task."""
         if not self.labels:
             return {**row, self.completion: prediction}
         by_label = None if probabilities is None else dict(zip(self.labels, probabilities, strict=True))
+        if probabilities and max(probabilities) < self.abstain_below:
+            prediction = None
         return {**row, self.label: prediction, self.probabilities: by_label}
 
     @cached_property

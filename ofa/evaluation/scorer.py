@@ -21,6 +21,7 @@ from ofa.models.load import refuse_encoder
 from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
+    from ofa.evaluation.calibration import Calibration
     from ofa.tasks import Data, TaskData
     from ofa.tasks.task import Example, Task
 
@@ -122,6 +123,7 @@ class Scorer:
         *,
         demonstrations: Sequence[Example] = (),
         batch_size: int = 16,
+        calibration: Calibration | None = None,
     ) -> None:
         refuse_encoder(model.config)
         self.model = model
@@ -129,6 +131,7 @@ class Scorer:
         self.task = task
         self.demonstrations = tuple(demonstrations)
         self.batch_size = batch_size
+        self.calibration = calibration
         self.encoder = Encoder(tokenizer, task, model_window(model))
         self.mode: Mode = "completion" if task.open_ended else "first token"
         if scores_whole_words(self.encoder.labels):
@@ -164,7 +167,9 @@ class Scorer:
                 else:
                     scores[batch] = shared.last_logits(chosen).cpu()[:, firsts]
         _refuse_nan(scores)
-        return scores.log_softmax(dim=1)
+        scores = scores.log_softmax(dim=1)
+        # Calibrations are made without demonstrations, which change the probabilities themselves.
+        return scores if self.calibration is None or self.demonstrations else self.calibration.apply(scores)
 
     def predict_proba(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
         """Probabilities (n, number of labels) of the labels, float32, on the CPU; every row sums to 1."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ofa.errors import InputError
 
@@ -30,7 +31,8 @@ class Metrics:
     """Quality of label predictions.
 
     `confusion[i][j]` counts the examples of label i predicted as label j. `negative_log_likelihood` is the mean of
-    −ln p(true label). `macro_f1` is the mean F1 of the classes that occur in the truth or in the predictions.
+    −ln p(true label), `brier_score` that of Σ (p − 1[label is true])² over the labels. `macro_f1` is the mean F1 of the
+    classes that occur in the truth or in the predictions.
 
     Example:
         >>> task = ofa.Task("mood", "Review: {text}\\nSentiment:", ("bad", "good"))
@@ -44,6 +46,7 @@ class Metrics:
     negative_log_likelihood: float
     confusion: tuple[tuple[int, ...], ...]
     expected_calibration_error: float
+    brier_score: float
     count: int
     labels: tuple[str, ...]
     per_class: tuple[ClassMetrics, ...]
@@ -102,6 +105,7 @@ def metrics(probabilities: Tensor, truth: Sequence[str], labels: Sequence[str]) 
         macro_f1=sum(scores) / len(scores),
         negative_log_likelihood=_negative_log_likelihood(probabilities, true),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
+        brier_score=float((probabilities - one_hot(true, size)).square().sum(1).mean()),
         expected_calibration_error=_calibration_error(confidence, true == predicted),
         count=len(truth),
         labels=tuple(labels),

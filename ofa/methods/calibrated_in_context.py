@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ofa.evaluation.calibration import CONTENT_FREE
 from ofa.evaluation.scorer import Progress, Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
-
-CONTENT_FREE = ("N/A", "[MASK]", "-")
-"""The paper has an empty text instead of the dash, but prompts here always have a text."""
 
 
 def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int) -> Predictor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -40,6 +40,9 @@ class TrainingConfig(RegularizerOptions):
     label_loss: float = Field(default=0.0, ge=0, description="Weight of the loss over the label words alone.")
     stop_loss: float | None = Field(
         default=None, gt=0, description="End after the epoch whose mean loss is below this."
+    )
+    class_weights: Literal["balanced"] | None = Field(
+        default=None, description="balanced: every class weighs the same in the loss, however many examples it has."
     )
     batch_size: int = Field(default=4, ge=1, description="Examples per forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")

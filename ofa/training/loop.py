@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from ofa.regularizers.attach import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.training import checkpoint
 from ofa.training.config import TrainingConfig
-from ofa.training.loss import EncodedExample, cross_entropy, cross_entropy_in_parts, encode_example
+from ofa.training.loss import EncodedExample, balanced_weights, cross_entropy, cross_entropy_in_parts, encode_example
 from ofa.training.records import StepRecord, TrainingResult, read_metrics, write_metrics
 from ofa.tuning.norms import tune_norms
 
@@ -105,6 +105,9 @@ def train(
     folder = None if folder is None else claim_folder(folder, overwrite=True)
     seed_everything(config.seed)
     data = [encode_example(encoder, example, config.label_loss) for example in examples]
+    if config.class_weights == "balanced":
+        weights = balanced_weights(encoder, examples)
+        data = [replace(item, weight=weight) for item, weight in zip(data, weights, strict=True)]
     run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
     claimed = nullcontext() if folder is None else claimed_folder(folder, overwrite=True)
     with (

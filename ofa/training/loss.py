@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,15 @@ from ofa.tasks.task import Example
 class EncodedExample:
     """A prompt and the target tokens that follow it.
 
-    `choices` holds, for each target, the tokens that a label word may have there; empty if `label_loss` is 0.
+    `weight` multiplies the example's loss. `choices` holds, for each target, the tokens that a label word may have
+    there; empty if `label_loss` is 0.
     """
 
     prompt: tuple[int, ...]
     targets: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...] = ()
     label_loss: float = 0.0
+    weight: float = 1.0
 
     @property
     def read(self) -> list[int]:
@@ -55,6 +58,18 @@ def encode_example(encoder: Encoder, example: Example, label_loss: float = 0.0) 
     prompt = tuple(encoder.encode_prompt(example.text, room=len(targets)))
     choices = _choices(encoder, targets) if label_loss else ()
     return EncodedExample(prompt, tuple(targets), choices, label_loss)
+
+
+def balanced_weights(encoder: Encoder, examples: Sequence[Example]) -> list[float]:
+    """Weights with mean 1 that give every class the same total.
+
+    Raises:
+        InputError: the task has no classes.
+    """
+    if encoder.task.open_ended:
+        raise InputError(f"task {encoder.task.name!r} has no classes to weigh, so leave class_weights out")
+    counts = Counter(example.label for example in examples)
+    return [len(examples) / (len(counts) * counts[example.label]) for example in examples]
 
 
 def _choices(encoder: Encoder, targets: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -110,6 +125,6 @@ def _targets(part: Sequence[EncodedExample], device: torch.device) -> tuple[Tens
             rows.append(row)
             positions.append(len(example.prompt) - 1 + offset)
             targets.append(target)
-            weights.append(1 / (len(example.targets) * len(part)))
+            weights.append(example.weight / (len(example.targets) * len(part)))
     as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
     return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]

@@ -40,9 +40,9 @@ def test_it_predicts_as_adapt_does_and_gives_the_model_back(classifier, tiny_mod
     """Also with classes that are numbers, whose words are given."""
     model, tokenizer = tiny_model
     before = state(shared(classifier))
-    fitted = classifier.set_params(labels=["bad", "good"]).fit(TEXTS, [0, 1] * 3)
+    fitted = classifier.set_params(labels=["bad", "good"], calibrate="temperature").fit(TEXTS, [0, 1] * 3)
     probabilities = fitted.predict_proba(TEXTS)
-    options = {"template": classifier.template, "max_steps": 1, "learning_rate": 1e-2}
+    options = {"template": classifier.template, "max_steps": 1, "learning_rate": 1e-2, "calibrate": "temperature"}
     expected = ofa.adapt(model, tokenizer, list(zip(TEXTS, MOODS, strict=True)), "all", **options)
     np.testing.assert_allclose(probabilities, expected.predict_proba(TEXTS).numpy(), rtol=0, atol=1e-6)
     assert fitted.classes_.tolist() == [0, 1]
