@@ -364,6 +364,7 @@ OTHER = {
     "epochs": 3,
     "max_steps": 5,
     "label_loss": 1.0,
+    "class_weights": "balanced",
     "stop_loss": 0.1,
     "learning_rate": 2e-2,
     "weight_decay": 0.0,
