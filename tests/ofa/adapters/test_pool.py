@@ -74,7 +74,7 @@ def test_each_row_is_what_its_adapter_alone_answers(name: str, dtype: torch.dtyp
             found = model(**given).logits
         torch.testing.assert_close(model(**given).logits, before, rtol=0, atol=0)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert (found - before).abs().flatten(1).amax(1).min() > 0.02
+    assert (found - before).abs().flatten(1).amax(1).min() > 0.01
     torch.testing.assert_close(model(**given).logits, before, rtol=0, atol=0)
     assert not any("forward" in vars(module) for module in model.modules())
 
