@@ -12,6 +12,7 @@ _LAZY = {
     "fused_regularizers": "ofa.regularizers.attach",
     "tune_norms": "ofa.tuning.norms",
     "restore_norms": "ofa.tuning.norms",
+    "relative_steps": "ofa.tuning.relative_steps",
     "save_adapter": "ofa.adapters.save_and_load",
     "load_adapter": "ofa.adapters.save_and_load",
     "merge": "ofa.adapters.save_and_load",
@@ -62,3 +63,4 @@ if TYPE_CHECKING:
     from ofa.tasks import load_task as load_task
     from ofa.tuning.norms import restore_norms as restore_norms
     from ofa.tuning.norms import tune_norms as tune_norms
+    from ofa.tuning.relative_steps import relative_steps as relative_steps

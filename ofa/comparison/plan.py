@@ -20,6 +20,9 @@ TEST_SEED = 42
 """Seed of a task's test subset, which is the same for all methods and seeds."""
 
 SLOW_FIRST = (
+    "ofa-paper",
+    "lora-ofa",
+    "ia3-ofa",
     "ofa-sharpness",
     "ofa",
     "guided-finite-difference",

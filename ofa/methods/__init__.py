@@ -32,9 +32,12 @@ METHODS = {
     "ia3": "ofa.methods.ia3",
     "lora": "ofa.methods.lora",
     "lora-r1": "ofa.methods.lora",
+    "lora-ofa": "ofa.methods.lora",
+    "ia3-ofa": "ofa.methods.ia3",
     "i2cl": "ofa.methods.i2cl",
     "norm-tuning": "ofa.methods.norm_tuning:fit_ofa",
     "ofa": "ofa.methods.norm_tuning:fit_ofa",
+    "ofa-paper": "ofa.methods.norm_tuning:fit_ofa_paper",
     "ofa-step-ratio": "ofa.methods.norm_tuning:fit_ofa",
     "ofa-sharpness": "ofa.methods.norm_tuning:fit_ofa",
     "guided": "ofa.methods.guided",
@@ -44,12 +47,16 @@ METHODS = {
 """Map each method to a "module" with a `fit`, or to "module:function"; modules are imported on use."""
 
 _UNREGULARIZED = {"step_ratio": 0.0, "sharpness": 0.0}
+_SHARPNESS = {"sharpness": 0.1}
 
 SPECIAL_CASES: dict[str, dict[str, Any]] = {
     "lora-r1": {"rank": 1},
+    "lora-ofa": {"with_norms": True, "defaults": _SHARPNESS},
+    "ia3-ofa": {"with_norms": True, "defaults": _SHARPNESS},
     "norm-tuning": _UNREGULARIZED,
-    "ofa-step-ratio": {"term": "step_ratio", "sharpness": 0.0},
-    "ofa-sharpness": {"term": "sharpness", "step_ratio": 0.0},
+    "ofa": {"defaults": _SHARPNESS},
+    "ofa-step-ratio": {"term": "step_ratio", "defaults": {"step_ratio": 1e-2}, "sharpness": 0.0},
+    "ofa-sharpness": {"term": "sharpness", "defaults": _SHARPNESS, "step_ratio": 0.0},
     "guided": {"variant": "guided", **_UNREGULARIZED},
     "guided-finite-difference": {"variant": "guided-finite-difference", **_UNREGULARIZED},
     "guided-first-order": {"variant": "guided-first-order", **_UNREGULARIZED},

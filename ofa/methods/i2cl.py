@@ -30,7 +30,7 @@ from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord, TrainingResult
 
-SETTINGS = {"learning_rate": 0.01, "epochs": 100, "batch_size": 2}
+SETTINGS = {"learning_rate": 0.01, "relative": False, "epochs": 100, "batch_size": 2}
 """Defaults that differ from `TrainingConfig`."""
 
 LAMBDA, BETA = 0.1, 1.0

@@ -11,11 +11,15 @@ from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.models.introspection import model_window
 from ofa.models.types import CausalLM, Tokenizer
+from ofa.regularizers.options import PAPER
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
 from ofa.tuning.norms import restore_norms
+
+OF_THE_PAPER = {"epochs": 60, "relative": False}
+"""Its training, beside its objective `PAPER`."""
 
 
 def fit_norm_scales(
@@ -86,3 +90,10 @@ def fit_ofa(
         validation=validation,
         progress=progress,
     )
+
+
+def fit_ofa_paper(
+    model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int, **options: Any
+) -> Predictor:
+    """Tune every norm scale as arXiv 2505.19107 does: its objective, 60 epochs; options replace single settings."""
+    return fit_ofa(model, tokenizer, task, shots, seed, **{**PAPER, **OF_THE_PAPER, **options})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ofa.errors import InputError
@@ -23,11 +24,19 @@ def without_regularizers(method: str, options: Mapping[str, Any]) -> dict[str, A
     return {**options, **off}
 
 
-def special_case(method: str, options: Mapping[str, Any], *, term: str | None = None, **fixed: Any) -> dict[str, Any]:
+def special_case(
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    term: str | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    **fixed: Any,
+) -> dict[str, Any]:
     """`options` together with the fixed options of `method`.
 
     Args:
         term: the regularizer that the method must keep.
+        defaults: options that the method has where they are not given.
         fixed: the options whose value defines the method.
 
     Raises:
@@ -40,4 +49,4 @@ def special_case(method: str, options: Mapping[str, Any], *, term: str | None = 
             )
     if term is not None and options.get(term) == 0:
         raise InputError(f"{method} with {term}=0 is norm tuning; give a weight above 0, or choose norm-tuning")
-    return {**options, **fixed}
+    return {**defaults, **options, **fixed}

@@ -21,9 +21,13 @@ from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
+from ofa.tuning.norms import restore_norms, tune_norms
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+SETTINGS = {"relative": False}
+"""What differs from `TrainingConfig`: A and B of an adapter begin at 0 or by chance, and have no size of their own."""
 
 
 def fit_adapter(
@@ -40,6 +44,7 @@ def fit_adapter(
     validation: Sequence[Example] = (),
     progress: Callable[[StepRecord, int], None] | None = None,
     scored_by: type[Scorer] = Scorer,
+    with_norms: bool = False,
     notes: Mapping[str, Any],
     **settings: Any,
 ) -> Predictor:
@@ -54,19 +59,28 @@ def fit_adapter(
         folder, resume: as for `training.loop.train`.
         adapter: makes PEFT's configuration for a model; targets are full paths.
         scored_by: the scorer's class.
+        with_norms: tune every norm scale beside the adapter, with the regularizers of OFA.
         notes: the predictor's notes, to which the names of the adapted modules are added.
-        settings: fields of `TrainingConfig` except those of the regularizers.
+        settings: fields of `TrainingConfig`; those of the regularizers only `with_norms`.
 
     Raises:
         InputError: a setting is wrong, the model is not a causal language model or has an adapter, or PEFT cannot
             adapt it; see also `training.loop.train`.
     """
-    config = TrainingConfig(seed=seed, **without_regularizers(method, settings))
+    if not with_norms:
+        settings = without_regularizers(method, settings)
+    config = TrainingConfig(seed=seed, **{**SETTINGS, **settings})
     _check_model(model)
     peft_config = adapter(model)
     targets = sorted(getattr(peft_config, "target_modules", ()))
     with ExitStack() as undo:
+        if with_norms:
+            undo.callback(restore_norms, model)
+            tune_norms(model)
+        scales = trainable(model) if with_norms else {}
         adapted = attach_adapter(model, peft_config, targets, config.seed, undo)
+        for scale in scales.values():
+            scale.requires_grad_(True)
         scorer = scored_by(adapted, tokenizer, task)
         result = train(
             adapted,
@@ -84,7 +98,7 @@ def fit_adapter(
             scorer=scorer,
             trainable_parameters=sum(parameter.numel() for parameter in trainable(adapted).values()),
             training=result,
-            stored_bytes=stored_bytes(adapted),
+            stored_bytes=stored_bytes(adapted) + sum(scale.nbytes for scale in scales.values()),
             notes={**notes, "adapted": names} if names else notes,
             # Last, so that a failure in the lines above is undone too.
             release=undo.pop_all().close,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +12,21 @@ from ofa.errors import InputError
 
 CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 """Sign of h_t relative to the trace tr(J_t P_t): the gradient is −F in the theory and +F in Algorithm 1."""
+
+
+PAPER: Mapping[str, Any] = MappingProxyType(
+    {
+        "step_ratio": 1e-2,
+        "sharpness": 1e-3,
+        "estimator": "hutchinson",
+        "gradient": "full",
+        "granularity": "layer",
+        "probe": "gaussian",
+        "convention": "algorithm1",
+    }
+)
+"""Options of `fused_regularizers` for the objective of arXiv 2505.19107, Algorithm 1 as printed: both terms at its
+weights, one Gaussian probe per decoder layer, differentiated through everything. ε follows the dtype (1e-3 there)."""
 
 
 class RegularizerOptions(BaseModel):

@@ -11,12 +11,14 @@ from ofa.regularizers.options import RegularizerOptions
 STEPS, EPOCHS = 60, 7
 """The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
 
+RELATIVE_RATE, ABSOLUTE_RATE = 5e-3, 1e-3
+"""The default learning rates of relative steps (docs/studies.md) and of the paper's."""
+
 
 class TrainingConfig(RegularizerOptions):
     """Settings of one run; docs/theory.md describes the regularizers' options.
 
-    The defaults are the paper's with two exceptions: the paper trains for 60 epochs, and it weighs the sharpness by
-    1e-3 and differentiates it through everything.
+    The defaults are those of docs/studies.md; `methods.norm_tuning` has the paper's.
 
     `step_ratio=0` and `sharpness=0` together are plain norm tuning. The batch of an optimizer step holds
     `batch_size × accumulation` examples; accumulation reduces memory and leaves the objective unchanged. By
@@ -34,7 +36,23 @@ class TrainingConfig(RegularizerOptions):
         description=f"Passes over the shots. Without it {STEPS} optimizer steps, or {EPOCHS} passes if that is more.",
     )
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; overrides --epochs.")
-    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"Peak learning rate of AdamW. Without it {RELATIVE_RATE:g}, or {ABSOLUTE_RATE:g} with "
+        "--no-relative.",
+    )
+    relative: bool = Field(
+        default=True,
+        description="Steps of a norm scale in proportion to its pretrained value, or all of one size as in the paper.",
+    )
+    step_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.",
+    )
+    sharpness: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
     weight_decay: float = Field(default=1e-3, ge=0, description="AdamW's weight decay.")
     warmup: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
     label_loss: float = Field(default=0.0, ge=0, description="Weight of the loss over the label words alone.")
@@ -47,6 +65,13 @@ class TrainingConfig(RegularizerOptions):
     batch_size: int = Field(default=4, ge=1, description="Examples per forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
     seed: int = Field(default=42, ge=-(2**63), lt=2**63, description="Fixes the shots, the batches and the probes.")
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RELATIVE_RATE if self.relative else ABSOLUTE_RATE
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of a run with `steps_per_epoch`: as set by `max_steps` or `epochs`, else the default."""

@@ -34,6 +34,7 @@ from ofa.training.config import TrainingConfig
 from ofa.training.loss import EncodedExample, balanced_weights, cross_entropy, cross_entropy_in_parts, encode_example
 from ofa.training.records import StepRecord, TrainingResult, read_metrics, write_metrics
 from ofa.tuning.norms import tune_norms
+from ofa.tuning.relative_steps import relative_steps
 
 
 class Guidance(Protocol):
@@ -138,8 +139,8 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     """Linear warm-up over the first share of the steps, then a cosine to 0; `step` counts from 0."""
     warm = math.ceil(config.warmup * total)
     if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        return config.peak_rate * (step + 1) / warm
+    return config.peak_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 def seed_everything(seed: int) -> None:
@@ -172,7 +173,9 @@ class _Run:
         self.guidance, self.scales, parameters = guidance, dict(scales), list(scales.values())
         self.still = set(self.scales)
         self.origin = [parameter.detach().clone() for parameter in parameters]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.peak_rate, weight_decay=config.weight_decay)
+        if config.relative:
+            relative_steps(self.optimizer, model)
         self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
         self.total = config.total_steps(self.steps_per_epoch)
         self.step = 0

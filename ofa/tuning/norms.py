@@ -125,6 +125,24 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {path: sharding.full_tensor(value).detach() for path, value in values.items()}
 
 
+def pretrained_scales(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Every tuned scale with the γ it was loaded with (Gemma's 1 + w included), both (d,), float32 or wider.
+
+    Raises:
+        InputError: `tune_norms` was not called on the model.
+    """
+    model = sharding.unwrapped(model)
+    original = _originals.get(model)
+    if original is None:
+        raise InputError("the norms of this model are not tuned; call tune_norms on it first")
+    pairs = {}
+    for norm in anatomy.tuned_norms(model):
+        scale = model.get_parameter(f"{norm.path}.weight")
+        value = original.parameters[norm.path]["weight"].detach().to(scale.device, scale.dtype)
+        pairs[scale] = value + norm.offset
+    return pairs
+
+
 def _norm_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {norm.path: dict(_own(model.get_submodule(norm.path))) for norm in anatomy.tuned_norms(model)}
 

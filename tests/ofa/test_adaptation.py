@@ -111,11 +111,11 @@ def test_seed_and_settings_reach_the_run(tiny_model):
     model, tokenizer = tiny_model
     found = {}
     for seed in (3, 4):
-        adaptation = adapted(tiny_model, seed=seed, step_ratio=0.3, batch_size=3)
+        adaptation = adapted(tiny_model, seed=seed, step_ratio=0.3, sharpness=0.1, batch_size=3)
         found[seed] = scales_of(model)
         adaptation.close()
     shots = few_shot(TRAIN, TASK.labels, 2, 3).examples
-    settings = {**QUICK, "step_ratio": 0.3, "batch_size": 3}
+    settings = {**QUICK, "step_ratio": 0.3, "sharpness": 0.1, "batch_size": 3}
     for seed in (3, 4):
         with method("ofa")(model, tokenizer, TASK, shots, seed, **settings):
             same = all(torch.equal(value, found[3][name]) for name, value in scales_of(model).items())
@@ -216,8 +216,8 @@ def test_metrics_and_checkpoint_go_to_the_folder_and_validation_chooses(tiny_mod
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({}, "ofa"), ({"step_ratio": 0.0}, "ofa"), ({"step_ratio": 0.0, "sharpness": 0.0}, "norm-tuning")],
-    ids=["both", "one half", "neither"],
+    [({"sharpness": 0.1}, "ofa"), ({"sharpness": 0.1, "step_ratio": 1e-2}, "ofa"), ({}, "norm-tuning")],
+    ids=["one half", "both", "neither"],
 )
 def test_the_folder_records_the_run_and_no_training_text(tiny_model, tmp_path, settings, name):
     """Task, shots, indices, seed and every setting, also defaults; and the caller's details."""
@@ -228,7 +228,7 @@ def test_the_folder_records_the_run_and_no_training_text(tiny_model, tmp_path, s
     assert (details["shots"], details["seed"]) == (2, 3)
     assert details["indices"] == list(adaptation.drawn.indices)
     assert details["method"] == name
-    expected = {**QUICK, "step_ratio": 1e-2, "sharpness": 1.0, "weight_decay": 1e-3, "estimator": "auto", **settings}
+    expected = {**QUICK, "step_ratio": 0.0, "sharpness": 0.0, "weight_decay": 1e-3, "estimator": "auto", **settings}
     assert {key: details["settings"][key] for key in expected} == expected
     assert details["scores"] == {"accuracy": 0.5}
     assert details["seconds"] >= 0

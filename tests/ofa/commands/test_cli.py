@@ -17,6 +17,7 @@ import ofa as ofa_package
 from ofa.adapters.folder import CHECKPOINT
 from ofa.commands import doctor as doctor_module
 from ofa.commands.data import split_labels
+from ofa.commands.demo import _chance
 from ofa.evaluation.scorer import Scorer
 from ofa.models.load import load_model
 from ofa.tasks import Example, Task, load_task
@@ -84,7 +85,7 @@ def test_fit_writes_a_complete_small_adapter_and_no_checkpoint(fitted: Round) ->
     assert (fitted.folder / "training.png").read_bytes().startswith(b"\x89PNG")
     steps = [json.loads(line) for line in (fitted.folder / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
-    assert all(step["step_ratio"] > 0 and step["sharpness"] > 0 for step in steps)
+    assert all(step["step_ratio"] is step["sharpness"] is None for step in steps)
 
 
 def test_fit_prints_one_json_document(fitted: Round) -> None:
@@ -546,12 +547,23 @@ def test_doctor_prints_commands_that_can_be_copied(empty_cache: Path, monkeypatc
     assert "[a] GPU" in shown
 
 
+@pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1.0), (5, 5, 1.0), (6, 0, 2 / 64), (2, 7, 2 * 46 / 512)])
+def test_the_demo_says_how_sure_its_gain_is(better: int, worse: int, p: float) -> None:
+    """McNemar's exact test, by hand: (1 + 9 + 36) of 2⁹ outcomes have at most two of nine."""
+    assert _chance(better, worse) == pytest.approx(p)
+
+
 def test_demo_compares_four_ways_and_keeps_the_adapter(tiny_folder: Path, tmp_path: Path) -> None:
     """Rows, figure and adapter; a second run may replace what a first one made."""
     out = tmp_path / "demo"
     arguments = ["demo", "--model", tiny_folder, "--epochs", 1, "--size", 20, "--shots", 2, "--out", out]
     first = done(*arguments, "--json").json
-    assert [row["method"] for row in first["rows"]] == ["zero-shot", "in-context learning", "norm tuning", "OFA"]
+    assert [row["method"] for row in first["rows"]] == [
+        "zero-shot",
+        "in-context learning",
+        "norm tuning (PEFT)",
+        "ofa fit",
+    ]
     assert [row["trainable_parameters"] for row in first["rows"]] == [0, 0, 448, 448]
     assert all(0 <= row["accuracy"] <= 1 and row["test_seconds"] > 0 for row in first["rows"])
     assert (first["test_examples"], first["adapter_bytes"]) == (20, len(weights(out / "adapter")))
@@ -561,5 +573,6 @@ def test_demo_compares_four_ways_and_keeps_the_adapter(tiny_folder: Path, tmp_pa
     done("predict", out / "adapter", "--text", "a warm and funny film")
     second = done(*arguments, "--seed", 1)
     assert "in-context learning" in second.out
+    assert "ofa fit gained" in second.err
     assert f"ofa predict {out / 'adapter'} --text" in second.err
     assert json.loads((out / "demo.json").read_text())["seed"] == 1

@@ -88,11 +88,11 @@ def test_norm_tuning_is_ofa_without_its_terms_bit_for_bit(unchanged):
         trained(unchanged, "norm-tuning", sharpness=1.0)
 
 
-def test_ofa_has_both_terms_by_default_and_another_result(unchanged):
+def test_ofa_has_the_sharpness_by_default_and_another_result(unchanged):
     scales, records = trained(unchanged, "ofa")
     plain, _ = trained(unchanged, "norm-tuning")
-    assert all(record.step_ratio > 0 and record.sharpness > 0 for record in records)
-    assert all(r.penalty == pytest.approx(1e-2 * r.step_ratio + r.sharpness, rel=1e-6) for r in records)
+    assert all(record.step_ratio is None and record.sharpness > 0 for record in records)
+    assert all(r.penalty == pytest.approx(0.1 * r.sharpness, rel=1e-6) for r in records)
     assert any(not torch.equal(scales[name], value) for name, value in plain.items())
 
 

@@ -11,7 +11,7 @@ from tests.ofa.given_back import SHOTS, TASK
 QUICK = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
 OTHER = {"ofa-step-ratio": "sharpness", "ofa-sharpness": "step_ratio"}
 OWN = {"ofa-step-ratio": "step_ratio", "ofa-sharpness": "sharpness"}
-WEIGHTS = {"step_ratio": 1e-2, "sharpness": 1.0}
+WEIGHTS = {"step_ratio": 1e-2, "sharpness": 0.1}
 
 
 def records(loaded, name, **options):
@@ -22,7 +22,7 @@ def records(loaded, name, **options):
 @pytest.mark.parametrize("name", OTHER)
 def test_one_term_is_ofa_with_the_other_weight_at_0(tiny_model, name):
     """Bit-identical; its own weight is the default or the given one."""
-    expected = records(tiny_model, "ofa", **{OTHER[name]: 0.0})
+    expected = records(tiny_model, "ofa", **{OWN[name]: WEIGHTS[OWN[name]], OTHER[name]: 0.0})
     assert records(tiny_model, name) == expected
     assert records(tiny_model, name, **{OTHER[name]: 0, OWN[name]: WEIGHTS[OWN[name]]}) == expected
     for _, step_ratio, sharpness, penalty in expected:

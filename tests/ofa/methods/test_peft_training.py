@@ -24,12 +24,20 @@ from tests.device import DEVICE
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, state
 from tests.ofa.methods.grown import with_vocabulary_of
 
-METHODS = ("lora", "lora-r1", "ia3", "soft-prompt")
+METHODS = ("lora", "lora-r1", "ia3", "soft-prompt", "lora-ofa", "ia3-ofa")
+WITH_OFA = ("lora-ofa", "ia3-ofa")
 LAYER_ADAPTERS = ("lora", "ia3")
 QUICK = {"epochs": 2, "batch_size": 2}
 LEARNING = {
     name: {"epochs": 8, "batch_size": 4, "learning_rate": rate}
-    for name, rate in (("lora", 0.01), ("lora-r1", 0.01), ("ia3", 0.3), ("soft-prompt", 0.1))
+    for name, rate in (
+        ("lora", 0.01),
+        ("lora-r1", 0.01),
+        ("ia3", 0.3),
+        ("soft-prompt", 0.1),
+        ("lora-ofa", 0.01),
+        ("ia3-ofa", 0.03),
+    )
 }
 """Steps enough, and of a size, that the loss of the tiny model falls from ln 384 by 0.1 nats and more."""
 SAME_FIRST_TOKEN = Task(name="mood", template=TASK.template, labels=("positive", "position"))
@@ -66,6 +74,18 @@ def trained(loaded, name, seed=5, **options):
 
 
 # Training
+
+
+@pytest.mark.parametrize("name", WITH_OFA)
+def test_the_terms_reach_the_scales_beside_an_adapter(unchanged, name):
+    """Without them the same scales and adapter are trained, to other values; both terms are in the records."""
+    tuned, records = trained(unchanged, name, step_ratio=1e-2)
+    plain, _ = trained(unchanged, name, step_ratio=0.0, sharpness=0.0)
+    scales = {path for path in tuned if "norm" in path}
+    assert len(scales) == 7
+    assert tuned.keys() == plain.keys() > scales
+    assert all(not torch.equal(tuned[path], plain[path]) for path in scales)
+    assert all(record.sharpness > 0 and record.step_ratio > 0 for record in records)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -326,7 +346,7 @@ def test_a_model_without_known_projections_is_refused(unchanged, name):
         layer.self_attn._modules = own
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WITH_OFA])
 @pytest.mark.parametrize("setting", ["sharpness", "estimator"])
 def test_settings_of_regularizers_are_refused(unchanged, name, setting):
     """They would be ignored silently."""

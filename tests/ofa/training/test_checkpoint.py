@@ -372,6 +372,7 @@ OTHER = {
     "batch_size": 3,
     "accumulation": 2,
     "seed": 43,
+    "relative": False,
     "step_ratio": 0.5,
     "sharpness": 0.5,
     "estimator": "hutchinson",

@@ -156,18 +156,26 @@ def test_the_learning_rate_warms_up_over_a_share_of_the_steps_and_falls_to_0_by_
     assert learning_rate(step, total, config) == pytest.approx(0.02 * share, rel=1e-12, abs=1e-17)
 
 
-def test_the_defaults_are_the_papers_except_length_and_sharpness():
-    """lr 1e-3, weight decay 1e-3, warm-up 5 %, batch 4, λ₁ = 1e-2; λ₂ = 1 is for the gradient in P."""
+def test_the_defaults_are_those_of_the_study():
+    """docs/studies.md; weight decay, warm-up and batch are the paper's, and so is the rate of absolute steps."""
     config = TrainingConfig()
-    assert (config.learning_rate, config.weight_decay, config.warmup) == (1e-3, 1e-3, 0.05)
-    assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 1e-2, 1.0)
+    assert (config.peak_rate, config.weight_decay, config.warmup) == (5e-3, 1e-3, 0.05)
+    assert TrainingConfig(relative=False).peak_rate == 1e-3
+    assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 0.0, 0.0)
     assert config.gradient == "preconditioner"
 
 
-@pytest.mark.parametrize("weight_decay", [1e-3, 0.5])
-def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
-    """A plain AdamW (β 0.9, 0.999, ε 1e-8, decoupled decay) gives the run's scales from its gradients."""
-    settings = {**PLAIN, "weight_decay": weight_decay}
+@pytest.mark.parametrize(("weight_decay", "relative"), [(1e-3, True), (0.5, False)])
+def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay, relative):
+    """A plain AdamW (β 0.9, 0.999, ε 1e-8, decoupled decay) gives the run's scales from its gradients.
+
+    Relative steps are as long as the scales that the model came with, a quarter here.
+    """
+    settings = {**PLAIN, "weight_decay": weight_decay, "relative": relative}
+    with torch.no_grad():
+        for name, parameter in tiny_model[0].named_parameters():
+            if "norm" in name:
+                parameter.mul_(0.25)
     with watched(tiny_model[0]) as watch:
         result, tuned = run(tiny_model, progress=watch.progress, settings=settings)
     total = len(result.records)
@@ -180,7 +188,8 @@ def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay):
             gradient = gradients[name].double()
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
-            scale = scale * (1 - rate * weight_decay) - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+            change = -scale * rate * weight_decay - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+            scale = scale + (start.double().abs() if relative else 1.0) * change
         # Scales of about 1 are rounded to float32 (2^-24) twice a step, the moments a few times; without the decay of
         # 1e-3 it would be 3e-5.
         torch.testing.assert_close(tuned[name].double(), scale, rtol=0, atol=total * 6 * 2**-24)

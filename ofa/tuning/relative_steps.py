@@ -1,0 +1,73 @@
+"""Optimizer steps in proportion to the pretrained scale: γ moves by |γ₀| times the step that the optimizer takes.
+
+Adam gives every channel a step of about the learning rate, whatever its size. Scales of one model differ a
+hundredfold (SmolLM2-135M: 0.03 in the first norm, 1.8 in the last), so one absolute step is nothing to some channels
+and overwrites others. Relative steps are those of Adam on δ in γ = γ₀(1 + δ); Adafactor (arXiv 1804.04235) scales its
+steps by the size of a parameter for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ofa.tuning.norms import pretrained_scales
+
+SMALLEST = 1e-3
+"""Channels below this share of their norm's mean |γ₀| step as if they had it, so that a channel at 0 can move."""
+
+
+def relative_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> RelativeSteps:
+    """Make the steps of `optimizer` on the tuned norm scales of `model` relative: Δγ = |γ₀| · (the optimizer's step).
+
+    Call it once, after `tune_norms` and after the optimizer is made; other parameters keep their steps. The learning
+    rate is then a relative change per step: 1e-2 moves a channel by about 1 % of itself.
+
+    Returns:
+        The attached hooks; `remove()` takes them off.
+
+    Raises:
+        InputError: the norms of the model are not tuned.
+
+    Example:
+        >>> import ofa, torch, transformers
+        >>> config = transformers.LlamaConfig(16, 8, 16, 1, 2, 2)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> optimizer = torch.optim.AdamW(ofa.tune_norms(model), lr=1e-2)
+        >>> steps = ofa.relative_steps(optimizer, model)
+    """
+    return RelativeSteps(optimizer, {scale: _size(value) for scale, value in pretrained_scales(model).items()})
+
+
+class RelativeSteps:
+    """Hooks on an optimizer that scale its steps; made by `relative_steps`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter, Tensor]) -> None:
+        self._sizes = sizes
+        self._before: list[Tensor] = []
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._remember),
+            optimizer.register_step_post_hook(self._scale),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _remember(self, *_: Any) -> None:
+        self._before = [scale.detach().clone() for scale in self._sizes]
+
+    @torch.no_grad()
+    def _scale(self, *_: Any) -> None:
+        for before, (scale, size) in zip(self._before, self._sizes.items(), strict=True):
+            scale.copy_(before + size * (scale - before))
+
+
+def _size(pretrained: Tensor) -> Tensor:
+    magnitude = pretrained.abs()
+    return magnitude.clamp_min(SMALLEST * magnitude.mean())
