@@ -16,7 +16,7 @@ from ofa.adapters.save_and_load import save_adapter
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Evaluation
 from ofa.files import claim_folder
-from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method
+from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method, default_method
 from ofa.methods.calibrating import calibration, check_kind, held_out_by_folds, held_out_by_validation
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks import Data, Example, FewShot, Shots, Task, TaskData, examples_from, few_shot, load_task
@@ -82,9 +82,8 @@ class Adaptation:
     def details(self) -> dict[str, Any]:
         """Entries for `ofa_config.json`: task, shots and their indices, seed, settings, seconds; no training text."""
         config, calibrated = self.training.config, self.predictor.scorer.calibration
-        is_plain = self.method == "ofa" and not (config.step_ratio or config.sharpness)
         return {
-            "method": "norm-tuning" if is_plain else self.method,
+            "method": self.method,
             "task": self.data.task.to_dict(),
             "shots": self.shots,
             "examples": len(self.data.train),
@@ -112,7 +111,7 @@ def adapt(
     shots: Shots = 5,
     seed: int = 42,
     *,
-    method: str = "ofa",
+    method: str | None = None,
     template: str | None = None,
     labels: Sequence[str] = (),
     text_column: str = "",
@@ -129,7 +128,7 @@ def adapt(
     Args:
         task: task and examples, or anything that `load_task` takes: the name of a known task, a folder with task.json,
             a file, a DataFrame, a data set, a list of (text, label) or of mappings.
-        method: one of `methods.ADAPTER_METHODS`.
+        method: one of `methods.ADAPTER_METHODS`; without it norm tuning, with the terms of OFA that `settings` weigh.
         template, labels, text_column, label_column: for data without a task.json, see `load_task`.
         shots: examples per class, drawn from the task's training examples by `seed`, or "all".
         folder: for metrics and checkpoints during training; None writes nothing to disk. The guided methods write only
@@ -156,6 +155,7 @@ def adapt(
         torch.Size([1, 2])
         >>> adaptation.close()
     """
+    method = method or default_method(settings)
     fit = adapter_method(method)
     if method in GUIDED and resume:
         raise InputError(f"a run of {method} keeps no checkpoint and cannot be resumed; train it again")

@@ -46,7 +46,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         model: hub id, model folder or GGUF file; None is the embedded default.
         template: the prompt, with {text} or columns of a DataFrame in it.
         labels: the label word of each class, in the order of `classes_`; None takes the classes as they are written.
-        method: one of `methods.ADAPTER_METHODS`.
+        method: one of `methods.ADAPTER_METHODS`; without it norm tuning, with the terms that have a weight.
         shots: examples per class to draw by `random_state`, or "all".
         epochs, max_steps, learning_rate, step_ratio, sharpness: settings of `TrainingConfig`; None is the method's own.
         settings: other settings by name, such as {"rank": 4} of LoRA.
@@ -71,7 +71,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         *,
         template: str = "{text}\nLabel:",
         labels: Sequence[str] | None = None,
-        method: str = "ofa",
+        method: str | None = None,
         shots: Shots = "all",
         random_state: int = 42,
         epochs: int | None = None,

@@ -23,7 +23,7 @@ from ofa.commands.options import (
     set_threads,
 )
 from ofa.errors import InputError
-from ofa.methods import ADAPTER_METHODS, NORM_METHODS
+from ofa.methods import ADAPTER_METHODS, NORM_METHODS, default_method
 from ofa.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -51,8 +51,12 @@ def fit(
     source: ModelOptions,
     training: TrainingConfig,
     method: Annotated[
-        str, typer.Option(help=f"How to adapt: {', '.join(ADAPTER_METHODS)}; `ofa compare` says which is best.")
-    ] = "ofa",
+        str | None,
+        typer.Option(
+            help=f"How to adapt: {', '.join(ADAPTER_METHODS)}. Without it norm-tuning, with the terms of OFA that "
+            "have a weight. `ofa compare` says which is best."
+        ),
+    ] = None,
     own: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +105,7 @@ def fit(
     from ofa.tasks.duplicates import warn_of_shared_texts
 
     _refuse_stopped(out, resume or overwrite)
+    method = method or default_method(training.model_dump())
     settings = _settings(method, training, own or [])
     source, seed = with_base(source, None), training.seed
     where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}

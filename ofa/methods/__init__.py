@@ -66,7 +66,7 @@ SPECIAL_CASES: dict[str, dict[str, Any]] = {
 GUIDED = ("guided", "guided-finite-difference", "guided-first-order")
 """Methods whose runs keep no checkpoint: it would not hold what the guidance remembers."""
 
-NORM_METHODS = ("norm-tuning", "ofa", "ofa-step-ratio", "ofa-sharpness", *GUIDED)
+NORM_METHODS = ("norm-tuning", "ofa", "ofa-paper", "ofa-step-ratio", "ofa-sharpness", *GUIDED)
 """Methods that train the norm scales, which are saved as a PEFT LN-tuning adapter."""
 
 ADAPTER_METHODS = (*NORM_METHODS, "lora", "lora-r1", "ia3", "soft-prompt")
@@ -174,6 +174,13 @@ def _special(name: str, fit: Callable[..., Predictor], case: Mapping[str, Any]) 
     left = [parameter for parameter in signature.parameters.values() if parameter.name not in case]
     special.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
     return special
+
+
+def default_method(settings: Mapping[str, Any]) -> str:
+    """Norm tuning, or the method with the terms whose weights are among the settings."""
+    if settings.get("sharpness"):
+        return "ofa"
+    return "ofa-step-ratio" if settings.get("step_ratio") else "norm-tuning"
 
 
 def adapter_method(name: str) -> Callable[..., Predictor]:

@@ -115,7 +115,7 @@ def test_fit_records_what_it_was_made_from_and_no_training_text(fitted: Round) -
         "label_column": "label",
         "columns": ["text"],
     }
-    assert (known["shots"], known["seed"], known["method"]) == (2, 7, "ofa")
+    assert (known["shots"], known["seed"], known["method"]) == (2, 7, "norm-tuning")
     assert sorted(TRAIN[index][1] for index in known["indices"]) == ["objective"] * 2 + ["subjective"] * 2
     written = b"".join((fitted.folder / name).read_bytes() for name in FIT_FILES)
     assert not any(text.encode() in written for text, _ in TRAIN)
