@@ -67,7 +67,7 @@ def balanced_weights(encoder: Encoder, examples: Sequence[Example]) -> list[floa
         InputError: the task has no classes.
     """
     if encoder.task.open_ended:
-        raise InputError(f"task {encoder.task.name!r} has no classes to weigh, so leave class_weights out")
+        raise InputError(f"task {encoder.task.name!r} has no classes to weigh; leave class_weights out")
     counts = Counter(example.label for example in examples)
     return [len(examples) / (len(counts) * counts[example.label]) for example in examples]
 
