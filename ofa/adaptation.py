@@ -157,6 +157,10 @@ def adapt(
     """
     method = method or default_method(settings)
     fit = adapter_method(method)
+    if "with_norms" in settings:
+        raise InputError(
+            "norm scales beside another adapter have no format of PEFT and cannot be saved; leave them out"
+        )
     if method in GUIDED and resume:
         raise InputError(f"a run of {method} keeps no checkpoint and cannot be resumed; train it again")
     data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)

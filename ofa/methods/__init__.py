@@ -63,10 +63,10 @@ SPECIAL_CASES: dict[str, dict[str, Any]] = {
 }
 """Map methods to the options whose values define them, see `options.special_case`."""
 
-GUIDED = ("guided", "guided-finite-difference", "guided-first-order")
+GUIDED = tuple(name for name, place in METHODS.items() if place.startswith("ofa.methods.guided"))
 """Methods whose runs keep no checkpoint: it would not hold what the guidance remembers."""
 
-NORM_METHODS = ("norm-tuning", "ofa", "ofa-paper", "ofa-step-ratio", "ofa-sharpness", *GUIDED)
+NORM_METHODS = tuple(name for name, place in METHODS.items() if "norm_tuning" in place or name in GUIDED)
 """Methods that train the norm scales, which are saved as a PEFT LN-tuning adapter."""
 
 ADAPTER_METHODS = (*NORM_METHODS, "lora", "lora-r1", "ia3", "soft-prompt")

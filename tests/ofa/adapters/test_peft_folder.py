@@ -71,7 +71,7 @@ def test_the_folder_says_how_it_was_made(saved, method):
     folder, *_ = saved(method)
     details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
     assert details["method"] == method
-    assert details["settings"]["learning_rate"] == {"lora": 1e-3, "ia3": 3e-3, "soft-prompt": 0.1}[method]
+    assert details["settings"]["learning_rate"] == {"lora": None, "ia3": 3e-3, "soft-prompt": 0.1}[method]
     assert details["parameters"] == sum(value.numel() for value in load_file(folder / WEIGHTS).values())
     card = (folder / CARD).read_text(encoding="utf-8")
     assert "norm scales" not in card
@@ -161,6 +161,7 @@ def test_a_stopped_run_resumes_to_the_same_tensors(tiny_model, tmp_path):
 REFUSED = {
     "a regularizer": ({"method": "lora", "step_ratio": 0.1}, "step_ratio is a setting of OFA, and lora has no"),
     "a term": ({"method": "norm-tuning", "step_ratio": 0.1}, "norm-tuning means step_ratio=0"),
+    "norms beside LoRA": ({"method": "lora", "with_norms": True}, "norm scales beside another adapter have no format"),
     "no format": ({"method": "i2cl"}, "the result of i2cl has no adapter format of PEFT"),
     "a typing error": ({"method": "loar"}, 'there is no method "loar"'),
     "guided, resumed": ({"method": "guided", "resume": True}, "keeps no checkpoint and cannot be resumed"),
