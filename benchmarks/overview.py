@@ -1,12 +1,11 @@
-"""The figure of README.md and docs/results.md: every method, and what the two terms change, from committed records.
+"""The figure of README.md and docs/results.md: every method, and what relative steps gain, from committed records.
 
 python -m benchmarks.overview               writes docs/figures/result.png
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from ofa.comparison.outcomes import Draw, Outcome, Row, by_row, metric
 from ofa.comparison.store import read_records
 from ofa.report.statistics import FEWEST_PAIRS, Difference, Spread, macro_average, paired_difference
 
-COMPARISON, CURVATURE = Path("benchmarks/results/comparison_cpu"), Path("studies/records/curvature")
+COMPARISON = Path("benchmarks/results/comparison_cpu")
+STUDIED = Path("studies/records/steps"), Path("studies/records/confirmation")
 FIGURE = FIGURES / "result.png"
 BASELINE = "norm-tuning"
 Rows = Mapping[Row, Mapping[Draw, Outcome]]
@@ -23,7 +23,7 @@ Rows = Mapping[Row, Mapping[Draw, Outcome]]
 
 def main() -> None:
     """Draw it."""
-    figure(without_demonstrations(COMPARISON), without_demonstrations(CURVATURE), FIGURE)
+    figure(without_demonstrations(COMPARISON), [without_demonstrations(folder) for folder in STUDIED], FIGURE)
 
 
 def without_demonstrations(folder: Path) -> dict[Row, Mapping[Draw, Outcome]]:
@@ -33,8 +33,8 @@ def without_demonstrations(folder: Path) -> dict[Row, Mapping[Draw, Outcome]]:
     return {row: outcomes for row, outcomes in rows.items() if row.context == "prompt" or row.name not in bare}
 
 
-def figure(comparison: Rows, curvature: Rows, path: Path) -> None:
-    """Accuracy of every method on the left; on the right OFA's rows against norm tuning, in both comparisons."""
+def figure(comparison: Rows, studied: Sequence[Rows], path: Path) -> None:
+    """Accuracy of every method on the left; on the right what else was studied against the first row of its study."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 4.2), layout="constrained")
@@ -45,13 +45,13 @@ def figure(comparison: Rows, curvature: Rows, path: Path) -> None:
         left.errorbar(100 * spread.mean, place, xerr=100 * (spread.deviation or 0), fmt="o", color=color, linewidth=1)
     left.set_yticks(range(len(accuracies)), [row.method for row, _ in accuracies], fontsize=8)
     left.set_title("accuracy in %, five shots per class (± over seeds)", fontsize=9)
-    compared = [*terms(comparison).items(), *terms(curvature).items()]
+    compared = [item for rows in studied for item in gains(rows).items()]
     for place, (_, difference) in enumerate(compared):
         _draw(right, place, difference)
-    labels = [f"{_short(row.name)}, {difference.pairs} pairs" for row, difference in compared]
+    labels = [f"{row.name}, {difference.pairs} pairs" for row, difference in compared]
     right.set_yticks(range(len(compared)), labels, fontsize=8)
     right.axvline(0, color="gray", linewidth=0.8)
-    right.set_title("points against norm tuning (95 %)", fontsize=9)
+    right.set_title("points against norm tuning with one step size (95 %)", fontsize=9)
     right.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110)
@@ -64,23 +64,18 @@ def averages(rows: Rows) -> dict[Row, Spread]:
     return {row: spread for row, spread in found.items() if spread}
 
 
-def terms(rows: Rows) -> dict[Row, Difference]:
-    """OFA's rows against norm tuning on the same shots."""
-    base = next(metric(outcomes) for row, outcomes in rows.items() if row.method == BASELINE)
-    chosen = {row: paired_difference(metric(rows[row]), base) for row in rows if row.method.startswith("ofa")}
-    return {row: difference for row, difference in chosen.items() if difference}
+def gains(rows: Rows) -> dict[Row, Difference]:
+    """Every row with enough pairs against norm tuning with one step size for all scales, on the same shots."""
+    base = next(row for row in rows if row.method == BASELINE and ("relative", "False") in row.settings)
+    found = {row: paired_difference(metric(rows[row]), metric(rows[base])) for row in rows if row != base}
+    return {row: difference for row, difference in found.items() if difference and difference.pairs >= FEWEST_PAIRS}
 
 
 def _draw(axis: Any, place: int, difference: Difference) -> None:
-    """A point, and its interval if there are enough pairs."""
+    """A point and its interval."""
     axis.plot(100 * difference.mean, place, "o", color="tab:orange")
-    if difference.interval and difference.pairs >= FEWEST_PAIRS:
+    if difference.interval:
         axis.plot([100 * difference.interval.low, 100 * difference.interval.high], [place, place], color="tab:orange")
-
-
-def _short(name: str) -> str:
-    """The row's name without defaults and settings shared by a whole study."""
-    return re.sub(r"gradient=preconditioner, |max_steps=\d+(, )?", "", name)
 
 
 if __name__ == "__main__":

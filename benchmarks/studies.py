@@ -130,11 +130,17 @@ def _line(row: Row, outcomes: Mapping[Draw, Outcome], base: Mapping[Draw, Outcom
         label=row.label,
         accuracy=_mean(accuracy),
         likelihood=_mean(likelihood),
-        calibration=_mean(metric(shared, "expected_calibration_error")),
+        calibration=_calibration(shared),
         fit_seconds=float(np.mean([outcome.record.fit_seconds for outcome in shared.values()])),
         gained=_difference(accuracy, metric(base)) if base else None,
         spared=_difference(likelihood, metric(base, "negative_log_likelihood")) if base else None,
     )
+
+
+def _calibration(outcomes: Mapping[Draw, Outcome]) -> float:
+    """The mean expected calibration error of the draws that have one: not all that were screened do."""
+    name = "expected_calibration_error"
+    return _mean(metric({draw: one for draw, one in outcomes.items() if name in one.score.metrics}, name))
 
 
 def _difference(values: Mapping[Draw, float], base: Mapping[Draw, float]) -> Difference | None:
@@ -143,11 +149,12 @@ def _difference(values: Mapping[Draw, float], base: Mapping[Draw, float]) -> Dif
 
 
 def _mean(values: Mapping[Draw, float]) -> float:
-    return float(np.mean(list(values.values())))
+    return float(np.mean(list(values.values()))) if values else float("nan")
 
 
 def _row(line: Line) -> str:
-    told = [line.label, percent(line.accuracy), f"{line.likelihood:.3f}", f"{line.calibration:.3f}"]
+    calibration = NOTHING if np.isnan(line.calibration) else f"{line.calibration:.3f}"
+    told = [line.label, percent(line.accuracy), f"{line.likelihood:.3f}", calibration]
     if line.gained is None or line.spared is None:
         return f"| {' | '.join([*told, NOTHING, NOTHING, NOTHING, seconds(line.fit_seconds)])} |"
     spared = f"{line.spared.mean:+.3f}".replace("-", "−").replace("+0.000", "0.000")

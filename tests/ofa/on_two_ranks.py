@@ -6,7 +6,6 @@ process that sees both ranks' sequences, in float64.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -116,7 +115,7 @@ def averaged(name: str, *, dtype: torch.dtype = torch.float64, checkpointing: bo
     with ofa.fused_regularizers(model, **WEIGHTS, **options) as reg:  # once: the default ε is that of the first scales
         for step in range(STEPS):
             for rank in range(RANKS):
-                reg._settings, reg.passes = dataclasses.replace(reg._settings, seed=rank), step
+                reg._options, reg.passes = reg._options.model_copy(update={"seed": rank}), step
                 loss = model(**batch(name, step, rows_of(rank))).loss + reg.penalty()
                 (loss / RANKS).backward()
             optimizer.step()
