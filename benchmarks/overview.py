@@ -5,7 +5,7 @@ python -m benchmarks.overview               writes docs/figures/result.png
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ofa.comparison.store import read_records
 from ofa.report.statistics import FEWEST_PAIRS, Difference, Spread, macro_average, paired_difference
 
 COMPARISON = Path("benchmarks/results/comparison_cpu")
-STUDIED = Path("studies/records/steps"), Path("studies/records/confirmation")
+STUDIED = {"chosen on": Path("studies/records/steps"), "confirmed on": Path("studies/records/confirmation")}
 FIGURE = FIGURES / "result.png"
 BASELINE = "norm-tuning"
 Rows = Mapping[Row, Mapping[Draw, Outcome]]
@@ -23,7 +23,8 @@ Rows = Mapping[Row, Mapping[Draw, Outcome]]
 
 def main() -> None:
     """Draw it."""
-    figure(without_demonstrations(COMPARISON), [without_demonstrations(folder) for folder in STUDIED], FIGURE)
+    studied = {name: without_demonstrations(folder) for name, folder in STUDIED.items()}
+    figure(without_demonstrations(COMPARISON), studied, FIGURE)
 
 
 def without_demonstrations(folder: Path) -> dict[Row, Mapping[Draw, Outcome]]:
@@ -33,11 +34,11 @@ def without_demonstrations(folder: Path) -> dict[Row, Mapping[Draw, Outcome]]:
     return {row: outcomes for row, outcomes in rows.items() if row.context == "prompt" or row.name not in bare}
 
 
-def figure(comparison: Rows, studied: Sequence[Rows], path: Path) -> None:
+def figure(comparison: Rows, studied: Mapping[str, Rows], path: Path) -> None:
     """Accuracy of every method on the left; on the right what else was studied against the first row of its study."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(10, 4.2), layout="constrained")
+    drawn = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=(1, 1.1))
     accuracies = sorted(averages(comparison).items(), key=lambda item: item[1].mean)
     for place, (row, spread) in enumerate(accuracies):
@@ -45,13 +46,15 @@ def figure(comparison: Rows, studied: Sequence[Rows], path: Path) -> None:
         left.errorbar(100 * spread.mean, place, xerr=100 * (spread.deviation or 0), fmt="o", color=color, linewidth=1)
     left.set_yticks(range(len(accuracies)), [row.method for row, _ in accuracies], fontsize=8)
     left.set_title("accuracy in %, five shots per class (± over seeds)", fontsize=9)
-    compared = [item for rows in studied for item in gains(rows).items()]
-    for place, (_, difference) in enumerate(compared):
+    compared = [(name, *item) for name, rows in studied.items() for item in gains(rows).items()]
+    for place, (_, _, difference) in enumerate(compared):
         _draw(right, place, difference)
-    labels = [f"{row.name}, {difference.pairs} pairs" for row, difference in compared]
+    labels = [
+        f"{row.name.replace('learning_rate=', 'rate ')}\n{name} {gain.pairs} draws" for name, row, gain in compared
+    ]
     right.set_yticks(range(len(compared)), labels, fontsize=8)
     right.axvline(0, color="gray", linewidth=0.8)
-    right.set_title("points against norm tuning with one step size (95 %)", fontsize=9)
+    right.set_title("points over norm tuning with one step size (95 %)", fontsize=9)
     right.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110)

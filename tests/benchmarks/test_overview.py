@@ -25,5 +25,5 @@ def test_methods_stand_without_demonstrations_and_gains_are_paired(rows, tmp_pat
     assert means == {"norm-tuning (relative=False)": 0.07, "norm-tuning": 0.17, "ofa": 0.6, "icl": 0.3}
     [(row, difference)] = overview.gains(rows).items()  # one pair says nothing
     assert (row.name, difference.pairs, round(difference.mean, 6)) == ("norm-tuning", 6, 0.1)
-    overview.figure(rows, [rows], tmp_path / "figure.png")
+    overview.figure(rows, {"chosen on": rows}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
