@@ -23,8 +23,8 @@ class StepRecord:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
         >>> adaptation = ofa.adapt(model, tokenizer, rows, template="{text}:", shots=2, max_steps=2)
         >>> record = adaptation.training.records[-1]
-        >>> record.loss > 0, record.step_ratio > 0, record.drift > 0
-        (True, True, True)
+        >>> record.loss > 0, record.sharpness, record.drift > 0
+        (True, None, True)
     """
 
     step: int

@@ -34,11 +34,9 @@ def relative_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> Relati
         InputError: the norms of the model are not tuned.
 
     Example:
-        >>> import ofa, torch, transformers
-        >>> config = transformers.LlamaConfig(16, 8, 16, 1, 2, 2)
-        >>> model = transformers.LlamaForCausalLM(config)
         >>> optimizer = torch.optim.AdamW(ofa.tune_norms(model), lr=1e-2)
         >>> steps = ofa.relative_steps(optimizer, model)
+        >>> steps.remove()
     """
     return RelativeSteps(optimizer, {scale: _size(value) for scale, value in pretrained_scales(model).items()})
 
