@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ofa.errors import InputError
+from ofa.evaluation.plain_text import PlainText
 from ofa.models.types import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, task: Task, window: int | None) -> None:
         self.tokenizer = tokenizer
         self.task = task
+        self._plain = PlainText(tokenizer)
+        _check_between_columns(self._plain, task)
         self.window = window
         self.labels = {} if task.open_ended else label_token_ids(tokenizer, task)
         self.leading = _leading_ids(tokenizer)
@@ -122,8 +125,8 @@ class Encoder:
         return max((len(ids) for ids in self.labels.values()), default=0)
 
     def _prompt_ids(self, text: str, continued: bool) -> list[int]:
-        prompt = self.task.prompt(text)
-        return self._continued(prompt) if continued else [*self.leading, *_plain_ids(self.tokenizer, prompt)]
+        prompt = _prompt(self.task, text)
+        return self._plain.continued(*prompt) if continued else [*self.leading, *self._plain.ids(*prompt)]
 
     def _truncated_prompt_ids(self, text: str, continued: bool, limit: int) -> list[int]:
         # Any shorter suffix of the text is blank.
@@ -145,25 +148,22 @@ class Encoder:
     def _joined(self, examples: Sequence[Example]) -> list[int]:
         if not examples:
             return []
-        first, *others = [self.task.demonstration(example) for example in examples]
-        ids = [*self.leading, *_plain_ids(self.tokenizer, first)]
-        return ids + [token for other in others for token in self._continued(other)]
+        first, *others = [self._demonstration(example) for example in examples]
+        ids = [*self.leading, *self._plain.ids(*first)]
+        return ids + [token for other in others for token in self._plain.continued(*other)]
+
+    def _demonstration(self, example: Example) -> tuple[str, ...]:
+        return (*_prompt(self.task, example.text), self.task.target(example.label), "\n")
 
     def _completion_ids(self, completion: str, text: str) -> list[int]:
         _require_text(completion, f"a completion of task {self.task.name!r}")
-        prompt = self.task.prompt(text)
-        before = _plain_ids(self.tokenizer, prompt)
-        whole = _plain_ids(self.tokenizer, prompt + self.task.target(completion))
+        prompt = _prompt(self.task, text)
+        before = self._plain.ids(*prompt)
+        whole = self._plain.ids(*prompt, self.task.target(completion))
         if len(whole) > len(before) and whole[: len(before)] == before:
             return whole[len(before) :]
         # A token spans the boundary here; generation still starts a new token after the prompt.
-        return self._continued(completion)
-
-    def _continued(self, text: str) -> list[int]:
-        # SentencePiece adds a space before the first word of a text, but none follows a demonstration's newline.
-        newline = _plain_ids(self.tokenizer, "\n")
-        ids = _plain_ids(self.tokenizer, "\n" + text)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else _plain_ids(self.tokenizer, text)
+        return self._plain.continued("", completion)
 
     def _class_of(self, example: Example) -> str:
         return "" if self.task.open_ended else example.label
@@ -176,9 +176,10 @@ def label_token_ids(tokenizer: Tokenizer, task: Task) -> dict[str, tuple[int, ..
     that is a prefix of another would always be more probable.
     Raises InputError if a label merges with the end of the template, or two labels have the same tokens.
     """
-    ids = {label: _ids_after_prompt(tokenizer, task, label) for label in task.labels}
+    plain = PlainText(tokenizer)
+    ids = {label: _ids_after_prompt(plain, task, label) for label in task.labels}
     if scores_whole_words(ids):
-        ids = {label: _ids_after_prompt(tokenizer, task, label, end="\n") for label in task.labels}
+        ids = {label: _ids_after_prompt(plain, task, label, end="\n") for label in task.labels}
     _check_distinct(ids, task)
     return ids
 
@@ -210,13 +211,12 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # verbose=False: texts longer than the window are cut here, so the tokenizer's warning would mislead.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _prompt(task: Task, text: str) -> tuple[str, str, str]:
+    return task.parts.head, text, task.parts.tail
 
 
 def _leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    plain = _plain_ids(tokenizer, _ANY_TEXT)
+    plain = list(tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"])
     full = list(tokenizer(_ANY_TEXT)["input_ids"])
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return tuple(full[:start])
@@ -244,11 +244,21 @@ def _check_distinct(ids: Mapping[str, tuple[int, ...]], task: Task) -> None:
             )
 
 
-def _ids_after_prompt(tokenizer: Tokenizer, task: Task, label: str, end: str = "") -> tuple[int, ...]:
+def _check_between_columns(plain: PlainText, task: Task) -> None:
+    # A row's text has these literals in it, so they are read as text.
+    for literal in task.parts.literals[1:-1]:
+        for token in plain.controls_in(literal):
+            raise InputError(
+                f"the template of task {task.name!r} has the control token {token!r} between two columns: put it "
+                "before the first or after the last"
+            )
+
+
+def _ids_after_prompt(plain: PlainText, task: Task, label: str, end: str = "") -> tuple[int, ...]:
     _require_text(label, f"a label of task {task.name!r}")
-    prompt = task.prompt(_ANY_TEXT)
-    before = _plain_ids(tokenizer, prompt)
-    full = _plain_ids(tokenizer, prompt + task.target(label) + end)
+    prompt = _prompt(task, _ANY_TEXT)
+    before = plain.ids(*prompt)
+    full = plain.ids(*prompt, task.target(label), end)
     if full[: len(before)] != before or len(full) == len(before):
         raise InputError(
             f"label {label!r} merges with the end of the template of task {task.name!r} under this tokenizer: "

@@ -83,11 +83,11 @@ class AnchorEncoder(Encoder):
     def _parts(self, example: Example, *, first: bool) -> tuple[list[int], list[int], list[int]]:
         """Token ids of a demonstration, of the part before its text, and of the part after it."""
         parts = self.task.parts
-        head, tail = parts.head.rstrip(" "), parts.tail + self.task.target(example.label) + "\n"
+        head = parts.head.rstrip(" ")
+        tail = self._plain.continued(parts.tail, self.task.target(example.label), "\n")
         if first:
-            alone = self.tokenizer(head, add_special_tokens=False)["input_ids"]
-            return super()._joined([example]), [*self.leading, *alone], self._continued(tail)
-        return self._continued(self.task.demonstration(example)), self._continued(head), self._continued(tail)
+            return super()._joined([example]), [*self.leading, *self._plain.ids(head)], tail
+        return self._plain.continued(*self._demonstration(example)), self._plain.continued(head), tail
 
 
 def _covered(ids: Sequence[int], part: Sequence[int]) -> int:

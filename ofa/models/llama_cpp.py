@@ -64,7 +64,29 @@ def load_llama_cpp(file: Path) -> LlamaCpp:
     # While Python still has what closing it calls.
     still = weakref.ref(llama)
     atexit.register(lambda: (one := still()) is not None and one.close())
-    return LlamaCpp(LlamaCppModel(llama, window), LlamaCppTokenizer(llama))
+    return LlamaCpp(LlamaCppModel(llama, window), LlamaCppTokenizer(llama, added_tokens(file), _chat_template(file)))
+
+
+def added_tokens(file: Path) -> dict[int, AddedToken]:
+    """The tokens of a GGUF file's vocabulary that llama.cpp looks for before it splits a text."""
+    from gguf import GGUFReader
+    from gguf.constants import TokenType
+
+    fields = GGUFReader(file).fields
+    types, words = fields["tokenizer.ggml.token_type"].contents(), fields["tokenizer.ggml.tokens"]
+    looked_for = {TokenType.UNKNOWN: True, TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    return {
+        number: AddedToken(words.contents(number), looked_for[kind])
+        for number, kind in enumerate(types)
+        if kind in looked_for
+    }
+
+
+def _chat_template(file: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.chat_template")
+    return None if field is None else str(field.contents())
 
 
 def _trained_context(file: Path) -> int:
@@ -73,6 +95,14 @@ def _trained_context(file: Path) -> int:
     reader = GGUFReader(file)
     architecture = reader.fields["general.architecture"].contents()
     return int(reader.fields[f"{architecture}.context_length"].contents())
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text as it is written; a special one is never part of what a user writes."""
+
+    content: str
+    special: bool
 
 
 class LlamaCppModel(nn.Module):
@@ -152,9 +182,11 @@ class LlamaCppModel(nn.Module):
 
 @dataclass(frozen=True)
 class LlamaCppTokenizer:
-    """llama.cpp's tokenizer of a file. Control tokens in a text are text."""
+    """llama.cpp's tokenizer of a file."""
 
     llama: Any
+    added_tokens_decoder: dict[int, AddedToken]
+    chat_template: str | None
 
     @property
     def eos_token_id(self) -> int:
@@ -164,8 +196,8 @@ class LlamaCppTokenizer:
     pad_token_id = eos_token_id
 
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
-        """Token ids of a text, with the tokens that begin one unless they are not wanted."""
-        return {"input_ids": self.llama.tokenize(text.encode(), add_bos=add_special_tokens, special=False)}
+        """Token ids of a text, with the tokens that begin one unless they are not wanted; control tokens are read."""
+        return {"input_ids": self.llama.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
 
     def batch_decode(self, rows: Tensor, **_: Any) -> list[str]:
         """Texts of rows of ids, without control tokens."""
