@@ -33,6 +33,21 @@ def read_task(folder: Path, text_column: str | None = None, label_column: str | 
     return with_columns(Task.from_dict(details["task"]), text_column or "", label_column or "")
 
 
+def task_of_texts(task: Task, where: str) -> Task:
+    """The task for texts without columns, with "text" as the column of {text}; `where` names their source.
+
+    Raises:
+        InputError: the template has several columns.
+    """
+    names = task.columns.names
+    if len(names) > 1:
+        raise InputError(
+            f"{where} gives texts without columns, but the template has the columns {' and '.join(names)}: "
+            "give --data with a file of these columns"
+        )
+    return with_columns(task, "text")
+
+
 def asked_task(folders: Sequence[Path], data: str, how: DataOptions, *, offline: bool) -> Task:
     """The task of the adapters, or of the data and the options if there is no adapter.
 

@@ -87,7 +87,7 @@ def predict(
     Rows keep their order; a row without text gets no label. Ctrl-C stops a run with --out, and the same command with
     --resume continues it.
     """
-    from ofa.commands.adapted import adapter_digest, open_merged, open_model, read_task, with_base
+    from ofa.commands.adapted import adapter_digest, open_merged, open_model, read_task, task_of_texts, with_base
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
@@ -100,7 +100,7 @@ def predict(
         raise InputError("--gguf holds the base, and llama.cpp runs it: leave out --model, --dtype and --device")
     task = read_task(adapter, text_column)
     if data is None or suffix_of(data) in TEXT_SUFFIXES:
-        task = _of_texts(task, data)
+        task = task_of_texts(task, data or "--text")
     rows = _Rows(text or [], Table(data, separator, texts=task.columns.names[0]) if data else None, task)
     found = survey(rows, task)
     if not found.rows:
@@ -156,23 +156,6 @@ class _Rows:
             where = f"--text number {position}"
             yield where, {self.task.columns.names[0]: self.task.text_of(text, where)}
         yield from self.table or ()
-
-
-def _of_texts(task: Task, data: str | None) -> Task:
-    """The task for texts without columns, with "text" as the column of {text}.
-
-    Raises:
-        InputError: the template has several columns.
-    """
-    names = task.columns.names
-    if len(names) > 1:
-        raise InputError(
-            f"{data or '--text'} gives texts without columns, but the adapter's template has the columns "
-            f"{' and '.join(names)}: give --data with a file of these columns"
-        )
-    from ofa.tasks import with_columns
-
-    return with_columns(task, "text")
 
 
 def _write(file: PredictionFile, rows: _Rows, scorer: Scorer, found: Survey) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ofa.errors import InputError
-from ofa.files import reason, write_json
+from ofa.files import reason, write_json, write_text
 from ofa.tasks.tables import Row, parse_json, read_text
 from ofa.tasks.task import Task
 
@@ -198,6 +198,19 @@ class PredictionFile:
         self._file.writelines(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows of the same columns at once, as CSV or JSON lines by the suffix.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if path.suffix.lower() == ".csv":
+        lines = [_line(rows[0]), *(_line(map(_cell, row.values())) for row in rows)]
+    else:
+        lines = [_json(row) for row in rows]
+    write_text(path, b"".join(lines).decode())
 
 
 @contextmanager

@@ -58,9 +58,13 @@ class HiddenStateScorer(Scorer):
 
 
 def last_hidden_states(scorer: Scorer, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
-    """The input of the head, (n, d), float32, on the CPU, at the last token of each text's prompt."""
+    """The input of the head, (n, d), float32, on the CPU, at the last token of each text's prompt.
+
+    LoRA and IA3 in PEFT's wrapper count; its soft prompt, which is no part of the layers, does not.
+    """
     prompts = scorer.encoder.encode_prompts(texts)
-    body: Any = scorer.model.base_model
+    model: Any = scorer.model
+    body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     device = next(scorer.model.parameters()).device
     extra = {"use_cache": False} if "use_cache" in accepted_arguments(body) else {}
     rows: dict[int, Tensor] = {}
