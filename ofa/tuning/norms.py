@@ -184,8 +184,8 @@ def _hold(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
     if wide != narrow:
         fused_norms.fuse(module, norm)
         precision = _Precision(wide)
-        original.handles.append(module.register_forward_pre_hook(precision.widen))
-        original.handles.append(module.register_forward_hook(precision.narrow))
+        original.handles.append(module.register_forward_pre_hook(precision.upcast))
+        original.handles.append(module.register_forward_hook(precision.restore))
 
 
 class _Precision:
@@ -194,11 +194,11 @@ class _Precision:
     def __init__(self, wide: torch.dtype) -> None:
         self._wide = self._given = wide
 
-    def widen(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def upcast(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._given = args[0].dtype
         if fused_norms.takes(module, args[0]):
             return args
         return (args[0].to(self._wide), *args[1:])
 
-    def narrow(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def restore(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output.to(self._given)

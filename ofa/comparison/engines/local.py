@@ -38,7 +38,7 @@ class LocalEngine:
 
     def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
         """Run every cell; see `Engine.run`."""
-        return run_crew(cells, job, self._placements, lambda place: _Process(self._source, place), _await_news)
+        return run_crew(cells, job, self._placements, lambda place: _Process(self._source, place), _wait_any)
 
 
 class _Process:
@@ -49,7 +49,7 @@ class _Process:
         self.connection, theirs = _SPAWN.Pipe()
         # A daemon ends with its parent, also after an error.
         self.process = _SPAWN.Process(target=_work, args=(theirs, source, placement), daemon=True)
-        with _deaf_to_interrupts():
+        with _interrupts_ignored():
             self.process.start()
         theirs.close()
 
@@ -82,7 +82,7 @@ class _Process:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _interrupts_ignored() -> Iterator[None]:
     """Processes started here ignore Ctrl-C at the terminal; their parent handles it and ends them."""
     resource_tracker.ensure_running()  # the first start would do this, and then unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -92,7 +92,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _await_news(processes: list[_Process]) -> list[_Process]:
+def _wait_any(processes: list[_Process]) -> list[_Process]:
     signals = {signal: one for one in processes for signal in (one.connection, one.process.sentinel)}
     return list(dict.fromkeys(signals[signal] for signal in wait(list(signals))))  # type: ignore[index]
 

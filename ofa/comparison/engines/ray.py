@@ -79,12 +79,12 @@ class RayEngine:
 
     def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
         """Run every cell; see `Engine.run`."""
-        return run_crew(cells, job, self._placements, self._hire, self._await_news)
+        return run_crew(cells, job, self._placements, self._spawn, self._wait_any)
 
-    def _hire(self, placement: Placement) -> _Remote:
+    def _spawn(self, placement: Placement) -> _Remote:
         return _Remote(self._ray, self._source, placement, self._gpus)
 
-    def _await_news(self, remotes: list[_Remote]) -> list[_Remote]:
+    def _wait_any(self, remotes: list[_Remote]) -> list[_Remote]:
         answers = {remote.answer: remote for remote in remotes}
         ready, _ = self._ray.wait(list(answers), timeout=_PATIENCE)
         return [answers[answer] for answer in ready]
