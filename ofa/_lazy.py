@@ -10,7 +10,7 @@ from typing import Any
 
 def on_first_use(
     package: str, modules: Mapping[str, str]
-) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
     """`__all__`, `__getattr__` and `__dir__` of a package, from the module of every public name."""
 
     def get(name: str) -> Any:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
@@ -175,7 +174,7 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, text_writer(text))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically, indented."""
     write_atomically(path, json_writer(value))
 
@@ -185,7 +184,7 @@ def text_writer(text: str) -> Callable[[Path], None]:
     return lambda path: _flush(path, text)
 
 
-def json_writer(value: Any) -> Callable[[Path], None]:
+def json_writer(value: object) -> Callable[[Path], None]:
     """A writer of an indented JSON file, for `write_atomically` and `write_together`."""
     return text_writer(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -251,7 +251,7 @@ def _kernels_take(tensor: Tensor) -> bool:
     )
 
 
-_KERNELS: dict[str, Callable[..., Any]] = {
+_KERNELS: dict[str, Callable[..., object]] = {
     "norm_step": norm_step_op.norm_step,
     "normalize": norm_step_op.normalize,
     "squared_norm": contract_op.squared_norm,
@@ -269,7 +269,7 @@ def _held(tensor: Tensor) -> bool:
     return not torch.is_grad_enabled() and _kernels_take(tensor)
 
 
-_HELD_KERNELS: dict[str, Callable[..., Any]] = {
+_HELD_KERNELS: dict[str, Callable[..., object]] = {
     "mlp_curvature": mlp_curvature_op.mlp_curvature,
     "mlp_diagonal": branch_diagonal.mlp_diagonal,
     "attention_curvature": attention_curvature_op.attention_curvature,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ofa.errors import InputError, first_sentence
+from ofa.models.types import CausalLM
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _SET_BY_PEFT = ("prepare_inputs_for_generation", "generation_config", "_require_grads_hooks", "_require_grads_hook")
 
 
-def attach_adapter(model: Any, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> Any:
+def attach_adapter(model: CausalLM, config: PeftConfig, targets: Iterable[str], seed: int, undo: ExitStack) -> CausalLM:
     """Inject the adapter and freeze everything else; `undo` restores all that PEFT replaces, sets and freezes.
 
     PEFT's own `unload` needs a complete adapter, which a failure may not leave, and restores only modules.
@@ -31,7 +32,7 @@ def attach_adapter(model: Any, config: PeftConfig, targets: Iterable[str], seed:
         return _wrap(model, config, undo) if config.is_prompt_learning else _inject(model, config, targets, undo)
 
 
-def _inject(model: Any, config: PeftConfig, targets: Iterable[str], undo: ExitStack) -> Any:
+def _inject(model: CausalLM, config: PeftConfig, targets: Iterable[str], undo: ExitStack) -> CausalLM:
     from peft import inject_adapter_in_model
     from peft.functional import cast_adapter_dtype
 
@@ -49,7 +50,7 @@ def _inject(model: Any, config: PeftConfig, targets: Iterable[str], undo: ExitSt
     return model
 
 
-def _wrap(model: Any, config: PeftConfig, undo: ExitStack) -> Any:
+def _wrap(model: CausalLM, config: PeftConfig, undo: ExitStack) -> CausalLM:
     from peft import get_peft_model
 
     for module in (model, *model.children()):

@@ -50,7 +50,7 @@ def read_details(folder: str | Path) -> dict[str, Any]:
     return _read_json(file, "") if file.exists() else {}
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
+def _read_json(path: Path, missing: str) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:

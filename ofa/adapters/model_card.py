@@ -87,12 +87,12 @@ def _what(details: Mapping[str, Any], kind: str) -> str:
     return f"A PEFT {KINDS[kind]} adapter of {count} parameters for {base}, made with `ofa`.\n"
 
 
-def _title(task: Mapping[str, Any], kind: str) -> str:
+def _title(task: Mapping[str, object], kind: str) -> str:
     what = "Norm scales" if kind == NORMS else f"{KINDS[kind]} adapter"
     return f"{what} for {task.get('name', 'a task')}"
 
 
-def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type: str | None, kind: str) -> str:
+def _front_matter(details: Mapping[str, Any], task: Mapping[str, object], task_type: str | None, kind: str) -> str:
     from huggingface_hub import ModelCardData
 
     base = details["base_model"]
@@ -112,7 +112,7 @@ def _front_matter(details: Mapping[str, Any], task: Mapping[str, Any], task_type
     return card.to_yaml(line_break="\n")
 
 
-def _eval_results(details: Mapping[str, Any], task: Mapping[str, Any]) -> list[Any]:
+def _eval_results(details: Mapping[str, Any], task: Mapping[str, object]) -> list[object]:
     from huggingface_hub import EvalResult
 
     scores, tested = details.get("scores") or {}, (details.get("data") or {}).get("test")
@@ -151,7 +151,7 @@ def _made_from(details: Mapping[str, Any], task: Mapping[str, Any], kind: str) -
     return f"## Made from\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _weights(settings: Mapping[str, Any]) -> str | None:
+def _weights(settings: Mapping[str, object]) -> str | None:
     return f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -13,11 +12,12 @@ from ofa.adapters.folder import NORMS
 from ofa.adapters.read import PREFIX, Adapter
 from ofa.adapters.same_base import check_base
 from ofa.adapters.save_and_load import load_adapter
+from ofa.models.types import CausalLM
 from ofa.tuning.norms import restore_norms
 
 
 @contextmanager
-def opened_adapter(model: nn.Module, adapter: Adapter) -> Iterator[Any]:
+def opened_adapter(model: nn.Module, adapter: Adapter) -> Iterator[CausalLM]:
     """Put an adapter that `ofa` made into its base model, and take it out again completely.
 
     Yields:
@@ -35,7 +35,7 @@ def opened_adapter(model: nn.Module, adapter: Adapter) -> Iterator[Any]:
             yield _attached(model, adapter, undo)
 
 
-def _attached(model: Any, adapter: Adapter, undo: ExitStack) -> Any:
+def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
     from peft import PeftConfig, set_peft_model_state_dict
 
     check_base(model, adapter)

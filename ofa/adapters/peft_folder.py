@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,9 +14,12 @@ from ofa.adapters.read import PREFIX, Adapter
 from ofa.adapters.same_base import base_name, check_base
 from ofa.adapters.write import write_adapter
 from ofa.errors import InputError, first_sentence
+from ofa.models.types import CausalLM
 
 
-def save_peft_adapter(model: Any, folder: str | Path, *, details: dict[str, Any], overwrite: bool = False) -> Path:
+def save_peft_adapter(
+    model: CausalLM, folder: str | Path, *, details: dict[str, object], overwrite: bool = False
+) -> Path:
     """Write the adapter "default" of a model as PEFT does, with `ofa_config.json` and a model card beside it.
 
     Raises:
@@ -43,7 +45,7 @@ def save_peft_adapter(model: Any, folder: str | Path, *, details: dict[str, Any]
     return write_adapter(folder, tensors, config, {**details, **facts}, overwrite=overwrite)
 
 
-def open_peft_adapter(model: nn.Module, adapter: Adapter) -> Any:
+def open_peft_adapter(model: nn.Module, adapter: Adapter) -> CausalLM:
     """Put an adapter into a base model, which is modified.
 
     Returns:
@@ -66,7 +68,7 @@ def open_peft_adapter(model: nn.Module, adapter: Adapter) -> Any:
     return opened.eval()
 
 
-def merged_with_peft(model: nn.Module, adapter: Adapter) -> Any:
+def merged_with_peft(model: nn.Module, adapter: Adapter) -> CausalLM:
     """A copy of the model with the adapter merged into its weights.
 
     Raises:
@@ -92,6 +94,6 @@ def _of_another_base(adapter: Adapter, reason: str) -> InputError:
     )
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain(config: dict[str, object]) -> dict[str, object]:
     """The configuration as JSON values: PEFT keeps module names in sets."""
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}

@@ -142,7 +142,7 @@ class _Norm:
     """Of its weight and bias in an adapter's vector."""
     rows: ContextVar[Tensor | None]
 
-    def __call__(self, hidden: Tensor, *others: Any, **named: Any) -> Tensor:
+    def __call__(self, hidden: Tensor, *others: object, **named: object) -> Tensor:
         chosen = self.rows.get()
         if chosen is None:
             return type(self.module).forward(self.module, hidden, *others, **named)
@@ -165,7 +165,7 @@ class _Norm:
         weight, bias = values["weight"], values.get("bias")
         return normalized * weight if bias is None else torch.addcmul(bias, normalized, weight)
 
-    def _own(self, values: Mapping[str, Tensor | None], hidden: Tensor, *others: Any, **named: Any) -> Tensor:
+    def _own(self, values: Mapping[str, Tensor | None], hidden: Tensor, *others: object, **named: object) -> Tensor:
         """The module's own forward pass with these parameters, which other threads do not see."""
         stand_in: Any = object.__new__(type(self.module))
         vars(stand_in).update(vars(self.module), _parameters={**self.module._parameters, **values})

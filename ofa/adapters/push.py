@@ -120,7 +120,7 @@ def _token(given: str | None) -> str:
 def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
     """The files for the repository, with the public name of the base; the folder is not modified."""
     config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
-    files: dict[str, Any] = {CONFIG: {**config, "base_model_name_or_path": base}}
+    files: dict[str, object] = {CONFIG: {**config, "base_model_name_or_path": base}}
     if adapter.details:
         files[DETAILS] = {**adapter.details, "base_model": base}
     card = _card(adapter, repo_id, base, config)
@@ -174,7 +174,7 @@ def _upload(contents: dict[str, bytes], target: _Target) -> str:
     return str(page)
 
 
-def _commit(api: HfApi, repo_id: str, operations: list[Any], message: str) -> None:
+def _commit(api: HfApi, repo_id: str, operations: list[object], message: str) -> None:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shown = not are_progress_bars_disabled()

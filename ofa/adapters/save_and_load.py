@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ def save_adapter(
     folder: str | Path,
     *,
     base_model: str | None = None,
-    details: dict[str, Any] | None = None,
+    details: dict[str, object] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
@@ -138,7 +137,7 @@ def merge(
     return write_checkpoint(model, _merged_state(model, read), out, tokenizer=tokenizer, overwrite=overwrite)
 
 
-def _peft_config(model: nn.Module, scales: list[str], base: str | None) -> dict[str, Any]:
+def _peft_config(model: nn.Module, scales: list[str], base: str | None) -> dict[str, object]:
     from peft import LNTuningConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -16,13 +16,14 @@ from ofa.adapters.model_card import model_card
 from ofa.adapters.read import not_finite, plain_key
 from ofa.errors import InputError
 from ofa.files import WRITE_ERRORS, at_home, claimed_folder, json_writer, reason, text_writer, write_together
+from ofa.models.types import CausalLM, Tokenizer
 
 
 def write_adapter(
     folder: str | Path,
     tensors: dict[str, Tensor],
     config: dict[str, Any],
-    details: dict[str, Any],
+    details: dict[str, object],
     *,
     overwrite: bool,
 ) -> Path:
@@ -58,7 +59,7 @@ def write_adapter(
 
 
 def write_checkpoint(
-    model: Any, state: dict[str, Tensor] | None, out: str | Path, *, tokenizer: Any, overwrite: bool
+    model: CausalLM, state: dict[str, Tensor] | None, out: str | Path, *, tokenizer: Tokenizer | None, overwrite: bool
 ) -> Path:
     """Write a model, with `state` in place of its own tensors, and its tokenizer.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_input(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
     """The hidden states a module is called with: its `hidden_states` argument, or its first tensor."""
     named = kwargs.get("hidden_states")
     if isinstance(named, Tensor):
@@ -19,7 +19,7 @@ def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def replace_tensors(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Tensor], Tensor]
+    args: tuple[object, ...], kwargs: dict[str, object], change: Callable[[str, Tensor], Tensor]
 ) -> Arguments:
     """Arguments with `change(name, tensor)` applied to every tensor, also inside tuples; positional names are ""."""
     return (
@@ -33,7 +33,7 @@ def hidden_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def replace_hidden_output(output: Any, hidden: Tensor, change_other: Callable[[Tensor], Tensor]) -> Any:
+def replace_hidden_output(output: Any, hidden: Tensor, change_other: Callable[[Tensor], Tensor]) -> object:
     """The output with other hidden states; `change_other` is applied to the tensors that accompany them."""
     if isinstance(output, Tensor):
         return hidden
@@ -41,7 +41,7 @@ def replace_hidden_output(output: Any, hidden: Tensor, change_other: Callable[[T
     return (hidden, *rest)
 
 
-def _changed(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+def _changed(name: str, value: object, change: Callable[[str, Tensor], Tensor]) -> object:
     # Not a closure in `replace_tensors`: a recursive closure is a reference cycle, and keeps tensors and their graph
     # alive until the garbage collector runs.
     if isinstance(value, Tensor):

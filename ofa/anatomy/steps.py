@@ -298,7 +298,7 @@ def _layer_paths(decoder: nn.Module, prefix: str) -> tuple[str, ...]:
 
 
 def _describe_norms(model: nn.Module, decoder_path: str, decoder: nn.Module) -> tuple[Norm, ...]:
-    seen: dict[tuple[Any, ...], tuple[str, float]] = {}
+    seen: dict[tuple[object, ...], tuple[str, float]] = {}
     norms = []
     for path, module in decoder.named_modules(prefix=decoder_path):
         if not _is_norm(module):

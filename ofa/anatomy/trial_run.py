@@ -26,7 +26,7 @@ def run(model: nn.Module, until: str) -> None:
     A sharded model is run to its end: an aborted forward pass would leave parameters gathered.
     """
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
+    def stop(module: nn.Module, args: object, output: object) -> None:
         raise _Done
 
     if sharding.is_sharded(model):

@@ -225,7 +225,7 @@ def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Recor
         return tuple(record for record in results.records if record.cell.key in wanted)
 
 
-def _described(plan: Plan, machines: Machines) -> dict[str, Any]:
+def _described(plan: Plan, machines: Machines) -> dict[str, object]:
     """The entry of a run in `run.json`."""
     from ofa.comparison.environment import library_versions, now
     from ofa.comparison.plan import TEST_SEED

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import Any
 
 from rich.table import Table
 
@@ -62,7 +61,7 @@ def show_scores(records: Sequence[Record]) -> None:
     show(table)
 
 
-def summary(plan: Plan, records: Sequence[Record], folder: str) -> dict[str, Any]:
+def summary(plan: Plan, records: Sequence[Record], folder: str) -> dict[str, object]:
     """The outcome as JSON values."""
     failed = [record for record in records if not record.done]
     return {
@@ -93,7 +92,7 @@ def _accuracies(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, li
     return found
 
 
-def _entry(cell: Cell, seconds: Mapping[str, float | None], sizes: Mapping[str, Size]) -> dict[str, Any]:
+def _entry(cell: Cell, seconds: Mapping[str, float | None], sizes: Mapping[str, Size]) -> dict[str, object]:
     return {
         "key": cell.key,
         "task": cell.task,

@@ -74,7 +74,7 @@ def show(value: Table | str) -> None:
     _plain(width=width).print(value, soft_wrap=isinstance(value, str))
 
 
-def show_json(value: Any) -> None:
+def show_json(value: object) -> None:
     """Print a result as one JSON document on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -114,7 +114,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _at_home(value: Any) -> Any:
+def _at_home(value: object) -> Any:
     """Expand ~ in paths among the options."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]

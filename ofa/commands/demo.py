@@ -157,7 +157,7 @@ def _row(
     tested: tuple[Example, ...],
     demonstrations: tuple[Example, ...],
     adaptation: Adaptation | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The scores, times and size of one method."""
     from ofa.evaluation.scorer import evaluate
     from ofa.evaluation.scores import Metrics

@@ -59,10 +59,10 @@ def examine() -> dict[str, Any]:
     return {**document, "advice": _advice(document)}
 
 
-def _devices(threads: dict[str, Any]) -> list[dict[str, Any]]:
+def _devices(threads: dict[str, object]) -> list[dict[str, object]]:
     import torch
 
-    found: list[dict[str, Any]] = [{"name": "cpu", "remark": _cpu_remark(threads)}]
+    found: list[dict[str, object]] = [{"name": "cpu", "remark": _cpu_remark(threads)}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         remark = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -72,7 +72,7 @@ def _devices(threads: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _threads() -> dict[str, Any]:
+def _threads() -> dict[str, object]:
     """The number of threads that commands would use now, and its reasons."""
     import torch
 
@@ -88,7 +88,7 @@ def _threads() -> dict[str, Any]:
     }
 
 
-def _cpu_remark(threads: dict[str, Any]) -> str:
+def _cpu_remark(threads: dict[str, object]) -> str:
     count = threads["threads"]
     if threads["OMP_NUM_THREADS"] is not None:
         why = "as OMP_NUM_THREADS says"

@@ -191,7 +191,7 @@ def _reporter(update: Callable[[int, int, str], None]) -> Callable[[StepRecord, 
     return lambda record, total: update(record.step, total, f"loss {record.loss:.4f}")
 
 
-def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, Any]:
+def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, object]:
     if not tested:
         return {}
     with progress_bar("testing") as update:
@@ -200,7 +200,7 @@ def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, An
     return {**measured.metrics.to_dict(), "count": len(tested)}
 
 
-def _save(adaptation: Adaptation, folder: Path, scores: dict[str, Any], **details: Any) -> dict[str, Any]:
+def _save(adaptation: Adaptation, folder: Path, scores: dict[str, object], **details: object) -> dict[str, object]:
     from ofa.adapters.folder import CHECKPOINT, WEIGHTS
     from ofa.training.figure import training_figure
 

@@ -57,7 +57,7 @@ def inspect(
         _show(document)
 
 
-def describe(model: CausalLM, anatomy: Anatomy, name: str) -> dict[str, Any]:
+def describe(model: CausalLM, anatomy: Anatomy, name: str) -> dict[str, object]:
     """The output of `ofa inspect` as JSON values."""
     conventions = Counter((norm.kind, norm.offset, norm.eps) for norm in anatomy.norms)
     return {
@@ -81,7 +81,7 @@ def describe(model: CausalLM, anatomy: Anatomy, name: str) -> dict[str, Any]:
     }
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: Step) -> dict[str, object]:
     return {
         "scale": step.scale,
         "branches": [
@@ -97,7 +97,7 @@ def _step(step: Step) -> dict[str, Any]:
     }
 
 
-def _estimators(model: CausalLM, anatomy: Anatomy) -> list[dict[str, Any]]:
+def _estimators(model: CausalLM, anatomy: Anatomy) -> list[dict[str, object]]:
     """Each estimator, and whether it applies or why not; `auto` chooses exact if it applies, else hutchinson."""
     from ofa.regularizers.closed_form.recognize import why_not
 

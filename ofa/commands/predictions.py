@@ -120,7 +120,7 @@ class PredictionFile:
     of its input rows, and the settings in `made_with`.
     """
 
-    def __init__(self, path: Path, naming: Naming, made_with: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, naming: Naming, made_with: Mapping[str, object]) -> None:
         self.path = path
         self.naming = naming
         self.made_with = json.loads(json.dumps(made_with))

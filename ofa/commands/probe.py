@@ -172,7 +172,7 @@ def _probe_all(
     return probes
 
 
-def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, Any]:
+def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, object]:
     """The results as JSON values."""
     from ofa.adapters.write import versions
 
@@ -186,9 +186,9 @@ def _told(probes: dict[str, Probe], folders: dict[str, Path]) -> dict[str, Any]:
     }
 
 
-def _model(name: str, probe: Probe, folder: Path | None) -> dict[str, Any]:
+def _model(name: str, probe: Probe, folder: Path | None) -> dict[str, object]:
     steps = next(iter(probe.steps.values()))
-    curves: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    curves: dict[str, dict[str, dict[str, list[object]]]] = {}
     for value in probe.values():
         curve = curves.setdefault(value.granularity, {}).setdefault(value.metric, {})
         for key in ("step", "layer", "branch", "value", "standard_error"):
@@ -205,7 +205,7 @@ def _model(name: str, probe: Probe, folder: Path | None) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[str, Any]) -> None:
+def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[str, object]) -> None:
     from ofa.files import json_writer, text_writer, write_together
     from ofa.probing.figures import probe_figure
 

@@ -33,7 +33,7 @@ class MethodInputs:
 _INPUTS = frozenset(field.name for field in fields(MethodInputs))
 
 
-def inputs_for(name: str, inputs: MethodInputs) -> dict[str, Any]:
+def inputs_for(name: str, inputs: MethodInputs) -> dict[str, object]:
     """The inputs that the signature of this method names, by argument."""
     return {part: getattr(inputs, part) for part in sorted(_INPUTS & _parameters(method(name)).keys())}
 
@@ -66,14 +66,14 @@ def _check_training(name: str, settings: Mapping[str, Any]) -> None:
         raise InputError(f"in the method {name}, {error}") from error
 
 
-def _own_settings(fit: Callable[..., Any]) -> set[str]:
+def _own_settings(fit: Callable[..., object]) -> set[str]:
     named = {
         name for name, parameter in _parameters(fit).items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
     return named - _COMMON - _OF_SINGLE_RUNS - _INPUTS
 
 
-def _training_settings(fit: Callable[..., Any]) -> set[str]:
+def _training_settings(fit: Callable[..., object]) -> set[str]:
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in _parameters(fit).values()):
         return set()
     from ofa.training.config import TrainingConfig
@@ -81,5 +81,5 @@ def _training_settings(fit: Callable[..., Any]) -> set[str]:
     return set(TrainingConfig.model_fields) - {"seed"}
 
 
-def _parameters(fit: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def _parameters(fit: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(fit).parameters

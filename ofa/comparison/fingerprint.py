@@ -23,7 +23,7 @@ class Fingerprint:
     """Checksums of parameters and saved buffers, modules with their modes and hooks, and the logits of a probe."""
 
     tensors: dict[str, tuple[Any, ...]]
-    modules: dict[str, tuple[Any, ...]]
+    modules: dict[str, tuple[object, ...]]
     logits: Tensor
 
     @classmethod

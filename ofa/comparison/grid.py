@@ -61,12 +61,12 @@ class Grid(BaseModel):
 
     @field_validator("tasks", mode="before")
     @classmethod
-    def _tasks(cls, value: Any) -> Any:
+    def _tasks(cls, value: object) -> object:
         return value if value is None else _filled("tasks", _unique(str(name) for name in _items(value)))
 
     @field_validator("methods", mode="before")
     @classmethod
-    def _methods(cls, value: Any) -> Any:
+    def _methods(cls, value: object) -> object:
         value = _parsed(value)
         rows = _unique(
             Row(method=name, settings=settings)
@@ -79,20 +79,20 @@ class Grid(BaseModel):
 
     @field_validator("contexts", mode="before")
     @classmethod
-    def _contexts(cls, value: Any) -> Any:
+    def _contexts(cls, value: object) -> object:
         return _filled("contexts", _unique(_items(value)))
 
     @field_validator("seeds", mode="before")
     @classmethod
-    def _seeds(cls, value: Any) -> Any:
+    def _seeds(cls, value: object) -> object:
         return _filled("seeds", _unique(seed for part in _items(value) for seed in _seed_range(part)))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The grid as JSON values, with ranges and combinations expanded."""
         return {**self.model_dump(mode="json"), "methods": [{row.method: row.settings} for row in self.methods]}
 
 
-def checked_part(kind: type[Options], values: Mapping[str, Any]) -> Options:
+def checked_part(kind: type[Options], values: Mapping[str, object]) -> Options:
     """Validate the values that are options of this kind, from the command line, YAML or a caller.
 
     Raises:
@@ -113,7 +113,7 @@ def checked_part(kind: type[Options], values: Mapping[str, Any]) -> Options:
         raise InputError(f"{option} {first['input']} cannot be used: {message}") from error
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> object:
     """Methods with their settings, as the reader of --config hands them on in JSON; anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
@@ -123,28 +123,28 @@ def _parsed(value: Any) -> Any:
         raise InputError(f"--methods {value} is no JSON ({first_sentence(error)}): write names with commas") from error
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: object) -> list[object]:
     """A list unchanged, a text split at commas, or a single value as a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _unique(items: Any) -> list[Any]:
-    kept: list[Any] = []
+def _unique(items: Any) -> list[object]:
+    kept: list[object] = []
     for item in items:
         if item not in kept:
             kept.append(item)
     return kept
 
 
-def _filled(name: str, items: list[Any]) -> list[Any]:
+def _filled(name: str, items: list[object]) -> list[object]:
     if not items:
         raise InputError(f"the grid has no --{name}: give at least one")
     return items
 
 
-def _names(method: Any) -> tuple[str, ...]:
+def _names(method: object) -> tuple[str, ...]:
     if method == ALL:
         return tuple(METHODS)
     if method not in METHODS:
@@ -153,7 +153,7 @@ def _names(method: Any) -> tuple[str, ...]:
     return (str(method),)
 
 
-def _combinations(method: Any, given: Any) -> list[dict[str, Any]]:
+def _combinations(method: object, given: object) -> list[dict[str, object]]:
     """One mapping of settings for each combination of the listed values."""
     if given is None:
         return [{}]
@@ -168,7 +168,7 @@ def _combinations(method: Any, given: Any) -> list[dict[str, Any]]:
     return [dict(zip(map(str, given), map(_number, chosen), strict=True)) for chosen in product(*values)]
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """Parse numbers that YAML reads as text, such as 1e-3."""
     if not isinstance(value, str):
         return value
@@ -180,7 +180,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _seed_range(part: Any) -> range:
+def _seed_range(part: object) -> range:
     match = _SEEDS.fullmatch(str(part))
     if match is None:
         raise InputError(f'the seeds "{part}" cannot be read: write a range such as 42-46, or a list such as 42,43')

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
 from ofa.comparison.grid import Grid, Row
@@ -72,7 +71,7 @@ class Job:
     task: Task
     shots: FewShot
     tested: tuple[Example, ...]
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, object]
     contexts: tuple[str, ...]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import cast
 
 from ofa.comparison.engines import Engine, Event, Finished, Notice, Ready, Started
 from ofa.comparison.environment import library_versions
@@ -21,7 +21,7 @@ def run_cells(
     results: ResultsFile,
     engine: Engine,
     progress: Progress,
-    described: Mapping[str, Any],
+    described: Mapping[str, object],
 ) -> None:
     """Run the cells, and write the record of each as soon as it is finished.
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from ofa.comparison.records import PROTOCOL, Record
 from ofa.errors import InputError
@@ -76,7 +75,7 @@ class ResultsFile:
         self._records.pop(record.cell.key, None)
         self._records[record.cell.key] = record
 
-    def note_run(self, run: Mapping[str, Any]) -> None:
+    def note_run(self, run: Mapping[str, object]) -> None:
         """Note a run (command, grid, versions) beside the results, before the notes of earlier runs.
 
         Raises:

@@ -37,7 +37,7 @@ class Calibration:
         prior = torch.tensor(self.prior) if self.prior else 0.0
         return ((log_probabilities - prior) / self.temperature).log_softmax(1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The calibration as JSON values."""
         return {**asdict(self), "prior": list(self.prior)}
 

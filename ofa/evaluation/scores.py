@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class Metrics:
     labels: tuple[str, ...]
     per_class: tuple[ClassMetrics, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The metrics as JSON values."""
         return {
             **asdict(self),
@@ -81,7 +80,7 @@ class CompletionMetrics:
         """`exact_match`, under the name that label tasks use."""
         return self.exact_match
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The metrics as JSON values."""
         return asdict(self)
 

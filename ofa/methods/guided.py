@@ -108,7 +108,7 @@ def fit(
 
 
 @contextmanager
-def _prepared(model: CausalLM, guidance: Any) -> Iterator[None]:
+def _prepared(model: CausalLM, guidance: object) -> Iterator[None]:
     """Prepare the model for a variant: check the attention's second derivative, or use float32 weights."""
     if guidance is ExactGuidance:
         check_attention(model)

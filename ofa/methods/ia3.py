@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofa.anatomy.projections import find_projections, stored_transposed
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 SETTINGS = {"learning_rate": 3e-3}
 """Defaults that differ from `TrainingConfig`."""
@@ -30,7 +33,7 @@ def fit(
     )
 
 
-def config_for(model: CausalLM) -> Any:
+def config_for(model: CausalLM) -> PeftConfig:
     """PEFT's configuration of these scales for a model; for a mixture of experts only keys and values.
 
     Raises:

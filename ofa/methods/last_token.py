@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,8 +17,8 @@ def last_token_outputs(model: CausalLM, paths: Sequence[str], ids: Sequence[int]
     """Output (d,) of each module at the last token of `ids`, in its own dtype, from one forward."""
     outputs: dict[str, Tensor] = {}
 
-    def recorder(path: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
+    def recorder(path: str) -> object:
+        def record(module: nn.Module, args: object, output: object) -> None:
             hidden = hidden_output(output)
             # OPT's MLP has no batch dimension. Clone, because some layers add to a branch's output in place.
             outputs[path] = hidden.reshape(-1, hidden.shape[-1])[-1].clone()

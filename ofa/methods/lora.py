@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofa.anatomy.projections import find_projections, stored_transposed
 from ofa.errors import InputError
@@ -11,6 +11,9 @@ from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def fit(
@@ -50,7 +53,7 @@ def fit(
     )
 
 
-def config_for(model: CausalLM, rank: int, alpha: float) -> Any:
+def config_for(model: CausalLM, rank: int, alpha: float) -> PeftConfig:
     """PEFT's configuration of these adapters for a model.
 
     Raises:

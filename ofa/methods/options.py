@@ -10,7 +10,7 @@ from ofa.errors import InputError
 from ofa.regularizers.options import RegularizerOptions
 
 
-def without_regularizers(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def without_regularizers(method: str, options: Mapping[str, object]) -> dict[str, object]:
     """`options` with both regularizers off.
 
     Raises:
@@ -26,11 +26,11 @@ def without_regularizers(method: str, options: Mapping[str, Any]) -> dict[str, A
 
 def special_case(
     method: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     *,
     term: str | None = None,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-    **fixed: Any,
+    defaults: Mapping[str, object] = MappingProxyType({}),
+    **fixed: object,
 ) -> dict[str, Any]:
     """`options` together with the fixed options of `method`.
 

@@ -36,7 +36,7 @@ def fit_adapter(
     task: Task,
     shots: Sequence[Example],
     seed: int,
-    adapter: Callable[[Any], PeftConfig],
+    adapter: Callable[[CausalLM], PeftConfig],
     *,
     method: str,
     folder: str | Path | None = None,
@@ -45,7 +45,7 @@ def fit_adapter(
     progress: Callable[[StepRecord, int], None] | None = None,
     scored_by: type[Scorer] = Scorer,
     with_norms: bool = False,
-    notes: Mapping[str, Any],
+    notes: Mapping[str, object],
     **settings: Any,
 ) -> Predictor:
     """Train only a PEFT adapter on the shots by cross-entropy.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 SETTINGS = {"learning_rate": 0.1, "epochs": 50}
 """Defaults that differ from `TrainingConfig`."""
@@ -51,7 +54,7 @@ class SoftPromptScorer(Scorer):
         return shared if shared.reuses_cache else super().shared_prefix(demonstrations)
 
 
-def config_for(model: CausalLM) -> Any:
+def config_for(model: CausalLM) -> PeftConfig:
     """PEFT's configuration of the vector for a model."""
     from peft import PromptTuningConfig
 
@@ -62,7 +65,7 @@ def config_for(model: CausalLM) -> Any:
 def _embedded_first(embedding: nn.Module, vectors: Tensor) -> Iterator[None]:
     """Replace the embeddings of the first K tokens by `vectors` (1, K, d)."""
 
-    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def replace(module: nn.Module, args: object, output: Tensor) -> Tensor:
         output = output.clone()
         output[:, : vectors.shape[1]] = vectors.to(output.dtype)
         return output

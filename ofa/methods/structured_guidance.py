@@ -18,7 +18,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +158,7 @@ class StructuredGuidance(ABC):
         return value
 
     @property
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> dict[str, object]:
         """The log as JSON values: per step ‖g‖ and the cosines of `GuidedStep`; the deviation of ‖g‖; τ."""
         norms = [step.gradient_norm for step in self.steps]
         return {

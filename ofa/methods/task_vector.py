@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ class TaskVectorScorer(Scorer):
 
     @contextmanager
     def _overwriting(self, columns: Tensor) -> Iterator[None]:
-        def overwrite(module: nn.Module, args: Any, output: Any) -> Any:
+        def overwrite(module: nn.Module, args: object, output: object) -> object:
             hidden = hidden_output(output).clone()
             rows = torch.arange(len(hidden), device=hidden.device)
             hidden[rows, columns.to(hidden.device)] = self._state

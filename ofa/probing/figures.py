@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ofa.probing.results import Probe, Value
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_REFERENCE: dict[str, Any] = {"color": "#555555", "linestyle": "--"}
+_REFERENCE: dict[str, object] = {"color": "#555555", "linestyle": "--"}
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """The color-blind safe palette of Okabe and Ito, without the yellow, which is faint on white."""
 

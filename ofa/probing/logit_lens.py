@@ -33,8 +33,8 @@ class LogitLens:
         self._layers = [model.get_submodule(path) for path in layers]
         self._device = next(model.parameters()).device
         accepted = accepted_arguments(model)
-        self._no_cache: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        self._one_logit: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._no_cache: dict[str, object] = {"use_cache": False} if "use_cache" in accepted else {}
+        self._one_logit: dict[str, object] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Output of each layer at `positions` (B, K) of right-padded sequences (B, T): (L, B, K, d), the model's dtype.
@@ -62,14 +62,14 @@ class LogitLens:
     def _decode(self, states: Tensor) -> Tensor:
         """Logits (rows, vocabulary), float32, of hidden states (rows, 1, d)."""
 
-        def substitute(module: nn.Module, args: Any, output: Any) -> Any:
+        def substitute(module: nn.Module, args: object, output: object) -> object:
             return replace_hidden_output(output, states.to(hidden_output(output).device), lambda tensor: tensor)
 
         with _hooked(self._layers[-1:], substitute):
             output = self._run(torch.zeros(1, 1, dtype=torch.long))
         return output.logits.reshape(len(states), -1).float()
 
-    def _run(self, input_ids: Tensor, **arguments: Any) -> Any:
+    def _run(self, input_ids: Tensor, **arguments: object) -> Any:
         return self.model(input_ids=input_ids.to(self._device), **self._no_cache, **arguments)
 
 

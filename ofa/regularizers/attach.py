@@ -268,7 +268,7 @@ class Regularizers:
         for module in [module for module, reference in _attached.items() if reference() is self]:
             del _attached[module]
 
-    def __deepcopy__(self, memo: Any) -> Regularizers:
+    def __deepcopy__(self, memo: object) -> Regularizers:
         raise InputError(
             "a part of a model with regularizers attached cannot be copied; copy the whole model (the copy has no "
             "regularizers), or close() them before"
@@ -289,7 +289,7 @@ class Regularizers:
         self.close()
 
     @torch.compiler.disable
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if self._preparing:
             return None
         self._thread.check()
@@ -329,7 +329,7 @@ class Regularizers:
         return None
 
     @torch.compiler.disable
-    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
         if self._thread.elsewhere:  # this thread's pass was refused
             return None
         current = self._pass
@@ -358,7 +358,7 @@ class Regularizers:
         for meter in self._meters:
             meter.abandon()
 
-    def _at_failure(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _at_failure(self, module: nn.Module, args: object, output: object) -> None:
         if output is None:  # the module raised; let it propagate
             self._abandon()
 
@@ -378,7 +378,7 @@ class Regularizers:
         """A different 63-bit seed for every (seed, pass)."""
         return ((self._options.seed & 0x7FFFFFFF) << 32) | (self.passes & 0xFFFFFFFF)
 
-    def _refuse_cache(self, given: dict[str, Any]) -> None:
+    def _refuse_cache(self, given: dict[str, object]) -> None:
         if given.get("use_cache") or given.get("past_key_values") is not None:
             raise InputError(
                 "a measured forward pass cannot use a key-value cache; call the model with use_cache=False, or inside "
@@ -395,11 +395,11 @@ class Regularizers:
             )
 
 
-def _forgetting(regularizers: Regularizers) -> Callable[[Any], None]:
+def _forgetting(regularizers: Regularizers) -> Callable[[object], None]:
     """A weakref callback that releases the measurement with the model: Python cannot collect cycles through a graph."""
     reference = weakref.ref(regularizers)
 
-    def forget(_: Any) -> None:
+    def forget(_: object) -> None:
         found = reference()
         if found is not None:
             found.forget()

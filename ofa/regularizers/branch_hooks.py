@@ -59,7 +59,7 @@ class BranchHooks:
         """Release the tensors of a branch that was entered and may never be left."""
         self._stream = self._fed = self._norm_input = None
 
-    def __deepcopy__(self, memo: Any) -> BranchHooks:
+    def __deepcopy__(self, memo: object) -> BranchHooks:
         raise InputError(
             "a part of a model with regularizers attached cannot be copied, nor wrapped by code that copies it; "
             "close() them before"

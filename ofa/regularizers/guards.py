@@ -74,7 +74,7 @@ class DeepcopyGuard:
 
     def _registers(self) -> dict[int, tuple[Any, set[int]]]:
         """Every dict of hooks, with the ids of our hooks in it."""
-        found: dict[int, tuple[Any, set[int]]] = {}
+        found: dict[int, tuple[object, set[int]]] = {}
         for handle in self._hooks:
             for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
                 register = reference()

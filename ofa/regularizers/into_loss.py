@@ -22,7 +22,7 @@ _WAY_OUT = (
 )
 
 
-def add_penalty(model: nn.Module, kwargs: Mapping[str, Any], output: Any, penalty: Tensor) -> Any:
+def add_penalty(model: nn.Module, kwargs: Mapping[str, object], output: Any, penalty: Tensor) -> object:
     """The model's output with the penalty in its loss.
 
     Args:
@@ -76,7 +76,7 @@ def _loss_shifts_labels(model: nn.Module) -> bool:
     return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
 
 
-def _has_label_log_probs(output: Mapping[str, Any]) -> bool:
+def _has_label_log_probs(output: Mapping[str, object]) -> bool:
     return all(isinstance(output.get(name), Tensor) for name in ("log_probs", "label_mask"))
 
 
@@ -101,7 +101,7 @@ def _lowered(log_probs: Tensor, label_mask: Tensor, penalty: Tensor) -> Tensor:
     return lowered
 
 
-def _refuse_other_losses(carriers: list[Tensor], output: Any) -> None:
+def _refuse_other_losses(carriers: list[Tensor], output: object) -> None:
     """Raise in the backward pass if other outputs get a gradient and none of the carriers of the penalty did.
 
     Carriers are computed from the other outputs, so their hooks run first.
@@ -128,7 +128,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     return (value for value in values if isinstance(value, Tensor))
 
 
-def refuse_packed(given: Mapping[str, Any]) -> None:
+def refuse_packed(given: Mapping[str, object]) -> None:
     """Refuse a batch with several sequences in a row: J and H are defined per sequence and measured per row.
 
     Args:
@@ -148,7 +148,7 @@ def refuse_packed(given: Mapping[str, Any]) -> None:
         )
 
 
-def _positions_restart(given: Mapping[str, Any]) -> bool:
+def _positions_restart(given: Mapping[str, object]) -> bool:
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,7 +14,7 @@ CONVENTIONS = {"theory": -1.0, "algorithm1": 1.0}
 """Sign of h_t relative to the trace tr(J_t P_t): the gradient is −F in the theory and +F in Algorithm 1."""
 
 
-PAPER: Mapping[str, Any] = MappingProxyType(
+PAPER: Mapping[str, object] = MappingProxyType(
     {
         "step_ratio": 1e-2,
         "sharpness": 1e-3,
@@ -79,7 +79,7 @@ class RegularizerOptions(BaseModel):
     )
     seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="Seed of the probes.")
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: object) -> None:
         """Check the options."""
         try:
             super().__init__(**options)

@@ -48,5 +48,5 @@ def paper_figures(model: str) -> Paper | None:
 
 @cache
 def _data() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(files("ofa.report").joinpath("paper.json").read_text(encoding="utf-8"))
+    content: dict[str, object] = json.loads(files("ofa.report").joinpath("paper.json").read_text(encoding="utf-8"))
     return content

@@ -36,13 +36,13 @@ def read_runs(folder: Path) -> Runs:
     return Runs(tuple(commands), cells)
 
 
-def _noted(newest: Any) -> Iterator[Mapping[str, Any]]:
+def _noted(newest: object) -> Iterator[Mapping[str, Any]]:
     """The runs, newest first."""
     if isinstance(newest, Mapping):
         yield newest
         yield from (run for run in newest.get("earlier", ()) if isinstance(run, Mapping))
 
 
-def _command(run: Mapping[str, Any]) -> str:
+def _command(run: Mapping[str, object]) -> str:
     command = run["command"]
     return shlex.join(map(str, command)) if isinstance(command, list) else str(command)

@@ -10,7 +10,7 @@ from ofa.report import verdicts
 from ofa.report.content import Comparison, Content, Contrast, Line
 
 
-def summary(content: Content) -> dict[str, Any]:
+def summary(content: Content) -> dict[str, object]:
     """Every number of the report; accuracies and differences are shares between 0 and 1."""
     return {
         "title": verdicts.title(content),
@@ -22,7 +22,7 @@ def summary(content: Content) -> dict[str, Any]:
     }
 
 
-def _comparison(comparison: Comparison) -> dict[str, Any]:
+def _comparison(comparison: Comparison) -> dict[str, object]:
     return {
         "model": comparison.model,
         "tasks": [{"name": comparison.names[problem], **asdict(problem)} for problem in comparison.problems],
@@ -42,7 +42,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _line(line: Line, comparison: Comparison) -> dict[str, Any]:
+def _line(line: Line, comparison: Comparison) -> dict[str, object]:
     row = line.row
     return {
         "row": row.name,
@@ -60,7 +60,7 @@ def _line(line: Line, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _contrast(contrast: Contrast) -> dict[str, Any]:
+def _contrast(contrast: Contrast) -> dict[str, object]:
     return {
         "row": contrast.baseline.name,
         **asdict(contrast.difference),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ofa import hub
 from ofa.errors import InputError, first_sentence
@@ -31,11 +31,11 @@ class HubDataset:
     revision: str | None = None
     unreachable: str | None = None
 
-    def split(self, split: str) -> Any:
+    def split(self, split: str) -> object:
         """One split as a `datasets.Dataset`. Raises `InputError` if neither hub nor cache has it."""
         import datasets
 
-        def load() -> Any:
+        def load() -> object:
             return datasets.load_dataset(self.hub_id, name=self.config, revision=self.revision, split=split)
 
         return self._loaded(load, f' (split "{split}")')

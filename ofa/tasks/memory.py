@@ -37,7 +37,7 @@ def is_path(data: object) -> bool:
     return isinstance(data, str | os.PathLike) or hasattr(data, "joinpath")
 
 
-def settled(data: Any) -> Any:
+def settled(data: object) -> Any:
     """Rows that can be iterated repeatedly: a DataFrame, data set or list unchanged, any other iterable as a list.
 
     Raises:
@@ -71,13 +71,13 @@ def table_of(data: Any, columns: Columns, separator: str | None = None) -> Table
     return MemoryTable("the list", _numbered(settled(data), columns, "item", "the list"))
 
 
-def _numbered(items: Iterable[Any], columns: Columns, what: str, of: str) -> Iterator[tuple[str, Row]]:
+def _numbered(items: Iterable[object], columns: Columns, what: str, of: str) -> Iterator[tuple[str, Row]]:
     for number, item in enumerate(items):
         where = f"{what} {number} of {of}"
         yield where, _row(item, columns, where)
 
 
-def _row(item: Any, columns: Columns, where: str) -> Row:
+def _row(item: object, columns: Columns, where: str) -> Row:
     if isinstance(item, Mapping):
         return _named(item)
     pair = (item.text, item.label) if isinstance(item, Example) else item
@@ -91,7 +91,7 @@ def _row(item: Any, columns: Columns, where: str) -> Row:
     return dict(zip((columns.names[0], columns.label_column), map(_plain, pair), strict=True))
 
 
-def _named(item: Mapping[Any, Any]) -> Row:
+def _named(item: Mapping[object, object]) -> Row:
     return {str(name): _plain(value) for name, value in item.items()}
 
 
@@ -100,6 +100,6 @@ def _plain(value: Any) -> object:
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
-def _class_names(data: Any) -> dict[str, tuple[str, ...]]:
+def _class_names(data: object) -> dict[str, tuple[str, ...]]:
     features = getattr(data, "features", None) or {}
     return {name: tuple(kind.names) for name, kind in features.items() if type(kind).__name__ == "ClassLabel"}

@@ -44,7 +44,7 @@ def save(path: Path, state: Checkpoint) -> None:
     tensors = {f"scale/{name}": value for name, value in state.scales.items()}
     for moment, values in state.moments.items():
         tensors |= {f"{moment}/{name}": value for name, value in values.items()}
-    facts: dict[str, Any] = {"step": state.step, "passes": state.passes, "seconds": state.seconds, "run": state.run}
+    facts: dict[str, object] = {"step": state.step, "passes": state.passes, "seconds": state.seconds, "run": state.run}
     if state.best is not None:
         facts["best"] = state.best[:2]
         tensors |= {f"best/{name}": value for name, value in state.best[2].items()}
@@ -56,7 +56,7 @@ def save(path: Path, state: Checkpoint) -> None:
     write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata))
 
 
-def load(path: Path, run: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Checkpoint:
+def load(path: Path, run: Mapping[str, object], scales: Mapping[str, Tensor]) -> Checkpoint:
     """Read a checkpoint and check that it belongs to `run`, the run that continues from it.
 
     Raises:
@@ -111,7 +111,7 @@ def restore_moments(optimizer: torch.optim.AdamW, scales: Mapping[str, nn.Parame
         optimizer.state[scale] = {"step": torch.tensor(float(state.step)), **own}
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

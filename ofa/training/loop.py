@@ -405,7 +405,7 @@ def _stop_signals() -> Iterator[_Stop]:
     """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C interrupts at once, as usual."""
     stop = _Stop()
 
-    def request(number: int, frame: Any) -> None:
+    def request(number: int, frame: object) -> None:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True

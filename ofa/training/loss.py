@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +91,7 @@ def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tenso
     kept, places = positions.unique(return_inverse=True)
     takes_positions = "logits_to_keep" in accepted_arguments(model)
     # Project only the target positions to the vocabulary: all would cost a quarter of a small model's work.
-    extra: dict[str, Any] = {"logits_to_keep": kept} if takes_positions else {}
+    extra: dict[str, object] = {"logits_to_keep": kept} if takes_positions else {}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
     # A prompt-tuned model returns logits of its virtual tokens first.
     logits = logits if takes_positions else logits[:, -input_ids.shape[1] :]

@@ -95,6 +95,6 @@ def _shift(module: nn.Module) -> Tensor | None:
     return getattr(module, "bias", None)
 
 
-def _blank(own: Any, kind: str, offset: float, eps: float) -> FusedNorm:
+def _blank(own: object, kind: str, offset: float, eps: float) -> FusedNorm:
     fused = _fused(own, kind, offset, eps)
     return fused.__new__(fused)

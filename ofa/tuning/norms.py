@@ -200,5 +200,5 @@ class _Precision:
             return args
         return (args[0].to(self._wide), *args[1:])
 
-    def restore(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def restore(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
         return output.to(self._given)

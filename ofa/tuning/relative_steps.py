@@ -9,7 +9,6 @@ steps by the size of a parameter for the same reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +56,11 @@ class RelativeSteps:
         for handle in self._handles:
             handle.remove()
 
-    def _remember(self, *_: Any) -> None:
+    def _remember(self, *_: object) -> None:
         self._before = [scale.detach().clone() for scale in self._sizes]
 
     @torch.no_grad()
-    def _scale(self, *_: Any) -> None:
+    def _scale(self, *_: object) -> None:
         for before, (scale, size) in zip(self._before, self._sizes.items(), strict=True):
             scale.copy_(before + size * (scale - before))
 

@@ -99,7 +99,7 @@ def supports(module: nn.Module) -> bool:
     return hasattr(_source(module), "ALL_ATTENTION_FUNCTIONS") and getattr(module, "config", None) is not None
 
 
-def _source(module: nn.Module) -> Any:
+def _source(module: nn.Module) -> object:
     """The Python module that defines a module's class."""
     return sys.modules[own_class(module).__module__]
 
@@ -113,7 +113,9 @@ def _register(name: str | None) -> str:
     ours = PREFIX + name
     if ours not in ALL_ATTENTION_FUNCTIONS:
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **kwargs: object
+        ) -> object:
             for observer in _observers(module):
                 observer.on_attention(_call(name, module, query, key, value, mask, kwargs))
             eager = getattr(_source(module), "eager_attention_forward", None)
@@ -126,11 +128,11 @@ def _register(name: str | None) -> str:
     return ours
 
 
-def _remembering(make: Callable[..., Any]) -> Callable[..., Any]:
+def _remembering(make: Callable[..., object]) -> Callable[..., object]:
     """The mask function, caching which of its masks are causal by construction: reading a mask would sync."""
 
     @wraps(make)
-    def made(*args: Any, **kwargs: Any) -> Any:
+    def made(*args: object, **kwargs: object) -> object:
         mask = make(*args, **kwargs)
         if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and _forbids_later(kwargs["mask_function"]):
             _causal_masks[mask] = _Seen(mask._version, causal=True, captured=capturing(mask))

@@ -113,7 +113,7 @@ def recognize(model: nn.Module, anatomy: Anatomy, steps: Iterable[Step]) -> tupl
         capture.remove()
         for handle in (handle for _, handles in taps.values() for handle in handles):
             handle.remove()
-    specs: dict[Any, Spec] = {}
+    specs: dict[object, Spec] = {}
     for kind, (_, branch) in firsts.items():
         seen = taps[kind][0].take()
         if seen is None:
@@ -155,7 +155,7 @@ def _norms(branch: Branch, anatomy: Anatomy, modules: Modules) -> tuple[Norm | N
     return before, after
 
 
-def _kind(modules: Modules) -> Any:
+def _kind(modules: Modules) -> object:
     """A key; branches with the same key compute the same function."""
     if isinstance(modules, ExpertsModules):
         return "experts", type(modules.experts), tuple(modules.router_weight().shape)

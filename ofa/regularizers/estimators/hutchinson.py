@@ -225,7 +225,7 @@ class FullHutchinson(_Differences):
         """The real output, and the mean of νᵀΔ over the probes and tokens of each sequence."""
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
         real, copies = outputs[0], outputs[1:]
-        keys: dict[str, Any] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
+        keys: dict[str, object] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
         products, sqnorm = dispatch.contract(real, copies, **keys)
         if branch.writes == "stream":
             # The copies' outputs contain their perturbed streams; subtract them, that is tr(P).

@@ -113,7 +113,7 @@ class Replay:
         if self._open:
             self._first = _Call(args, kwargs)
 
-    def _after_entry(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_entry(self, module: nn.Module, args: object, output: object) -> None:
         if self._open and self._first is not None:
             self._first.output = hidden_output(output).detach()
 
