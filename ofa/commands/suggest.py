@@ -202,8 +202,7 @@ def _rows(pool: _Pool, choices: Sequence[Choice], task: Task) -> list[Row]:
             predicted: choice.label,
             probability: choice.probability,
             margin: choice.margin,
-            reason: f"unsure between {choice.label} and {choice.runner_up}"
-            + (", unlike those above" if position else ", the most uncertain"),
+            reason: f"{'unlike those above' if position else 'smallest margin'}; next is {choice.runner_up}",
         }
         for position, choice in enumerate(choices)
     ]

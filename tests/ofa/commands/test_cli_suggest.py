@@ -89,7 +89,7 @@ def test_lines_of_text_without_an_adapter(tiny_folder: Path) -> None:
     rows = done(*given, "--json", stdin="\n".join(POOL)).json
     assert {row["text"] for row in rows} == set(POOL)
     assert rows[0]["margin"] == min(row["margin"] for row in rows)
-    assert rows[0]["reason"].endswith("the most uncertain")
+    assert rows[0]["reason"].startswith("smallest margin; next is ")
     assert "unlike those above" in done(*given, stdin="\n".join(POOL)).out
 
 
