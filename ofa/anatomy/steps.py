@@ -7,7 +7,7 @@ modules is refused instead of silently mismeasured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -371,8 +371,8 @@ def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> di
     """Input and output of the layer and of some of its modules, from a run that stops after the layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def record(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def record(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
             # Clones, because some layers add into a branch's output.
             seen[path] = hidden_input(args, kwargs).clone(), hidden_output(output).clone()
 

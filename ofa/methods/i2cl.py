@@ -209,8 +209,8 @@ class Mixture:
             for parameter in (self._lambda, self._beta):
                 parameter.requires_grad_(False).grad = None
 
-    def _hook(self, index: int) -> Callable[..., Any]:
-        def mix(module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(self, index: int) -> Callable[..., object]:
+        def mix(module: nn.Module, args: object, output: Any) -> object:
             out = hidden_output(output)
             weight, share = self._lambda[index].to(out.device), self._beta[index].to(out.device)
             mixed = share * out + weight * self.vectors[index]

@@ -7,7 +7,7 @@ layer by the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ class LogitLens:
         seen: list[Tensor] = []
         rows, places = torch.arange(len(input_ids))[:, None], positions
 
-        def read(module: nn.Module, args: Any, output: Any) -> None:
+        def read(module: nn.Module, args: object, output: Any) -> None:
             # Index from the end: a prompt-tuned model puts its virtual tokens in front.
             hidden = hidden_output(output)[:, -input_ids.shape[1] :]
             seen.append(hidden[rows.to(hidden.device), places.to(hidden.device)].to(self._device))
@@ -74,7 +74,7 @@ class LogitLens:
 
 
 @contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
+def _hooked(modules: Sequence[nn.Module], hook: Callable[..., object]) -> Iterator[None]:
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield

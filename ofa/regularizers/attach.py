@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +274,7 @@ class Regularizers:
             "regularizers), or close() them before"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise InputError(
             "a model with regularizers attached cannot be pickled or sent to another process; close() them before, or "
             "save its state_dict()"

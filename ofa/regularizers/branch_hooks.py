@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
-from ofa.anatomy.module_io import hidden_input, hidden_output, replace_hidden_output, replace_tensors
+from ofa.anatomy.module_io import Arguments, hidden_input, hidden_output, replace_hidden_output, replace_tensors
 from ofa.anatomy.steps import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
 from ofa.regularizers.estimators import Probe, TraceEstimator
@@ -78,7 +78,7 @@ class BranchHooks:
     def _busy(self) -> bool:
         return self.estimator is not None and self.estimator.busy
 
-    def _at_norm(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _at_norm(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self._busy:
             return
         if self.branch.reads == "normalized":
@@ -86,7 +86,7 @@ class BranchHooks:
         elif self._traced and not self.branch.norm_reads_stream:
             self._norm_input = hidden_input(args, kwargs)
 
-    def _at_entry(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _at_entry(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
         if self._busy:
             return None
         entering = hidden_input(args, kwargs)
@@ -113,12 +113,12 @@ class BranchHooks:
 
         return replace_tensors(args, kwargs, repeated)
 
-    def _at_residual(self, module: nn.Module, args: Any) -> Any:
+    def _at_residual(self, module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
         if self._busy or not self._traced or self._fed is None:
             return None
         return (args[0], self._fed, *args[2:])
 
-    def _at_exit(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _at_exit(self, module: nn.Module, args: object, output: Any) -> object:
         if self._busy or self.current is None or not self.current.measures:
             return None
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)

@@ -13,10 +13,10 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy
 import torch
@@ -385,7 +385,7 @@ class _Run:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
-def _regularized(model: nn.Module, config: TrainingConfig) -> Any:
+def _regularized(model: nn.Module, config: TrainingConfig) -> AbstractContextManager[Regularizers | None]:
     """The regularizers of the configuration as a context, or nothing where both weights are 0."""
     if not _regularizes(config):
         return nullcontext()

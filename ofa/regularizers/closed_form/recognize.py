@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
 from ofa.anatomy import trial_run as trial
@@ -176,11 +177,11 @@ def tap_of(modules: Modules) -> Tap:
     return ExpertsTap(modules) if isinstance(modules, ExpertsModules) else AttentionTap(modules)
 
 
-def _tap(model: nn.Module, branch: Branch, modules: Modules) -> tuple[Tap, list[Any]]:
+def _tap(model: nn.Module, branch: Branch, modules: Modules) -> tuple[Tap, list[RemovableHandle]]:
     """A tap that the branch's entry starts, and all hooks."""
     tap = tap_of(modules)
 
-    def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def start(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tap.start(hidden_input(args, kwargs))
 
     entry = model.get_submodule(branch.entry)

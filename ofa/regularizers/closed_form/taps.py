@@ -101,7 +101,7 @@ class Tap:
 
         return hook
 
-    def _at_last(self, module: nn.Module, args: Any) -> None:
+    def _at_last(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._open:
             self._seen = self._finish(args[0])
             self._open, self._kept = False, {}
@@ -138,7 +138,7 @@ class ExpertsTap(Tap):
             modules.block.register_forward_hook(self._at_end, prepend=True),
         ]
 
-    def _at_end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _at_end(self, module: nn.Module, args: object, output: Any) -> None:
         if self._open and "router" in self._kept:
             entering = self._kept["entering"]
             width = entering.shape[-1]

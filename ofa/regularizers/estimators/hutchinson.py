@@ -30,10 +30,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
 from ofa.anatomy import trial_run as trial
-from ofa.anatomy.module_io import hidden_input
+from ofa.anatomy.module_io import Arguments, hidden_input
 from ofa.anatomy.steps import Branch, NormView, Step
 from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
 from ofa.regularizers.estimators.replay import Replay
@@ -326,8 +327,8 @@ def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Epsi
     found: dict[Branch, EpsilonScale] = {}
     branches = [branch for step in steps for branch in step.branches]
 
-    def watch(branch: Branch) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def watch(branch: Branch) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             weight: Any = model.get_submodule(branch.norm.path).weight
             epsilon = _length(branch, weight, hidden_input(args, kwargs))
             found.setdefault(branch, EpsilonScale(epsilon, _scale(branch, weight), _at_least(model, branch)))
@@ -336,7 +337,7 @@ def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Epsi
         # Prepended: tuned norms of a bfloat16 model upcast their input, and this reads the stream before.
         return model.get_submodule(reader).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
-    handles: list[Any] = [model.register_forward_pre_hook(_many_tokens, with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(_many_tokens, with_kwargs=True)]
     handles += [watch(branch) for branch in branches]
     try:
         trial.run(model, until=branches[-1].exit)
@@ -346,7 +347,7 @@ def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Epsi
     return found
 
 
-def _many_tokens(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _many_tokens(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Sixteen tokens spread over the vocabulary: the first ones are special tokens, with much longer embeddings."""
     ids = kwargs.get("input_ids")
     if ids is None:
