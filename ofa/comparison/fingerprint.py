@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PROBE = (0, 1, 2, 3)
+_TRIAL_TOKENS = (0, 1, 2, 3)
 """Token ids of the probing forward; any vocabulary has them."""
 _RELATIVE = 1e-4
-"""Tolerance for the probe's logits, relative to the largest: a GPU may choose another algorithm for the same product.
+"""Tolerance for the trial run's logits, relative to the largest: a GPU may choose another algorithm for the same product.
 A trained method moves them by far more."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Checksums of parameters and saved buffers, modules with their modes and hooks, and the logits of a probe."""
+    """Checksums of parameters and saved buffers, modules with their modes and hooks, and the logits of a trial run."""
 
     tensors: dict[str, tuple[Any, ...]]
     modules: dict[str, tuple[object, ...]]
@@ -49,7 +49,7 @@ class Fingerprint:
                 name: (type(module).__qualname__, module.training, *(len(getattr(module, hooks)) for hooks in _HOOKS))
                 for name, module in model.named_modules()
             },
-            logits=_probe(model),
+            logits=_trial_logits(model),
         )
 
     @property
@@ -67,7 +67,7 @@ class Fingerprint:
                 return f"{kind} {min(changed)!r}{others}"
         tolerance = _RELATIVE * float(self.logits.abs().max())
         same = torch.allclose(now.logits, self.logits, rtol=0.0, atol=tolerance, equal_nan=True)
-        return None if same else "the logits of a probe"
+        return None if same else "the logits of a trial run"
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def bit_sums(tensors: list[Tensor]) -> list[int]:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> Tensor:
-    ids = torch.tensor([_PROBE], device=next(model.parameters()).device)
+def _trial_logits(model: nn.Module) -> Tensor:
+    ids = torch.tensor([_TRIAL_TOKENS], device=next(model.parameters()).device)
     return model(input_ids=ids).logits[0, -1].float().cpu()
 
 
