@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRIAL_TOKENS = (0, 1, 2, 3)
-"""Token ids of the probing forward; any vocabulary has them."""
+"""Token ids of the trial run; any vocabulary has them."""
 _RELATIVE = 1e-4
-"""Tolerance for the trial run's logits, relative to the largest: a GPU may choose another algorithm for the same product.
+"""Tolerance for these logits, relative to the largest: a GPU may choose another algorithm for the same product.
 A trained method moves them by far more."""
 
 

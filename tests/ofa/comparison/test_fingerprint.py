@@ -35,7 +35,7 @@ LEFT = {
     "a pre-hook": (lambda m: m.model.norm.register_forward_pre_hook(lambda *args: None), "model.norm"),
     "a wrapped module": (wrapped, "model.layers.0.self_attn.q_proj"),
     "a module more": (lambda m: m.add_module("extra", nn.Identity()), "extra"),
-    "another computation": (lambda m: setattr(m.model.layers[0].self_attn, "scaling", 3.0), "logits of a probe"),
+    "another computation": (lambda m: setattr(m.model.layers[0].self_attn, "scaling", 3.0), "logits of a trial run"),
 }
 
 
