@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ofa.adapters.folder import NORMS, WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
-from ofa.commands.options import DataOptions, ModelOptions
+from ofa.commands.options import ChatOptions, DataOptions, ModelOptions
 from ofa.errors import InputError
 from ofa.files import at_home
 from ofa.tasks import Task, with_columns
@@ -18,6 +18,7 @@ from ofa.tasks import Task, with_columns
 if TYPE_CHECKING:
     from ofa.models.llama_cpp import LlamaCpp
     from ofa.models.load import LoadedModel
+    from ofa.models.types import Tokenizer
 
 
 def read_task(folder: Path, text_column: str | None = None, label_column: str | None = None) -> Task:
@@ -69,6 +70,29 @@ def asked_task(folders: Sequence[Path], data: str, how: DataOptions, *, offline:
                 "probe adapters of different tasks one by one"
             )
     return tasks[0]
+
+
+def check_chat(turns: ChatOptions, adapter: Path | None = None) -> None:
+    """Refuse options that contradict each other, or an adapter.
+
+    Raises:
+        InputError: a system prompt without a chat, or an option beside an adapter.
+    """
+    if adapter and turns != ChatOptions():
+        raise InputError(f"{adapter} keeps whether it is a chat: leave out --chat, --no-chat and --system")
+    if turns.system is not None and not turns.chat:
+        raise InputError("--system is the system prompt of a chat: add --chat")
+
+
+def asked_chat(task: Task, turns: ChatOptions, tokenizer: Tokenizer) -> Task:
+    """The task, in the model's chat template if asked for.
+
+    Raises:
+        InputError: the model has no chat template that can be used.
+    """
+    from ofa.evaluation.chat import in_chat
+
+    return in_chat(task, tokenizer, turns.system) if turns.chat else task
 
 
 def base_of(folder: Path, model: str | None) -> str:

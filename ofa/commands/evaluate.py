@@ -13,6 +13,7 @@ from ofa.commands.console import notice, progress_bar, reports_errors, show, sho
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
+    ChatOptions,
     ConfigOption,
     DataOptions,
     JsonOption,
@@ -44,6 +45,7 @@ def evaluate(
         str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
     ],
     how: DataOptions,
+    turns: ChatOptions,
     source: ModelOptions,
     adapter: Annotated[
         Path | None, typer.Argument(help="Adapter folder. Without it the bare model is evaluated (zero-shot).")
@@ -68,10 +70,11 @@ def evaluate(
     Example: ofa evaluate adapter --data test.jsonl --json
     """
     from ofa.adapters.folder import read_details
-    from ofa.commands.adapted import asked_task, open_model, with_base
+    from ofa.commands.adapted import asked_chat, asked_task, check_chat, open_model, with_base
     from ofa.commands.data import data_origin
     from ofa.tasks import class_balanced, examples_from
 
+    check_chat(turns, adapter)
     source = with_base(source, adapter)
     where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
     task = asked_task([adapter] if adapter else [], data, how, offline=source.offline)
@@ -85,6 +88,7 @@ def evaluate(
 
     set_threads(threads)
     subject = open_model(source, adapter)
+    task = asked_chat(task, turns, subject.tokenizer)
     with progress_bar("evaluating") as update:
         result = measure(
             subject.model,

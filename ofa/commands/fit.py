@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from ofa.commands.console import notice, progress_bar, reports_errors, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
+    ChatOptions,
     ConfigOption,
     DataOptions,
     JsonOption,
@@ -48,6 +50,7 @@ def fit(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, its metrics and its figure.")],
     how: DataOptions,
+    turns: ChatOptions,
     source: ModelOptions,
     training: TrainingConfig,
     method: Annotated[
@@ -98,12 +101,13 @@ def fit(
     Settings that are left out have the method's defaults. Ctrl-C stops after the current step, and the same command
     with --resume continues to the same result; the guided methods cannot be resumed.
     """
-    from ofa.commands.adapted import open_model, with_base
+    from ofa.commands.adapted import asked_chat, check_chat, open_model, with_base
     from ofa.commands.data import data_origin, training_data
     from ofa.files import claimed_folder
     from ofa.tasks import class_balanced, examples_from, few_shot, unused
     from ofa.tasks.duplicates import warn_of_shared_texts
 
+    check_chat(turns)
     _refuse_stopped(out, resume or overwrite)
     method = method or default_method(training.model_dump())
     settings = _settings(method, training, own or [])
@@ -125,6 +129,7 @@ def fit(
         # A resumed run is bit-identical only with the same number of threads.
         set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
         loaded = open_model(source)
+        given = replace(given, task=asked_chat(given.task, turns, loaded.tokenizer))
         with progress_bar("training") as update:
             adaptation = adapt(
                 loaded.model,

@@ -88,6 +88,15 @@ SeparatorOption = Annotated[
     str | None,
     typer.Option(help='Separator of a CSV file, such as ";" or tab. Without it: detected from the file.'),
 ]
+ChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put the prompt into the user's turn of the model's chat template. Off unless asked for: which is better "
+        "has not been measured yet. An adapter keeps the choice.",
+    ),
+]
+SystemOption = Annotated[str | None, typer.Option(help="System prompt of --chat. Without it the chat template's own.")]
 DATA_FILES = (
     "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
     "also as .gz)"
@@ -114,6 +123,14 @@ class DataOptions:
     text_column: TextColumnOption = None
     label_column: LabelColumnOption = None
     separator: SeparatorOption = None
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Whether the prompt is a chat."""
+
+    chat: ChatOption = None
+    system: SystemOption = None
 
 
 @dataclass(frozen=True)

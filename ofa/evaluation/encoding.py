@@ -29,7 +29,7 @@ class Encoder:
     Attributes:
         window: number of positions of the model; None means no limit (see `model_window`).
         labels: the scored token ids of each label word (see `label_token_ids`); empty for an open-ended task.
-        leading: special tokens that the tokenizer puts in front of a text.
+        leading: special tokens that the tokenizer puts in front of a text; none if the template begins with them.
         truncated: number of texts cut so far.
     """
 
@@ -40,7 +40,7 @@ class Encoder:
         _check_between_columns(self._plain, task)
         self.window = window
         self.labels = {} if task.open_ended else label_token_ids(tokenizer, task)
-        self.leading = _leading_ids(tokenizer)
+        self.leading = _leading_ids(tokenizer, self._plain.ids(task.parts.head))
         self.pad_id = _pad_id(tokenizer)
         self.truncated = 0
 
@@ -104,6 +104,8 @@ class Encoder:
         each time the first one of the class with the most left, and a warning gives their number. A prompt counts as at
         most half the window here: a longer prompt is cut, so that one long text does not drop every demonstration.
         """
+        if examples and self.task.chat:
+            raise InputError("demonstrations are not turns of a chat: leave them out, or leave out the chat")
         free = self._label_room() if room is None else room
         limit = None if self.window is None else self.window - free - self._longest_prompt(texts)
         kept = list(examples)
@@ -215,11 +217,11 @@ def _prompt(task: Task, text: str) -> tuple[str, str, str]:
     return task.parts.head, text, task.parts.tail
 
 
-def _leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+def _leading_ids(tokenizer: Tokenizer, head: Sequence[int]) -> tuple[int, ...]:
     plain = list(tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"])
     full = list(tokenizer(_ANY_TEXT)["input_ids"])
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-    return tuple(full[:start])
+    return () if head[:start] == full[:start] else tuple(full[:start])
 
 
 def _pad_id(tokenizer: Tokenizer) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
@@ -119,8 +120,7 @@ def class_names_of(column: str, class_names: Mapping[str, Sequence[str]]) -> tup
 
 def with_columns(task: Task, text_column: str = "", label_column: str = "") -> Task:
     """The task with its columns replaced by those given."""
-    own = (text_column or task.text_column, label_column or task.label_column)
-    return Task(task.name, task.template, task.labels, *own)
+    return replace(task, text_column=text_column or task.text_column, label_column=label_column or task.label_column)
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:

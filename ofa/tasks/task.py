@@ -34,7 +34,8 @@ class Task:
 
     The template names columns of the data in braces. `{text}` stands for `text_column`; the answer is in
     `label_column`. Their defaults are text and label. Without labels the task is open-ended: its examples are pairs,
-    and the default columns are prompt and completion.
+    and the default columns are prompt and completion. In a `chat` the template ends where the assistant's turn begins,
+    and a label has no space in front (see `ofa.evaluation.chat`).
 
     Raises:
         InputError: the template or the labels cannot work.
@@ -56,11 +57,14 @@ class Task:
     labels: tuple[str, ...] = ()
     text_column: str = ""
     label_column: str = ""
+    chat: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields, turn a list of labels into a tuple, and name the columns."""
         _check_name(self.name)
-        _check_template(self.template, self.open_ended)
+        if not isinstance(self.chat, bool):
+            raise InputError(f"chat of a task must be true or false, not {self.chat!r}")
+        _check_template(self.template, blank_at_end=self.open_ended or self.chat)
         _check_labels(self.labels)
         object.__setattr__(self, "labels", tuple(self.labels))
         names = LABELLED_COLUMNS if self.labels else PAIR_COLUMNS
@@ -109,15 +113,15 @@ class Task:
         return self.parts.head + text + self.parts.tail
 
     def target(self, label: str) -> str:
-        """The text after the prompt: the label with a leading space, or the unchanged completion of a pair."""
-        return label if self.open_ended else " " + label
+        """The text after the prompt: the label with a leading space; unchanged in a chat or as a completion."""
+        return label if self.open_ended or self.chat else " " + label
 
     def demonstration(self, example: Example) -> str:
         """One example as a demonstration: prompt, label and newline."""
         return self.prompt(example.text) + self.target(example.label) + "\n"
 
     def to_dict(self) -> dict[str, object]:
-        """The task as JSON values: its fields, and the columns of its template."""
+        """The task as JSON values: its fields, and the columns of its template; `chat` only if it is one."""
         return {
             "name": self.name,
             "template": self.template,
@@ -125,11 +129,12 @@ class Task:
             "text_column": self.text_column,
             "label_column": self.label_column,
             "columns": list(self.columns.names),
+            **({"chat": True} if self.chat else {}),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Task:
-        """The task of a JSON object with name, template, labels and the two columns; other keys are ignored.
+        """The task of a JSON object with name, template, labels, the two columns and chat; other keys are ignored.
 
         With an empty list of labels the task is open-ended, and the template is optional.
 
@@ -143,8 +148,8 @@ class Task:
         if missing:
             raise InputError(f"the task has no {_quoted(missing)}: add it (labels: [] for prompt and completion pairs)")
         # The values may have any JSON type; the constructor checks them.
-        columns = {name: values[name] for name in ("text_column", "label_column") if name in values}
-        return cls(values["name"], values.get("template", TEXT_SLOT), values["labels"], **columns)  # type: ignore[arg-type]
+        others = {name: values[name] for name in ("text_column", "label_column", "chat") if name in values}
+        return cls(values["name"], values.get("template", TEXT_SLOT), values["labels"], **others)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def _check_name(name: object) -> None:
     _check_encodable(name, "the name")
 
 
-def _check_template(template: object, open_ended: bool) -> None:
+def _check_template(template: object, *, blank_at_end: bool) -> None:
     if not isinstance(template, str):
         raise InputError(f"the template of a task must be a text with {TEXT_SLOT}, not {template!r}")
     _check_encodable(template, "the template")
@@ -180,7 +185,7 @@ def _check_template(template: object, open_ended: bool) -> None:
     for slot in slots:
         if (times := slots.count(slot)) > 1:
             raise InputError(f"the template {template!r} has {{{slot}}} {times} times: use it once")
-    if template != template.rstrip() and not open_ended:
+    if template != template.rstrip() and not blank_at_end:
         # The label's first token includes its leading space.
         raise InputError(
             f"the template {template!r} ends in whitespace: remove it, the label adds its own leading space"
