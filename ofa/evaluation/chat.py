@@ -19,12 +19,6 @@ def in_chat(task: Task, tokenizer: Tokenizer, system: str | None = None) -> Task
 
     Raises:
         InputError: the model has no chat template, or one that cannot be used.
-
-    Example:
-        >>> from ofa.evaluation.chat import in_chat
-        >>> tokenizer.chat_template = "<s>{% for message in messages %}{{ message.content }}</s>{% endfor %}"
-        >>> in_chat(ofa.Task("mood", "{text}:", ("bad", "good")), tokenizer).template
-        '<s>{text}:</s>'
     """
     if task.chat:
         raise InputError(f"the template of task {task.name!r} is a chat already: leave out --chat")
