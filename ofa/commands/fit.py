@@ -110,7 +110,6 @@ def fit(
     check_chat(turns)
     _refuse_stopped(out, resume or overwrite)
     method = method or default_method(training.model_dump())
-    settings = _settings(method, training, own or [])
     source, seed = with_base(source, None), training.seed
     where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
     given = training_data(data, how, offline=source.offline)
@@ -122,6 +121,7 @@ def fit(
     if left and not test:
         tested = class_balanced(left, given.task.labels, _UNUSED_TESTED, seed)
     with claimed_folder(out, overwrite=overwrite or resume) as folder:
+        settings = _settings(method, training, own or [])  # only here: methods import torch, which takes seconds
         from ofa.adaptation import adapt
         from ofa.adapters.folder import CHECKPOINT
         from ofa.training.checkpoint import recorded_threads

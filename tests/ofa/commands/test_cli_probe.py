@@ -44,7 +44,7 @@ def probed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Probe
     here = tmp_path_factory.mktemp("probed")
     train, test = write_rows(here / "train.jsonl", TRAIN), write_rows(here / "test.jsonl", TEST)
     given = ["--data", train, "--template", TEMPLATE, "--model", tiny_folder, "--shots", 2, "--epochs", 1]
-    done("fit", *given, "--learning-rate", 0.05, "--out", here / "ofa")
+    done("fit", *given, "--sharpness", 1, "--learning-rate", 0.05, "--out", here / "ofa")
     off = ["--step-ratio", 0, "--sharpness", 0]
     done("fit", *given, *off, "--learning-rate", 0.05, "--out", here / "norm-tuning")
     both = [here / "norm-tuning", here / "ofa"]

@@ -291,7 +291,11 @@ def test_similarity_is_the_cosine_of_all_coefficients(llama):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"step_ratio": 0.1}, "i2cl means step_ratio=0.0"), ({"epochs": 0}, "epochs=0"), ({"depth": 3}, "depth=3")],
+    [
+        ({"step_ratio": 0.1}, "i2cl means step_ratio=0.0"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"depth": 3}, "setting depth"),
+    ],
 )
 def test_wrong_settings_are_refused(llama, options, message):
     with pytest.raises(InputError, match=message):
