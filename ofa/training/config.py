@@ -11,7 +11,7 @@ from ofa.regularizers.options import RegularizerOptions
 STEPS, EPOCHS = 60, 7
 """The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
 
-RELATIVE_RATE, ABSOLUTE_RATE = 5e-3, 1e-3
+RELATIVE_RATE, ABSOLUTE_RATE = 1e-2, 1e-3
 """The default learning rates of relative steps (docs/studies.md) and of the paper's."""
 
 

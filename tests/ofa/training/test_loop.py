@@ -159,7 +159,7 @@ def test_the_learning_rate_warms_up_over_a_share_of_the_steps_and_falls_to_0_by_
 def test_the_defaults_are_those_of_the_study():
     """docs/studies.md; weight decay, warm-up and batch are the paper's, and so is the rate of absolute steps."""
     config = TrainingConfig()
-    assert (config.peak_rate, config.weight_decay, config.warmup) == (5e-3, 1e-3, 0.05)
+    assert (config.peak_rate, config.weight_decay, config.warmup) == (1e-2, 1e-3, 0.05)
     assert TrainingConfig(relative=False).peak_rate == 1e-3
     assert (config.batch_size, config.accumulation, config.step_ratio, config.sharpness) == (4, 1, 0.0, 0.0)
     assert config.gradient == "preconditioner"
