@@ -450,7 +450,7 @@ def test_the_number_of_used_examples_is_shown_and_the_others_are_scored(
 def test_overwrite_replaces_an_adapter(fitted: Round, tmp_path: Path) -> None:
     """--overwrite allows a second run in the same folder, which then has only the second adapter."""
     out = tmp_path / "out"
-    done("fit", *fitted.arguments, "--out", out, "--learning-rate", 1e-2)
+    done("fit", *fitted.arguments, "--out", out, "--learning-rate", 2e-2)
     assert weights(out) != weights(fitted.folder)
     done("fit", *fitted.arguments, "--out", out, "--overwrite")
     assert weights(out) == weights(fitted.folder)
