@@ -69,6 +69,8 @@ def fit_adapter(
     """
     if not with_norms:
         settings = without_regularizers(method, settings)
+        if settings.get("relative"):
+            raise InputError(f"relative steps are those of norm scales, and {method} trains none; leave relative out")
     config = TrainingConfig(seed=seed, **{**SETTINGS, **settings})
     _check_model(model)
     peft_config = adapter(model)

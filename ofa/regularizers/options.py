@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,6 +29,17 @@ PAPER: Mapping[str, object] = MappingProxyType(
 weights, one Gaussian probe per decoder layer, differentiated through everything. ε follows the dtype (1e-3 there)."""
 
 
+def step_ratio_field(default: float) -> Any:
+    """The weight λ₁, whose default differs between the regularizers alone and a training run."""
+    told = "Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning."
+    return Field(default=default, ge=0, allow_inf_nan=False, description=told)
+
+
+def sharpness_field(default: float) -> Any:
+    """The weight λ₂, likewise."""
+    return Field(default=default, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
+
+
 class RegularizerOptions(BaseModel):
     """Weights of the two terms, and how they are measured; the descriptions are the command line's help.
 
@@ -38,13 +49,8 @@ class RegularizerOptions(BaseModel):
 
     model_config = ConfigDict(title="Regularizers", extra="forbid", frozen=True)
 
-    step_ratio: float = Field(
-        default=1e-2,
-        ge=0,
-        allow_inf_nan=False,
-        description="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.",
-    )
-    sharpness: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
+    step_ratio: float = step_ratio_field(default=1e-2)
+    sharpness: float = sharpness_field(default=1.0)
     estimator: Literal["auto", "exact", "hutchinson"] = Field(
         default="auto", description="How the trace is measured: auto (exact where possible), exact or hutchinson."
     )

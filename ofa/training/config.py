@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from ofa.regularizers.options import RegularizerOptions
+from ofa.regularizers.options import RegularizerOptions, sharpness_field, step_ratio_field
 
 STEPS, EPOCHS = 60, 7
 """The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
@@ -46,13 +46,8 @@ class TrainingConfig(RegularizerOptions):
         default=True,
         description="Steps of a norm scale in proportion to its pretrained value, or all of one size as in the paper.",
     )
-    step_ratio: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Weight λ₁ of the step-ratio term; both weights 0 is plain norm tuning.",
-    )
-    sharpness: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
+    step_ratio: float = step_ratio_field(default=0.0)
+    sharpness: float = sharpness_field(default=0.0)
     weight_decay: float = Field(default=1e-3, ge=0, description="AdamW's weight decay.")
     warmup: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
     label_loss: float = Field(default=0.0, ge=0, description="Weight of the loss over the label words alone.")

@@ -27,6 +27,16 @@ def state(model):
     }
 
 
+def restored(model, tokenizer):
+    """Yields a model with mixed modes and flags; checks afterwards that the test restored them."""
+    model.train()
+    model.model.layers[0].eval()
+    model.model.norm.weight.requires_grad_(False)
+    before = state(model)
+    yield model, tokenizer
+    assert state(model) == before
+
+
 def at_step_2(act):
     def progress(record, total):
         if record.step == 2:

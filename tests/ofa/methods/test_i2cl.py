@@ -17,7 +17,7 @@ from ofa.training.loop import Diverged, Interrupted
 from tests import families
 from tests.cases import CAUSAL, POST_NORM
 from tests.device import DEVICE
-from tests.ofa.given_back import at_step_2, state
+from tests.ofa.given_back import at_step_2, restored, state
 from tests.ofa.label_models import ROUNDING, TASK, sharpened
 
 SHOTS = (Example("a warm and funny film", "positive"), Example("dull, slow and far too long", "negative"))
@@ -331,14 +331,7 @@ def test_unseen_demonstrations_that_fail_change_nothing(llama):
 
 @pytest.fixture
 def unchanged(llama):
-    """A model with mixed modes and flags; checks that the test restores them."""
-    model, tokenizer = llama
-    model.train()
-    model.model.layers[0].eval()
-    model.model.norm.weight.requires_grad_(False)
-    before = state(model)
-    yield model, tokenizer
-    assert state(model) == before
+    yield from restored(*llama)
 
 
 def test_the_model_has_only_hooks_until_closed(unchanged):

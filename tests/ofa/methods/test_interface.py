@@ -14,7 +14,7 @@ from ofa.evaluation.scorer import Scorer
 from ofa.methods import METHODS, method
 from ofa.tasks.task import Example
 from ofa.training.loop import Diverged, Interrupted
-from tests.ofa.given_back import SHOTS, TASK, TEXTS, at_step_2, state
+from tests.ofa.given_back import SHOTS, TASK, TEXTS, at_step_2, restored, state
 
 QUICK = {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2}
 OFF = {"step_ratio": 0.0, "sharpness": 0.0}
@@ -22,14 +22,7 @@ OFF = {"step_ratio": 0.0, "sharpness": 0.0}
 
 @pytest.fixture
 def unchanged(tiny_model):
-    """A tiny model with mixed modes and flags; checks that the test restores them."""
-    model, tokenizer = tiny_model
-    model.train()
-    model.model.layers[0].eval()
-    model.model.norm.weight.requires_grad_(False)
-    before = state(model)
-    yield model, tokenizer
-    assert state(model) == before
+    yield from restored(*tiny_model)
 
 
 def scales_of(model):

@@ -354,6 +354,12 @@ def test_settings_of_regularizers_are_refused(unchanged, name, setting):
         method(name)(*unchanged, TASK, SHOTS, 5, **{setting: 1e-3})
 
 
+def test_relative_steps_without_norm_scales_are_refused(unchanged):
+    """A and B have no pretrained size; the message does not ask for a call that the command line has not."""
+    with pytest.raises(InputError, match="lora trains none; leave relative out"):
+        method("lora")(*unchanged, TASK, SHOTS, 5, relative=True)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("present", ["injected", "wrapped"])
 def test_a_model_with_an_adapter_is_refused(tiny_model, name, present):

@@ -14,7 +14,7 @@ from ofa.probing.linear_probe import linear_probe
 from ofa.tasks.task import Example, Task
 from tests.device import DEVICE
 from tests.ofa.anatomy.test_steps import _renamed_attention
-from tests.ofa.given_back import state
+from tests.ofa.given_back import restored
 
 TASK = Task("mood", "Review: {text}\nSentiment:", ("negative", "positive"))
 WHOLE = Task("number", "Question: {text}\nAnswer Type:", ("Number", "Numb", "Person"))
@@ -34,14 +34,7 @@ QUESTIONS = (Example("how many islands are there?", "Number"), Example("who wrot
 
 @pytest.fixture
 def unchanged(tiny_model):
-    """A tiny model with mixed training modes and gradient flags; checks that the test restores them."""
-    model, tokenizer = tiny_model
-    model.train()
-    model.model.layers[0].eval()
-    model.model.norm.weight.requires_grad_(False)
-    before = state(model)
-    yield model, tokenizer
-    assert state(model) == before
+    yield from restored(*tiny_model)
 
 
 def encoded(tokenizer, task=TASK, examples=EXAMPLES):
