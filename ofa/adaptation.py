@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ofa.adapters.peft_folder import save_peft_adapter
 from ofa.adapters.save_and_load import save_adapter
 from ofa.errors import InputError
+from ofa.evaluation.chat import asked_chat
 from ofa.evaluation.scorer import Evaluation
 from ofa.files import claim_folder
 from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method, default_method
@@ -120,6 +121,8 @@ def adapt(
     resume: bool = False,
     validation: TaskData | Data = (),
     calibrate: str | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
 ) -> Adaptation:
@@ -138,6 +141,8 @@ def adapt(
         calibrate: "temperature", "context" (probabilities relative to those of texts without content) or "both". The
             temperature is chosen on `validation`, or without it on every shot by a model that was trained without the
             shot's fold, for which up to five more models are trained. docs/choosing.md says what is known of either.
+        chat: put the prompt into the user's turn of the model's chat template; None is the default of `ofa fit`.
+        system: the system prompt of a chat; without it the chat template's own.
         settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`, and the
             method's own, such as `rank` of LoRA; those left out have the method's defaults.
 
@@ -145,7 +150,7 @@ def adapt(
         The adaptation, which predicts, saves the scales and restores the model.
 
     Raises:
-        InputError: the task, the method, the number of shots or a setting cannot be used.
+        InputError: the task, the method, the number of shots, a setting or the model's chat template cannot be used.
 
     Example:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
@@ -166,6 +171,7 @@ def adapt(
     data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)
     if not data.train:
         raise InputError(f'the task "{data.task.name}" has no training examples; add a train file')
+    data = replace(data, task=asked_chat(data.task, tokenizer, chat, system))
     drawn = few_shot(data.train, data.task.labels, shots, seed)
     kept = {} if method in GUIDED else {"folder": folder, "resume": resume}
     metrics = claim_folder(folder, overwrite=True) if folder is not None and method in GUIDED else None

@@ -50,7 +50,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         shots: examples per class to draw by `random_state`, or "all".
         epochs, max_steps, learning_rate, step_ratio, sharpness: settings of `TrainingConfig`; None is the method's own.
         settings: other settings by name, such as {"rank": 4} of LoRA.
-        calibrate: as for `adapt`.
+        calibrate, chat, system: as for `adapt`.
         batch_size: texts per batch when predicting.
         dtype, device: as for `load_model`.
 
@@ -81,6 +81,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         sharpness: float | None = None,
         settings: Mapping[str, Any] | None = None,
         calibrate: str | None = None,
+        chat: bool | None = None,
+        system: str | None = None,
         batch_size: int = 16,
         dtype: str = "float32",
         device: str = "auto",
@@ -98,6 +100,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.sharpness = sharpness
         self.settings = settings
         self.calibrate = calibrate
+        self.chat = chat
+        self.system = system
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = device
@@ -126,8 +130,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 self.random_state,
                 method=self.method,
                 calibrate=self.calibrate,
+                chat=self.chat,
+                system=self.system,
                 **self._settings(),
             )
+            self.task_ = adaptation.data.task
             try:
                 folder = _temporary_folder(self)
                 adaptation.save(folder, overwrite=True, base_source=loaded.source)

@@ -72,27 +72,45 @@ def asked_task(folders: Sequence[Path], data: str, how: DataOptions, *, offline:
     return tasks[0]
 
 
-def check_chat(turns: ChatOptions, adapter: Path | None = None) -> None:
-    """Refuse options that contradict each other, or an adapter.
+def check_chat(turns: ChatOptions, adapters: Sequence[Path] = ()) -> None:
+    """Refuse the options beside an adapter, before the model is loaded.
 
     Raises:
-        InputError: a system prompt without a chat, or an option beside an adapter.
+        InputError: an option is given beside an adapter.
     """
-    if adapter and turns != ChatOptions():
-        raise InputError(f"{adapter} keeps whether it is a chat: leave out --chat, --no-chat and --system")
-    if turns.system is not None and not turns.chat:
-        raise InputError("--system is the system prompt of a chat: add --chat")
+    if adapters and turns != ChatOptions():
+        raise InputError(f"{adapters[0]} keeps whether it is a chat: leave out --chat, --no-chat and --system")
 
 
-def asked_chat(task: Task, turns: ChatOptions, tokenizer: Tokenizer) -> Task:
-    """The task, in the model's chat template if asked for.
+def asked_chat(
+    task: Task,
+    turns: ChatOptions,
+    tokenizer: Tokenizer,
+    adapters: Sequence[Path] = (),
+    demonstrations: Sequence[str] = (),
+) -> Task:
+    """The task of an adapter as it is; any other in the model's chat template if that is asked for or the default.
+
+    A default is told in one line.
 
     Raises:
-        InputError: the model has no chat template that can be used.
+        InputError: see `ofa.evaluation.chat.asked_chat`.
     """
-    from ofa.evaluation.chat import in_chat
+    from ofa.evaluation import chat
 
-    return in_chat(task, tokenizer, turns.system) if turns.chat else task
+    if adapters:
+        return task
+    asked = chat.asked_chat(task, tokenizer, turns.chat, turns.system, demonstrations=demonstrations)
+    tell_chat(task, asked, turns, tokenizer)
+    return asked
+
+
+def tell_chat(task: Task, asked: Task, turns: ChatOptions, tokenizer: Tokenizer) -> None:
+    """Tell in one line what was chosen if the options left it open."""
+    from ofa.evaluation.chat import is_open
+
+    if is_open(task, tokenizer, turns.chat, turns.system):
+        notice(f"chat template: {'used (--no-chat leaves it out)' if asked.chat else 'not used (see --chat)'}")
 
 
 def base_of(folder: Path, model: str | None) -> str:

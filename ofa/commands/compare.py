@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from ofa.commands.console import is_quiet, notice, reports_errors, show_json, warn, was_interrupted
 from ofa.commands.options import (
+    ChatOption,
+    ChatOptions,
     ConfigOption,
     DeviceOption,
     DtypeOption,
@@ -22,6 +24,7 @@ from ofa.commands.options import (
     OfflineOption,
     QuietOption,
     SeparatorOption,
+    SystemOption,
     TextColumnOption,
     TrustOption,
 )
@@ -72,6 +75,8 @@ def compare(
         str,
         typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or both in turn."),
     ] = "prompt,demonstrations",
+    chat: ChatOption = None,
+    system: SystemOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
     separator: SeparatorOption = None,
@@ -179,13 +184,17 @@ def _plan(
     grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, run_options: RunOptions
 ) -> tuple[Plan, Mapping[str, Size]]:
     """The cells, after all checks that do not need the weights."""
-    from ofa.comparison.plan import Plan, check_window, sizes
+    from ofa.commands.adapted import tell_chat
+    from ofa.comparison.plan import Plan, asked_chats, check_window, sizes
     from ofa.models.introspection import model_window
     from ofa.models.load import load_tokenizer
 
     loaded: Any = load_tokenizer(
         grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
     )
+    name, plain = next(iter(tasks.items()))
+    tasks = asked_chats(tasks, loaded.tokenizer, grid)
+    tell_chat(plain.task, tasks[name].task, ChatOptions(grid.chat, grid.system), loaded.tokenizer)
     measured = sizes(tasks, loaded.tokenizer)
     if not run_options.drop_demonstrations:
         check_window(measured, model_window(loaded))

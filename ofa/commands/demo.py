@@ -145,6 +145,7 @@ def _adapt(
             data,
             shots,
             seed,
+            chat=False,  # all rows have the same prompts, and demonstrations are not turns
             progress=lambda record, total: update(record.step, total, f"loss {record.loss:.4f}"),
             **settings,
         )

@@ -74,10 +74,11 @@ def evaluate(
     from ofa.commands.data import data_origin
     from ofa.tasks import class_balanced, examples_from
 
-    check_chat(turns, adapter)
+    adapters = [adapter] if adapter else []
+    check_chat(turns, adapters)
     source = with_base(source, adapter)
     where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
-    task = asked_task([adapter] if adapter else [], data, how, offline=source.offline)
+    task = asked_task(adapters, data, how, offline=source.offline)
     examples = examples_from(data, task, **where)
     if size is not None:
         examples = class_balanced(examples, task.labels, size, seed)
@@ -88,7 +89,7 @@ def evaluate(
 
     set_threads(threads)
     subject = open_model(source, adapter)
-    task = asked_chat(task, turns, subject.tokenizer)
+    task = asked_chat(task, turns, subject.tokenizer, adapters, ["--demonstrations"] if shown else ())
     with progress_bar("evaluating") as update:
         result = measure(
             subject.model,

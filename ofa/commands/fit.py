@@ -101,13 +101,12 @@ def fit(
     Settings that are left out have the method's defaults. Ctrl-C stops after the current step, and the same command
     with --resume continues to the same result; the guided methods cannot be resumed.
     """
-    from ofa.commands.adapted import asked_chat, check_chat, open_model, with_base
+    from ofa.commands.adapted import asked_chat, open_model, with_base
     from ofa.commands.data import data_origin, training_data
     from ofa.files import claimed_folder
     from ofa.tasks import class_balanced, examples_from, few_shot, unused
     from ofa.tasks.duplicates import warn_of_shared_texts
 
-    check_chat(turns)
     _refuse_stopped(out, resume or overwrite)
     method = method or default_method(training.model_dump())
     source, seed = with_base(source, None), training.seed
@@ -138,6 +137,7 @@ def fit(
                 shots,
                 seed,
                 method=method,
+                chat=None if given.task.chat else False,  # decided and told above
                 folder=folder,
                 resume=resume,
                 validation=held_out,

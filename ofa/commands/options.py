@@ -92,11 +92,11 @@ ChatOption = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Put the prompt into the user's turn of the model's chat template. Off unless asked for: which is better "
-        "has not been measured yet. An adapter keeps the choice.",
+        help="Put the prompt into the user's turn of the model's chat template. Without it: off, and said, if the "
+        "model has a chat template. An adapter keeps the choice.",
     ),
 ]
-SystemOption = Annotated[str | None, typer.Option(help="System prompt of --chat. Without it the chat template's own.")]
+SystemOption = Annotated[str | None, typer.Option(help="System prompt of a chat. Without it the chat template's own.")]
 DATA_FILES = (
     "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
     "also as .gz)"

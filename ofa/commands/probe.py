@@ -14,6 +14,7 @@ from ofa.commands.console import notice, progress_bar, reports_errors, show, sho
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
+    ChatOptions,
     ConfigOption,
     DataOptions,
     JsonOption,
@@ -47,6 +48,7 @@ def probe(
     ],
     out: Annotated[Path, typer.Option(help="Folder for probe.png, probe.csv and probe.json.")],
     how: DataOptions,
+    turns: ChatOptions,
     source: ModelOptions,
     measured: Annotated[RegularizerOptions, Only(("estimator", "samples", "convention", "tokens"))],
     adapters: Annotated[
@@ -78,12 +80,13 @@ def probe(
 
     The accuracy is that of the logit lens: every layer's hidden state, read by the model's own final norm and head.
     """
-    from ofa.commands.adapted import asked_task, open_model, with_base
+    from ofa.commands.adapted import asked_chat, asked_task, check_chat, open_model, with_base
     from ofa.commands.data import data_origin, demonstration_pool
     from ofa.files import claimed_folder
     from ofa.tasks import examples_from, few_shot
 
     folders = adapters or []
+    check_chat(turns, folders)
     names = _names(folders)
     source = with_base(source, folders[0] if folders else None)
     where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
@@ -101,6 +104,7 @@ def probe(
         read = [read_adapter(one) for one in folders]
         set_threads(threads)
         subject = open_model(source)
+        task = asked_chat(task, turns, subject.tokenizer, folders, ["--demonstrations"] if shown else ())
         probes = _probe_all(subject, task, dict(zip(names, read, strict=True)), examples, asked)
         document = {
             "model": subject.model.name_or_path,

@@ -13,6 +13,7 @@ import typer
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
     BatchOption,
+    ChatOptions,
     ConfigOption,
     DataOptions,
     JsonOption,
@@ -45,6 +46,7 @@ def suggest(
         ),
     ],
     how: DataOptions,
+    turns: ChatOptions,
     source: ModelOptions,
     adapter: Annotated[
         Path | None,
@@ -77,13 +79,15 @@ def suggest(
     the column of labels, add the rows to your training file, and run `ofa fit` again.
     """
     from ofa.adapters.folder import read_details
-    from ofa.commands.adapted import open_model, with_base
+    from ofa.commands.adapted import asked_chat, check_chat, open_model, with_base
     from ofa.commands.predictions import check_out, write_rows
 
     if out is not None:
         check_out(out)
         if out.exists() and not overwrite:
             raise InputError(f"{out} exists already: choose another --out, or pass --overwrite")
+    adapters = [adapter] if adapter else []
+    check_chat(turns, adapters)
     source = with_base(source, adapter)
     task = _task(adapter, data, how)
     pool = _pool(data, labelled, task, how.separator)
@@ -94,6 +98,7 @@ def suggest(
     calibration = calibration_from(read_details(adapter), task.labels) if adapter else None
     set_threads(threads)
     subject = open_model(source, adapter)
+    task = asked_chat(task, turns, subject.tokenizer, adapters)
     scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size, calibration=calibration)
     with progress_bar("suggesting") as update:
 

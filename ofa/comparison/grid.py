@@ -51,6 +51,9 @@ class Grid(BaseModel):
     test_size: int = Field(500, ge=1)
     contexts: tuple[Literal["prompt", "demonstrations"], ...] = ("prompt", "demonstrations")
     """The contexts to test in; a method that supports none of these is tested in its own."""
+    chat: bool | None = None
+    system: str | None = None
+    """Whether every prompt is the user's turn of the model's chat template, and the system prompt."""
     text_column: str | None = None
     label_column: str | None = None
     separator: str | None = None

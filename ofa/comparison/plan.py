@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
 from ofa.comparison.grid import Grid, Row
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
 from ofa.files import at_home
+from ofa.methods import DEMONSTRATING
 from ofa.models.types import Tokenizer
 from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot, is_known, load_task
 
@@ -128,8 +129,8 @@ class Plan:
             plan = self.tasks.get(record.cell.task)
             if plan is not None and plan.sha256 != record.cell.task_sha256:
                 raise InputError(
-                    f'the results in the output folder are of another task "{record.cell.task}", whose files have '
-                    "changed since: choose another output folder"
+                    f'the results in the output folder are of another task "{record.cell.task}": its files have '
+                    "changed since, or whether it is a chat; choose another output folder"
                 )
 
     def _others(self, cell: Cell) -> list[TaskPlan]:
@@ -160,9 +161,34 @@ def read_tasks(grid: Grid, *, offline: bool = False) -> dict[str, TaskPlan]:
     return tasks
 
 
+def asked_chats(tasks: Mapping[str, TaskPlan], tokenizer: Tokenizer, grid: Grid) -> dict[str, TaskPlan]:
+    """The tasks in the model's chat template if the grid asks for it, or by default.
+
+    Raises:
+        InputError: a method or a context of the grid puts demonstrations into the chat; or see
+            `ofa.evaluation.chat.asked_chat`.
+    """
+    from ofa.evaluation.chat import asked_chat
+
+    shown = [f"the method {row.method}" for row in grid.methods if row.method in DEMONSTRATING]
+    shown += ["the context demonstrations"] if "demonstrations" in grid.contexts else []
+    return {
+        name: _with_task(plan, asked_chat(plan.task, tokenizer, grid.chat, grid.system, demonstrations=shown))
+        for name, plan in tasks.items()
+    }
+
+
+def _with_task(plan: TaskPlan, task: Task) -> TaskPlan:
+    data = replace(plan.data, task=task)
+    return replace(plan, data=data, sha256=_digest(data))
+
+
 @dataclass(frozen=True)
 class Size:
-    """Token counts of a task: all test prompts, the longest one, the longest label word, the shots by seed."""
+    """Token counts of a task: all test prompts, the longest one, the longest label word, the shots by seed.
+
+    A chat shows no shots.
+    """
 
     prompts: int
     longest: int
@@ -203,12 +229,13 @@ def _size(task: TaskPlan, tokenizer: Tokenizer) -> Size:
     from ofa.evaluation.encoding import Encoder
 
     encoder = Encoder(tokenizer, task.task, None)
+    drawn = {} if task.task.chat else task.drawn
     prompts = [len(ids) for ids in encoder.encode_prompts([example.text for example in task.tested])]
     return Size(
         prompts=sum(prompts),
         longest=max(prompts),
         label=max(len(ids) for ids in encoder.labels.values()),
-        demonstrations={seed: len(encoder.encode_demonstrations(shots.examples)) for seed, shots in task.drawn.items()},
+        demonstrations={seed: len(encoder.encode_demonstrations(shots.examples)) for seed, shots in drawn.items()},
     )
 
 

@@ -63,6 +63,9 @@ SPECIAL_CASES: dict[str, dict[str, Any]] = {
 }
 """Map methods to the options whose values define them, see `options.special_case`."""
 
+DEMONSTRATING = ("icl", "icl-calibrated", "label-anchor", "task-vector", "i2cl")
+"""Methods that read the shots as demonstrations, which a chat has no turns for."""
+
 GUIDED = tuple(name for name, place in METHODS.items() if place.startswith("ofa.methods.guided"))
 """Methods whose runs keep no checkpoint: it would not hold what the guidance remembers."""
 

@@ -34,8 +34,8 @@ class Task:
 
     The template names columns of the data in braces. `{text}` stands for `text_column`; the answer is in
     `label_column`. Their defaults are text and label. Without labels the task is open-ended: its examples are pairs,
-    and the default columns are prompt and completion. In a `chat` the template ends where the assistant's turn begins,
-    and a label has no space in front (see `ofa.evaluation.chat`).
+    and the default columns are prompt and completion. In a `chat` the template ends where the assistant's turn begins.
+    A label has a space in front only if the template ends in one (see `ofa.evaluation.chat`).
 
     Raises:
         InputError: the template or the labels cannot work.
@@ -88,8 +88,14 @@ class Task:
 
     @cached_property
     def parts(self) -> Template:
-        """The template in parts."""
-        return Template.parse(self.template)
+        """The template in parts, without a space at the end that belongs to the answer of a chat."""
+        return Template.parse(self.template.removesuffix(self._before_answer) if self.chat else self.template)
+
+    @property
+    def _before_answer(self) -> str:
+        if self.chat:
+            return " " if self.template.endswith(" ") else ""
+        return "" if self.open_ended else " "
 
     def text_of(self, row: str | Mapping[str, object], where: str = "the row") -> str:
         """The text of a row of data; with a single column in the template, `row` may be the text itself.
@@ -113,8 +119,8 @@ class Task:
         return self.parts.head + text + self.parts.tail
 
     def target(self, label: str) -> str:
-        """The text after the prompt: the label with a leading space; unchanged in a chat or as a completion."""
-        return label if self.open_ended or self.chat else " " + label
+        """The text after the prompt: the label with a leading space, if it has one; a completion is unchanged."""
+        return self._before_answer + label
 
     def demonstration(self, example: Example) -> str:
         """One example as a demonstration: prompt, label and newline."""

@@ -80,7 +80,7 @@ def test_a_cell_knows_its_task_by_all_of_its_files(make_plan, tmp_path, changed)
     file.write_text(file.read_text().replace("Review", "Text").replace("warm", "cold"))
     after = make_plan(tasks=[str(folder)])
     assert {cell.key for cell in before.cells}.isdisjoint(cell.key for cell in after.cells)
-    with pytest.raises(InputError, match='another task "mood", whose files have changed'):
+    with pytest.raises(InputError, match='another task "mood": its files have changed'):
         after.check_against(records)
 
 
