@@ -137,7 +137,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.task_ = adaptation.data.task
             try:
                 folder = _temporary_folder(self)
-                adaptation.save(folder, overwrite=True, base_source=loaded.source)
+                adaptation.save(folder, overwrite=True)
             finally:
                 adaptation.close()
         self.adapter_ = str(folder)

@@ -11,7 +11,7 @@ from ofa.adapters.base_norms import fingerprints
 from ofa.adapters.base_weights import weight_digests
 from ofa.adapters.folder import KINDS
 from ofa.adapters.read import PREFIX, Adapter
-from ofa.adapters.same_base import base_name, check_base
+from ofa.adapters.same_base import base_facts, check_base
 from ofa.adapters.write import write_adapter
 from ofa.errors import InputError, first_sentence
 from ofa.models.types import CausalLM
@@ -33,12 +33,12 @@ def save_peft_adapter(
     # Without PEFT's wrapper the keys lack the path of the model in it.
     prefix = "" if base is not model else PREFIX
     tensors = {f"{prefix}{key}": value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-    name = base_name(base)
+    named = base_facts(base)
     config = _plain(model.peft_config["default"].to_dict())
-    config |= {"base_model_name_or_path": name, "task_type": "CAUSAL_LM", "inference_mode": True}
+    config |= {"base_model_name_or_path": named["base_model"], "task_type": "CAUSAL_LM", "inference_mode": True}
     facts = {
         **fingerprints(base),
-        "base_model": name,
+        **named,
         "base_weights": weight_digests(base),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
     }

@@ -12,6 +12,7 @@ from ofa.adapters.base_norms import fingerprints
 from ofa.adapters.base_weights import difference
 from ofa.adapters.read import Adapter
 from ofa.errors import InputError
+from ofa.models.introspection import source_of
 
 _warned: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
 """Adapters, by model, for which a warning about another base was logged."""
@@ -22,6 +23,12 @@ logger = logging.getLogger(__name__)
 def base_name(model: nn.Module) -> str | None:
     """The name that a model was loaded by."""
     return getattr(getattr(model, "config", None), "name_or_path", "") or None
+
+
+def base_facts(model: nn.Module) -> dict[str, str | None]:
+    """Entries of `ofa_config.json` that name the base, and where it was loaded from: copies of a hub id may differ."""
+    source = source_of(model)
+    return {"base_model": base_name(model), **({"base_source": source} if source else {})}
 
 
 def check_base(model: nn.Module, adapter: Adapter) -> None:

@@ -17,7 +17,7 @@ from ofa.adapters.base_weights import weight_digests
 from ofa.adapters.folder import NORMS
 from ofa.adapters.peft_folder import merged_with_peft
 from ofa.adapters.read import Adapter, norm_key, read_adapter, read_any_adapter
-from ofa.adapters.same_base import base_name, check_base
+from ofa.adapters.same_base import base_facts, check_base
 from ofa.adapters.write import write_adapter, write_checkpoint
 from ofa.errors import InputError
 from ofa.models.types import Tokenizer
@@ -62,9 +62,10 @@ def save_adapter(
     tensors = {norm_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
     known = {**(details or {}), **fingerprints(model)}  # gathered by all ranks
     scales = {path: value for path, value in base.items() if path.endswith(".weight")}
-    config = _peft_config(model, list(scales), base_model or base_name(model))
-    facts = {"base_model": config["base_model_name_or_path"], "base_weights": weight_digests(model)}
-    facts["parameters"] = sum(scale.numel() for scale in scales.values())
+    named: dict[str, str | None] = {"base_model": base_model} if base_model else base_facts(model)
+    config = _peft_config(model, list(scales), named["base_model"])
+    parameters = sum(scale.numel() for scale in scales.values())
+    facts = {**named, "base_weights": weight_digests(model), "parameters": parameters}
     return write_adapter(folder, tensors, config, {**known, **facts}, overwrite=overwrite)
 
 

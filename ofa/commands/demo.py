@@ -109,7 +109,6 @@ def _compare(
             adaptation.save(
                 folder / _ADAPTER,
                 overwrite=True,
-                base_source=loaded.source,
                 data={"train": origin, "test": origin},
                 scores=scores,
             )

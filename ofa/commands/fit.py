@@ -150,7 +150,7 @@ def fit(
         scores = _scores(adaptation, tested)
         if tested and not test:
             scores["unused"] = len(left)
-        summary = _save(adaptation, folder, scores, base_source=loaded.source, data=origins)
+        summary = _save(adaptation, folder, scores, data=origins)
     if as_json:
         show_json(summary)
     else:

@@ -11,6 +11,18 @@ from torch import nn
 
 from ofa.models.types import CausalLM
 
+_SOURCE = "ofa_source"
+
+
+def note_source(model: nn.Module, source: str) -> None:
+    """Note on a model where it was loaded from, for the adapters that are made with it; no configuration is changed."""
+    setattr(model, _SOURCE, source)
+
+
+def source_of(model: nn.Module) -> str | None:
+    """Where a model was loaded from (see `ofa.models.load.Source`); None if it was not loaded by `load_model`."""
+    return getattr(model, _SOURCE, None)
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

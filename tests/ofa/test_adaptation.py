@@ -9,9 +9,11 @@ import torch
 
 import ofa
 from ofa.adapters.folder import DETAILS
+from ofa.commands.adapted import base_of
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import method
+from ofa.models.introspection import note_source
 from ofa.tasks import few_shot, load_task
 from ofa.tasks.task import Example, Task, TaskData
 
@@ -235,6 +237,18 @@ def test_the_folder_records_the_run_and_no_training_text(tiny_model, tmp_path, s
     for path in folder.iterdir():
         content = path.read_bytes()
         assert [e.text for e in TRAIN if e.text.encode() in content] == []
+
+
+@pytest.mark.parametrize("name", ["norm-tuning", "lora"])
+def test_the_folder_names_the_copy_of_the_base_that_was_loaded(tiny_model, tmp_path, name):
+    """The 4-bit default has the hub id of its original: without its source, `predict` would load other weights."""
+    model, _ = tiny_model
+    note_source(model, "embedded")
+    adaptation = adapted(tiny_model, method=name)
+    folder = adaptation.save(tmp_path / "adapter")
+    adaptation.close()
+    assert json.loads((folder / DETAILS).read_text())["base_source"] == "embedded"
+    assert base_of(folder, None) == "embedded"
 
 
 def test_a_saved_adapter_gives_the_same_predictions_on_the_base(tiny_model, tmp_path):

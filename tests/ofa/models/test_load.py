@@ -329,14 +329,25 @@ def test_cached_hub_model_loads_without_network(tiny_folder: Path, tmp_path: Pat
     assert done.stdout.strip() == f"hub {ID} None", done.stderr
 
 
-@pytest.mark.parametrize("asked", [None, EMBEDDED_ID])
-def test_default_falls_back_to_the_embedded_model(
-    asked: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_falls_back_to_the_embedded_model(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub, the default comes from PyPI, under the hub id that adapters record."""
     monkeypatch.setattr(models, "ensure_embedded", lambda progress, offline: tiny_folder)
-    loaded = load_model(asked, device="cpu")
+    loaded = load_model(device="cpu")
     assert (loaded.source, loaded.name, loaded.path) == ("embedded", EMBEDDED_ID, tiny_folder)
+
+
+def test_the_hub_id_of_the_default_is_never_its_quantized_copy(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who names the hub's model gets its weights, or is told how to get the 4-bit copy; both have the same name."""
+    monkeypatch.setattr(models, "embedded_is_cached", lambda: True)
+    monkeypatch.setattr(models, "ensure_embedded", lambda progress, offline: tiny_folder)
+    assert "--model embedded" in _refusal(EMBEDDED_ID)
+    monkeypatch.setattr(models, "_in_hub_cache", lambda *_: True)
+    monkeypatch.setattr(models._Origin, "address", property(lambda _: str(tiny_folder)))
+    for offline in (False, True):
+        loaded = load_model(EMBEDDED_ID, device="cpu", offline=offline)
+        assert (loaded.source, loaded.name, loaded.path) == ("hub", EMBEDDED_ID, None)
 
 
 def test_cached_default_sends_no_request(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
