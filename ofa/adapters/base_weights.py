@@ -43,9 +43,8 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     }
 
 
-def difference(saved: Mapping[str, str], model: nn.Module) -> str | None:
-    """Name the modules whose weights differ from the saved digests; None if all agree."""
-    own = weight_digests(model)
+def difference(saved: Mapping[str, str], own: Mapping[str, str]) -> str | None:
+    """Name the modules of a model with the digests `own` that differ from the saved ones; None if all agree."""
     half = len(next(iter(saved.values()), "")) // 2
     differing = [
         group

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ofa import sharding
 from ofa.adapters.read import Adapter, read_adapter
+from ofa.adapters.same_base import Base
 from ofa.adapters.save_and_load import check_fit
 from ofa.errors import InputError
 from ofa.tuning.norms import base_parameters
@@ -51,15 +52,16 @@ class AdapterPool:
         self.model = sharding.unwrapped(model)
         if sharding.is_sharded(self.model):
             raise InputError("the norms of a sharded model are in parts; make the pool of a model that is whole")
-        self._base = base_parameters(self.model)
+        parameters = base_parameters(self.model)
         self._adapters: dict[str, Tensor] = {}
         self._rows: ContextVar[Tensor | None] = ContextVar("rows", default=None)
-        self._norms = _norms(self.model, self._base, self._rows)
+        self._norms = _norms(self.model, parameters, self._rows)
         if any("forward" in vars(norm.module) for norm in self._norms):
             raise InputError(
                 "the model is in a pool already, or other code has exchanged the forward pass of its norms; close that "
                 "pool, or load the model again without a device map"
             )
+        self._base = Base.of(self.model)  # once: hundreds of adapters are checked against it
         for norm in self._norms:
             norm.module.forward = norm
 
@@ -70,10 +72,10 @@ class AdapterPool:
             InputError: the folder cannot be read, or belongs to another base.
         """
         read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-        with self._choosing(None):  # its norms are called to see what they compute
-            check_fit(self.model, read)
+        check_fit(self.model, read, self._base)
         like: Any = self._norms[0].module.weight
-        values = [read.parameters.get(path, own).to(like.device, _wide(like)) for path, own in self._base.items()]
+        scales = {**self._base.parameters, **read.parameters}
+        values = [scales[path].to(like.device, _wide(like)) for path in self._base.parameters]
         self._adapters[name] = torch.cat(values)
 
     def remove(self, name: str) -> None:
@@ -103,8 +105,11 @@ class AdapterPool:
         if not names:
             raise InputError("no adapter was named; give the name of one for each row of the batch")
         chosen = torch.stack([self._adapters[name] for name in names])
-        with self._choosing(chosen):
+        before = self._rows.set(chosen)
+        try:
             yield
+        finally:
+            self._rows.reset(before)
 
     def close(self) -> None:
         """Give the model back as it was, and forget the adapters."""
@@ -119,14 +124,6 @@ class AdapterPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @contextmanager
-    def _choosing(self, chosen: Tensor | None) -> Iterator[None]:
-        before = self._rows.set(chosen)
-        try:
-            yield
-        finally:
-            self._rows.reset(before)
 
     def _unknown(self, name: str) -> InputError:
         known = ", ".join(self.names[:10]) or "none so far"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ofa.adapters.base_norms import fingerprints
-from ofa.adapters.base_weights import difference
+from ofa.adapters.base_weights import difference, weight_digests
 from ofa.adapters.read import Adapter
 from ofa.errors import InputError
 from ofa.models.introspection import source_of
+from ofa.tuning.norms import base_parameters
 
 _warned: weakref.WeakKeyDictionary[nn.Module, set[Path]] = weakref.WeakKeyDictionary()
 """Adapters, by model, for which a warning about another base was logged."""
@@ -31,21 +34,38 @@ def base_facts(model: nn.Module) -> dict[str, str | None]:
     return {"base_model": base_name(model), **({"base_source": source} if source else {})}
 
 
-def check_base(model: nn.Module, adapter: Adapter) -> None:
+@dataclass(frozen=True)
+class Base:
+    """What adapters are checked against: a model's own scales and shifts, and digests of them and of other weights."""
+
+    parameters: Mapping[str, Tensor]
+    norms: Mapping[str, str]
+    weights: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Base:
+        """Read every norm, and a sample of each weight."""
+        return cls(base_parameters(model), fingerprints(model), weight_digests(model))
+
+
+def check_base(model: nn.Module, adapter: Adapter, base: Base | None = None) -> None:
     """Compare a model with the base that the adapter's details describe; warn once of other frozen weights.
+
+    `base` is the model's, if it is known.
 
     Raises:
         InputError: the model's own norms differ.
     """
     name = adapter.base or "another model"
-    actual = fingerprints(model)
+    known = base or Base.of(model)
+    actual = known.norms
     expected = {adapter.details[name] for name in actual if name in adapter.details}
     if expected and expected.isdisjoint(actual.values()):
         raise InputError(
             f"{adapter.folder} was made for {name}, and this model's own norms differ; load that base instead"
         )
     warned = _warned.setdefault(model, set())
-    differing = difference(adapter.details.get("base_weights", {}), model)
+    differing = difference(adapter.details.get("base_weights", {}), known.weights)
     if differing is not None and adapter.folder not in warned:
         warned.add(adapter.folder)
         logger.warning(

@@ -17,7 +17,7 @@ from ofa.adapters.base_weights import weight_digests
 from ofa.adapters.folder import NORMS
 from ofa.adapters.peft_folder import merged_with_peft
 from ofa.adapters.read import Adapter, norm_key, read_adapter, read_any_adapter
-from ofa.adapters.same_base import base_facts, check_base
+from ofa.adapters.same_base import Base, base_facts, check_base
 from ofa.adapters.write import write_adapter, write_checkpoint
 from ofa.errors import InputError
 from ofa.models.types import Tokenizer
@@ -159,13 +159,16 @@ def _merged_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return {**model.state_dict(), **base, **scales}
 
 
-def check_fit(model: nn.Module, adapter: Adapter) -> None:
+def check_fit(model: nn.Module, adapter: Adapter, base: Base | None = None) -> None:
     """Refuse an adapter of another base; say, once, where only the weights beside the norms differ.
+
+    `base` is the model's, if it is known.
 
     Raises:
         InputError: the model has no such norm, another width, or other norms of its own.
     """
-    own = base_parameters(model)
+    base = base or Base.of(model)
+    own = base.parameters
     name = adapter.base or "another model"
     unknown = next((path for path in adapter.parameters if path not in own), None)
     if unknown:
@@ -178,4 +181,4 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.folder} was made for {name} of another width: {path} has {own[path].numel()} channels here "
                 f"and {value.numel()} in the adapter; load that base instead"
             )
-    check_base(model, adapter)
+    check_base(model, adapter, base)

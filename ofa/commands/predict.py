@@ -131,13 +131,17 @@ def predict(
         file = PredictionFile(out, naming, made_with)
         with file.opened(resume=resume, overwrite=overwrite):
             _write(file, rows, scorer, found)
+        withheld = file.withheld
         notice(f"{found.rows:,} rows: {out}")
     else:
         answers = [answer for _, part in _answered(rows, scorer, naming, found.rows) for answer in part]
+        withheld = naming.withheld(answers) if task.labels else 0
         if as_json:
             show_json(answers)
         else:
             _show(answers, naming, task)
+    if abstain_below:
+        notice(f"{withheld:,} of {found.rows:,} rows have no label: all are less probable than {abstain_below:g}")
     tell_truncated(scorer.truncated)
     if found.blank:
         warn(f"{found.blank} of the {found.rows} rows have no text, so they get no label")

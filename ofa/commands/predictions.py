@@ -52,6 +52,10 @@ class Naming:
             prediction = None
         return {**row, self.label: prediction, self.probabilities: by_label}
 
+    def withheld(self, answers: Iterable[Row]) -> int:
+        """The number of answers whose label was left out as too improbable."""
+        return sum(answer[self.label] is None and answer[self.probabilities] is not None for answer in answers)
+
     @cached_property
     def label(self) -> str:
         """The column of the predicted label."""
@@ -116,15 +120,15 @@ def survey(rows: Iterable[tuple[str, Row]], task: Task) -> Survey:
 class PredictionFile:
     """A file of predictions, written in chunks to a hidden partial file, and renamed when it is complete.
 
-    `rows` is the number of finished rows. A second hidden file records how much of the partial file is valid, a digest
-    of its input rows, and the settings in `made_with`.
+    `rows` is the number of finished rows, `withheld` of those without a label among them. A second hidden file records
+    how much of the partial file is valid, a digest of its input rows, and the settings in `made_with`.
     """
 
     def __init__(self, path: Path, naming: Naming, made_with: Mapping[str, object]) -> None:
         self.path = path
         self.naming = naming
         self.made_with = json.loads(json.dumps(made_with))
-        self.rows = 0
+        self.rows = self.withheld = 0
         self._partial = path.with_name(f".{path.name}.partial")
         self._state = path.with_name(f".{path.name}.partial.json")
         self._digest = hashlib.sha256()
@@ -140,7 +144,7 @@ class PredictionFile:
         """
         with _writing(self.path), _sole(self.path):
             state = self._continued(resume, overwrite)
-            self.rows, self._expected = state["rows"], state["sha256"]
+            self.rows, self.withheld, self._expected = (state[name] for name in ("rows", "withheld", "sha256"))
             with self._partial.open("ab") as self._file:
                 self._file.truncate(state["bytes"])
                 if not state["bytes"] and self.path.suffix.lower() == ".csv":
@@ -165,19 +169,21 @@ class PredictionFile:
             )
         return left
 
-    def append(self, rows: Sequence[Row], answers: Iterable[Row]) -> None:
+    def append(self, rows: Sequence[Row], answers: Sequence[Row]) -> None:
         """Write the answers to the next rows, and sync them to disk."""
         flat = self.path.suffix.lower() == ".csv"
         self._write(_line(self.naming.flattened(answer)) if flat else _json(answer) for answer in answers)
         for row in rows:
             self._digest.update(_json(row))
         self.rows += len(rows)
-        state = {"rows": self.rows, "bytes": self._file.tell(), "sha256": self._digest.hexdigest()}
-        write_json(self._state, {"made_with": self.made_with, **state})
+        if self.naming.labels:
+            self.withheld += self.naming.withheld(answers)
+        state = {"rows": self.rows, "withheld": self.withheld, "bytes": self._file.tell()}
+        write_json(self._state, {"made_with": self.made_with, **state, "sha256": self._digest.hexdigest()})
 
     def _continued(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         """The state of an earlier run, or the initial state."""
-        start = {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+        start = {"rows": 0, "withheld": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
         if self.path.exists() and not overwrite:
             raise InputError(f"{self.path} exists already: choose another --out, or pass --overwrite")
         if overwrite or not self._state.exists():
@@ -237,7 +243,7 @@ def _sole(path: Path) -> Iterator[None]:
 
 def _read_state(file: Path) -> dict[str, Any]:
     state = parse_json(read_text(file), file)
-    if not isinstance(state, dict) or {"made_with", "rows", "bytes", "sha256"} - state.keys():
+    if not isinstance(state, dict) or {"made_with", "rows", "withheld", "bytes", "sha256"} - state.keys():
         raise InputError(f"{file} is damaged, so the run cannot be resumed: pass --overwrite to start again")
     return state
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import ofa
+from ofa.adapters import same_base
 from ofa.errors import InputError
 from tests.families import BUILDERS, build, inputs
 
@@ -77,6 +78,17 @@ def test_each_row_is_what_its_adapter_alone_answers(name: str, dtype: torch.dtyp
     assert (found - before).abs().flatten(1).amax(1).min() > 0.01
     torch.testing.assert_close(model(**given).logits, before, rtol=0, atol=0)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_base_is_read_once_for_all_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it takes longer than reading an adapter, and a pool holds hundreds."""
+    model = base("llama")
+    folders = adapters(model, tmp_path)
+    reads: list[nn.Module] = []
+    fingerprints = same_base.fingerprints
+    monkeypatch.setattr(same_base, "fingerprints", lambda model: reads.append(model) or fingerprints(model))
+    with pool_of(model, folders):
+        assert len(reads) == 1
 
 
 def test_completions_of_several_adapters_are_generated_together(tmp_path: Path) -> None:

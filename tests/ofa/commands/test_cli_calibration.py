@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from ofa.commands.predictions import PredictionFile
 from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, done, ofa, weights, write_rows
 
 
@@ -62,6 +63,28 @@ def test_abstaining_leaves_the_label_out(fit):
     assert certain["label"] in LABELS.split(",")
     assert abstained["label"] is None
     assert abstained["probabilities"] == certain["probabilities"]
+
+
+def test_what_was_withheld_is_counted_over_a_stop(fit, tmp_path, monkeypatch):
+    """The second run reports the rows of the first, too; a row without text is not one of them."""
+    folder, data, out = fit("adapter"), tmp_path / "new.jsonl", tmp_path / "labelled.csv"
+    write_rows(data, [("a bore", ""), ("a warm film", ""), ("", ""), ("it drags", "")])
+    where = ["predict", folder, "--data", data, "--abstain-below", 1, "--batch-size", 1]
+    told = "3 of 4 rows have no label: all are less probable than 1\n"
+    assert told in done(*where).err
+    monkeypatch.setattr("ofa.commands.predict._BATCHES", 2)
+    written = []
+
+    def stopped(file, rows, answers):
+        if written:
+            raise KeyboardInterrupt
+        written.append(append(file, rows, answers))
+
+    with monkeypatch.context() as patched:
+        append = PredictionFile.append
+        patched.setattr(PredictionFile, "append", stopped)
+        assert ofa(*where, "--out", out).status != 0
+    assert told in done(*where, "--out", out, "--resume").err
 
 
 def test_balanced_classes_weigh_the_same(fit, tmp_path):
