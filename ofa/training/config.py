@@ -54,6 +54,13 @@ class TrainingConfig(RegularizerOptions):
     stop_loss: float | None = Field(
         default=None, gt=0, description="End after the epoch whose mean loss is below this."
     )
+    demonstrated_steps: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps with other shots in front of each prompt, for an adapter that is used with "
+        "demonstrations (docs/studies.md).",
+    )
     class_weights: Literal["balanced"] | None = Field(
         default=None, description="balanced: every class weighs the same in the loss, however many examples it has."
     )

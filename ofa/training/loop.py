@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -30,8 +30,9 @@ from ofa.models.introspection import evaluating
 from ofa.regularizers.attach import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.training import checkpoint
+from ofa.training.batches import Batches
 from ofa.training.config import TrainingConfig
-from ofa.training.loss import EncodedExample, balanced_weights, cross_entropy, cross_entropy_in_parts, encode_example
+from ofa.training.loss import EncodedExample, cross_entropy, cross_entropy_in_parts
 from ofa.training.records import StepRecord, TrainingResult, read_metrics, write_metrics
 from ofa.tuning.norms import tune_norms
 from ofa.tuning.relative_steps import relative_steps
@@ -105,11 +106,9 @@ def train(
         raise InputError("a guided run keeps no folder and takes neither accumulation nor regularizers; leave them out")
     folder = None if folder is None else claim_folder(folder, overwrite=True)
     seed_everything(config.seed)
-    data = [encode_example(encoder, example, config.label_loss) for example in examples]
-    if config.class_weights == "balanced":
-        weights = balanced_weights(encoder, examples)
-        data = [replace(item, weight=weight) for item, weight in zip(data, weights, strict=True)]
-    run = _Run(model, data, config, folder, validate, (tune or _norm_scales)(model), guidance)
+    run = _Run(
+        model, Batches(encoder, examples, config), config, folder, validate, (tune or _norm_scales)(model), guidance
+    )
     claimed = nullcontext() if folder is None else claimed_folder(folder, overwrite=True)
     with (
         claimed,
@@ -162,21 +161,21 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        data: Sequence[EncodedExample],
+        batches: Batches,
         config: TrainingConfig,
         folder: Path | None,
         validate: Callable[[], float] | None,
         scales: Mapping[str, nn.Parameter],
         guidance: Guidance | None,
     ) -> None:
-        self.model, self.data, self.config, self.folder, self.validate = model, data, config, folder, validate
+        self.model, self.batches, self.config, self.folder, self.validate = model, batches, config, folder, validate
         self.guidance, self.scales, parameters = guidance, dict(scales), list(scales.values())
         self.still = set(self.scales)
         self.origin = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.peak_rate, weight_decay=config.weight_decay)
         if config.relative:
             relative_steps(self.optimizer, model)
-        self.steps_per_epoch = math.ceil(len(data) / (config.batch_size * config.accumulation))
+        self.steps_per_epoch = batches.per_epoch
         self.total = config.total_steps(self.steps_per_epoch)
         self.step = 0
         self.passes = 0
@@ -189,7 +188,7 @@ class _Run:
         # A checkpoint continues this run only if all of these are the same.
         self.identity = {
             "config": config.model_dump(),
-            "data": checkpoint.digest([asdict(item) for item in data]),
+            "data": checkpoint.digest([asdict(item) for item in batches.data]),
             "model": checkpoint.model_digest(model),
             # The rounding of sums depends on how threads split them.
             "threads": torch.get_num_threads(),
@@ -212,7 +211,7 @@ class _Run:
     def begin(self) -> None:
         """Give the guidance, if there is one, the loss over all examples."""
         if self.guidance is not None:
-            losses = cross_entropy_in_parts(self.model, self.data, self.config.batch_size)
+            losses = cross_entropy_in_parts(self.model, self.batches.data, self.config.batch_size)
             self.guidance.begin(list(self.scales.values()), losses)
 
     def steps(self) -> Iterator[StepRecord]:
@@ -246,7 +245,7 @@ class _Run:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         totals = {"loss": 0.0, "step_ratio": 0.0, "sharpness": 0.0, "penalty": 0.0}
-        batch = self._batch(epoch, step % self.steps_per_epoch)
+        batch = self.batches.of(step)
         if self.guidance is not None:
             totals["loss"] = self.guidance.backward(lambda: cross_entropy(self.model, batch))
         else:
@@ -275,16 +274,6 @@ class _Run:
             drift=self._drift(),
             seconds=round(self.seconds, 4),
         )
-
-    def _batch(self, epoch: int, index: int) -> list[EncodedExample]:
-        """The examples of one optimizer step: each epoch is a new permutation, fixed by (seed, epoch)."""
-        # Not torch.Generator, which on a CPU takes only 32 bits of the seed. And Python promises the same numbers in
-        # every version only for random().
-        generator = random.Random(f"{self.config.seed}/epoch/{epoch}")
-        keys = [generator.random() for _ in self.data]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        size = self.config.batch_size * self.config.accumulation
-        return [self.data[i] for i in order[index * size : (index + 1) * size]]
 
     def _backward(self, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
         """Add the gradient of one micro-batch, weighted by its `share` of the step's examples; return its terms."""
