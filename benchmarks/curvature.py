@@ -78,11 +78,20 @@ def _measure() -> Iterator[tuple[str, str, dict[tuple[str, str, str], float]]]:
         prompts = [data.task.prompt(example.text) for example in data.train[:SHOTS]]
         batch = dict(loaded.tokenizer(prompts, return_tensors="pt", padding=True))
         yield "smollm2_135m_instruct", task, gradients(loaded.model, batch) | radial(loaded.model, batch)
-    for name, extra in FAMILIES.items():
-        torch.manual_seed(0)
-        model = _random(name, extra)
+    for name in FAMILIES:
+        model = random_model(name)
         ofa.tune_norms(model)
         yield name, "random", radial(model, {"input_ids": torch.randint(3, 256, (2, 64))})
+
+
+def random_model(family: str) -> nn.Module:
+    """A model of `FAMILIES` with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**WIDE, "vocab_size": 256, "intermediate_size": 512, "pad_token_id": 0, **FAMILIES[family]}
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    return model
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[tuple[str, str, str], float]:
@@ -143,16 +152,6 @@ def _by_branch(model: nn.Module, batch: dict[str, Tensor], mode: str) -> list[tu
         with ofa.fused_regularizers(model, 0.0, 1.0, estimator="exact", radial=mode):
             model(**batch)
     return found
-
-
-def _random(name: str, extra: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        name, **{**WIDE, "vocab_size": 256, "intermediate_size": 512, "pad_token_id": 0, **extra}
-    )
-    model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
-    return model
 
 
 if __name__ == "__main__":

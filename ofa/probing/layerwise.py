@@ -45,7 +45,7 @@ def probe(
     estimator: str = "auto",
     samples: int = 1,
     convention: str = "theory",
-    tokens: str = "all",
+    tokens: str = "no-sinks",
     seed: int = 0,
     batch_size: int = 16,
     progress: Progress | None = None,

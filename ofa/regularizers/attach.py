@@ -30,6 +30,7 @@ from ofa.regularizers.options import CONVENTIONS, RegularizerOptions
 from ofa.regularizers.recompute import RecomputeTracker
 from ofa.regularizers.reminders import Reminders
 from ofa.regularizers.schedule import Schedule
+from ofa.regularizers.sinks import packed_starts
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Regularizers]] = weakref.WeakKeyDictionary()
 """Attached regularizers by each of their norms and by the model; the model's hooks keep them alive."""
@@ -50,7 +51,7 @@ def fused_regularizers(
     radial: str = "channels",
     into_loss: bool = False,
     seed: int = 0,
-    tokens: str = "all",
+    tokens: str = "no-sinks",
 ) -> Regularizers:
     """Attach the step-ratio and sharpness regularizers of OFA (arXiv 2505.19107) to a Hugging Face model.
 
@@ -78,7 +79,9 @@ def fused_regularizers(
             8 channels that hold most of them), "exact" or "none". Passes without gradients always use "exact".
         into_loss: add the penalty to the model's own `loss` (for `transformers.Trainer` and TRL).
         seed: seed of the probes.
-        tokens: "all" real tokens or only the "last" one count for the step ratio.
+        tokens: which real tokens count for the step ratio: "no-sinks" leaves out the first one of every sequence and
+            those of which one step is more than 10 times as long as the median of the row (massive activations);
+            "all", as in the paper; or only the "last" one.
 
     Returns:
         The attached `Regularizers`; `penalty()` is the term to add to the loss.
@@ -316,11 +319,12 @@ class Regularizers:
                 seed=self._pass_seed(),
                 with_grad=torch.is_grad_enabled(),
                 lengths=options.step_ratio > 0,
-                last_token_only=options.tokens == "last",
+                tokens=options.tokens,
                 traced=traced,
                 held=self._trace_estimator.held,
                 sign=CONVENTIONS[options.convention],
                 mask=_padding_mask(given.get("attention_mask")),
+                starts=packed_starts(given),
             )
         )
         self.passes += 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa.errors import InputError
+from ofa.regularizers.sinks import packed_starts
 
 _WAY_OUT = (
     "attach with into_loss=False and add reg.penalty() to the loss where it is computed, for transformers.Trainer in a "
@@ -140,19 +141,10 @@ def refuse_packed(given: Mapping[str, object]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if given.get("cu_seq_lens_q") is not None or _positions_restart(given):
+    starts = packed_starts(given)
+    if given.get("cu_seq_lens_q") is not None or (starts is not None and bool(starts.any())):
         raise InputError(
             "a row of this batch is several packed sequences, but the regularizers measure one sequence per row; turn "
             "packing and padding_free off (padding is never measured), or call the model in torch.no_grad() to leave "
             "it unmeasured"
         )
-
-
-def _positions_restart(given: Mapping[str, object]) -> bool:
-    positions, mask = given.get("position_ids"), given.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return False
-    restarts = positions[:, 1:] <= positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
-    return bool(restarts.any())

@@ -12,6 +12,7 @@ from ofa.anatomy.steps import Step
 from ofa.errors import InputError
 from ofa.regularizers import objectives
 from ofa.regularizers.objectives import BranchTrace
+from ofa.regularizers.sinks import counted_tokens
 from ofa_kernels import dispatch
 
 
@@ -37,20 +38,21 @@ class Rows:
 class MeasuredPass:
     """Settings of one measured forward pass, and the measurements so far.
 
-    `mask` is 1 at real tokens and 0 at padding, (B, T), or None if every token is real. `last_token_only` restricts the
-    lengths of the steps to the last real token. `lengths` and `traced` say what is measured, `held` that the gradient
-    of H is in P alone, `sign` is that of h. A pass without `keep` computes the same and discards it: the recomputation
-    of a layer under activation checkpointing.
+    `mask` is 1 at real tokens and 0 at padding, (B, T), or None if every token is real; `starts` marks where a packed
+    row begins another sequence. `lengths` and `traced` say what is measured, `tokens` whose lengths, `held` that the
+    gradient of H is in P alone, `sign` is that of h. A pass without `keep` computes the same and discards it: the
+    recomputation of a layer under activation checkpointing.
     """
 
     seed: int
     with_grad: bool
     lengths: bool
-    last_token_only: bool
+    tokens: str
     traced: bool
     held: bool
     sign: float
     mask: Tensor | None
+    starts: Tensor | None = None
     keep: bool = True
     shape: tuple[int, int] | None = None
     squared_norms: dict[int, Rows] = field(default_factory=dict)
@@ -118,8 +120,8 @@ class MeasuredPass:
                 (weight, trace.gradient(slopes).to(weight.dtype)) for weight, trace in traces if trace.gradient
             ]
 
-    def _squared_norms(self) -> Tensor:
-        """‖update‖² over the tokens whose steps are measured, (steps, B), on one device.
+    def _squared_lengths(self) -> Tensor:
+        """‖update‖² of every token, (steps, B, T), on one device.
 
         Nothing is built from Python scalars: the copy would sync, and break graph capture.
         """
@@ -134,13 +136,7 @@ class MeasuredPass:
         factor: Tensor | float = factors[0]
         if len(set(factors)) > 1:
             factor = _column(factors, values)
-        mask = None if self.mask is None else self.mask.to(device)
-        if not self.last_token_only:
-            return (values if mask is None else values * mask).sum(2) * factor
-        if mask is None:
-            return values[:, :, -1] * factor
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        return values.gather(2, last.view(1, -1, 1).expand(len(values), -1, 1)).squeeze(2) * factor
+        return values * factor
 
     def measurements(self, steps: int) -> objectives.Measurements:
         """Everything measured, as one record.
@@ -154,21 +150,24 @@ class MeasuredPass:
                 f"the forward pass went through {max(len(self.squared_norms), len(self.traces))} of {steps} steps; "
                 "layers were skipped, or the model was changed after the regularizers were attached"
             )
-        norms = ratios = step_ratio = traces = sharpness = None
+        norms = ratios = step_ratio = traces = sharpness = squared = counted = None
         # `real` leaves out rows that are all padding, which fill up batches of a fixed size.
         if self.lengths:
-            norms = objectives.step_norms(self._squared_norms())
+            squared = self._squared_lengths()
+            mask = None if self.mask is None else self.mask.to(squared.device)
+            counted = counted_tokens(self.tokens, squared, mask, self.starts)
+            norms = objectives.step_norms((squared if counted is None else torch.where(counted, squared, 0)).sum(2))
             ratios = objectives.ratios(norms)
             step_ratio = objectives.step_ratio(ratios, self.real)
         if self.traced:
             device = self.traces[0].device
             traces = torch.stack([self.traces[index].to(device) for index in range(steps)])
             sharpness = objectives.sharpness(traces, self.real)
-        return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness)
+        return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness, squared, counted)
 
 
 def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """Numbers as a column on the device of a tensor, cached: every copy to the device would sync."""
+    """Numbers along the first dimension, on the device of a tensor, cached: every copy to the device would sync."""
     # Do not cache columns for fake tensors: real tensors would receive them.
     build = _kept_column if type(like) is Tensor else _kept_column.__wrapped__
     return build(numbers, like.dtype, like.device)
@@ -177,7 +176,7 @@ def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _kept_column(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
+        return torch.tensor(numbers, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _squared_length(ends: tuple[BranchEnd, ...]) -> Tensor:

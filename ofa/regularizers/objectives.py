@@ -32,11 +32,13 @@ class Measurements:
     """The measurements of one forward pass of B sequences through T steps; None for a term of weight 0.
 
     Attributes:
-        step_norms: ‖Z_{t+1} − Z_t‖ over the real tokens, (T, B), float32.
+        step_norms: ‖Z_{t+1} − Z_t‖ over the tokens that count, (T, B), float32.
         ratios: ‖Z_{t+1} − Z_t‖ / ‖Z_t − Z_{t−1}‖, (T − 1, B).
         traces: h_t per token, (T, B), in the chosen sign convention.
         step_ratio: J = Σ_t ratios, mean over the sequences that have a real token, a scalar.
         sharpness: H = Σ_t softplus(h_t), mean over the sequences that have a real token, a scalar.
+        token_squares: ‖Z_{t+1} − Z_t‖² of every token, padding included, (T, B, tokens).
+        counted: the tokens that count for the step ratio, bool (B, tokens); None if all do.
 
     Example:
         >>> with ofa.fused_regularizers(model) as reg:
@@ -50,6 +52,8 @@ class Measurements:
     traces: Tensor | None = None
     step_ratio: Tensor | None = None
     sharpness: Tensor | None = None
+    token_squares: Tensor | None = None
+    counted: Tensor | None = None
 
     def __str__(self) -> str:
         """Six lines: what was measured, with minimum, maximum and mean."""

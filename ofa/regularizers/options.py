@@ -23,6 +23,7 @@ PAPER: Mapping[str, object] = MappingProxyType(
         "granularity": "layer",
         "probe": "gaussian",
         "convention": "algorithm1",
+        "tokens": "all",
     }
 )
 """Options of `fused_regularizers` for the objective of arXiv 2505.19107, Algorithm 1 as printed: both terms at its
@@ -80,8 +81,10 @@ class RegularizerOptions(BaseModel):
         default="channels",
         description="Radial terms of the exact trace in training: channels (8 of them), exact or none.",
     )
-    tokens: Literal["all", "last"] = Field(
-        default="all", description="Tokens that count for the step ratio: all or last."
+    tokens: Literal["no-sinks", "all", "last"] = Field(
+        default="no-sinks",
+        description="Tokens that count for the step ratio: no-sinks (all but attention sinks), all as in the paper, or "
+        "last.",
     )
     seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="Seed of the probes.")
 

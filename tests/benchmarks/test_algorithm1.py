@@ -12,6 +12,8 @@ from tests.cases import over_pairs
 from tests.families import build, inputs
 
 WEIGHTS = {"step_ratio": 0.3, "sharpness": 0.7}
+LOOPED = {"estimator": "hutchinson", "gradient": "full", "tokens": "all"}
+"""What the loop measures."""
 NORM_BEFORE = ("qwen3", "granite", "phi", "gpt2", "falcon", "gpt_neox")
 NORM_AFTER = ("olmo2", "opt_post_norm", "bert")
 
@@ -54,7 +56,7 @@ def test_probes_change_from_pass_to_pass_alike():
     options = {"granularity": "layer", "epsilon": 1e-4, "seed": 7}
     with PlainLoop(model, **WEIGHTS, **options) as loop:
         expected = values_of_two_passes(loop, model, batch)
-    with ofa.fused_regularizers(model, **WEIGHTS, estimator="hutchinson", gradient="full", **options) as batched:
+    with ofa.fused_regularizers(model, **WEIGHTS, **LOOPED, **options) as batched:
         assert values_of_two_passes(batched, model, batch) == pytest.approx(expected, rel=1e-9)
     assert expected[0] != expected[1]
 
@@ -74,7 +76,7 @@ def batched_and_plain(name, dtype, batch, **options):
     """(value, gradient in all norm scales) by the batched regularizers, and by the plain loop."""
     model = double(name) if dtype == torch.float64 else build(name)
     scales = ofa.tune_norms(model)
-    with ofa.fused_regularizers(model, **WEIGHTS, estimator="hutchinson", gradient="full", **options) as batched:
+    with ofa.fused_regularizers(model, **WEIGHTS, **LOOPED, **options) as batched:
         got = value_and_gradient(batched, model, scales, batch)
     with PlainLoop(model, **WEIGHTS, **options) as loop:
         return got, value_and_gradient(loop, model, scales, batch)

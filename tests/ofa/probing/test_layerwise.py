@@ -114,7 +114,7 @@ def test_the_linear_probe_is_trained_on_the_same_states_of_other_texts(tiny_mode
 def test_ratios_of_layers_are_those_of_the_hidden_states(tiny_model):
     """‖Z₂ − Z₁‖/‖Z₁ − Z₀‖ over the real tokens of each text, from what transformers collects."""
     model, tokenizer = tiny_model
-    steps = probe(model, tokenizer, TASK, EXAMPLES).steps["layer"]
+    steps = probe(model, tokenizer, TASK, EXAMPLES, tokens="all").steps["layer"]
     ids, mask = encoded(tokenizer)
     hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     lengths = [((hidden[i + 1] - hidden[i]) * mask[..., None]).flatten(1).norm(dim=1) for i in (0, 1)]

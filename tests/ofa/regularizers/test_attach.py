@@ -309,7 +309,7 @@ def test_the_options_know_what_lower_floors_do(name: str, known: tuple[str, ...]
         ({"estimator": "exactly"}, "estimator must be 'auto', 'exact' or 'hutchinson', not 'exactly'"),
         ({"probe": "uniform"}, "probe must be 'rademacher' or 'gaussian', not 'uniform'"),
         ({"convention": "paper"}, "convention must be 'theory' or 'algorithm1', not 'paper'"),
-        ({"tokens": "first"}, "tokens must be 'all' or 'last', not 'first'"),
+        ({"tokens": "first"}, "tokens must be 'no-sinks', 'all' or 'last', not 'first'"),
         ({"granularity": "token"}, "granularity must be 'sublayer' or 'layer', not 'token'"),
         ({"step_ratio": -1.0}, "step_ratio must be greater than or equal to 0, not -1.0"),
         ({"sharpness": float("nan")}, "sharpness must be a finite number, not nan"),
@@ -333,7 +333,7 @@ def test_an_option_out_of_range_is_refused_in_a_sentence(option: dict[str, Any],
     ofa.fused_regularizers(model).close()
 
 
-@pytest.mark.parametrize("tokens", ["all", "last"])
+@pytest.mark.parametrize("tokens", ["no-sinks", "all", "last"])
 @pytest.mark.parametrize("kind", traces.EVERY)
 def test_rows_that_are_all_padding_do_not_count(kind: str, tokens: str) -> None:
     """A batch filled up to a fixed size has the penalty and the gradient of its real rows."""

@@ -19,7 +19,7 @@ GRADIENTS += [("llama", "layer"), ("bert", "layer")]
 
 def measure(model: nn.Module, given: dict[str, Tensor], **options: Any) -> objectives.Measurements:
     """Measurements of one forward pass without gradients, both terms on."""
-    settings = {"step_ratio": 1.0, "sharpness": 1.0, **options}
+    settings = {"step_ratio": 1.0, "sharpness": 1.0, "tokens": "all", **options}
     with ofa.fused_regularizers(model, **settings) as reg, torch.no_grad(), reg.measuring():
         model(**given)
         return reg.measurements
@@ -53,7 +53,7 @@ def padded(name: str, side: str, pad_id: int = 0) -> tuple[dict[str, Tensor], li
     return whole, alone
 
 
-@pytest.mark.parametrize("tokens", ["all", "last"])
+@pytest.mark.parametrize("tokens", ["no-sinks", "all", "last"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon_two_norms", "bert"])
 def test_padding_changes_nothing(name: str, side: str, tokens: str) -> None:
