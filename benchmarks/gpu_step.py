@@ -3,11 +3,11 @@
 python -m benchmarks.gpu_step --out benchmarks/results/step_gpu.csv
 python -m benchmarks.gpu_step --what replays --out benchmarks/results/replays_gpu.csv
 
-Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is wall clock
-between device syncs, launch overhead included; `device_time` is the device's for a step queued as a whole, and
-`replay_time` that of a step captured as a CUDA graph. `peak_memory` is the peak allocation with weights, `step_memory`
-the step's part of it; `host_time` ends when the step is launched. Replays are a separate run: a failed capture breaks
-the random numbers of its process. `benchmarks.gpu_profile` lists the kernels of a step.
+Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is wall clock between device
+syncs, launch overhead included; `device_time` is the device's for a step queued as a whole, and `replay_time` wall
+clock of a step that `ofa.graphed_step` replays. `peak_memory` is the peak allocation with weights, `step_memory` the
+step's part of it; `host_time` ends when the step is launched. Replays are a separate run: a failed capture breaks the
+random numbers of its process. `benchmarks.gpu_profile` lists the kernels of a step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import masking_utils
 
+import ofa
 from benchmarks import timing
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 from benchmarks.workloads import (
@@ -38,8 +39,10 @@ from benchmarks.workloads import (
     Workload,
     batch,
     build,
+    loss,
     step,
 )
+from ofa.training import graphed_step
 
 ROUNDS = 4
 DEVICE_ROUNDS = 3
@@ -47,6 +50,8 @@ LONGEST = 1500.0
 """Milliseconds for all rounds of one variant, of which there are at least two."""
 REPLAYED = (PLAIN, "exact")
 """Variants whose step is also captured as a CUDA graph."""
+BEFORE_REPLAYS = graphed_step.EAGER + 1
+"""Steps until the first replay, which is compared with an eager step."""
 PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4")
 TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_every4")
 FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_every4")
@@ -129,30 +134,33 @@ def device_times(workload: Workload, model: nn.Module, variant: str, rounds: int
 
 
 def replayed(workload: Workload, model: nn.Module, variant: str, rounds: int) -> tuple[list[float], float]:
-    """Milliseconds of every replay of a captured step, and the error of its gradients.
+    """Milliseconds of every replayed step of `ofa.graphed_step`, and the error of its gradients.
 
     The error is ‖replayed − eager‖ / ‖eager‖ over all scales, which are changed after the capture.
+
+    Raises:
+        RuntimeError: the steps are eager, and why.
     """
     ids, attached = given(workload, model), VARIANTS[variant](model, 0)
-    try:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                step(model, ids, attached)
-        torch.cuda.current_stream().wait_stream(aside)
+    graphed = ofa.graphed_step(model, loss=lambda batch: loss(model, batch["input_ids"], None))
+
+    def once() -> None:
         model.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with _without_mask_checks(), torch.cuda.graph(graph):
-            step(model, ids, attached)
-        captured = [parameter.grad for parameter in _scales(model)]
+        graphed({"input_ids": ids})
+
+    try:
+        for _ in range(BEFORE_REPLAYS):
+            once()
+        if not graphed.replays:
+            raise RuntimeError(graphed.reason or next(iter(graphed.refused.values())))
         move_scales(model, 1 + 1e-2)
-        times = [_replay(graph) for _ in range(rounds)]
-        actual = torch.cat([gradient.flatten() for gradient in captured])
+        times = [_milliseconds(once, ids.device) for _ in range(rounds)]
+        actual = torch.cat([scale.grad.flatten() for scale in _scales(model)])
         step(model, ids, attached)
-        expected = torch.cat([parameter.grad.flatten() for parameter in _scales(model)])
+        expected = torch.cat([scale.grad.flatten() for scale in _scales(model)])
         return times, float((actual - expected).norm() / expected.norm())
     finally:
+        graphed.close()
         close(model, attached)
 
 
@@ -288,11 +296,11 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    torch.cuda.synchronize()
+def _milliseconds(once: Callable[[], None], device: torch.device) -> float:
+    finish(device)
     started = time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
+    once()
+    finish(device)
     return 1e3 * (time.perf_counter() - started)
 
 

@@ -28,6 +28,8 @@ RETURNED = (
     "ofa.methods.Predictor",
     "ofa.training.TrainingResult",
     "ofa.training.StepRecord",
+    "ofa.training.graphed_step.GraphedStep",
+    "ofa.training.graphed_step.StepValues",
     "ofa.probing.results.Probe",
     "ofa.probing.results.Readout",
     "ofa.probing.results.Steps",

@@ -13,6 +13,7 @@ _LAZY = {
     "tune_norms": "ofa.tuning.norms",
     "restore_norms": "ofa.tuning.norms",
     "relative_steps": "ofa.tuning.relative_steps",
+    "graphed_step": "ofa.training.graphed_step",
     "save_adapter": "ofa.adapters.save_and_load",
     "load_adapter": "ofa.adapters.save_and_load",
     "merge": "ofa.adapters.save_and_load",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from ofa.tasks import class_balanced as class_balanced
     from ofa.tasks import few_shot as few_shot
     from ofa.tasks import load_task as load_task
+    from ofa.training.graphed_step import graphed_step as graphed_step
     from ofa.tuning.norms import restore_norms as restore_norms
     from ofa.tuning.norms import tune_norms as tune_norms
     from ofa.tuning.relative_steps import relative_steps as relative_steps

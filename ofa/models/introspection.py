@@ -1,9 +1,9 @@
-"""Query a loaded model: its forward's arguments, its window; and evaluate it in eval mode."""
+"""Query a loaded model: its forward's arguments, its window, its dropout; and evaluate it in eval mode."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -55,3 +55,19 @@ def model_window(model: CausalLM) -> int | None:
         return None
     adapter = getattr(model, "active_peft_config", None)
     return int(positions) - (getattr(adapter, "num_virtual_tokens", None) or 0)
+
+
+def dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with a dropout rate in training mode, also 0, since rates may change later."""
+    return [(path, module) for path, module in model.named_modules() if dropout_rates(module)]
+
+
+def dropout_rates(module: nn.Module) -> list[float]:
+    """The rate of an `nn.Dropout`, and rates that a module stores for `F.dropout`."""
+    own = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+    return own + [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+
+
+def active_dropout(found: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """The path of the first of `dropouts` that drops anything now, or None."""
+    return next((path for path, module in found if module.training and max(dropout_rates(module)) > 0), None)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy as anatomies
 from ofa.errors import InputError
+from ofa.models.introspection import active_dropout, dropouts
 from ofa.regularizers import objectives
 from ofa.regularizers.branch_hooks import BranchHooks
 from ofa.regularizers.estimators import Handle, TraceEstimator
@@ -188,7 +189,7 @@ class Regularizers:
         self._measured: objectives.Measurements | None = None
         self._device = torch.device("cpu")
         self._without_grad = False
-        self._dropouts = _dropouts(model)
+        self._dropouts = dropouts(model)
         self._thread = ThreadGuard()
         self.schedule = Schedule(options.every)
         self._reminders = Reminders()
@@ -260,6 +261,29 @@ class Regularizers:
     def forget(self) -> None:
         """Release the last measurement and its graph."""
         self._measured = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether a term has a weight above 0."""
+        return bool(self._meters)
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the model's own loss carries the penalty."""
+        return self._into_loss
+
+    @property
+    def not_replayable(self) -> str | None:
+        """Why a CUDA graph of a measured pass would repeat what has to change from pass to pass; or None."""
+        if self._options.sharpness > 0 and self.estimator != "exact":
+            return f"a graph would repeat the probes of estimator={self.estimator!r}"
+        if self._options.sharpness > 0 and self._options.every > 1:
+            return f"a graph would repeat one of the {self._options.every} kinds of step of every={self._options.every}"
+        return None
+
+    def replayed(self, passes: int, measured: objectives.Measurements | None) -> None:
+        """Take the measurements of a pass that a CUDA graph repeated, after `passes` passes in all."""
+        self.passes, self._measured = passes, measured
 
     def close(self) -> None:
         """Detach: remove every hook, so that the model is as before attaching. A second call does nothing."""
@@ -390,8 +414,7 @@ class Regularizers:
             )
 
     def _refuse_dropout(self, traced: bool) -> None:
-        dropping = (path for path, module in self._dropouts if module.training and max(_dropout_rates(module)) > 0)
-        active = next(dropping, None) if traced else None
+        active = active_dropout(self._dropouts) if traced else None
         if active is not None:
             raise InputError(
                 f"dropout is active in {active}, but traces are defined without it; call model.eval() before training "
@@ -416,14 +439,3 @@ def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask.to(torch.float32)
-
-
-def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules with a dropout rate in training mode, also 0, since rates may change later."""
-    return [(path, module) for path, module in model.named_modules() if _dropout_rates(module)]
-
-
-def _dropout_rates(module: nn.Module) -> list[float]:
-    """The rate of an `nn.Dropout`, and rates that a module stores for `F.dropout`."""
-    own = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-    return own + [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

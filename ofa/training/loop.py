@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -26,13 +26,22 @@ from ofa.adapters.folder import CHECKPOINT, METRICS
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.files import claim_folder, claimed_folder
-from ofa.models.introspection import evaluating
+from ofa.models.introspection import evaluating, model_window
 from ofa.regularizers.attach import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.training import checkpoint
 from ofa.training.batches import Batches
+from ofa.training.buckets import padded
 from ofa.training.config import TrainingConfig
-from ofa.training.loss import EncodedExample, cross_entropy, cross_entropy_in_parts
+from ofa.training.graphed_step import graphed_step
+from ofa.training.loss import (
+    EncodedExample,
+    batch_of,
+    cross_entropy,
+    cross_entropy_in_parts,
+    cross_entropy_of,
+    even_targets,
+)
 from ofa.training.records import StepRecord, TrainingResult, read_metrics, write_metrics
 from ofa.tuning.norms import tune_norms
 from ofa.tuning.relative_steps import relative_steps
@@ -200,6 +209,12 @@ class _Run:
 
     def attach(self, regularizers: Regularizers | None) -> None:
         self.regularizers = regularizers
+        # After the regularizers are attached, which it looks for.
+        self.forward_backward = graphed_step(
+            self.model,
+            loss=lambda batch: cross_entropy_of(self.model, batch),
+            pad=lambda batch: padded(even_targets(batch), model_window(self.model)),
+        )
         if regularizers is None:
             return
         regularizers.passes = self.passes
@@ -277,15 +292,9 @@ class _Run:
 
     def _backward(self, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
         """Add the gradient of one micro-batch, weighted by its `share` of the step's examples; return its terms."""
-        loss = cross_entropy(self.model, part)
-        if self.regularizers is None:
-            (share * loss).backward()
-            return {"loss": share * loss.item()}
-        penalty = self.regularizers.penalty().to(loss.device)
-        (share * (loss + penalty)).backward()
-        measured = self.regularizers.measurements
-        terms = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
-        return {name: share * value.item() for name, value in terms.items() if value is not None}
+        values = self.forward_backward(batch_of(part), share)
+        found = {one.name: getattr(values, one.name) for one in fields(values)}
+        return {name: share * value.item() for name, value in found.items() if value is not None}
 
     def _gradient_norm(self) -> float:
         gradients = {name: scale.grad for name, scale in self.scales.items()}

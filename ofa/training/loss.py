@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,23 +86,63 @@ def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tenso
     Each is taken over the full vocabulary, plus `label_loss` times the one over the target's `choices`.
     """
     device = next(model.parameters()).device
-    input_ids, attention_mask = (t.to(device) for t in collate([example.read for example in examples], 0))
-    rows, positions, targets, weights = _targets(examples, device)
+    return cross_entropy_of(model, {name: value.to(device) for name, value in batch_of(examples).items()})
+
+
+def batch_of(examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+    """The examples as tensors for `cross_entropy_of`.
+
+    Returns:
+        `input_ids` and `attention_mask`, (B, T); `kept`, the positions that have a target in some row; of every target
+        its `rows`, `positions`, `places` in `kept`, `targets` and `weights`; and with a `label_loss`, the `choices` of
+        every target, (targets, most choices), `is_choice` where they are real, and `label_loss`.
+    """
+    input_ids, attention_mask = collate([example.read for example in examples], 0)
+    found = [
+        (row, len(example.prompt) - 1 + offset, target, example.weight / (len(example.targets) * len(examples)))
+        for row, example in enumerate(examples)
+        for offset, target in enumerate(example.targets)
+    ]
+    rows, positions, targets, weights = (torch.tensor(values) for values in zip(*found, strict=True))
     kept, places = positions.unique(return_inverse=True)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "kept": kept, "rows": rows}
+    batch |= {"positions": positions, "places": places, "targets": targets, "weights": weights}
+    words = [(choice, example.label_loss) for example in examples for choice in example.choices]
+    if words:
+        batch["choices"], batch["is_choice"] = (value for value in collate([choice for choice, _ in words], 0))
+        batch["label_loss"] = torch.tensor([weight for _, weight in words])
+    return batch
+
+
+def even_targets(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with as many targets and kept positions as the next power of two: the added ones have weight 0."""
+    fills = {"kept": "kept", **dict.fromkeys(("rows", "positions", "places", "targets", "weights"), "rows")}
+    fills |= dict.fromkeys(("choices", "is_choice", "label_loss"), "rows")
+    added = {name: 2 ** (len(batch[name]) - 1).bit_length() - len(batch[name]) for name in ("kept", "rows")}
+    return {
+        name: torch.cat((value, value[:1].expand(added[fills[name]], *value.shape[1:]) * (name != "weights")))
+        if name in fills
+        else value
+        for name, value in batch.items()
+    }
+
+
+def cross_entropy_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The cross-entropy of a batch of `batch_of` on the model's device; nothing in it waits for the device."""
+    input_ids, rows, targets = batch["input_ids"], batch["rows"], batch["targets"]
     takes_positions = "logits_to_keep" in accepted_arguments(model)
     # Project only the target positions to the vocabulary: all would cost a quarter of a small model's work.
-    extra: dict[str, object] = {"logits_to_keep": kept} if takes_positions else {}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+    extra: dict[str, object] = {"logits_to_keep": batch["kept"]} if takes_positions else {}
+    mask = batch.get("attention_mask")
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits
     # A prompt-tuned model returns logits of its virtual tokens first.
     logits = logits if takes_positions else logits[:, -input_ids.shape[1] :]
-    read = logits[rows, places if takes_positions else positions].float()
+    read = logits[rows, batch["places"] if takes_positions else batch["positions"]].float()
     losses = F.cross_entropy(read, targets, reduction="none")
-    choices = [(choice, example.label_loss) for example in examples for choice in example.choices]
-    if choices:
-        chosen = [weight * row[list(choice)].logsumexp(0) for row, (choice, weight) in zip(read, choices, strict=True)]
-        own = read.gather(1, targets[:, None])[:, 0] * torch.tensor([weight for _, weight in choices], device=device)
-        losses = losses + torch.stack(chosen) - own
-    return (losses * weights).sum()
+    if "choices" in batch:
+        chosen = read.gather(1, batch["choices"]).masked_fill(batch["is_choice"] == 0, -torch.inf).logsumexp(1)
+        losses = losses + batch["label_loss"] * (chosen - read.gather(1, targets[:, None])[:, 0])
+    return (losses * batch["weights"]).sum()
 
 
 def cross_entropy_in_parts(
@@ -115,15 +155,3 @@ def cross_entropy_in_parts(
         return lambda: len(own) / len(examples) * cross_entropy(model, own)
 
     return [part(start) for start in range(0, len(examples), size)]
-
-
-def _targets(part: Sequence[EncodedExample], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, positions, targets, weights = [], [], [], []
-    for row, example in enumerate(part):
-        for offset, target in enumerate(example.targets):
-            rows.append(row)
-            positions.append(len(example.prompt) - 1 + offset)
-            targets.append(target)
-            weights.append(example.weight / (len(example.targets) * len(part)))
-    as_ids = (torch.tensor(values, device=device) for values in (rows, positions, targets))
-    return *as_ids, torch.tensor(weights, device=device)  # type: ignore[return-value]

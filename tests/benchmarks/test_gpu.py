@@ -21,8 +21,11 @@ from benchmarks import (
     tune_rows,
     tuning,
 )
+from ofa.training import graphed_step
 from ofa_kernels import launch, workload
 from ofa_kernels.ops import launching
+from tests.device import DEVICE
+from tests.recorder import Recorder
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
@@ -146,18 +149,27 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: there are no CUDA graphs elsewhere")
 @pytest.mark.parametrize("variant", gpu_step.REPLAYED)
-def test_a_replayed_step_has_the_gradients_of_an_eager_one(variant):
+def test_a_replayed_step_has_the_gradients_of_an_eager_one(variant, monkeypatch):
     """With scales changed after the capture: the constants of the closed form are computed in the graph.
 
     Tolerance: half a unit of bfloat16, 2⁻⁹, in the two places where kernels with other tiles round a scale's gradient
     differently, and again in each of the four branches that it passes.
     """
+    if DEVICE == "cpu":
+        monkeypatch.setattr(graphed_step, "capture_for", lambda device: Recorder())
     workload = gpu_step.TINY.reshaped("small", hidden_size=128, intermediate_size=192, vocab_size=64).of(2, 64)
-    model = gpu_step.build(workload, torch.device("cuda"), torch.bfloat16)
-    _, error = gpu_step.replayed(workload, model, variant, 2)
+    model = gpu_step.build(workload, torch.device(DEVICE), torch.bfloat16)
+    times, error = gpu_step.replayed(workload, model, variant, 2)
+    assert len(times) == 2
     assert error <= 4 * 2 * 2**-9
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="says why there are no graphs on a CPU")
+def test_steps_that_are_not_replayed_are_not_timed_as_if_they_were():
+    workload = gpu_step.TINY
+    with pytest.raises(RuntimeError, match="the model is on cpu"):
+        gpu_step.replayed(workload, gpu_step.build(workload), "plain", 2)
 
 
 def test_without_a_gpu_the_script_stops_in_one_sentence(tmp_path):
