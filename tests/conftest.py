@@ -169,6 +169,7 @@ def _add_gguf_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) 
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
+    writer.add_chat_template("<s>{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:")
 
 
 def _gguf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -141,7 +141,7 @@ def predict(
         else:
             _show(answers, naming, task)
     if abstain_below:
-        notice(f"{withheld:,} of {found.rows:,} rows have no label: all are less probable than {abstain_below:g}")
+        notice(f"{withheld:,} of {found.rows:,} rows have no label: every label is below {abstain_below:g}")
     tell_truncated(scorer.truncated)
     if found.blank:
         warn(f"{found.blank} of the {found.rows} rows have no text, so they get no label")

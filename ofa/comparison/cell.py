@@ -98,6 +98,7 @@ class CellRunner:
                     **predictor.notes,
                     **({"truncated_texts": truncated} if truncated else {}),
                     **({"untested": untested} if untested else {}),
+                    **({"chat": True} if job.task.chat else {}),
                 },
             )
 

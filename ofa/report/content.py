@@ -300,8 +300,9 @@ def _remarks(records: Iterable[Record]) -> dict[str, list[str]]:
     """The warnings in the cells' notes, each with the rows of its cells."""
     told: dict[str, list[str]] = defaultdict(list)
     for record in records:
-        cut = record.notes.get("truncated_texts")
-        warnings = [*record.notes.get("warnings", ()), *(["texts were cut to fit the model's window"] if cut else ())]
+        warnings = [*record.notes.get("warnings", ())]
+        warnings += ["texts were cut to fit the model's window"] if record.notes.get("truncated_texts") else []
+        warnings += ["the prompts were turns of the model's chat template"] if record.notes.get("chat") else []
         for warning in warnings:
             told[str(warning)].append(record.cell.row)
     return dict(told)

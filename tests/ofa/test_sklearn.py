@@ -125,15 +125,29 @@ CHECKS = (
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_scikit_learns_checks(classifier, check):
-    """All that do not fit on a matrix of random numbers, which is no text; check_estimator itself skips those."""
+    """All of a classifier that fit nothing; the others fit matrices of random numbers, which are no texts."""
     getattr(estimator_checks, check)("FewShotClassifier", clone(classifier))
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_check_estimator_finds_nothing(classifier):
-    """For an estimator that takes no two-dimensional arrays, as its tags say, it checks the rest."""
+    """It stops after its first check, since the tags say that the estimator takes no matrices."""
     results = estimator_checks.check_estimator(clone(classifier), on_skip=None)
     assert [result["check_name"] for result in results if result["status"] == "failed"] == []
+
+
+def test_what_the_checks_on_numbers_protect_holds_for_texts(classifier):
+    """check_estimators_fit_returns_self, check_estimators_overwrite_params, check_dict_unchanged, check_fit_idempotent,
+    check_methods_sample_order_invariance, check_methods_subset_invariance."""
+    params = classifier.get_params()
+    assert classifier.fit(TEXTS, MOODS) is classifier
+    assert classifier.get_params() == params
+    before = dict(vars(classifier))
+    probabilities = classifier.predict_proba(TEXTS)
+    assert vars(classifier) == before
+    np.testing.assert_allclose(classifier.predict_proba(TEXTS[::-1])[::-1], probabilities, atol=1e-6)
+    np.testing.assert_allclose(classifier.predict_proba(TEXTS[2:3]), probabilities[2:3], atol=1e-6)
+    np.testing.assert_array_equal(classifier.fit(TEXTS, MOODS).predict_proba(TEXTS), probabilities)
 
 
 REFUSED = {

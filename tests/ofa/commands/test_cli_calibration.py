@@ -70,7 +70,7 @@ def test_what_was_withheld_is_counted_over_a_stop(fit, tmp_path, monkeypatch):
     folder, data, out = fit("adapter"), tmp_path / "new.jsonl", tmp_path / "labelled.csv"
     write_rows(data, [("a bore", ""), ("a warm film", ""), ("", ""), ("it drags", "")])
     where = ["predict", folder, "--data", data, "--abstain-below", 1, "--batch-size", 1]
-    told = "3 of 4 rows have no label: all are less probable than 1\n"
+    told = "3 of 4 rows have no label: every label is below 1\n"
     assert told in done(*where).err
     monkeypatch.setattr("ofa.commands.predict._BATCHES", 2)
     written = []

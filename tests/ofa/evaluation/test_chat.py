@@ -297,6 +297,8 @@ def test_compare_runs_a_grid_in_the_chat(chat_folder, tmp_path):
     cell = json.loads((out / "results.jsonl").read_text().splitlines()[0])
     assert cell["scores"]["prompt"]["metrics"]["negative_log_likelihood"] == alone["negative_log_likelihood"]
     assert chat["failed"] == 0
+    done("report", out)
+    assert "turns of the model's chat template" in (out / "report.md").read_text(encoding="utf-8")
     assert "whether it is a chat" in run(*grid, "--no-chat", "--out", out).err
 
 
