@@ -1,7 +1,8 @@
 """Tables and figures of docs/studies.md, from the records of the studies.
 
 A study is a grid, `studies/NAME.yaml`, and the folder `studies/records/NAME` that `ofa compare --config
-studies/NAME.yaml --out studies/records/NAME` fills. The first row of the grid is what the others are set against.
+studies/NAME.yaml --out studies/records/NAME` fills, or `python -m benchmarks.screen` if the grid says `screened: true`.
+The first row of the grid is what the others are set against.
 
     python -m benchmarks.studies            writes what stands between `<!-- study NAME -->` and `<!-- end -->`
 """
@@ -95,7 +96,8 @@ def figure(lines: Sequence[Line], path: Path) -> None:
 
 
 def _section(name: str) -> str:
-    grid = Grid(**{key: value for key, value in read_mapping(STUDIES / f"{name}.yaml").items() if key in _GRID})
+    written = read_mapping(STUDIES / f"{name}.yaml")
+    grid = Grid(**{key: value for key, value in written.items() if key in _GRID})
     records = read_records(RECORDS / name) if (RECORDS / name / RESULTS).is_file() else []
     rows = by_row(records)
     first = grid.methods[0]
@@ -112,6 +114,8 @@ def _section(name: str) -> str:
         parts += ["", f"{words}, {len({draw for part in chosen.values() for draw in part})} draws:", "", table(lines)]
         parts += ["", f"![Differences](figures/{path.name})"]
     command = f"ofa compare --config studies/{name}.yaml --out studies/records/{name}"
+    if written.get("screened"):
+        command = f"python -m benchmarks.screen studies/{name}.yaml studies/records/{name}"
     return "\n".join([*parts, "", "```bash", command, "```", "<!-- end -->"])
 
 
