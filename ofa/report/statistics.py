@@ -197,13 +197,22 @@ def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RES
     common = sorted(set.intersection(*(set(rows[row]) for row in ranked))) if ranked else []
     if not common:
         return None
-    ranks = np.array([_ranks([rows[row][draw] for row in ranked]) for draw in common])
+    ranks = np.array([descending_ranks([rows[row][draw] for row in ranked]) for draw in common])
     intervals: list[Interval | None] = [None] * len(ranked)
     if len(common) > 1:
         means = _resampled_means(ranks, resamples, seed)
         intervals = [_percentile_interval(means[:, index]) for index in range(len(ranked))]
     found = {row: Rank(float(ranks[:, index].mean()), intervals[index]) for index, row in enumerate(ranked)}
     return Ranks(found, len(common), tuple(row for row in rows if row not in found))
+
+
+def descending_ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Ranks by descending value, 1 for the largest; ties share their mean rank."""
+    numbers = np.asarray(values)
+    above = (numbers[None, :] > numbers[:, None] + _EQUAL).sum(axis=1)
+    equal = (np.abs(numbers[None, :] - numbers[:, None]) <= _EQUAL).sum(axis=1)
+    places: NDArray[np.float64] = above + (equal + 1) / 2
+    return places
 
 
 def cost(outcomes: Mapping[Draw, Outcome]) -> Cost:
@@ -263,15 +272,6 @@ def _percentile_interval(means: NDArray[np.float64]) -> Interval:
 
 def _rounded_to_zero(value: float) -> float:
     return 0.0 if abs(value) < _EQUAL else float(value)
-
-
-def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """Ranks by descending value, 1 for the largest; ties share their mean rank."""
-    numbers = np.asarray(values)
-    above = (numbers[None, :] > numbers[:, None] + _EQUAL).sum(axis=1)
-    equal = (np.abs(numbers[None, :] - numbers[:, None]) <= _EQUAL).sum(axis=1)
-    places: NDArray[np.float64] = above + (equal + 1) / 2
-    return places
 
 
 def _right(outcome: Outcome) -> NDArray[np.float64]:
