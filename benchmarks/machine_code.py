@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.table import commit, significant, triton_version, writing
 from ofa_kernels import aot, workload
-from ofa_kernels.disassembly import disassemble
+from ofa_kernels.resources import cuobjdump
 
 WIDTH, SAMPLES = 4096, 4
 OVER_ROWS = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
@@ -96,7 +96,7 @@ def rows(architecture: str) -> Iterator[Row]:
     for built in aot.build(architecture, workload.cases((WIDTH,), ("bf16",), ("rms",), (SAMPLES,))):
         if built.kernel in KERNELS:
             cubin = next(data for name, data in built.entry.files if name.endswith(".cubin"))
-            code = read(disassemble(cubin))
+            code = read(cuobjdump(cubin, "-sass"))
             if built.kernel not in longest or code.count(is_any) > longest[built.kernel][0].count(is_any):
                 longest[built.kernel] = code, built
     origin = triton_version(), commit()

@@ -23,9 +23,9 @@ from benchmarks.implementations import Case, Pass, passes
 from benchmarks.kernels import TOLERANCE, relative_error
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 from ofa_kernels import launch
-from ofa_kernels.disassembly import usage
 from ofa_kernels.launch import Launch
 from ofa_kernels.ops import launching
+from ofa_kernels.resources import usage
 
 SAMPLES = 4
 DTYPE = torch.bfloat16

@@ -15,19 +15,22 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofa_kernels import binaries, workload
-from ofa_kernels.disassembly import Usage, usage
-from ofa_kernels.ops.launching import launching_by
+from ofa_kernels.ops.launching import Kernel, launching_by
+from ofa_kernels.resources import Usage, usage
+
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 NO_SPILLS_UP_TO = 8192
 """Widest row, in columns, whose kernels must not spill registers; heads are narrower."""
 
-FEW_SPILLS = 80
-"""Bytes per thread (20 registers) that are tolerated: a smaller tile would not spill, but read everything twice."""
+FEW_SPILLS = 24
+"""Bytes per thread (6 registers) that are tolerated: a smaller tile would not spill, but read everything twice."""
 
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Shared memory limit of a program, in bytes; the compiler does not check it, the launch does."""
@@ -130,9 +133,9 @@ def _build_list(architecture: str, cases: Sequence[AnyCase]) -> list[Built]:
 
 
 def _compile(case: AnyCase, architecture: str) -> list[tuple[str, Any]]:
-    compiled: list[tuple[str, Any]] = []
+    compiled = []
 
-    def compile_instead(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def compile_instead(kernel: Kernel, grid: int, args: tuple[object, ...], keywords: dict[str, object]) -> None:
         name = kernel.fn.__name__
         try:
             compiled.append((name, kernel.warmup(*args, grid=(grid,), **keywords)))
@@ -157,7 +160,7 @@ def _reason(error: Exception) -> str:
 class _NoDevice:
     """A stand-in for Triton's driver with the methods that compiling needs: it names the target."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: GPUTarget) -> None:
         self._target = target
 
     def get_current_device(self) -> str:
@@ -167,11 +170,11 @@ class _NoDevice:
     def get_current_stream(self, device: object = None) -> int:
         return 0
 
-    def get_current_target(self) -> Any:
+    def get_current_target(self) -> GPUTarget:
         return self._target
 
 
-def _target(architecture: str) -> Any:
+def _target(architecture: str) -> GPUTarget:
     from triton.backends.compiler import GPUTarget
 
     if architecture.startswith("sm_") and architecture[3:].isdigit():

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ofa_kernels import aot, binaries
-from ofa_kernels.disassembly import Usage
 from ofa_kernels.ops import launching
+from ofa_kernels.resources import Usage
 from tests.once import made_once
 
 ROOT = Path(aot.__file__).parent.parent
