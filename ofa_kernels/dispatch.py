@@ -6,11 +6,12 @@ implementation before them. `OFA_KERNELS=reference` in the environment leaves on
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +58,20 @@ class Implementation:
     accepts: Callable[[Tensor], bool]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _as_specified(specification: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Give a function that passes its arguments on the signature of their specification."""
+
+    def mark(function: Callable[..., R]) -> Callable[P, R]:
+        function.__signature__ = inspect.signature(specification)  # type: ignore[attr-defined]
+        return cast("Callable[P, R]", function)
+
+    return mark
+
+
 def register(operation: str, implementation: Implementation) -> None:
     """Add an implementation, tried before those registered earlier.
 
@@ -83,7 +98,8 @@ def choose(operation: str, *tensors: Tensor) -> Implementation:
     return next(one for one in offered if all(one.accepts(tensor) for tensor in tensors))
 
 
-def norm_step(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_as_specified(reference.norm_step)
+def norm_step(residual: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Residual addition, norm and squared update per row; see `reference.norm_step`.
 
     Example:
@@ -95,7 +111,8 @@ def norm_step(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
     return choose("norm_step", residual).function(residual, *args, **kwargs)
 
 
-def normalize(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+@_as_specified(reference.normalize)
+def normalize(stream: Tensor, *args: object, **kwargs: object) -> Tensor:
     """The norm of each row; see `reference.normalize`."""
     return choose("normalize", stream).function(stream, *args, **kwargs)
 
@@ -105,7 +122,8 @@ def squared_norm(update: Tensor) -> Tensor:
     return choose("squared_norm", update).function(update)
 
 
-def perturb(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+@_as_specified(reference.perturb)
+def perturb(stream: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Normalized copies moved along preconditioned probes; see `reference.perturb`.
 
     Example:
@@ -116,12 +134,14 @@ def perturb(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return choose("perturb", stream).function(stream, *args, **kwargs)
 
 
-def displace(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+@_as_specified(reference.displace)
+def displace(stream: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Copies moved along preconditioned probes; see `reference.displace`."""
     return choose("displace", stream).function(stream, *args, **kwargs)
 
 
-def contract(base: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+@_as_specified(reference.contract)
+def contract(base: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
     """Dot product of each probe with the change it caused, per row, and ‖base‖²; see `reference.contract`.
 
     Example:
@@ -134,7 +154,8 @@ def contract(base: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return choose("contract", base).function(base, *args, **kwargs)
 
 
-def step_boundary(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_as_specified(reference.step_boundary)
+def step_boundary(residual: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The end of a measured step and the beginning of the next; see `reference.step_boundary`.
 
     Example:
@@ -149,12 +170,14 @@ def step_boundary(residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, 
     return choose("step_boundary", residual).function(residual, *args, **kwargs)
 
 
-def rstd(stream: Tensor, **kwargs: Any) -> Tensor:
+@_as_specified(reference.rstd)
+def rstd(stream: Tensor, **kwargs: object) -> Tensor:
     """1/σ of each row; see `reference.rstd`."""
     return choose("rstd", stream).function(stream, **kwargs)
 
 
-def mlp_curvature(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+@_as_specified(reference.mlp_curvature)
+def mlp_curvature(gate: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Token sums of an MLP's slopes; see `reference.mlp_curvature`.
 
     Example:
@@ -167,12 +190,14 @@ def mlp_curvature(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
     return choose("mlp_curvature", gate).function(gate, *args, **kwargs)
 
 
-def mlp_slopes(gate: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+@_as_specified(reference.mlp_slopes)
+def mlp_slopes(gate: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
     """An MLP's slopes token by token; see `reference.mlp_slopes`."""
     return choose("mlp_slopes", gate).function(gate, *args, **kwargs)
 
 
-def mlp_diagonal(weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+@_as_specified(reference.mlp_diagonal)
+def mlp_diagonal(weights: Sequence[Tensor], *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
     """Diagonal of an MLP's summed Jacobian, from one read of its weights; see `reference.mlp_diagonal`.
 
     Example:
@@ -183,7 +208,8 @@ def mlp_diagonal(weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[
     return choose("mlp_diagonal", *weights).function(weights, *args, **kwargs)
 
 
-def attention_curvature(query: Tensor, *args: Any, **kwargs: Any) -> reference.AttentionSums:
+@_as_specified(reference.attention_curvature)
+def attention_curvature(query: Tensor, *args: object, **kwargs: object) -> reference.AttentionSums:
     """Token sums of an attention's Jacobian between its projections; see `reference.attention_curvature`.
 
     Example:
@@ -197,12 +223,14 @@ def attention_curvature(query: Tensor, *args: Any, **kwargs: Any) -> reference.A
     return choose("attention_curvature", query).function(query, *args, **kwargs)
 
 
-def attention_adjoint(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+@_as_specified(reference.attention_adjoint)
+def attention_adjoint(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
     """An attention's own-token backward pass; see `reference.attention_adjoint`."""
     return choose("attention_adjoint", query).function(query, *args, **kwargs)
 
 
-def attention_trace(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+@_as_specified(reference.attention_trace)
+def attention_trace(query: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Trace of an attention's summed Jacobian, from its weights; see `reference.attention_trace`.
 
     Example:
@@ -217,7 +245,8 @@ def attention_trace(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return choose("attention_trace", query).function(query, *args, **kwargs)
 
 
-def attention_diagonal(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+@_as_specified(reference.attention_diagonal)
+def attention_diagonal(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
     """Diagonal of an attention's summed Jacobian, from its weights; see `reference.attention_diagonal`.
 
     Example:

@@ -149,7 +149,7 @@ def forward(
         "pull": pull,
         "moved": moved if read else None,
     }
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         **{name: None if x is None else _rows_of(x) for name, x in columns.items()},
         "cosine": None if cosine is None else _angles_of(cosine),
         "sine": None if sine is None else _angles_of(sine),
@@ -171,7 +171,7 @@ def forward(
         "query_eps": query_eps,
         "key_eps": key_eps,
     }
-    constants: dict[str, Any] = {
+    constants: dict[str, int] = {
         "NORMED": query_entering is not None,
         "CAUSAL": causal,
         "ADDITIVE": mask is not None and mask.dtype != torch.bool,
@@ -220,19 +220,19 @@ def empty(query: Tensor, key: Tensor, value: Tensor, *more: Any) -> tuple[Tensor
     return tuple(query.new_empty(one, dtype=torch.float32) for one in shapes)  # type: ignore[return-value]
 
 
-def _rows_of(tensor: Tensor) -> tuple[Any, ...]:
+def _rows_of(tensor: Tensor) -> tuple[object, ...]:
     """(B, heads, T, channels) with dense channels."""
     tensor = tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor, *tensor.stride()[:3]
 
 
-def _angles_of(angle: Tensor) -> tuple[Any, ...]:
+def _angles_of(angle: Tensor) -> tuple[object, ...]:
     """(B or 1, T, pairs) with strides that broadcast over heads, and over sequences if there is one row."""
     angle = angle if angle.shape[-1] <= 1 or angle.stride(-1) == 1 else angle.contiguous()
     return angle, angle.stride(0) if angle.shape[0] > 1 else 0, 0, angle.stride(1)
 
 
-def _weights_of(weights: Tensor) -> tuple[Any, ...]:
+def _weights_of(weights: Tensor) -> tuple[object, ...]:
     weights = weights if weights.shape[1] <= 1 or weights.stride(1) == 1 else weights.contiguous()
     return weights, weights.stride(0)
 

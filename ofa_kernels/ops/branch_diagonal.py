@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ def forward_mlp(
     return diagonal, _image(down.unsqueeze(0), vectors.unsqueeze(1))
 
 
-def empty_mlp(gate: Tensor, up: Tensor | None, down: Tensor, gate_sum: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+def empty_mlp(gate: Tensor, up: Tensor | None, down: Tensor, gate_sum: Tensor, *more: object) -> tuple[Tensor, Tensor]:
     """The outputs, uninitialized; the image is empty without a scale."""
     diagonal = gate.new_empty((gate_sum.shape[0], gate.shape[1]), dtype=torch.float32)
     return diagonal, diagonal.new_empty(0) if more[-1] is None else torch.empty_like(diagonal)
@@ -142,7 +141,7 @@ def forward_trace(
     return traces.sum(0)
 
 
-def empty_trace(query: Tensor, key: Tensor, value: Tensor, output: Tensor, query_sum: Tensor, *more: Any) -> Tensor:
+def empty_trace(query: Tensor, key: Tensor, value: Tensor, output: Tensor, query_sum: Tensor, *more: object) -> Tensor:
     """The output, uninitialized."""
     return query.new_empty(query_sum.shape[0], dtype=torch.float32)
 
@@ -176,7 +175,7 @@ def forward_diagonal(
     return total, _image(output, along.sum(0).unsqueeze(0))[0]
 
 
-def empty_diagonal(query: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+def empty_diagonal(query: Tensor, *more: object) -> tuple[Tensor, Tensor]:
     """The outputs, uninitialized; the image is empty without a scale."""
     diagonal = query.new_empty(query.shape[2], dtype=torch.float32)
     return diagonal, diagonal.new_empty(0) if more[-1] is None else torch.empty_like(diagonal)
@@ -211,7 +210,7 @@ def _attention_arguments(
     key_sum: Tensor,
     value_sum: Tensor,
     scale: Tensor | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     weights = {"query": query, "key": key, "value": value, "output": output}
     return {
         **{name: (weight, *weight.stride()) for name, weight in weights.items()},
@@ -225,7 +224,7 @@ def _attention_arguments(
     }
 
 
-def _attention_constants(query: Tensor, shape: Sequence[int]) -> dict[str, Any]:
+def _attention_constants(query: Tensor, shape: Sequence[int]) -> dict[str, object]:
     depth, width = shape
     return {
         "EMULATED": query.device.type == "cpu" and query.dtype == torch.bfloat16,
@@ -235,7 +234,7 @@ def _attention_constants(query: Tensor, shape: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _matrix(weight: Tensor | None) -> tuple[Any, ...] | None:
+def _matrix(weight: Tensor | None) -> tuple[object, ...] | None:
     """A matrix as the group of a weight with one head."""
     return None if weight is None else (weight, 0, *weight.stride())
 

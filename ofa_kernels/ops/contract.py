@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops.launching import (
+    Arguments,
+    Context,
     Derivative,
     as_rows,
     as_stack,
@@ -55,13 +55,13 @@ def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
 
 class _WithLength(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, update: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Context, update: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(update)
         ctx.set_materialize_grads(False)
         return update.view_as(update), forward(update, update.new_empty((0, *update.shape)), 0, 0, False)[1]
 
     @staticmethod
-    def backward(ctx: Any, passed: Tensor | None, grad_sqnorm: Tensor | None) -> Tensor | None:
+    def backward(ctx: Context, passed: Tensor | None, grad_sqnorm: Tensor | None) -> Tensor | None:
         if grad_sqnorm is None:
             return passed
         grad: Tensor = call_backward(*ctx.saved_tensors, None, grad_sqnorm, 0, 0, 0, False, passed)[0]
@@ -141,7 +141,7 @@ def backward(
 
 
 def empty_gradients(
-    base: Tensor, grad_products: Tensor | None, grad_sqnorm: Tensor | None, samples: int, *settings: Any
+    base: Tensor, grad_products: Tensor | None, grad_sqnorm: Tensor | None, samples: int, *settings: object
 ) -> tuple[Tensor, Tensor]:
     return (
         base.new_empty(base.shape),
@@ -149,14 +149,14 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
     base, copies, ctx.seed, ctx.step, ctx.gaussian = inputs
     ctx.samples = copies.shape[0]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(base)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (base,) = ctx.saved_tensors
     grad_base, grad_copies = call_backward(base, *grads, ctx.samples, ctx.seed, ctx.step, ctx.gaussian)
     return grad_base, None if grads[0] is None else grad_copies, None, None, None

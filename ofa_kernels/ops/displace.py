@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ofa_kernels.ops.launching import Derivative, as_rows, as_stack, configuration, key, library, operation, run
+from ofa_kernels.ops.launching import (
+    Arguments,
+    Context,
+    Derivative,
+    as_rows,
+    as_stack,
+    configuration,
+    key,
+    library,
+    operation,
+    run,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -63,7 +72,7 @@ def forward(
     return copies
 
 
-def empty(stream: Tensor, preconditioner: Tensor, samples: int, *settings: Any) -> Tensor:
+def empty(stream: Tensor, preconditioner: Tensor, samples: int, *settings: object) -> Tensor:
     return stream.new_empty((samples, *stream.shape))
 
 
@@ -96,7 +105,7 @@ def backward(
     return grad_stream, grad_preconditioner
 
 
-def empty_gradients(grad_copies: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def empty_gradients(grad_copies: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
     shape, preconditioned = grad_copies.shape[1:], settings[-1]
     return (
         grad_copies.new_empty(shape),
@@ -104,11 +113,11 @@ def empty_gradients(grad_copies: Tensor, *settings: Any) -> tuple[Tensor, Tensor
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Context, inputs: Arguments, output: Tensor) -> None:
     _, _, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = inputs
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     preconditioned = ctx.needs_input_grad[1]
     grad_stream, grad_preconditioner = call_backward(
         grad, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, preconditioned

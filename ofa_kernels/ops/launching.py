@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,39 @@ library = torch.library.Library("ofa_kernels", "DEF")
 """The library of all operations, `torch.ops.ofa_kernels`."""
 
 
-def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+R = TypeVar("R")
+
+Arguments = tuple[Any, ...]
+"""Tensors, numbers and flags, in the order of an operation's schema."""
+
+
+class Context(Protocol):
+    """What an operation's derivative keeps from the forward pass; its attributes are of the operation's choice."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: object) -> None: ...
+
+
+class Kernel(Hashable, Protocol):
+    """A function that Triton compiles."""
+
+    @property
+    def fn(self) -> Callable[..., object]: ...
+
+    @property
+    def arg_names(self) -> Sequence[str]: ...
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+    def warmup(self, *args: object, grid: tuple[int, ...], **keywords: object) -> Any: ...
+
+
+def implement(name: str, function: Callable[..., object], fake: Callable[..., object]) -> None:
     """Register an operation's implementation for every device, and its output shapes for tensors without data."""
     torch.library.impl(f"ofa_kernels::{name}", "default", function, lib=library)
     torch.library.register_fake(f"ofa_kernels::{name}", fake, lib=library)
@@ -27,7 +59,7 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
 def differentiable_once(name: str) -> None:
     """Make differentiating an operation an error; PyTorch would only warn and treat it as a constant."""
 
-    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+    def refuse(ctx: object, *grads: Tensor | None) -> None:
         raise RuntimeError(
             f"{name} has no derivative: kernels are differentiable at most once; set OFA_KERNELS=reference in the "
             "environment"
@@ -40,13 +72,13 @@ def differentiable_once(name: str) -> None:
 class Derivative:
     """The gradient of an operation: `setup_context` and `backward` of `torch.library.register_autograd`."""
 
-    save: Callable[[Any, tuple[Any, ...], Any], None]
-    differentiate: Callable[..., Any]
+    save: Callable[[Context, Arguments, Any], None]
+    differentiate: Callable[..., tuple[Tensor | None, ...]]
 
 
 def operation(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], derivative: Derivative | None = None
-) -> Callable[..., Any]:
+    name: str, function: Callable[..., R], fake: Callable[..., R], derivative: Derivative | None = None
+) -> Callable[..., R]:
     """Implement a defined operation, differentiable by `derivative` or not at all; returns a function that calls it.
 
     `torch.compile`, fake tensors and dispatch modes get the registered operation. All other calls bypass PyTorch's
@@ -59,11 +91,11 @@ def operation(
         torch.library.register_autograd(
             f"ofa_kernels::{name}", derivative.differentiate, setup_context=derivative.save, lib=library
         )
-    registered = getattr(torch.ops.ofa_kernels, name).default
+    registered: Callable[..., R] = getattr(torch.ops.ofa_kernels, name).default
     # Without a derivative: the registered operation, whose backward raises.
-    tracked = registered if derivative is None else _autograd_function(function, derivative).apply
+    tracked: Callable[..., R] = registered if derivative is None else _autograd_function(function, derivative).apply
 
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> R:
         if torch.compiler.is_compiling() or not is_direct(args):
             return registered(*args)
         return tracked(*args) if torch.is_grad_enabled() and _any_requires_grad(args) else function(*args)
@@ -71,10 +103,10 @@ def operation(
     return call
 
 
-def _without_aliases(function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_aliases(function: Callable[..., Any]) -> Callable[..., object]:
     """The function with results that share storage cloned: a registered operation may not return views."""
 
-    def registered(*args: Any) -> Any:
+    def registered(*args: object) -> object:
         results = function(*args)
         if isinstance(results, Tensor):
             return results
@@ -83,22 +115,22 @@ def _without_aliases(function: Callable[..., Any]) -> Callable[..., Any]:
     return registered
 
 
-def _autograd_function(function: Callable[..., Any], derivative: Derivative) -> type[torch.autograd.Function]:
+def _autograd_function(function: Callable[..., object], derivative: Derivative) -> type[torch.autograd.Function]:
     class Launched(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, *inputs: object) -> object:
             output = function(*inputs)
             derivative.save(ctx, inputs, output)
             return output
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return derivative.differentiate(ctx, *grads)
 
     return Launched
 
 
-def is_direct(args: tuple[Any, ...]) -> bool:
+def is_direct(args: tuple[object, ...]) -> bool:
     """True if the dispatcher can be bypassed: plain tensors, no mode, no transform."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
@@ -108,14 +140,14 @@ def is_direct(args: tuple[Any, ...]) -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+def _any_requires_grad(args: tuple[object, ...]) -> bool:
     return any(arg.requires_grad for arg in args if isinstance(arg, Tensor))
 
 
-Launcher = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
+Launcher = Callable[[Kernel, int, tuple[object, ...], dict[str, object]], None]
 
 
-def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **constants: Any) -> None:
+def run(kernel: Kernel, grid: int, tensor: Tensor, width: int, *args: object, **constants: object) -> None:
     """Launch a row kernel on the device of `tensor`, configured by its dtype and the row's width; not without rows."""
     if grid == 0 or width == 0:
         return
@@ -131,13 +163,13 @@ def run(kernel: Any, grid: int, tensor: Tensor, width: int, *args: Any, **consta
 
 
 def start(
-    kernel: Any,
+    kernel: Kernel,
     grid: int,
     tensor: Tensor,
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
+    args: tuple[object, ...],
+    constants: dict[str, object],
     max_registers: int | None,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Launch a kernel with these arguments, compile-time constants and compiler options."""
     # Fused multiply-adds round once instead of twice; they are off by default in Triton 3.10.
@@ -159,17 +191,17 @@ def start(
 
 
 def start_by_names(
-    kernel: Any,
+    kernel: Kernel,
     programs: int,
     tensor: Tensor,
     config: launch.TileLaunch,
-    arguments: dict[str, Any],
-    constants: dict[str, Any],
+    arguments: Mapping[str, object],
+    constants: Mapping[str, object],
 ) -> None:
     """Launch a kernel with the arguments and compile-time constants that its signature names; not without programs."""
     if programs == 0:
         return
-    constants = constants | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
+    constants = {**constants, "BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
     names = _names(kernel)
     given = {name: constants[name] for name in names.constants}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -180,12 +212,12 @@ def start_by_names(
 class _Names:
     """A kernel's signature: a getter of its arguments, in order, from a mapping, and the names of its constants."""
 
-    arguments: Callable[[dict[str, Any]], tuple[Any, ...]]
+    arguments: Callable[[Mapping[str, object]], tuple[object, ...]]
     constants: tuple[str, ...]
 
 
 @cache
-def _names(kernel: Any) -> _Names:
+def _names(kernel: Kernel) -> _Names:
     annotated = kernel.fn.__annotations__
     constants = tuple(name for name in kernel.arg_names if "constexpr" in str(annotated.get(name)))
     return _Names(itemgetter(*(name for name in kernel.arg_names if name not in constants)), constants)
@@ -206,7 +238,7 @@ def launching_by(launcher: Launcher, architecture: str) -> Iterator[None]:
         _launcher, _architecture = before
 
 
-def _launch(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _launch(kernel: Kernel, grid: int, args: tuple[object, ...], keywords: dict[str, object]) -> None:
     kernel[(grid,)](*args, **keywords)
 
 
@@ -214,12 +246,12 @@ _launcher: Launcher = _launch
 _architecture: str | None = None
 
 
-def configuration(kernel: Any, tensor: Tensor, width: int) -> launch.Launch:
+def configuration(kernel: Kernel, tensor: Tensor, width: int) -> launch.Launch:
     """The launch configuration of a kernel for rows like those of `tensor`."""
     return launch.configure(kernel.fn.__name__, width, tensor.element_size(), target(tensor))
 
 
-def tiles_of(kernel: Any, tensor: Tensor, width: int = 1, *, crowded: bool = False) -> launch.TileLaunch:
+def tiles_of(kernel: Kernel, tensor: Tensor, width: int = 1, *, crowded: bool = False) -> launch.TileLaunch:
     """The launch configuration of a curvature kernel for tensors like this, with heads of `width` channels."""
     return launch.configure_tiles(kernel.fn.__name__, width, tensor.element_size(), target(tensor), crowded)
 
@@ -253,7 +285,7 @@ class ScaleGradients:
     whether it writes them.
     """
 
-    def __init__(self, kernel: Any, rows: int, tensor: Tensor, width: int, *, biased: bool, written: bool) -> None:
+    def __init__(self, kernel: Kernel, rows: int, tensor: Tensor, width: int, *, biased: bool, written: bool) -> None:
         config = configuration(kernel, tensor, width)
         self.programs = launch.programs(rows, multiprocessors(tensor.device))
         # A program whose rows are one tile overwrites; with several tiles it adds in memory and needs zeros.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -62,7 +60,7 @@ def forward(
     runs = launch.shares(sequences * tiles, -(-tokens // config.block_rows), 4 * multiprocessors(gate.device))
     sums = gate.new_empty((runs, parts, sequences, width), dtype=torch.float32)
     moved = gate.new_empty((tiles, sequences, tokens, lines), dtype=torch.float32)
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "gate": _tokens_of(gate),
         "up": None if up is None else _tokens_of(up),
         "weights": _tokens_of(weights.unsqueeze(-1))[:2],
@@ -95,7 +93,7 @@ def forward(
 
 
 def empty(
-    gate: Tensor, up: Tensor | None, weights: Tensor, read: Tensor | None, *more: Any
+    gate: Tensor, up: Tensor | None, weights: Tensor, read: Tensor | None, *more: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, uninitialized; empty without `up` or `read`."""
     sequences, tokens, width = gate.shape
@@ -104,7 +102,7 @@ def empty(
     return gate_sum, up_sum, gate_sum.new_empty((sequences, tokens, 0 if read is None else read.shape[1]))
 
 
-def _tokens_of(tensor: Tensor) -> tuple[Any, ...]:
+def _tokens_of(tensor: Tensor) -> tuple[object, ...]:
     """The group of (B, T, channels), made dense in the channels, or with one channel in the tokens."""
     if tensor.shape[-1] == 1:
         tensor = tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
@@ -113,7 +111,7 @@ def _tokens_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor, tensor.stride(0), tensor.stride(1)
 
 
-def _lines_of(read: Tensor) -> tuple[Any, ...]:
+def _lines_of(read: Tensor) -> tuple[object, ...]:
     read = read if read.shape[-1] <= 1 or read.stride(-1) == 1 else read.contiguous()
     return read, read.stride(0) if read.shape[0] > 1 else 0, read.stride(1)
 

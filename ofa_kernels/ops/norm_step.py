@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, library, operation, run
+from ofa_kernels.ops.launching import Arguments, Context, Derivative, ScaleGradients, as_rows, library, operation, run
 from ofa_kernels.reference.stream import moments, upcast
 
 library.define(
@@ -199,7 +199,7 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, ...]) -> None:
     residual, update, weight, bias, ctx.eps, ctx.centred, ctx.offset = inputs
     stream, _, _, rstd, mean = output
     ctx.biased = bias is not None
@@ -207,7 +207,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(residual if update is None else stream, update, weight, rstd, mean)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
     _, update, *_ = saved = ctx.saved_tensors
     gradients: Callable[..., Any] = call_backward

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, as_stack, key, library, operation, run, slots
+from ofa_kernels.ops.launching import (
+    Arguments,
+    Context,
+    Derivative,
+    ScaleGradients,
+    as_rows,
+    as_stack,
+    key,
+    library,
+    operation,
+    run,
+    slots,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -89,8 +99,17 @@ def forward(
     return copies
 
 
-def empty(stream: Tensor, unperturbed: Tensor | None, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-    samples = settings[3]
+def empty(
+    stream: Tensor,
+    unperturbed: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    offset: float,
+    samples: int,
+    *probe: object,
+) -> Tensor:
     if unperturbed is None:
         return stream.new_empty((samples, *stream.shape))
     return unperturbed.new_empty((1 + samples, *stream.shape))
@@ -145,7 +164,7 @@ def backward(
 
 
 def empty_gradients(
-    stream: Tensor, weight: Tensor, grad_copies: Tensor, *settings: Any
+    stream: Tensor, weight: Tensor, grad_copies: Tensor, *settings: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     biased = settings[-1]
     return (
@@ -155,14 +174,14 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Context, inputs: Arguments, output: Tensor) -> None:
     stream, unperturbed, weight, bias, *settings = inputs
     ctx.eps, ctx.centred, ctx.offset, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
     ctx.front, ctx.biased = unperturbed is not None, bias is not None
     ctx.save_for_backward(stream, weight)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
     grad_copies = grad[1:] if ctx.front else grad
     grad_stream, grad_weight, grad_bias = call_backward(*ctx.saved_tensors, grad_copies, *settings)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import Derivative, ScaleGradients, as_rows, as_stack, key, library, operation, run, slots
+from ofa_kernels.ops.launching import (
+    Arguments,
+    Context,
+    Derivative,
+    ScaleGradients,
+    as_rows,
+    as_stack,
+    key,
+    library,
+    operation,
+    run,
+    slots,
+)
 from ofa_kernels.philox import check_probe
 
 library.define(
@@ -108,7 +118,7 @@ def empty(
     centred: bool,
     offset: float,
     samples: int,
-    *settings: Any,
+    *settings: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of the forward pass, uninitialized."""
     return (
@@ -187,7 +197,7 @@ def empty_gradients(
     grad_sqnorm: Tensor | None,
     grad_products: Tensor | None,
     copies: int,
-    *settings: Any,
+    *settings: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of the backward pass, uninitialized."""
     biased = settings[-1]
@@ -201,7 +211,7 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, ...]) -> None:
     _, update, copies, weight, bias, *settings = inputs
     ctx.eps, ctx.centred, ctx.offset, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
     ctx.copies, ctx.biased = copies.shape[0], bias is not None
@@ -209,7 +219,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(output[0], update, weight)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _, grad_stack, grad_sqnorm, grad_products = grads
     settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
     grad_residual, grad_update, grad_copies, grad_weight, grad_bias = call_backward(

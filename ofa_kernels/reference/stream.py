@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -196,10 +194,21 @@ def step_boundary(
         ValueError: unknown `kind` or `probe`, or shapes that do not match.
     """
     products, update_sqnorm = contract(update, copies, seed=seed, step=step, probe=probe)
-    norm: dict[str, Any] = {"eps": eps, "kind": kind, "offset": offset}
-    stream, normalized, _, _ = norm_step(residual, update, weight, bias, **norm)
-    keys: dict[str, Any] = {"seed": seed, "step": step + 1, "probe": probe}
-    stack = perturb(stream, weight, bias, **norm, samples=samples, epsilon=epsilon, **keys, unperturbed=normalized)
+    stream, normalized, _, _ = norm_step(residual, update, weight, bias, eps=eps, kind=kind, offset=offset)
+    stack = perturb(
+        stream,
+        weight,
+        bias,
+        eps=eps,
+        kind=kind,
+        offset=offset,
+        samples=samples,
+        epsilon=epsilon,
+        seed=seed,
+        step=step + 1,
+        probe=probe,
+        unperturbed=normalized,
+    )
     return stream, stack, update_sqnorm, products
 
 

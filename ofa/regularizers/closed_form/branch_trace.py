@@ -224,9 +224,15 @@ class MlpBody:
         seen, shape = self._seen, weights.shape
         down = self._modules.down.weight()
         up = None if seen.up is None else seen.up.view(*shape, -1)
-        shifts = dict(zip(("gate_shift", "up_shift"), self._shifts(beta), strict=True)) if read is not None else {}
+        gate_shift, up_shift = (None, None) if read is None else self._shifts(beta)
         to_gate, to_up, moved = dispatch.mlp_curvature(
-            seen.gate.view(*shape, -1), up, weights, activation=self._spec.activation, read=_rows(down, read), **shifts
+            seen.gate.view(*shape, -1),
+            up,
+            weights,
+            activation=self._spec.activation,
+            read=_rows(down, read),
+            gate_shift=gate_shift,
+            up_shift=up_shift,
         )
         parts = (to_gate,) if to_up is None else (to_gate, to_up)
 
@@ -442,7 +448,11 @@ class _AttentionSums:
 
     def diagonal(self, slopes: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         sums = self._sums
-        weighted = tuple((slopes @ x.flatten(1)).view(x.shape[1:]) for x in (sums.query, sums.key, sums.value))
+
+        def weigh(x: Tensor) -> Tensor:
+            return (slopes @ x.flatten(1)).view(x.shape[1:])
+
+        weighted = weigh(sums.query), weigh(sums.key), weigh(sums.value)
         diagonal, image = dispatch.attention_diagonal(*self._body._weights(), weighted, scale)
         return diagonal if self._joint is None else diagonal - slopes @ self._joint, image
 

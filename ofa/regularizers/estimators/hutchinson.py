@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -157,8 +158,9 @@ class Hutchinson(_Differences):
             moved = dispatch.displace(stream.detach(), self._direction(norm, stream, normed), **keys)
             inputs = moved
             if branch.reads == "normalized":
-                settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset}
-                inputs = dispatch.normalize(moved, norm.weight, norm.bias, **settings)
+                inputs = dispatch.normalize(
+                    moved, norm.weight, norm.bias, eps=norm.eps, kind=norm.kind, offset=norm.offset
+                )
             self._running.append(branch)
             try:
                 copies = replay.run(inputs.flatten(0, 1), moved.flatten(0, 1), self.samples)
@@ -226,14 +228,14 @@ class FullHutchinson(_Differences):
         """The real output, and the mean of νᵀΔ over the probes and tokens of each sequence."""
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
         real, copies = outputs[0], outputs[1:]
-        keys: dict[str, object] = {"seed": probe.seed, "step": probe.step, "probe": self.probe}
-        products, sqnorm = dispatch.contract(real, copies, **keys)
+        contract = partial(dispatch.contract, seed=probe.seed, step=probe.step, probe=self.probe)
+        products, sqnorm = contract(real, copies)
         if branch.writes == "stream":
             # The copies' outputs contain their perturbed streams; subtract them, that is tr(P).
             moved = dispatch.displace(
                 stream, self._preconditioner(branch, norm, stream), **self._keys(branch, stream, probe)
             )
-            products = products - dispatch.contract(stream, moved, **keys)[0]
+            products = products - contract(stream, moved)[0]
         rows = products.sum(0) / (self.copies * self._epsilon(branch, stream))
         return BranchMeasurement(real, sqnorm, BranchTrace(token_mean(rows, branch, norm, stream, probe, normed)))
 
