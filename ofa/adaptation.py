@@ -171,7 +171,8 @@ def adapt(
     data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)
     if not data.train:
         raise InputError(f'the task "{data.task.name}" has no training examples; add a train file')
-    data = replace(data, task=asked_chat(data.task, tokenizer, chat, system))
+    shown = ["demonstrated_steps"] if settings.get("demonstrated_steps") else []
+    data = replace(data, task=asked_chat(data.task, tokenizer, chat, system, demonstrations=shown))
     drawn = few_shot(data.train, data.task.labels, shots, seed)
     kept = {} if method in GUIDED else {"folder": folder, "resume": resume}
     metrics = claim_folder(folder, overwrite=True) if folder is not None and method in GUIDED else None

@@ -128,7 +128,8 @@ def fit(
         # A resumed run is bit-identical only with the same number of threads.
         set_threads(threads or (recorded_threads(folder / CHECKPOINT) if resume else None))
         loaded = open_model(source)
-        given = replace(given, task=asked_chat(given.task, turns, loaded.tokenizer))
+        shown = ["--demonstrated-steps"] if training.demonstrated_steps else []
+        given = replace(given, task=asked_chat(given.task, turns, loaded.tokenizer, demonstrations=shown))
         with progress_bar("training") as update:
             adaptation = adapt(
                 loaded.model,

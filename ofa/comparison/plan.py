@@ -171,6 +171,7 @@ def asked_chats(tasks: Mapping[str, TaskPlan], tokenizer: Tokenizer, grid: Grid)
     from ofa.evaluation.chat import asked_chat
 
     shown = [f"the method {row.method}" for row in grid.methods if row.method in DEMONSTRATING]
+    shown += ["demonstrated_steps"] if any(row.settings.get("demonstrated_steps") for row in grid.methods) else []
     shown += ["the context demonstrations"] if "demonstrations" in grid.contexts else []
     return {
         name: _with_task(plan, asked_chat(plan.task, tokenizer, grid.chat, grid.system, demonstrations=shown))

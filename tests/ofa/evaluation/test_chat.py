@@ -302,6 +302,19 @@ def test_compare_runs_a_grid_in_the_chat(chat_folder, tmp_path):
     assert "whether it is a chat" in run(*grid, "--no-chat", "--out", out).err
 
 
+@pytest.mark.parametrize("by_default", [False, True])
+def test_steps_with_demonstrations_are_no_chat(monkeypatch, chat_folder, by_default):
+    monkeypatch.setattr(chats, "BY_DEFAULT", by_default)
+    loaded = ofa.load_model(str(chat_folder))
+    rows = [(f"{text} {number}", label) for number in "12" for text, label in (("a joy", "good"), ("a bore", "bad"))]
+    settings = {"template": "{text}:", "max_steps": 1, "demonstrated_steps": 1.0}
+    adaptation = ofa.adapt(loaded.model, loaded.tokenizer, rows, shots=2, **settings)
+    assert not adaptation.data.task.chat
+    adaptation.close()
+    with pytest.raises(InputError, match="leave out demonstrated_steps"):
+        ofa.adapt(loaded.model, loaded.tokenizer, rows, shots=2, chat=True, **settings)
+
+
 def test_adapt_and_the_classifier_keep_the_chat(chat_folder, tmp_path):
     loaded = ofa.load_model(str(chat_folder))
     rows = [("a joy", "good"), ("a bore", "bad")]
