@@ -16,7 +16,7 @@ from ofa.adapters.save_and_load import save_adapter
 from ofa.errors import InputError
 from ofa.evaluation.chat import asked_chat
 from ofa.evaluation.scorer import Evaluation
-from ofa.files import claim_folder
+from ofa.files import Json, claim_folder
 from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method, default_method
 from ofa.methods.calibrating import calibration, check_kind, held_out_by_folds, held_out_by_validation
 from ofa.models.types import CausalLM, Tokenizer
@@ -80,7 +80,7 @@ class Adaptation:
         write = save_adapter if self.method in NORM_METHODS else save_peft_adapter
         return write(self.predictor.scorer.model, folder, details={**self.details(), **details}, overwrite=overwrite)
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Json:
         """Entries for `ofa_config.json`: task, shots and their indices, seed, settings, seconds; no training text."""
         config, calibrated = self.training.config, self.predictor.scorer.calibration
         return {

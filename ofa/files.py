@@ -10,11 +10,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from ofa.errors import InputError
+
+Json = dict[str, Any]
+"""A JSON object, of a file or for one: its values have the types that its writer gave them."""
 
 # Raised on a full or read-only disk; safetensors wraps the system's error.
 WRITE_ERRORS = (OSError, SafetensorError)

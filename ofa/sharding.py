@@ -144,7 +144,7 @@ def on_first_rank(about: str, digest: str, work: Callable[[], None]) -> None:
         store.set(key, json.dumps([failure, digest]))
 
 
-def _follow(store: Any, key: str, about: str, digest: str) -> None:
+def _follow(store: distributed.Store, key: str, about: str, digest: str) -> None:
     rank = distributed.get_rank()
     try:
         store.wait([key], WAIT)

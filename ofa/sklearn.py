@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ofa.adaptation import adapt
 from ofa.adapters.open import opened_adapter
@@ -21,7 +22,7 @@ from ofa.adapters.read import read_any_adapter
 from ofa.errors import InputError
 from ofa.evaluation.calibration import calibration_from
 from ofa.evaluation.scorer import Scorer
-from ofa.files import claim_folder
+from ofa.files import Json, claim_folder
 from ofa.models.load import LoadedModel, load_model
 from ofa.tasks import Example, Shots, Task, TaskData
 
@@ -79,7 +80,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         learning_rate: float | None = None,
         step_ratio: float | None = None,
         sharpness: float | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
         calibrate: str | None = None,
         chat: bool | None = None,
         system: str | None = None,
@@ -106,7 +107,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.dtype = dtype
         self.device = device
 
-    def fit(self, X: Texts, y: Any) -> FewShotClassifier:
+    def fit(self, X: Texts, y: ArrayLike) -> FewShotClassifier:
         """Adapt the model to texts and their classes.
 
         Raises:
@@ -143,7 +144,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.adapter_ = str(folder)
         return self
 
-    def predict_proba(self, X: Texts) -> np.ndarray[Any, Any]:
+    def predict_proba(self, X: Texts) -> np.ndarray:
         """Probability of each class in the order of `classes_`, (texts, classes)."""
         check_is_fitted(self)
         texts = self._texts(X)
@@ -153,7 +154,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             scorer = Scorer(model, loaded.tokenizer, self.task_, batch_size=self.batch_size, calibration=calibration)
             return scorer.predict_proba(texts).double().numpy()
 
-    def predict(self, X: Texts) -> np.ndarray[Any, Any]:
+    def predict(self, X: Texts) -> np.ndarray:
         """The most probable class of each text."""
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
@@ -178,7 +179,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.two_d_array = False
         return tags
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = super().__getstate__()
         if _is_temporary(self):
             state = {**state, "adapter_": {file.name: file.read_bytes() for file in _files(self.adapter_)}}
@@ -202,7 +203,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             )
         return tuple(self.labels)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Json:
         names = ("epochs", "max_steps", "learning_rate", "step_ratio", "sharpness")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return {**given, **(self.settings or {})}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ofa.errors import InputError
-from ofa.files import at_home
+from ofa.files import Json, at_home
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -24,7 +23,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """State of an unfinished run; a finished run replaces it by the adapter."""
 
 
-def read_config(folder: str | Path, kinds: Collection[str] = tuple(KINDS)) -> dict[str, Any]:
+def read_config(folder: str | Path, kinds: Collection[str] = tuple(KINDS)) -> Json:
     """Read `adapter_config.json` of an adapter of one of these `kinds`.
 
     Raises:
@@ -40,7 +39,7 @@ def read_config(folder: str | Path, kinds: Collection[str] = tuple(KINDS)) -> di
     return config
 
 
-def read_details(folder: str | Path) -> dict[str, Any]:
+def read_details(folder: str | Path) -> Json:
     """Read `ofa_config.json`; empty if there is none, as in a folder that PEFT wrote.
 
     Raises:

@@ -21,7 +21,7 @@ from ofa.files import at_home, write_atomically
 from ofa.models.embedded import check_gguf
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import GGUFReader, ReaderTensor, TensorNameMap
 
 _ADDED = dict.fromkeys(
     (
@@ -106,7 +106,7 @@ class _Norm:
     path: str
     tensor: ReaderTensor
     added: float
-    tuned: np.ndarray[Any, Any]
+    tuned: np.ndarray
 
 
 def _norms_in(file: Path, adapter: Adapter) -> list[_Norm]:
@@ -130,7 +130,7 @@ def _norms_in(file: Path, adapter: Adapter) -> list[_Norm]:
     return norms
 
 
-def _names(reader: GGUFReader, file: Path) -> tuple[str, Any]:
+def _names(reader: GGUFReader, file: Path) -> tuple[str, TensorNameMap]:
     import gguf
 
     architecture = str(_field(reader, gguf.Keys.General.ARCHITECTURE))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ofa.adapters.folder import KINDS, NORMS
+from ofa.files import Json
 from ofa.hub import is_hub_id
 
 HERE = "PATH_OF_THIS_FOLDER"
@@ -22,7 +22,7 @@ _MEASURES = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro-F1"
 """Our scores that hubs list: the hub's id of the metric, and its name."""
 
 
-def model_card(details: Mapping[str, Any], task_type: str | None, kind: str = NORMS) -> str:
+def model_card(details: Json, task_type: str | None, kind: str = NORMS) -> str:
     """The card as Markdown, with the front matter that model hubs read.
 
     Args:
@@ -77,7 +77,7 @@ def _load_gguf(base: str, place: str) -> str:
     )
 
 
-def _what(details: Mapping[str, Any], kind: str) -> str:
+def _what(details: Json, kind: str) -> str:
     count, base = f"{details['parameters']:,}", named(details["base_model"])
     if kind == NORMS:
         return (
@@ -92,7 +92,7 @@ def _title(task: Mapping[str, object], kind: str) -> str:
     return f"{what} for {task.get('name', 'a task')}"
 
 
-def _front_matter(details: Mapping[str, Any], task: Mapping[str, object], task_type: str | None, kind: str) -> str:
+def _front_matter(details: Json, task: Mapping[str, object], task_type: str | None, kind: str) -> str:
     from huggingface_hub import ModelCardData
 
     base = details["base_model"]
@@ -112,7 +112,7 @@ def _front_matter(details: Mapping[str, Any], task: Mapping[str, object], task_t
     return card.to_yaml(line_break="\n")
 
 
-def _eval_results(details: Mapping[str, Any], task: Mapping[str, object]) -> list[object]:
+def _eval_results(details: Json, task: Mapping[str, object]) -> list[object]:
     from huggingface_hub import EvalResult
 
     scores, tested = details.get("scores") or {}, (details.get("data") or {}).get("test")
@@ -133,7 +133,7 @@ def _eval_results(details: Mapping[str, Any], task: Mapping[str, object]) -> lis
     ]
 
 
-def _made_from(details: Mapping[str, Any], task: Mapping[str, Any], kind: str) -> str:
+def _made_from(details: Json, task: Json, kind: str) -> str:
     if not task:
         return ""
     settings = details.get("settings") or {}
@@ -155,13 +155,13 @@ def _weights(settings: Mapping[str, object]) -> str | None:
     return f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None
 
 
-def _used(details: Mapping[str, Any]) -> str | None:
+def _used(details: Json) -> str | None:
     if not {"indices", "examples"} <= set(details):
         return None
     return f"{len(details['indices']):,} of {details['examples']:,}"
 
 
-def _scores(details: Mapping[str, Any]) -> str:
+def _scores(details: Json) -> str:
     scores = details.get("scores") or {}
     numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
     if not numbers:

@@ -155,7 +155,9 @@ class _Norm:
             return self._scaled(hidden, values, others, named)
         return self._scaled(hidden.to(_wide(self.module.weight)), values, others, named).to(hidden.dtype)
 
-    def _scaled(self, hidden: Tensor, values: dict[str, Tensor], others: Any, named: Any) -> Tensor:
+    def _scaled(
+        self, hidden: Tensor, values: dict[str, Tensor], others: tuple[object, ...], named: dict[str, object]
+    ) -> Tensor:
         if not isinstance(self.module, _ONE_SCALE_FOR_ALL):
             return self._own(values, hidden, *others, **named)
         normalized = self._own(dict.fromkeys(values), hidden)

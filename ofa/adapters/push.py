@@ -13,6 +13,7 @@ from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.model_card import HERE, model_card, named, usage
 from ofa.adapters.read import Adapter, read_any_adapter
 from ofa.errors import InputError, first_sentence
+from ofa.files import Json
 from ofa.hub import is_hub_id, quiet_client
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
     }
 
 
-def _card(adapter: Adapter, repo_id: str, base: str, config: dict[str, Any]) -> str | None:
+def _card(adapter: Adapter, repo_id: str, base: str, config: Json) -> str | None:
     """The folder's card, with edits by the user, rewritten for readers of the repository."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError

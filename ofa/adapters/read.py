@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ofa.adapters.folder import KINDS, NORMS, WEIGHTS, read_config, read_details
 from ofa.errors import InputError
-from ofa.files import at_home
+from ofa.files import Json, at_home
 
 PREFIX = "base_model.model."
 _LAYER = ".ln_tuning_layers."
@@ -32,7 +31,7 @@ class Adapter:
     folder: Path
     base: str | None
     parameters: dict[str, Tensor]
-    details: dict[str, Any]
+    details: Json
     kind: str = NORMS
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -15,14 +14,14 @@ from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.model_card import model_card
 from ofa.adapters.read import not_finite, plain_key
 from ofa.errors import InputError
-from ofa.files import WRITE_ERRORS, at_home, claimed_folder, json_writer, reason, text_writer, write_together
+from ofa.files import WRITE_ERRORS, Json, at_home, claimed_folder, json_writer, reason, text_writer, write_together
 from ofa.models.types import CausalLM, Tokenizer
 
 
 def write_adapter(
     folder: str | Path,
     tensors: dict[str, Tensor],
-    config: dict[str, Any],
+    config: Json,
     details: dict[str, object],
     *,
     overwrite: bool,

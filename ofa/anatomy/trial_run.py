@@ -6,13 +6,16 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ofa import sharding
 from ofa.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class _Done(Exception):
@@ -60,7 +63,7 @@ def shaped(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _inputs(model: nn.Module) -> dict[str, Tensor]:
-    config: Any = model.config
+    config: PreTrainedConfig = model.config
     parameter = next(model.parameters())
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]

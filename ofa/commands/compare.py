@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -189,7 +189,7 @@ def _plan(
     from ofa.models.introspection import model_window
     from ofa.models.load import load_tokenizer
 
-    loaded: Any = load_tokenizer(
+    loaded = load_tokenizer(
         grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
     )
     name, plain = next(iter(tasks.items()))

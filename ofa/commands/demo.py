@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from ofa.commands.options import (
     ThreadsOption,
     set_threads,
 )
+from ofa.files import Json
 
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
@@ -88,7 +89,7 @@ def _compare(
     seed: int,
     epochs: int | None,
     folder: Path,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[Json], Json]:
     from ofa.adapters.folder import WEIGHTS
     from ofa.commands.data import data_origin
     from ofa.files import write_json
@@ -132,9 +133,7 @@ def _compare(
     return rows, document
 
 
-def _adapt(
-    name: str, loaded: LoadedModel, data: TaskData, shots: int, seed: int, settings: dict[str, Any]
-) -> Adaptation:
+def _adapt(name: str, loaded: LoadedModel, data: TaskData, shots: int, seed: int, settings: Json) -> Adaptation:
     from ofa.adaptation import adapt
 
     with progress_bar(name) as update:
@@ -184,7 +183,7 @@ def _row(
     }
 
 
-def _gain(rows: list[dict[str, Any]]) -> str:
+def _gain(rows: list[Json]) -> str:
     """What the last row gained over zero-shot and over norm tuning, and how sure that is, in one sentence."""
     zero_shot, _, plain, own = (row["right"] for row in rows)
     better, worse = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((own, plain), (plain, own)))
@@ -203,7 +202,7 @@ def _chance(better: int, worse: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[Json]) -> None:
     from rich.table import Table
 
     table = Table()

@@ -6,7 +6,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from ofa.commands.options import (
     JsonOption,
     QuietOption,
 )
+from ofa.files import Json
 
 _NEEDED = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "datasets", "gguf", "accelerate")
 _OPTIONAL = ("triton", "ray")
@@ -36,7 +37,7 @@ def doctor(
         raise SystemExit(1)
 
 
-def examine() -> dict[str, Any]:
+def examine() -> Json:
     """The findings of `ofa doctor` as JSON values."""
     from ofa._version import __version__
     from ofa.models.embedded import embedded_cache_dir, embedded_is_cached
@@ -98,7 +99,7 @@ def _cpu_remark(threads: dict[str, object]) -> str:
     return f"{count} {'thread' if count == 1 else 'threads'}: {why}"
 
 
-def _kernels(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _kernels(devices: list[Json]) -> list[dict[str, str]]:
     """Which implementation of each operation would run on each device."""
     if not devices:
         return []
@@ -114,7 +115,7 @@ def _kernels(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
-def _advice(document: dict[str, Any]) -> list[str]:
+def _advice(document: Json) -> list[str]:
     advice = []
     missing = [name for name in _NEEDED if document["versions"][name] is None]
     if missing:
@@ -146,7 +147,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _show(document: dict[str, Any]) -> None:
+def _show(document: Json) -> None:
     from rich.table import Table
 
     table = Table(show_header=False)

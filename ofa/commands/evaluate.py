@@ -25,6 +25,7 @@ from ofa.commands.options import (
     set_threads,
 )
 from ofa.errors import InputError
+from ofa.files import Json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,7 +143,7 @@ def _calibrated(
 def _demonstrations(
     source: str | None,
     task: Task,
-    details: dict[str, Any],
+    details: Json,
     shots: Shots,
     seed: int,
     where: dict[str, Any],
@@ -168,7 +169,7 @@ def _demonstrations(
     return drawn.examples
 
 
-def _show(result: Evaluation, document: dict[str, Any], evaluated: str) -> None:
+def _show(result: Evaluation, document: Json, evaluated: str) -> None:
     from rich.table import Table
 
     summary = Table(title=f"{evaluated}: {document['count']} examples, {document['seconds']:.1f} s")
@@ -195,7 +196,7 @@ def _show(result: Evaluation, document: dict[str, Any], evaluated: str) -> None:
     show(confusion)
 
 
-def _classes(document: dict[str, Any]) -> Table:
+def _classes(document: Json) -> Table:
     """The classes with how often each occurs and is predicted."""
     from rich.table import Table
 

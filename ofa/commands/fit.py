@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,7 @@ from ofa.commands.options import (
     set_threads,
 )
 from ofa.errors import InputError
+from ofa.files import Json
 from ofa.methods import ADAPTER_METHODS, NORM_METHODS, default_method
 from ofa.training.config import TrainingConfig
 
@@ -110,9 +111,11 @@ def fit(
     _refuse_stopped(out, resume or overwrite)
     method = method or default_method(training.model_dump())
     source, seed = with_base(source, None), training.seed
-    where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
     given = training_data(data, how, offline=source.offline)
-    held_out, tested = (examples_from(part, given.task, **where) if part else () for part in (validation, test))
+    held_out, tested = (
+        examples_from(part, given.task, separator=how.separator, offline=source.offline) if part else ()
+        for part in (validation, test)
+    )
     drawn = few_shot(given.train, given.task.labels, shots, seed)
     for name, part in ((validation, held_out), (test, tested)):
         warn_of_shared_texts(drawn.examples, part, name)
@@ -158,7 +161,7 @@ def fit(
         _tell(summary, several=len(given.task.columns.names) > 1)
 
 
-def _settings(method: str, training: TrainingConfig, own: list[str]) -> dict[str, Any]:
+def _settings(method: str, training: TrainingConfig, own: list[str]) -> Json:
     """The settings that were asked for, by options and by `--set`.
 
     Raises:
@@ -234,7 +237,7 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, object], **det
     }
 
 
-def _tell(summary: dict[str, Any], *, several: bool) -> None:
+def _tell(summary: Json, *, several: bool) -> None:
     tuned = "norm scales tuned" if summary["method"] in NORM_METHODS else f"parameters of {summary['method']} trained"
     notice(
         f"{summary['used']:,} of {summary['examples']:,} examples used; "

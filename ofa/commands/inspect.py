@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from ofa.commands.options import (
     QuietOption,
     TrustOption,
 )
+from ofa.files import Json
 from ofa.models.types import CausalLM
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _estimators(model: CausalLM, anatomy: Anatomy) -> list[dict[str, object]]:
     ]
 
 
-def _show(document: dict[str, Any]) -> None:
+def _show(document: Json) -> None:
     from rich.table import Table
 
     facts = Table(title=document["model"], show_header=False)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from ofa.commands.console import notice, set_quiet
 from ofa.errors import InputError, first_sentence
-from ofa.files import at_home
+from ofa.files import Json, at_home
 from ofa.tasks.columns import did_you_mean
 from ofa.tasks.sampling import Shots
 from ofa.threads import use_threads
@@ -301,7 +301,7 @@ ConfigOption = Annotated[
 ]
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> Json:
     """Read a mapping from a YAML file.
 
     Raises:

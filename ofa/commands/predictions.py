@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from ofa.errors import InputError
-from ofa.files import reason, write_json, write_text
+from ofa.files import Json, reason, write_json, write_text
 from ofa.tasks.tables import Row, parse_json, read_text
 from ofa.tasks.task import Task
 
@@ -181,7 +181,7 @@ class PredictionFile:
         state = {"rows": self.rows, "withheld": self.withheld, "bytes": self._file.tell()}
         write_json(self._state, {"made_with": self.made_with, **state, "sha256": self._digest.hexdigest()})
 
-    def _continued(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+    def _continued(self, resume: bool, overwrite: bool) -> Json:
         """The state of an earlier run, or the initial state."""
         start = {"rows": 0, "withheld": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
         if self.path.exists() and not overwrite:
@@ -241,7 +241,7 @@ def _sole(path: Path) -> Iterator[None]:
         raise InputError(f"another process is writing {path}: choose another --out") from error
 
 
-def _read_state(file: Path) -> dict[str, Any]:
+def _read_state(file: Path) -> Json:
     state = parse_json(read_text(file), file)
     if not isinstance(state, dict) or {"made_with", "rows", "withheld", "bytes", "sha256"} - state.keys():
         raise InputError(f"{file} is damaged, so the run cannot be resumed: pass --overwrite to start again")

@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from ofa.commands.options import (
     set_threads,
 )
 from ofa.errors import InputError
+from ofa.files import Json
 from ofa.regularizers.options import RegularizerOptions
 
 if TYPE_CHECKING:
@@ -89,14 +90,15 @@ def probe(
     check_chat(turns, folders)
     names = _names(folders)
     source = with_base(source, folders[0] if folders else None)
-    where: dict[str, Any] = {"separator": how.separator, "offline": source.offline}
+    separator, offline = how.separator, source.offline
     with claimed_folder(out, overwrite=overwrite) as folder:
         task = asked_task(folders, data, how, offline=source.offline)
-        examples = _at_most(size, examples_from(data, task, **where), task, seed)
+        examples = _at_most(size, examples_from(data, task, separator=separator, offline=offline), task, seed)
         pool, shown = (
-            demonstration_pool(name, task, **where) if name else () for name in (linear_probe, demonstrations)
+            demonstration_pool(name, task, separator=separator, offline=offline) if name else ()
+            for name in (linear_probe, demonstrations)
         )
-        asked: dict[str, Any] = measured.model_dump(exclude_unset=True) | {"seed": seed, "batch_size": batch_size}
+        asked: Json = measured.model_dump(exclude_unset=True) | {"seed": seed, "batch_size": batch_size}
         asked["training"] = _at_most(linear_size, pool, task, seed)
         asked["demonstrations"] = few_shot(shown, task.labels, shots, seed).examples if shown else ()
         from ofa.adapters.read import read_adapter
@@ -151,7 +153,7 @@ def _probe_all(
     task: Task,
     adapters: dict[str, Adapter],
     examples: tuple[Example, ...],
-    asked: dict[str, Any],
+    asked: Json,
 ) -> dict[str, Probe]:
     """Probe the base and then every adapter; all adapters are checked against the base first."""
     from ofa.adapters.save_and_load import load_adapter
@@ -234,7 +236,7 @@ def _long_form(probes: dict[str, Probe]) -> str:
     return text.getvalue()
 
 
-def _show(document: dict[str, Any], title: str) -> None:
+def _show(document: Json, title: str) -> None:
     from rich.table import Table
 
     steps = next(iter(document["estimators"]))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from ofa.errors import InputError
+from ofa.files import Json
 from ofa.methods import SPECIAL_CASES, method
 from ofa.methods.options import special_case
 from ofa.tasks import Example, Task, did_you_mean
@@ -38,7 +38,7 @@ def inputs_for(name: str, inputs: MethodInputs) -> dict[str, object]:
     return {part: getattr(inputs, part) for part in sorted(_INPUTS & _parameters(method(name)).keys())}
 
 
-def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+def check_settings(name: str, settings: Json) -> None:
     """Check early that the method accepts these settings.
 
     Raises:
@@ -57,7 +57,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         _check_training(name, trained)
 
 
-def _check_training(name: str, settings: Mapping[str, Any]) -> None:
+def _check_training(name: str, settings: Json) -> None:
     from ofa.training.config import TrainingConfig
 
     try:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ofa._version import __version__
+from ofa.models.types import CausalLM
+
+if TYPE_CHECKING:
+    import torch
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
@@ -26,7 +30,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def versions(model: Any) -> dict[str, str]:
+def versions(model: CausalLM) -> dict[str, str]:
     """`library_versions`, and the model's device names, its dtype, and the number of CPU threads."""
     import torch
 
@@ -38,7 +42,7 @@ def versions(model: Any) -> dict[str, str]:
     }
 
 
-def _name(device: Any) -> str:
+def _name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ A trained method moves them by far more."""
 class Fingerprint:
     """Checksums of parameters and saved buffers, modules with their modes and hooks, and the logits of a trial run."""
 
-    tensors: dict[str, tuple[Any, ...]]
+    tensors: dict[str, tuple[object, ...]]
     modules: dict[str, tuple[object, ...]]
     logits: Tensor
 

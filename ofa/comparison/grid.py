@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any, Literal, TypeVar
 
@@ -133,7 +133,7 @@ def _items(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _unique(items: Any) -> list[object]:
+def _unique(items: Iterable[object]) -> list[object]:
     kept: list[object] = []
     for item in items:
         if item not in kept:

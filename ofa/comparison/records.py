@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from ofa.errors import InputError
+from ofa.files import Json
 
 PROTOCOL = 1
 """Version of the measurements: incremented whenever the same cell would give another result."""
@@ -31,7 +31,7 @@ class Cell:
     seed: int
     shots: int
     test_size: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -53,7 +53,7 @@ class Score:
     latency of a prediction, `extra_tokens` the tokens in front of every prompt.
     """
 
-    metrics: Mapping[str, Any]
+    metrics: Json
     predictions: tuple[int, ...]
     truth: tuple[int, ...]
     seconds_per_text: float
@@ -85,7 +85,7 @@ class Record:
     shots_sha256: str = ""
     finished: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
     protocol: int = PROTOCOL
 
     @property
@@ -123,6 +123,6 @@ class Record:
             raise InputError(f"{where} is no record of a comparison ({error}): remove the line") from error
 
 
-def _score(values: Mapping[str, Any]) -> Score:
+def _score(values: Json) -> Score:
     lists = {name: tuple(values[name]) for name in ("predictions", "truth")}
     return Score(**{**values, **lists})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ofa.errors import InputError
+from ofa.files import Json
 
 CONTENT_FREE = ("N/A", "[MASK]", "-")
 """The paper has an empty text instead of the dash, but prompts here always have a text."""
@@ -42,7 +42,7 @@ class Calibration:
         return {**asdict(self), "prior": list(self.prior)}
 
 
-def calibration_from(details: Mapping[str, Any], labels: Sequence[str]) -> Calibration | None:
+def calibration_from(details: Json, labels: Sequence[str]) -> Calibration | None:
     """The calibration in an adapter's `ofa_config.json`; None if it has none.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ofa.errors import InputError
 from ofa.evaluation.encoding import collate
 from ofa.models.introspection import accepted_arguments, model_window
 from ofa.models.types import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedConfig
 
 Intervention = Callable[[Tensor], AbstractContextManager[None]]
 """From the column (B,), int64, of each prompt's last token in the input to a context manager around the forward."""
@@ -104,7 +107,7 @@ class PrefixCache:
             columns.append(score if len(word) == 1 else score + self._rest_of_word(cache, mask, lengths, word))
         return torch.stack(columns, dim=1)
 
-    def _rest_of_word(self, cache: Any, mask: Tensor, lengths: Tensor, word: Sequence[int]) -> Tensor:
+    def _rest_of_word(self, cache: DynamicCache, mask: Tensor, lengths: Tensor, word: Sequence[int]) -> Tensor:
         read, targets = (torch.tensor(part).expand(len(lengths), -1) for part in (word[:-1], word[1:]))
         positions = self._start + lengths[:, None] + torch.arange(read.shape[1])
         mask = self._with_prefix(torch.cat([mask, torch.ones_like(read)], dim=1))
@@ -112,7 +115,9 @@ class PrefixCache:
         logits = self._run(read, mask, positions, torch.arange(read.shape[1]), grown).float()
         return _log_probabilities_of(logits, targets.to(logits.device)).sum(1)
 
-    def _logits_at(self, sequences: Sequence[Sequence[int]], positions: Tensor, cache: Any = None) -> Tensor:
+    def _logits_at(
+        self, sequences: Sequence[Sequence[int]], positions: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
         """Logits (B, K, vocabulary), float32, at `positions` (B, K) of the sequences, counted from the prefix's end.
 
         The first position of a row is the last token of its prompt.
@@ -132,7 +137,9 @@ class PrefixCache:
         rows = torch.arange(len(sequences))[:, None]
         return logits[rows.to(logits.device), places.to(logits.device)].float()
 
-    def _run(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, read: Tensor, cache: Any) -> Tensor:
+    def _run(
+        self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, read: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
         """Logits (B, len(read), vocabulary); appends the input to `cache` if there is one."""
         device = next(self.model.parameters()).device
         arguments: dict[str, Any] = {}
@@ -161,7 +168,7 @@ class PrefixCache:
         return torch.cat([mask.new_ones(len(mask), len(self.kept)), mask], dim=1)
 
 
-def _cache_from(layers: Sequence[Any], batch: int) -> Any:
+def _cache_from(layers: Sequence[Any], batch: int) -> DynamicCache:
     """A cache that starts with `layers`, expanded to `batch` rows."""
     from transformers import DynamicCache
 
@@ -199,7 +206,7 @@ def _learns_positions(model: CausalLM) -> bool:
     return window is not None and any(table.num_embeddings >= window for table in tables)
 
 
-def _rotates_by_length(config: Any) -> bool:
+def _rotates_by_length(config: PreTrainedConfig) -> bool:
     parameters = getattr(config, "rope_parameters", None) or {}
     # Models with several layer types have one set of parameters per type.
     sets = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ofa.errors import InputError
+from ofa.files import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ METHODS = {
 _UNREGULARIZED = {"step_ratio": 0.0, "sharpness": 0.0}
 _SHARPNESS = {"sharpness": 0.1}
 
-SPECIAL_CASES: dict[str, dict[str, Any]] = {
+SPECIAL_CASES: dict[str, Json] = {
     "lora-r1": {"rank": 1},
     "lora-ofa": {"with_norms": True, "defaults": _SHARPNESS},
     "ia3-ofa": {"with_norms": True, "defaults": _SHARPNESS},
@@ -107,7 +108,7 @@ class Predictor:
     training: TrainingResult | None = None
     contexts: tuple[str, ...] = ("prompt", "demonstrations")
     stored_bytes: int = 0
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
 
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text."""
@@ -165,12 +166,12 @@ def method(name: str) -> Callable[..., Predictor]:
     return _special(name, fit, SPECIAL_CASES[name]) if name in SPECIAL_CASES else fit
 
 
-def _special(name: str, fit: Callable[..., Predictor], case: Mapping[str, Any]) -> Callable[..., Predictor]:
+def _special(name: str, fit: Callable[..., Predictor], case: Json) -> Callable[..., Predictor]:
     """`fit` with fixed options, which are no part of its signature."""
     from ofa.methods.options import special_case
 
     @wraps(fit)
-    def special(*given: Any, **options: Any) -> Predictor:
+    def special(*given: object, **options: object) -> Predictor:
         return fit(*given, **special_case(name, options, **case))
 
     signature = inspect.signature(fit)
@@ -179,7 +180,7 @@ def _special(name: str, fit: Callable[..., Predictor], case: Mapping[str, Any]) 
     return special
 
 
-def default_method(settings: Mapping[str, Any]) -> str:
+def default_method(settings: Json) -> str:
     """Norm tuning, or the method with the terms whose weights are among the settings."""
     if settings.get("sharpness"):
         return "ofa"

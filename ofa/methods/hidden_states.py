@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def last_hidden_states(scorer: Scorer, texts: Sequence[str], progress: Progress 
     LoRA and IA3 in PEFT's wrapper count; its soft prompt, which is no part of the layers, does not.
     """
     prompts = scorer.encoder.encode_prompts(texts)
-    model: Any = scorer.model
+    model = scorer.model
     body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     device = next(scorer.model.parameters()).device
     extra = {"use_cache": False} if "use_cache" in accepted_arguments(body) else {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy
 from ofa.anatomy.module_io import hidden_output, replace_hidden_output
@@ -164,7 +165,7 @@ class Mixture:
         self._lambda = nn.Parameter(torch.full((len(vectors),), LAMBDA, device=device), requires_grad=False)
         self._beta = nn.Parameter(torch.full((len(vectors),), BETA, device=device), requires_grad=False)
         self._noise: _Noise | None = None
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     @property
     def coefficients(self) -> Tensor:

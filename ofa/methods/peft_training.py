@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from ofa.adapters.attach_peft import attach_adapter
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
+from ofa.files import Json
 from ofa.methods import Predictor
 from ofa.methods.options import without_regularizers
 from ofa.models.introspection import model_window
@@ -45,7 +46,7 @@ def fit_adapter(
     progress: Callable[[StepRecord, int], None] | None = None,
     scored_by: type[Scorer] = Scorer,
     with_norms: bool = False,
-    notes: Mapping[str, object],
+    notes: Json,
     **settings: Any,
 ) -> Predictor:
     """Train only a PEFT adapter on the shots by cross-entropy.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from ofa.errors import InputError, first_sentence
 from ofa.models.embedded import check_gguf
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 _LONGEST_CONTEXT = 8192
 """Positions at most: memory for keys and values is taken for all of them at once."""
@@ -108,7 +111,7 @@ class AddedToken:
 class LlamaCppModel(nn.Module):
     """Logits and greedy completions, one sequence at a time."""
 
-    def __init__(self, llama: Any, window: int) -> None:
+    def __init__(self, llama: Llama, window: int) -> None:
         from transformers import PretrainedConfig
 
         super().__init__()
@@ -129,7 +132,7 @@ class LlamaCppModel(nn.Module):
         return SimpleNamespace(logits=logits)
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, pad_token_id: int, **_: Any
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, pad_token_id: int, **_: object
     ) -> Tensor:
         """A left-padded batch with its greedy completions."""
         new = torch.full((len(input_ids), max_new_tokens), pad_token_id)
@@ -184,7 +187,7 @@ class LlamaCppModel(nn.Module):
 class LlamaCppTokenizer:
     """llama.cpp's tokenizer of a file."""
 
-    llama: Any
+    llama: Llama
     added_tokens_decoder: dict[int, AddedToken]
     chat_template: str | None
 
@@ -195,10 +198,10 @@ class LlamaCppTokenizer:
 
     pad_token_id = eos_token_id
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
         """Token ids of a text, with the tokens that begin one unless they are not wanted; control tokens are read."""
         return {"input_ids": self.llama.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
 
-    def batch_decode(self, rows: Tensor, **_: Any) -> list[str]:
+    def batch_decode(self, rows: Tensor, **_: object) -> list[str]:
         """Texts of rows of ids, without control tokens."""
         return [self.llama.detokenize(row).decode("utf-8", "replace") for row in rows.tolist()]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ofa import hub
 from ofa.errors import InputError, first_sentence
-from ofa.files import at_home
+from ofa.files import Json, at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
 from ofa.models.introspection import note_source
 from ofa.models.types import CausalLM, Tokenizer
@@ -360,7 +360,7 @@ def _where(origin: _Origin, trust_remote_code: bool) -> dict[str, bool]:
     return {"local_files_only": origin.local_only, "trust_remote_code": trust_remote_code}
 
 
-def _check_report(report: dict[str, Any]) -> None:
+def _check_report(report: Json) -> None:
     # transformers fills missing or mismatched tensors with random numbers without an error.
     if report["missing_keys"]:
         raise ValueError(f"it has no tensor for {min(report['missing_keys'])}")

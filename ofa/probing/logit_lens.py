@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ofa.anatomy.module_io import hidden_output, replace_hidden_output
 from ofa.models.introspection import accepted_arguments
 from ofa.models.types import CausalLM
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 _ROWS = 256
 """Hidden states decoded per forward: their logits over a vocabulary of 128,000 tokens take 130 MB."""
@@ -69,7 +72,7 @@ class LogitLens:
             output = self._run(torch.zeros(1, 1, dtype=torch.long))
         return output.logits.reshape(len(states), -1).float()
 
-    def _run(self, input_ids: Tensor, **arguments: object) -> Any:
+    def _run(self, input_ids: Tensor, **arguments: object) -> ModelOutput:
         return self.model(input_ids=input_ids.to(self._device), **self._no_cache, **arguments)
 
 

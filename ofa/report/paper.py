@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+
+from ofa.files import Json
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,6 @@ def paper_figures(model: str) -> Paper | None:
 
 
 @cache
-def _data() -> dict[str, Any]:
+def _data() -> Json:
     content: dict[str, object] = json.loads(files("ofa.report").joinpath("paper.json").read_text(encoding="utf-8"))
     return content

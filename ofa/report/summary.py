@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ofa.files import Json
 from ofa.report import verdicts
 from ofa.report.content import Comparison, Content, Contrast, Line
 
@@ -69,5 +69,5 @@ def _contrast(contrast: Contrast) -> dict[str, object]:
     }
 
 
-def _values(value: Any) -> Mapping[str, Any] | None:
+def _values(value: Any) -> Json | None:
     return None if value is None else asdict(value)

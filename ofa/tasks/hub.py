@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ofa.errors import InputError
 from ofa.tasks.columns import Columns, are_numbers, did_you_mean, find_column, sorted_labels
@@ -15,6 +15,9 @@ from ofa.tasks.hub_access import HubDataset, find_dataset
 from ofa.tasks.local import draft, examples_of, warn_of_number_labels
 from ofa.tasks.tables import Row, Table
 from ofa.tasks.task import Example, Task, TaskData
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -334,7 +337,7 @@ def _split_files(folder: Path, row: HubTask, split: str) -> list[Path]:
     raise InputError(f'{folder} has no parquet, jsonl or csv file of the split "{split}": copy all of {row.hub_id}')
 
 
-def _column_table(dataset: Any, where: str, columns: Columns) -> _Table:
+def _column_table(dataset: Dataset, where: str, columns: Columns) -> _Table:
     """Load only the columns of the template and of the label into memory.
 
     Raises:
@@ -345,7 +348,7 @@ def _column_table(dataset: Any, where: str, columns: Columns) -> _Table:
     return _table(dataset, where, [find_column(name, dataset.column_names, where, flags.get(name)) for name in wanted])
 
 
-def _table(dataset: Any, where: str, columns: Sequence[str]) -> _Table:
+def _table(dataset: Dataset, where: str, columns: Sequence[str]) -> _Table:
     """Load only the named columns that exist into memory."""
     import datasets
 

@@ -7,13 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ofa.errors import InputError
-from ofa.files import write_atomically
+from ofa.files import Json, write_atomically
 
 _LAYOUT = "1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,7 +29,7 @@ class Checkpoint:
     step: int
     passes: int
     seconds: float
-    run: dict[str, Any]
+    run: Json
     scales: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     best: tuple[int, float, dict[str, Tensor]] | None = None
@@ -131,7 +130,7 @@ def _first_values(tensor: Tensor, count: int = 16) -> list[float]:
     return tensor.detach().flatten()[:count].float().tolist()
 
 
-def _check_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same_run(path: Path, saved: Json, wanted: Json) -> None:
     changed = [name for name in wanted["config"] if saved["config"].get(name) != wanted["config"][name]]
     if changed:
         name = changed[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,9 @@ class FusedNorm(nn.Module):
     """The keywords of `dispatch.normalize`."""
     weight: Tensor
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Name the norm's own class in copies and pickles: the class made by `fuse` cannot be imported."""
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         return _blank, (self.own_class, *self.formula.values()), *reduced[2:]
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ofa.comparison.engines import Event, Placement, Ready, Source
@@ -68,7 +69,7 @@ def ray_engine(
 class RayEngine:
     """One actor for each placement, with `gpus` GPUs, which may be a fraction. See `Engine`."""
 
-    def __init__(self, ray: Any, source: Source, placements: Sequence[Placement], gpus: float) -> None:
+    def __init__(self, ray: ModuleType, source: Source, placements: Sequence[Placement], gpus: float) -> None:
         self._ray, self._source = ray, source
         self._placements, self._gpus = tuple(placements), gpus
 
@@ -93,7 +94,7 @@ class RayEngine:
 class _Remote:
     """Handle of an actor in the driver."""
 
-    def __init__(self, ray: Any, source: Source, placement: Placement, gpus: float) -> None:
+    def __init__(self, ray: ModuleType, source: Source, placement: Placement, gpus: float) -> None:
         self.placement = placement
         self.pid = 0
         self._ray = ray
@@ -141,7 +142,7 @@ class _Actor:
         return os.getpid(), self._runner.run(job)
 
 
-def _connect(ray: Any, address: str | None, cores: int) -> None:
+def _connect(ray: ModuleType, address: str | None, cores: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # Ray's default niceness of 15 starves workers on a busy machine.
@@ -170,7 +171,11 @@ def _check_address(address: str) -> None:
 
 
 def shared_placements(
-    nodes: Sequence[Any], workers: int | None, device: str, device_map: str | None, workers_per_gpu: int = 1
+    nodes: Sequence[Mapping[str, Any]],
+    workers: int | None,
+    device: str,
+    device_map: str | None,
+    workers_per_gpu: int = 1,
 ) -> tuple[list[Placement], float]:
     """The placements on these nodes, and the GPUs of each: a fraction if several workers share one."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]

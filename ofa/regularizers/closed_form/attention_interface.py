@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ofa.sharding import own_class
 from ofa_kernels.reference import Attends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PREFIX = "ofa_"
 
@@ -88,7 +91,7 @@ def _release(keys: list[int]) -> None:
                     config._attn_implementation = name
 
 
-def own_name(config: Any) -> str | None:
+def own_name(config: PreTrainedConfig) -> str | None:
     """The name of a configuration's attention function without our prefix, which copied configurations keep."""
     name: str | None = config._attn_implementation
     return None if name is None else name.removeprefix(PREFIX)
