@@ -109,7 +109,7 @@ def measured(
         test_size=len(tested),
         accuracy={arm: score.accuracy for arm, score in scores.items()},
         likelihood={arm: score.negative_log_likelihood for arm, score in scores.items()},
-        classes={arm: Counter(example.label for example in examples) for arm, examples in added.items()},
+        classes={arm: dict(Counter(example.label for example in examples)) for arm, examples in added.items()},
         commit=commit(),
     )
 
