@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,8 +86,8 @@ def _options(command: typer.core.TyperCommand) -> set[str]:
 
 
 def test_the_quickstart_can_be_followed(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `ofa` command of the page, in its order, on a tiny model and for two steps; its files are the page's."""
-    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    """Every `ofa` command of sections 1 to 5, in order, on a tiny model and for two steps, with the page's files."""
+    page, *_ = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").partition("## 6.")
     sessions = "\n".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL))
     (tmp_path / "new.csv").write_text(re.search(r"\$ cat new.csv\n(.*?)(?=\$ )", sessions, re.DOTALL)[1])  # type: ignore[index]
     (tmp_path / "ofa").symlink_to(ROOT / "ofa")
@@ -96,3 +98,25 @@ def test_the_quickstart_can_be_followed(tiny_folder: Path, tmp_path: Path, monke
         done(*command, *(["--model", tiny_folder, "--max-steps", 2] if command[0] == "fit" else []))
     assert len((tmp_path / "labelled.csv").read_text().splitlines()) == 3
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_twenty_texts_become_a_running_gguf_file_in_four_commands(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 6 of the quickstart, on a tiny model and for two steps; without llama.cpp the file is not run."""
+    *_, section = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").partition("## 6.")
+    lines = re.findall(r"^\$ (.*)$", section, re.MULTILINE)
+    commands = [shlex.split(line.removeprefix("ofa ")) for line in lines if line.startswith("ofa ")]
+    assert [command for command, *_ in commands] == ["fit", "evaluate", "merge", "predict"]
+    (tmp_path / "ofa").symlink_to(ROOT / "ofa")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_gguf, "base.gguf")
+    (data,) = (line for line in lines if line.endswith("> tickets.jsonl"))
+    subprocess.run(data, shell=True, check=True)
+    assert len(Path("tickets.jsonl").read_text().splitlines()) == 20
+    *before, last = commands
+    for command in before:
+        done(*command, *(["--max-steps", 2] if command[0] == "fit" else []))
+    assert Path("tuned.gguf").stat().st_size == tiny_gguf.stat().st_size
+    pytest.importorskip("llama_cpp", reason="the fourth command needs llama-cpp-python; the three before it ran")
+    assert "Billing" in done(*last, "--json").out
