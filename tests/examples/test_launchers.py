@@ -13,19 +13,15 @@ import torch
 
 from ofa.adapters.read import read_adapter
 from tests.examples.test_loops import run
+from tests.once import made_once
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+TOGETHER = ["ddp", "fsdp", "trainer"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
-COMMANDS = {
-    "ddp": [*TORCHRUN, "ddp.py"],
-    "fsdp": [*TORCHRUN, "fsdp.py"],
-    "trainer": [*TORCHRUN, "trainer.py"],
-    "accelerate": [*ACCELERATE, "accelerate_ddp.yaml", "accelerate_loop.py"],
-}
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 SECONDS = 240
-"""Seconds until a hanging rank is killed: ten times what the slowest example takes on one idle core."""
+"""Seconds until a hanging rank is killed: ten times what the slowest launch takes on one idle core."""
 
 
 def launch(*command: str) -> str:
@@ -55,14 +51,28 @@ def launch(*command: str) -> str:
     return printed
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_two_processes_end_where_the_plain_loop_ends(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def launched(request: pytest.FixtureRequest, tiny_folder: Path) -> Path:
+    """A folder with the adapter of every example, and what its launch printed."""
+
+    def launch_all(folder: Path) -> None:
+        options = ["--model", str(tiny_folder), "--epochs", "3", "--batch-size", "5"]
+        in_turn = [str(ROOT / "tests" / "examples" / "in_turn.py"), ",".join(TOGETHER), str(folder)]
+        accelerate = ["--config_file", "accelerate_ddp.yaml", "accelerate_loop.py", "--out", str(folder / "accelerate")]
+        printed = launch(*TORCHRUN, *in_turn, *options) + launch(*ACCELERATE, *accelerate, *options)
+        (folder / "printed").write_text(printed)
+
+    return made_once(request, "launchers", launch_all)
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, "accelerate"])
+def test_two_processes_end_where_the_plain_loop_ends(
+    name: str, launched: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     """Each process has five of the ten shots, the plain loop all of them."""
-    options = ["--model", str(tiny_folder), "--epochs", "3", "--batch-size", "5", "--out", str(tmp_path / "adapter")]
-    printed = launch(*COMMANDS[name], *options)
-    assert f"saved {tmp_path / 'adapter'}" in printed
+    assert f"saved {launched / name}" in (launched / "printed").read_text()
     plain = run("plain_loop", tiny_folder, tmp_path / "plain", "--batch-size", "10", rounds=3)
-    tuned = read_adapter(tmp_path / "adapter").parameters
+    tuned = read_adapter(launched / name).parameters
     assert tuned.keys() == plain.keys()
     for path, scale in plain.items():
         assert float((scale - 1).abs().max()) > 1e-3
