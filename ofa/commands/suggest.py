@@ -114,7 +114,10 @@ def suggest(
     elif out is None:
         _show(rows, task)
     tell_truncated(scorer.truncated)
-    notice(f"{len(rows):,} of {len(pool.texts):,} texts suggested{f': {out}' if out else ''}{pool.left_out}")
+    margins = [choice.margin for choice in choices]
+    sure = f"margins {min(margins):.2f} to {max(margins):.2f}"
+    where = f": {out}" if out else ""
+    notice(f"{len(rows):,} of {len(pool.texts):,} texts suggested, {sure}{where}{pool.left_out}")
 
 
 @dataclass(frozen=True)

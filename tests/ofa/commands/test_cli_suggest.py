@@ -73,7 +73,8 @@ def test_a_file_has_each_unlabelled_text_once_and_is_training_data_when_filled_i
     assert len({row["text"] for row in rows}) == 4
     assert {row["text"] for row in rows} <= set(POOL)
     assert {(row["label"], row["reason"]) for row in rows} == {("", "kept")}
-    assert "4 of 7 texts suggested" in told
+    margins = [float(row["margin"]) for row in rows]
+    assert f"4 of 7 texts suggested, margins {min(margins):.2f} to {max(margins):.2f}" in told
     assert "2 with labels, 1 repeated, 1 blank" in told
     assert "exists already" in ofa(*given).err
     filled = write_rows(
