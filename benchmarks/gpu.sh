@@ -57,7 +57,7 @@ part() { # part SECONDS NAME COMMAND...: run a command within so many seconds, i
 tests=(
   tests/ofa/regularizers/test_{exact,closed_form,hutchinson,objectives,guest,precision,compiled}.py tests/ofa/anatomy/test_steps.py tests/ofa/tuning/test_norms.py
   tests/ofa/regularizers/test_{attach,numbers,recompute,kernels}.py
-  tests/ofa/regularizers/test_{memory_savers,transformers_trainer,waiting}.py tests/ofa/anatomy/test_families_dropin.py tests/ofa/adapters/test_save_and_load.py tests/ofa/tuning/test_fused_norms.py
+  tests/ofa/regularizers/test_{memory_savers,transformers_trainer,waiting}.py tests/ofa/anatomy/test_families_dropin.py tests/ofa/adapters/test_save_and_load.py tests/ofa/anatomy/test_fused_norms.py
   tests/ofa/evaluation/test_scorer.py tests/ofa/probing/test_{layerwise,logit_lens}.py tests/benchmarks/test_algorithm1.py
   tests/ofa_kernels --ignore=tests/ofa_kernels/test_aot.py
 )

@@ -12,6 +12,8 @@ _LAZY = {
     "fused_regularizers": "ofa.regularizers.attach",
     "tune_norms": "ofa.tuning.norms",
     "restore_norms": "ofa.tuning.norms",
+    "fuse_layers": "ofa.anatomy.fused_layers",
+    "unfuse_layers": "ofa.anatomy.fused_layers",
     "relative_steps": "ofa.tuning.relative_steps",
     "graphed_step": "ofa.training.graphed_step",
     "save_adapter": "ofa.adapters.save_and_load",
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from ofa.adapters.save_and_load import load_adapter as load_adapter
     from ofa.adapters.save_and_load import merge as merge
     from ofa.adapters.save_and_load import save_adapter as save_adapter
+    from ofa.anatomy.fused_layers import fuse_layers as fuse_layers
+    from ofa.anatomy.fused_layers import unfuse_layers as unfuse_layers
     from ofa.evaluation.scorer import Evaluation as Evaluation
     from ofa.evaluation.scorer import Scorer as Scorer
     from ofa.evaluation.scorer import evaluate as evaluate

@@ -167,7 +167,7 @@ def curvature_cases(heads: Sequence[int], dtypes: Sequence[str], variants: Seque
 def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool) -> None:
     row = _row(z)
     for update in (z, None):
-        norm_step.forward(z, update, weight, weight if biased else None, *norm)
+        norm_step.forward(z, update, weight, weight if biased else None, *norm, measured=True)
     # All gradients; those of a norm without an update; those without one of the length.
     for stream, normalized, sqnorm in ((z, z, row), (None, z, None), (z, z, None)):
         norm_step.backward(z, z, weight, row, row, stream, normalized, sqnorm, None, norm[1], norm[2], biased)

@@ -24,7 +24,10 @@ from benchmarks import pages
 from tests.hub import OWNER_TOKEN, running_hub
 
 NAMES = (*pages.public("ofa"), *pages.public("ofa_kernels"), *pages.RETURNED)
-NEVER_RAISES = ("ofa.regularizers.attached",)
+NEVER_RAISES = (
+    "ofa.unfuse_layers",
+    "ofa.regularizers.attached",
+)
 OVERRIDDEN = ("shared_prefix", "batches")
 """Methods of `Scorer` that methods of adaptation override, and users do not call."""
 

@@ -79,7 +79,22 @@ def describe(model: CausalLM, anatomy: Anatomy, name: str) -> dict[str, object]:
         ],
         "first_layer": [_step(step) for step in (anatomy.sublayer_steps or anatomy.layer_steps) if step.layer == 0],
         "estimators": _estimators(model, anatomy),
+        "fused_layers": _fused_layers(model, anatomy),
     }
+
+
+def _fused_layers(model: CausalLM, anatomy: Anatomy) -> dict[str, object]:
+    """How many layers `ofa.fuse_layers` would fuse, and why not the others; dropout in training undoes it."""
+    from ofa.anatomy.fused_layers import fuse_layers, unfuse_layers
+    from ofa.models.introspection import dropout_rates, dropouts
+
+    kept = fuse_layers(model)
+    unfuse_layers(model)
+    rates = [rate for _, module in dropouts(model) for rate in dropout_rates(module)]
+    reasons = list(dict.fromkeys(kept.values()))
+    if max(rates, default=0.0) > 0 and len(kept) < len(anatomy.layers):
+        reasons.append(f"in training mode, dropout of {max(rates):g} needs the layers' own forward pass")
+    return {"count": len(anatomy.layers) - len(kept), "remark": "; ".join(reasons)}
 
 
 def _step(step: Step) -> dict[str, object]:
@@ -133,6 +148,9 @@ def _show(document: Json) -> None:
         verdict = "applies" if estimator["applies"] else "does not apply"
         remark = f" ({estimator['remark']})" if estimator["remark"] else ""
         facts.add_row("estimator", f"{estimator['name']}: {verdict}{remark}")
+    fused = document["fused_layers"]
+    remark = f" ({fused['remark']})" if fused["remark"] else ""
+    facts.add_row("fused layers", f"{fused['count']} of {document['layers']}{remark}")
     show(facts)
     steps = Table(title="steps of the first layer")
     for name in ("step", "branch", "preconditioned by", "starts at", "ends at", "reads", "scale"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy as anatomies
+from ofa.anatomy.fused_layers import fuse_layers, is_fused, unfuse_layers
 from ofa.errors import InputError
 from ofa.models.introspection import active_dropout, dropouts
 from ofa.regularizers import objectives
@@ -53,6 +54,7 @@ def fused_regularizers(
     into_loss: bool = False,
     seed: int = 0,
     tokens: str = "no-sinks",
+    fuse: bool = False,
 ) -> Regularizers:
     """Attach the step-ratio and sharpness regularizers of OFA (arXiv 2505.19107) to a Hugging Face model.
 
@@ -83,6 +85,7 @@ def fused_regularizers(
         tokens: which real tokens count for the step ratio: "no-sinks" leaves out the first one of every sequence and
             those of which one step is more than 10 times as long as the median of the row (massive activations);
             "all", as in the paper; or only the "last" one.
+        fuse: also `ofa.fuse_layers(model)`, until `close()`; lengths of steps are then measured by the residual sums.
 
     Returns:
         The attached `Regularizers`; `penalty()` is the term to add to the loss.
@@ -124,7 +127,10 @@ def fused_regularizers(
     chosen: TraceEstimator = FullHutchinson()  # attaches no hooks: used if nothing is traced
     if sharpness > 0:
         chosen = choose(options, model, found)
-    return Regularizers(model, found, chosen, options, into_loss=into_loss)
+    regularizers = Regularizers(model, found, chosen, options, into_loss=into_loss)
+    if fuse and not is_fused(model):
+        regularizers._handles.append(_FusedLayers(model))
+    return regularizers
 
 
 def attached(model: nn.Module) -> Regularizers | None:
@@ -200,7 +206,14 @@ class Regularizers:
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
         self._meters = [
             BranchHooks(
-                model, index, step, branch, estimator, self._layers[step.layer], first=index == firsts[step.layer]
+                model,
+                index,
+                step,
+                branch,
+                estimator,
+                anatomy.layers[step.layer],
+                self._layers[step.layer],
+                first=index == firsts[step.layer],
             )
             for index, step in enumerate(steps if active else ())
             for branch in step.branches
@@ -420,6 +433,20 @@ class Regularizers:
                 f"dropout is active in {active}, but traces are defined without it; call model.eval() before training "
                 "(gradients still flow), or set its rate to 0"
             )
+
+
+class _FusedLayers:
+    """The layers fused for the regularizers, until removed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        fuse_layers(model)
+        self._model = weakref.ref(model)
+
+    def remove(self) -> None:
+        """Give the layers back their own forward pass."""
+        model = self._model()
+        if model is not None:
+            unfuse_layers(model)
 
 
 def _forgetting(regularizers: Regularizers) -> Callable[[object], None]:

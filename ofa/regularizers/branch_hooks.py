@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
+from ofa.anatomy.fused_layers import measure_next
 from ofa.anatomy.module_io import Arguments, hidden_input, hidden_output, replace_hidden_output, replace_tensors
 from ofa.anatomy.steps import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
@@ -29,6 +31,7 @@ class BranchHooks:
         step: Step,
         branch: Branch,
         estimator: TraceEstimator | None,
+        layer_path: str,
         layer: RecomputeTracker,
         *,
         first: bool,
@@ -36,6 +39,7 @@ class BranchHooks:
         self.index, self.step, self.branch, self.estimator = index, step, branch, estimator
         self.norm_module = model.get_submodule(branch.norm.path)
         self._layer = layer
+        self._layer_path, self._layer_module = layer_path, model.get_submodule(layer_path)
         self._first = first
         """Whether the step is the first of its layer, whose stream is the layer's input."""
         self._ends_its_step = len(step.branches) == 1 and not step.adds_in_place and branch.writes != "stream"
@@ -128,7 +132,8 @@ class BranchHooks:
         self.abandon()
         ends = self.current.unfinished.pop(self.index, {})
         leaving, sqnorm, trace = self._measure(stream, leaving, norm_input)
-        measured_here = self.current.lengths and sqnorm is None and self._ends_its_step
+        at_sum = self.current.lengths and self._leaves_length_to_the_sum()
+        measured_here = self.current.lengths and sqnorm is None and self._ends_its_step and not at_sum
         if measured_here:
             leaving, sqnorm = with_length(leaving)
         if self.step.adds_in_place:
@@ -141,8 +146,15 @@ class BranchHooks:
             ends[self.branch.exit] = BranchEnd(leaving - stream, None, trace, weight)
         else:
             ends[self.branch.exit] = BranchEnd(leaving, sqnorm, trace, weight)
-        self.current.finish_branches(self.index, self.step, ends)
+        self.current.finish_branches(self.index, self.step, ends, at_sum=at_sum)
         return output
+
+    def _leaves_length_to_the_sum(self) -> bool:
+        """Whether the layer's residual sum measures the step; the last of parallel branches is followed by it."""
+        assert self.current is not None
+        if self.step.branches[0].entry == self._layer_path:
+            return False
+        return measure_next(self._layer_module, partial(self.current.take_length, self.index))
 
     def _refuse_missing_gradient(self, leaving: Tensor) -> None:
         assert self.current is not None

@@ -13,6 +13,7 @@ from ofa.errors import InputError
 from ofa.regularizers import objectives
 from ofa.regularizers.objectives import BranchTrace
 from ofa.regularizers.sinks import counted_tokens
+from ofa.regularizers.step_length import with_length
 from ofa_kernels import dispatch
 
 
@@ -93,13 +94,24 @@ class MeasuredPass:
             self, keep=False, traced=traced, shape=None, squared_norms={}, traces={}, gradients={}, unfinished={}
         )
 
-    def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd]) -> None:
-        """Record the measurements of a step's branches, once all parallel branches are done."""
+    def take_length(self, index: int, update: Tensor, sqnorm: Tensor | None) -> Tensor:
+        """Record ‖update‖² of a step from its residual sum, which computed it or not; returns the update to add."""
+        if sqnorm is None:
+            update, sqnorm = with_length(update)
+        if self.keep:
+            self.squared_norms[index] = Rows(sqnorm, 1.0)
+        return update
+
+    def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd], *, at_sum: bool = False) -> None:
+        """Record the measurements of a step's branches, once all parallel branches are done.
+
+        With `at_sum`, `take_length` is called for the step's length.
+        """
         if len(ends) < len(step.branches):
             self.unfinished[index] = ends
             return
         parts = tuple(ends.values())
-        squared = _squared_length(parts) if self.lengths else None
+        squared = _squared_length(parts) if self.lengths and not at_sum else None
         if not self.keep:
             return
         if squared is not None:

@@ -13,7 +13,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa.adapters.folder import CHECKPOINT, METRICS
+from ofa.anatomy.fused_layers import fuse_layers, is_fused, unfuse_layers
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.files import claim_folder, claimed_folder
@@ -45,6 +46,7 @@ from ofa.training.loss import (
 from ofa.training.records import StepRecord, TrainingResult, read_metrics, write_metrics
 from ofa.tuning.norms import tune_norms
 from ofa.tuning.relative_steps import relative_steps
+from ofa_kernels import dispatch
 
 
 class Guidance(Protocol):
@@ -123,6 +125,7 @@ def train(
         claimed,
         evaluating(model),
         torch.enable_grad(),
+        _fused(model),
         _regularized(model, config) as regularizers,
         _stop_signals() as stop,
     ):
@@ -381,6 +384,20 @@ class _Run:
             return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
+
+
+@contextmanager
+def _fused(model: nn.Module) -> Iterator[None]:
+    """Fuse the decoder layers where the kernels run, unless they are fused or not recognized."""
+    fuses = dispatch.choose("norm_step", next(model.parameters())).name == "triton" and not is_fused(model)
+    if fuses:
+        with suppress(InputError):
+            fuse_layers(model)
+    try:
+        yield
+    finally:
+        if fuses:
+            unfuse_layers(model)
 
 
 def _regularized(model: nn.Module, config: TrainingConfig) -> AbstractContextManager[Regularizers | None]:

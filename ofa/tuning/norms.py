@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import anatomy, sharding
+from ofa.anatomy import fused_norms
 from ofa.errors import InputError
-from ofa.tuning import fused_norms
 from ofa.tuning.bitsandbytes_layers import TrainableLayers
 
 _originals: weakref.WeakKeyDictionary[nn.Module, _Original] = weakref.WeakKeyDictionary()
@@ -84,7 +84,7 @@ def restore_norms(model: nn.Module) -> None:
         handle.remove()
     for path, parameters in original.parameters.items():
         module = model.get_submodule(path)
-        fused_norms.restore(module)
+        fused_norms.restore(module, fused_norms.TUNED)
         for name, parameter in parameters.items():
             if original.in_place:
                 sharding.copy_to_shards(getattr(module, name), parameter)
@@ -182,7 +182,7 @@ def _hold(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
     for name, parameter in own.items():
         setattr(module, name, nn.Parameter(parameter.detach().to(wide, copy=True), requires_grad=False))
     if wide != narrow:
-        fused_norms.fuse(module, norm)
+        fused_norms.fuse(module, norm, fused_norms.TUNED)
         precision = _Precision(wide)
         original.handles.append(module.register_forward_pre_hook(precision.upcast))
         original.handles.append(module.register_forward_hook(precision.restore))
@@ -196,7 +196,7 @@ class _Precision:
 
     def upcast(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._given = args[0].dtype
-        if fused_norms.takes(module, args[0]):
+        if fused_norms.takes(module, args[0]) or fused_norms.known(module, args[0]) is not None:
             return args
         return (args[0].to(self._wide), *args[1:])
 

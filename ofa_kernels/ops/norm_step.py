@@ -14,7 +14,8 @@ from ofa_kernels.ops.launching import Arguments, Context, Derivative, ScaleGradi
 from ofa_kernels.reference.stream import moments, upcast
 
 library.define(
-    "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset) "
+    "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
+    "bool measured) "
     "-> (Tensor stream, Tensor normalized, Tensor update_sqnorm, Tensor rstd, Tensor mean)"
 )
 library.define(
@@ -33,12 +34,13 @@ def norm_step(
     eps: float,
     kind: str = "rms",
     offset: float = 0.0,
+    measured: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.norm_step`, in one sweep forward and one backward; differentiable as often as the reference."""
     reference.check_norm(residual, weight, bias, kind)
     if update is not None:
         reference.check_same_shape("update", update, "residual", residual)
-    stream, normalized, sqnorm, rstd, _ = call(residual, update, weight, bias, eps, kind == "layer", offset)
+    stream, normalized, sqnorm, rstd, _ = call(residual, update, weight, bias, eps, kind == "layer", offset, measured)
     if update is None:
         return residual, normalized, torch.zeros_like(rstd), rstd
     return stream, normalized, sqnorm, rstd
@@ -55,7 +57,7 @@ def normalize(
 ) -> Tensor:
     """As `reference.normalize`."""
     reference.check_norm(stream, weight, bias, kind)
-    normalized: Tensor = call(stream, None, weight, bias, eps, kind == "layer", offset)[1]
+    normalized: Tensor = call(stream, None, weight, bias, eps, kind == "layer", offset, False)[1]
     return normalized
 
 
@@ -67,11 +69,12 @@ def forward(
     eps: float,
     centred: bool,
     offset: float,
+    measured: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; `stream` and `update_sqnorm` are empty without an update, `mean` unless centred."""
     from ofa_kernels.kernels.norm_step import norm_step_forward
 
-    outputs = empty(residual, update, weight, bias, eps, centred, offset)
+    outputs = empty(residual, update, weight, bias, eps, centred, offset, measured)
     stream, normalized, sqnorm, rstd, mean = outputs
     width = residual.shape[-1]
     z, u = as_rows(residual, width), None if update is None else as_rows(update, width)
@@ -107,6 +110,7 @@ def empty(
     eps: float,
     centred: bool,
     offset: float,
+    measured: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of the forward pass, uninitialized."""
     rows = residual.shape[:-1]
@@ -200,25 +204,27 @@ def empty_gradients(
 
 
 def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, ...]) -> None:
-    residual, update, weight, bias, ctx.eps, ctx.centred, ctx.offset = inputs
-    stream, _, _, rstd, mean = output
-    ctx.biased = bias is not None
+    residual, update, weight, bias, ctx.eps, ctx.centred, ctx.offset, measured = inputs
+    stream, _, sqnorm, rstd, mean = output
+    ctx.biased, ctx.adds = bias is not None, update is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(residual if update is None else stream, update, weight, rstd, mean)
+    if not measured:
+        ctx.mark_non_differentiable(sqnorm)
+    ctx.save_for_backward(stream if ctx.adds else residual, update if measured else None, weight, rstd, mean)
 
 
 def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
-    _, update, *_ = saved = ctx.saved_tensors
+    saved = ctx.saved_tensors
     gradients: Callable[..., Any] = call_backward
     # Grad mode is on if create_graph=True, and the backward kernel has no derivative.
     if torch.is_grad_enabled() or any(map(_is_batched, grads)):
         gradients = partial(_gradients_written_out, eps=ctx.eps)
     grad_residual, grad_update, grad_weight, grad_bias = gradients(
         *saved,
-        grad_stream if update is not None else None,
+        grad_stream if ctx.adds else None,
         grad_normalized,
-        grad_sqnorm if update is not None else None,
+        grad_sqnorm if ctx.adds else None,
         grad_rstd,
         ctx.centred,
         ctx.offset,
@@ -226,9 +232,10 @@ def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, 
     )
     return (
         grad_residual,
-        None if update is None else grad_residual if grad_sqnorm is None else grad_update,
+        None if not ctx.adds else grad_residual if grad_sqnorm is None else grad_update,
         None if grad_normalized is None else grad_weight,
         None if grad_normalized is None or not ctx.biased else grad_bias,
+        None,
         None,
         None,
         None,

@@ -19,6 +19,7 @@ def norm_step(
     eps: float,
     kind: str = "rms",
     offset: float = 0.0,
+    measured: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Residual addition, norm, and the squared length of the update, per row.
 
@@ -33,6 +34,7 @@ def norm_step(
         weight: norm scale γ, (d,); `offset=1` for families that store γ − 1.
         bias: norm shift β, (d,), or None.
         eps: added to the second moment, in squared units of the stream.
+        measured: False if update_sqnorm needs no gradient; the update is then not kept for the backward pass.
 
     Returns:
         (residual, normalized) in the stream's dtype, (..., d), and (update_sqnorm, rstd = 1/σ), (...), in float32.
@@ -45,7 +47,7 @@ def norm_step(
         update_sqnorm = torch.zeros(residual.shape[:-1], dtype=opmath_dtype(residual.dtype), device=residual.device)
     else:
         check_same_shape("update", update, "residual", residual)
-        update_sqnorm = squared_norm(update)
+        update_sqnorm = squared_norm(update if measured else update.detach())
         residual = (upcast(residual) + upcast(update)).to(residual.dtype)
     normalized, rstd = _normalize(upcast(residual), weight, bias, eps, kind, offset)
     return residual, normalized.to(residual.dtype), update_sqnorm, rstd

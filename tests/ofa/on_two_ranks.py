@@ -28,6 +28,7 @@ import ofa
 from ofa import sharding
 from ofa.adapters.base_norms import fingerprints
 from ofa.tuning.norms import base_parameters
+from ofa_kernels import dispatch
 from tests.families import build, inputs
 from tests.ofa.traces import EVERY
 
@@ -276,6 +277,26 @@ def fsdp_averages_the_gradients_of_the_ranks(
     reg = ofa.fused_regularizers(model, **WEIGHTS, seed=dist.get_rank(), **options)
     actual = train(model, reg, name, rows_of(dist.get_rank()))
     assert_same(actual, averaged(name, checkpointing=checkpointing, **options))
+
+
+@cases(
+    *({"units": units, "order": order} for units in ("layers", "whole") for order in ("fuse shard", "shard fuse")),
+)
+def fsdp_trains_fused_layers_as_one_process(units: str, order: str) -> None:
+    """A sum computes the next norm ahead where the norm's scale is gathered, in the same unit."""
+    model: Any = model_of("gpt2")
+    ofa.tune_norms(model)
+    for what in order.split():
+        if what == "shard":
+            sharded(model, units)
+        else:
+            assert ofa.fuse_layers(model) == {}
+    reg = ofa.fused_regularizers(model, **WEIGHTS)
+    sums, norm_step = [], dispatch.norm_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "norm_step", lambda *args, **kw: sums.append(args) or norm_step(*args, **kw))
+        assert_same(train(model, reg, "gpt2", rows_of(dist.get_rank())), joined("gpt2"))
+    assert len(sums) == STEPS * (3 if units == "layers" else 6)
 
 
 @check

@@ -15,8 +15,9 @@ from tests.ofa_kernels.calls import DEVICE, OPERATIONS, as_tuple, call, draw
 Z, STACK, SCALE, ROW = draw(3, 20), draw(2, 3, 20, seed=1), draw(20, seed=2), draw(3, seed=3)
 NORM, PROBE = (1e-5, True, 1.0), (7, 3, False)
 ARGUMENTS = {
-    "norm_step": (Z, Z, SCALE, SCALE, *NORM),
-    "norm_step without update": (Z, None, SCALE, None, *NORM),
+    "norm_step": (Z, Z, SCALE, SCALE, *NORM, True),
+    "norm_step without update": (Z, None, SCALE, None, *NORM, True),
+    "norm_step unmeasured": (Z, Z, SCALE, None, *NORM, False),
     "norm_step_backward": (Z, Z, SCALE, ROW, ROW, Z, Z, ROW, ROW, True, 1.0, True),
     "perturb": (Z, None, SCALE, SCALE, *NORM, 2, 0.1, *PROBE),
     "perturb behind": (Z, Z, SCALE, None, *NORM, 2, 0.1, *PROBE),

@@ -485,6 +485,7 @@ def test_inspect_describes_the_model(tiny_folder: Path) -> None:
     norms = [branch["norm"] for step in document["first_layer"] for branch in step["branches"]]
     assert norms == ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"]
     assert {"name": "hutchinson", "applies": True, "remark": ""} in document["estimators"]
+    assert document["fused_layers"] == {"count": 3, "remark": ""}
 
 
 def test_inspect_describes_an_encoder_too(tiny_folder: Path, tmp_path: Path) -> None:
@@ -492,7 +493,10 @@ def test_inspect_describes_an_encoder_too(tiny_folder: Path, tmp_path: Path) -> 
     config = BertConfig(**families.SIZE, intermediate_size=48)
     BertLMHeadModel(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
-    assert done("inspect", tmp_path, "--json").json["family"] == "bert"
+    document = done("inspect", tmp_path, "--json").json
+    assert document["family"] == "bert"
+    remark = "in the wiring 'post norm' no norm follows a residual sum"
+    assert document["fused_layers"] == {"count": 0, "remark": remark}
 
 
 def test_inspect_shows_tables(tiny_folder: Path) -> None:

@@ -11,17 +11,20 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ofa
 from ofa.adapters.folder import METRICS
+from ofa.anatomy.fused_layers import is_fused
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.models.introspection import model_window
 from ofa.tasks.task import Example, Task
+from ofa.training import loop
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import Diverged, Interrupted, learning_rate, train
 from ofa.training.records import StepRecord, read_metrics
@@ -704,3 +707,13 @@ def test_a_separable_toy_task_is_learned(tiny_model, settings):
     assert result.records[-1].loss < 0.1 * result.records[0].loss
     scorer = Scorer(model, tokenizer, TASK)
     assert scorer.predict([example.text for example in examples]) == ["positive", "negative"]
+
+
+@pytest.mark.parametrize("chosen", ["triton", "reference"])
+def test_layers_are_fused_while_they_train_where_the_kernels_run(tiny_model, monkeypatch, chosen):
+    """Sums and norms would be launched one by one otherwise."""
+    monkeypatch.setattr(loop, "dispatch", SimpleNamespace(choose=lambda *given: SimpleNamespace(name=chosen)))
+    fused = []
+    run(tiny_model, progress=lambda record, total: fused.append(is_fused(tiny_model[0])))
+    assert set(fused) == {chosen == "triton"}
+    assert not is_fused(tiny_model[0])

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 import ofa
 from ofa import tuning
-from ofa.tuning import fused_norms
+from ofa.anatomy import fused_norms
 from ofa_kernels import dispatch
 from ofa_kernels.ops import launching
 from tests import families
