@@ -122,7 +122,7 @@ def _estimators(model: CausalLM, anatomy: Anatomy) -> list[dict[str, object]]:
     exact = {
         "name": "exact",
         "applies": reason is None,
-        "remark": reason or "closed form, no probes; what auto chooses",
+        "remark": reason or "closed form, no random probes; what auto chooses",
     }
     chosen = "" if reason is None else "what auto chooses"
     return [

@@ -56,7 +56,9 @@ def probe(
         list[Path] | None, typer.Argument(help="Adapter folders to compare with their base; without any, the base.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Probe with a class-balanced subset of this many.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the subsets and the demonstrations, and fixes the probes.")] = 42,
+    seed: Annotated[
+        int, typer.Option(help="Draws the subsets and the demonstrations, and fixes the random probes.")
+    ] = 42,
     linear_probe: Annotated[
         str | None,
         typer.Option(help="Training examples: also train a linear classifier on every layer's hidden states."),

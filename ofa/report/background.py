@@ -1,4 +1,4 @@
-"""Build the secondary tables: cells without a result, warnings, the paper's figures, versions."""
+"""Build the secondary tables: cells without a result, warnings, the paper's results, versions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ofa.comparison.outcomes import Draw
 from ofa.comparison.records import CONTEXTS
 from ofa.report import formatting as shown
 from ofa.report.content import Comparison, Content
-from ofa.report.paper import PaperFigure, paper_figures
+from ofa.report.paper import PaperResult, paper_results
 from ofa.report.statistics import Spread
 from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
 
@@ -48,9 +48,9 @@ def remarks(comparison: Comparison) -> Table:
 
 
 def paper(comparison: Comparison) -> Table | None:
-    """The paper's figures beside ours, in both contexts; None if the paper has none for this model."""
-    known = paper_figures(comparison.model)
-    if known is None or not known.figures:
+    """The paper's results beside ours, in both contexts; None if the paper has none for this model."""
+    known = paper_results(comparison.model)
+    if known is None or not known.results:
         return None
     columns = (
         Column("task", numeric=False),
@@ -62,15 +62,15 @@ def paper(comparison: Comparison) -> Table | None:
     told = {"prompt": "without", "demonstrations": "with", None: "not stated"}
     rows = [
         (
-            Entry(figure.task, figure.task),
-            Entry(figure.method, figure.method),
-            Entry(told[figure.context], told[figure.context]),
-            Entry(f"{100 * figure.accuracy:.4g}", figure.accuracy),
-            *(spread_entry(_here(comparison, figure, context), 0) for context in CONTEXTS),
+            Entry(result.task, result.task),
+            Entry(result.method, result.method),
+            Entry(told[result.context], told[result.context]),
+            Entry(f"{100 * result.accuracy:.4g}", result.accuracy),
+            *(spread_entry(_here(comparison, result, context), 0) for context in CONTEXTS),
         )
-        for figure in known.figures
+        for result in known.results
     ]
-    sources = dict.fromkeys(figure.source for figure in known.figures)
+    sources = dict.fromkeys(result.source for result in known.results)
     return Table(f"{known.model} in the paper", columns, tuple(rows), (known.citation + ".", known.protocol, *sources))
 
 
@@ -86,8 +86,8 @@ def versions(content: Content) -> Table:
     return Table("versions", columns, tuple(rows))
 
 
-def _here(comparison: Comparison, figure: PaperFigure, context: str) -> Spread | None:
-    """Our result on the task of a figure of the paper."""
-    line = comparison.named(figure.method, context)
+def _here(comparison: Comparison, result: PaperResult, context: str) -> Spread | None:
+    """Our result on the task of a result of the paper."""
+    line = comparison.named(result.method, context)
     tasks = line.tasks if line else {}
-    return next((spread for problem, spread in tasks.items() if problem.task == figure.task), None)
+    return next((spread for problem, spread in tasks.items() if problem.task == result.task), None)

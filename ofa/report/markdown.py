@@ -47,7 +47,7 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
             yield f"### Against {method}"
             yield _table(differences)
     paper = background.paper(comparison)
-    yield "### The paper's own figures"
+    yield "### The paper's own results"
     yield _table(paper) if paper else verdicts.NOT_IN_PAPER
     gaps = background.gaps(comparison)
     if gaps.rows:

@@ -1,4 +1,4 @@
-"""Look up the paper's own figures for a model, each with its source."""
+"""Look up the paper's own results for a model, each with its source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ofa.files import Json
 
 
 @dataclass(frozen=True)
-class PaperFigure:
+class PaperResult:
     """One accuracy of the paper, between 0 and 1; `context` is None if it is not known."""
 
     task: str
@@ -23,16 +23,16 @@ class PaperFigure:
 
 @dataclass(frozen=True)
 class Paper:
-    """The paper's figures for one model, under the paper's name of the model."""
+    """The paper's results for one model, under the paper's name of the model."""
 
     citation: str
     protocol: str
     model: str
-    figures: tuple[PaperFigure, ...]
+    results: tuple[PaperResult, ...]
 
 
-def paper_figures(model: str) -> Paper | None:
-    """The paper's figures for a model by hub id or folder; None for a model that the paper does not report.
+def paper_results(model: str) -> Paper | None:
+    """The paper's results for a model by hub id or folder; None for a model that the paper does not report.
 
     Names are compared without owner and case: a copy of the same weights counts, a chat-tuned variant does not.
     """
@@ -42,9 +42,9 @@ def paper_figures(model: str) -> Paper | None:
     if known is None:
         return None
     rows = [
-        {key: value for key, value in row.items() if key != "model"} for row in data["figures"] if row["model"] == known
+        {key: value for key, value in row.items() if key != "model"} for row in data["results"] if row["model"] == known
     ]
-    return Paper(data["paper"], data["protocol"], known, tuple(PaperFigure(**row) for row in rows))
+    return Paper(data["paper"], data["protocol"], known, tuple(PaperResult(**row) for row in rows))
 
 
 @cache

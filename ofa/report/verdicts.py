@@ -10,7 +10,7 @@ from ofa.report.content import NORM_TUNING, OFA, Comparison, Content, Contrast, 
 from ofa.report.statistics import FEWEST_PAIRS
 from ofa.report.table import WITH
 
-NOT_IN_PAPER = "The paper has no known figures for this model."
+NOT_IN_PAPER = "The paper has no known results for this model."
 NOTHING_TO_COMPARE = "There are no two rows with a pair of task and seed in common."
 NO_TERMS = f"The effect of J and H is unknown: {NORM_TUNING} and {OFA} have no pair of task and seed in common."
 NO_COMMAND = "The folder does not record its command."

@@ -66,7 +66,9 @@ class TrainingConfig(RegularizerOptions):
     )
     batch_size: int = Field(default=4, ge=1, description="Examples per forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
-    seed: int = Field(default=42, ge=-(2**63), lt=2**63, description="Fixes the shots, the batches and the probes.")
+    seed: int = Field(
+        default=42, ge=-(2**63), lt=2**63, description="Fixes the shots, the batches and the random probes."
+    )
 
     @property
     def peak_rate(self) -> float:

@@ -98,7 +98,7 @@ def test_figures_take_their_colors_from_the_page(document):
         "not run",
         COMMAND,
         "2.13.0",
-        "The paper has no known figures for this model",
+        "The paper has no known results for this model",
     ],
 )
 def test_the_page_tells(document, told):

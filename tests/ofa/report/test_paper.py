@@ -1,4 +1,4 @@
-"""The paper's figures stand only beside the model they were made with, and each has a source."""
+"""The paper's results stand only beside the model they were made with, and each has a source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from ofa.methods import METHODS
 from ofa.report import background
 from ofa.report.content import build
-from ofa.report.paper import paper_figures
+from ofa.report.paper import paper_results
 from tests.ofa.report.synthetic import record, with_accuracy
 
 
@@ -24,21 +24,21 @@ from tests.ofa.report.synthetic import record, with_accuracy
 )
 def test_a_model_is_the_papers_or_it_is_not(model, known):
     """A tuned variant of the same base is another model."""
-    found = paper_figures(model)
+    found = paper_results(model)
     assert (found.model if found else None) == known
 
 
-def test_every_figure_is_an_accuracy_with_its_source():
-    figures = paper_figures("Llama-2-7b-hf").figures
-    assert len(figures) == 5
-    for figure in figures:
-        assert 0.5 < figure.accuracy < 1
-        assert figure.method in METHODS
-        assert figure.context in ("prompt", "demonstrations", None)
-        assert "2505.19107" in figure.source
+def test_every_result_is_an_accuracy_with_its_source():
+    results = paper_results("Llama-2-7b-hf").results
+    assert len(results) == 5
+    for result in results:
+        assert 0.5 < result.accuracy < 1
+        assert result.method in METHODS
+        assert result.context in ("prompt", "demonstrations", None)
+        assert "2505.19107" in result.source
 
 
-def test_a_model_without_a_known_figure_has_no_table():
+def test_a_model_without_a_known_result_has_no_table():
     (comparison,) = build([record("ofa", {"prompt": with_accuracy(9)}, model="Llama-3-8B-Instruct")]).comparisons
     assert background.paper(comparison) is None
 
