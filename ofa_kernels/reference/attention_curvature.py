@@ -30,10 +30,10 @@ from ofa_kernels.reference.attention_heads import (
     check_window,
     per_query_head,
 )
-from ofa_kernels.reference.stream import upcast
+from ofa_kernels.reference.stream import thin_product, upcast
 
-BLOCK = 1 << 21
-"""Scores in memory at a time: 8 MB in float32."""
+BLOCK = 1 << 20
+"""Scores in memory at a time: 4 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class AttentionSums(NamedTuple):
     moved: Tensor | None
 
 
+NEVER = -1e20
+"""Added to scores of keys that a query may not attend to: their weight is 0, and so is their product with it."""
+
+
 def attention_curvature(
     query: Tensor,
     key: Tensor,
@@ -110,19 +114,19 @@ def attention_curvature(
     check_window(attends.window)
     (sequences, heads, tokens, _), shared = query.shape, key.shape[1]
     check_shapes({"weights": (weights, (sequences, tokens))})
-    q, k, v, o = (upcast(x) for x in (query, key, value, output))
-    values = per_query_head(v, heads)
+    q, k, v, o = (upcast(x).contiguous() for x in (query, key, value, output))
     w = upcast(weights).unsqueeze(1)
     query_weights = attends.scale * (w if query_norm is None else w * query_norm.hat()[1].squeeze(-1))
     angles = _angles(query_weights, rotary, q)
-    alpha = q.new_zeros(sequences, heads, tokens, angles.shape[-1])
+    alpha = angles.new_zeros(0)
     mean_keys, own, pulls, moves = [], [], [], []
     for rows, columns, raw, a, slope in score_blocks(q, k, attends):
         keys, size = k[:, :, columns], raw.shape[2]
         mean_keys.append(_mix(slope, keys))
-        alpha[:, :, columns] += slope.mT @ angles[:, :, rows].expand(-1, heads, -1, -1)
+        spread = slope.mT @ angles[:, :, rows].expand(-1, heads, -1, -1)
+        alpha = spread if size == tokens else _added(alpha, spread, columns, tokens)
         offset = rows.start - columns.start
-        own.append(torch.stack([x.diagonal(offset, -2, -1)[..., :size] for x in (a, slope)]))
+        own.append(torch.stack([x.diagonal(offset, -2, -1)[..., :size] for x in (a, slope, raw)]))
         if query_norm is not None:
             pulls.append(_covariance(slope * raw, v[:, :, columns], o[:, :, rows]))
         if move is not None:
@@ -131,34 +135,34 @@ def attention_curvature(
                 scores = _scores(attends.scale * upcast(move.query)[:, :, rows], keys)
             read = upcast(move.read_value)[:, :, columns], upcast(move.read_output)[:, :, rows]
             moves.append(_covariance(slope * scores, *read))
-    weight, own_slope = torch.cat(own, -1).unbind()
-    gap = values - o
-    first = _transposed_turns(alpha, k, rotary)
-    mean_key = torch.cat(mean_keys, 2) * query_weights.unsqueeze(-1)
-    mean_key = mean_key if rotary is None else rotary.turn(mean_key, -1.0)
-    query_sum = _outer(o, mean_key, _outer(values, first))
+    weight, own_slope, own_score = _joined(own, -1).unbind()
+    values = per_query_head(v, heads)
+    first = _turned_back(k, alpha, rotary)
+    query_sum = _outer(o, _turned_back(_joined(mean_keys, 2), angles, rotary), _outer(values, first))
     turned = q if rotary is None else rotary.turn(q, -1.0)
-    key_weights = attends.scale * w * own_slope
+    gap, key_weights = values - o, w * own_slope
     query_pull = key_pull = None
     if query_norm is not None:
         query_sum = query_sum * upcast(query_norm.weight)
-        query_pull = torch.cat(pulls, 2) * (query_weights / attends.scale).unsqueeze(-1)
+        query_pull = _joined(pulls, 2) * (query_weights / attends.scale).unsqueeze(-1)
         if not query_norm.joint:
             query_sum = query_sum - query_pull.mT @ query_norm.hat()[0] / query_norm.width
             query_pull = None
     if key_norm is not None:
         hat, rstd = key_norm.hat()
         key_weights = key_weights * per_query_head(rstd.expand(-1, shared, -1, -1), heads).squeeze(-1)
-        gamma = per_query_head(upcast(key_norm.weight).expand(1, shared, 1, -1), heads)
-        along = (q * per_query_head(k, heads)).sum(-1) * key_weights
-        key_pull = gap * along.unsqueeze(-1)
-        key_sum = _outer(gap * key_weights.unsqueeze(-1), turned * gamma)
+        turned = turned * per_query_head(upcast(key_norm.weight).expand(1, shared, 1, -1), heads)
+    key_sum = _outer(gap * (attends.scale * key_weights).unsqueeze(-1), turned)
+    if key_norm is not None:
+        key_pull = gap * (own_score * key_weights).unsqueeze(-1)
         if not key_norm.joint:
             key_sum = key_sum - key_pull.mT @ per_query_head(hat, heads) / key_norm.width
             key_pull = None
-    else:
-        key_sum = _outer(gap * key_weights.unsqueeze(-1), turned)
-    moved = None if move is None else torch.cat(moves, 2) + _own_move(move, q, k, weight, own_slope, attends.scale)
+    moved = None
+    if move is not None:
+        if move.key is not None:
+            own_score = attends.scale * (q * per_query_head(upcast(move.key), heads)).sum(-1)
+        moved = _joined(moves, 2) + _own_move(move, weight, own_slope * own_score)
     return AttentionSums(query_sum, key_sum, (w * weight).sum(-1), query_pull, key_pull, moved)
 
 
@@ -200,32 +204,33 @@ def score_blocks(q: Tensor, k: Tensor, attends: Attends) -> Iterator[tuple[slice
     """
     sequences, heads, tokens, _ = q.shape
     size = max(16, BLOCK // (sequences * heads * tokens))
+    scaled = attends.scale * k
+    # A soft-cap would bound the masked scores.
+    only_causal = attends.causal and attends.mask is None and attends.window is None and attends.softcap is None
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         columns = slice(*attends.keys(rows.start, rows.stop, tokens))
-        raw = _scores(attends.scale * q[:, :, rows], k[:, :, columns])
+        raw = _scores(q[:, :, rows], scaled[:, :, columns])
+        if only_causal:
+            count = rows.stop - rows.start
+            raw[..., rows] += raw.new_full((count, count), NEVER).triu(1)
         capped, kappa = raw, None
         if attends.softcap is not None:
             tanh = torch.tanh(raw / attends.softcap)
             capped, kappa = attends.softcap * tanh, 1 - tanh.square()
-        a = _softmax(capped, attends, rows, columns)
+        a = _softmax(capped, None if only_causal else attends.bias(rows, columns, raw), attends)
         yield rows, columns, raw, a, a if kappa is None else a * kappa
 
 
-def _softmax(scores: Tensor, attends: Attends, rows: slice, columns: slice) -> Tensor:
-    bias = attends.bias(rows, columns, scores)
+def _softmax(scores: Tensor, bias: Tensor | None, attends: Attends) -> Tensor:
     if bias is not None:
-        scores = scores + bias
-    sinks = attends.sinks
-    if attends.mask is None and sinks is None:
-        return torch.softmax(scores, -1)
-    # Fully masked queries, as at padding, have weights of 0.
-    some = (scores > -torch.inf).any(-1, keepdim=True)
-    scores = torch.where(some, scores, 0.0)
-    if sinks is None:
-        return torch.softmax(scores, -1) * some
-    total = torch.logaddexp(torch.logsumexp(scores, -1, keepdim=True), upcast(sinks).view(1, -1, 1, 1))
-    return torch.exp(scores - total) * some
+        scores = scores + bias.clamp(min=NEVER)
+    if attends.sinks is not None:
+        total = torch.logsumexp(scores, -1, keepdim=True)
+        return torch.exp(scores - torch.logaddexp(total, upcast(attends.sinks).view(1, -1, 1, 1)))
+    a = torch.softmax(scores, -1)
+    # Queries without keys, as at padding, have weights of 0.
+    return a if attends.mask is None or bias is None else a * (bias > -torch.inf).any(-1, keepdim=True)
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
@@ -235,7 +240,7 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _mix(weights: Tensor, rows: Tensor) -> Tensor:
     """Σ_j weights_ij row_j of heads that may share rows: (B, H, n, m) and (B, K, m, c) → (B, H, n, c)."""
-    return (_grouped(weights, rows) @ rows).view(*weights.shape[:3], rows.shape[-1])
+    return thin_product(_grouped(weights, rows), rows).reshape(*weights.shape[:3], rows.shape[-1])
 
 
 def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
@@ -265,21 +270,31 @@ def _angles(weights: Tensor, rotary: Rotary | None, heads: Tensor) -> Tensor:
     return torch.cat((turned, column), -1) if unturned else turned
 
 
-def _transposed_turns(alpha: Tensor, key: Tensor, rotary: Rotary | None) -> Tensor:
-    """Σ_i w_i a_ij R_iᵀk_j of every query head, (B, H, T, d), from the sums over queries."""
-    k = per_query_head(key, alpha.shape[1])
+def _turned_back(heads: Tensor, angles: Tensor, rotary: Rotary | None) -> Tensor:
+    """R_iᵀ of keys or query heads, (B, K or H, T, d), with factors in place of its cos, sin and 1: (B, H, T, d)."""
+    shared = heads.shape[1]
+    angles = angles.unflatten(1, (shared, -1)) if angles.shape[1] > 1 else angles.unsqueeze(1)
     if rotary is None:
-        return alpha * k
+        return (heads.unsqueeze(2) * angles).flatten(1, 2)
     count = rotary.cos.shape[-1]
-    cos, sin, one = alpha[..., :count], alpha[..., count : 2 * count], alpha[..., 2 * count :]
-    x, y, rest = rotary.pairs(k)
-    return rotary.join(cos * x + sin * y, cos * y - sin * x, one * rest)
+    cos, sin, rest = angles[..., :count], angles[..., count : 2 * count], angles[..., 2 * count :]
+    return rotary.mix(heads.unsqueeze(2), cos, sin, rest, -1.0).flatten(1, 2)
 
 
-def _own_move(move: Move, q: Tensor, k: Tensor, weight: Tensor, own_slope: Tensor, scale: float) -> Tensor:
+def _own_move(move: Move, weight: Tensor, slope: Tensor) -> Tensor:
     """The terms of the token's own key and value in δo_i."""
-    heads = q.shape[1]
-    key = k if move.key is None else upcast(move.key)
-    score = own_slope * scale * (q * per_query_head(key, heads)).sum(-1)
+    heads = weight.shape[1]
     gap = per_query_head(upcast(move.read_value), heads) - upcast(move.read_output)
-    return score.unsqueeze(-1) * gap + weight.unsqueeze(-1) * per_query_head(upcast(move.value), heads)
+    return slope.unsqueeze(-1) * gap + weight.unsqueeze(-1) * per_query_head(upcast(move.value), heads)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _added(total: Tensor, part: Tensor, columns: slice, tokens: int) -> Tensor:
+    """The sum of parts at ranges of the tokens, (B, H, T, ·); `total` is empty before the first."""
+    if not total.numel():
+        total = part.new_zeros(*part.shape[:2], tokens, part.shape[-1])
+    total[:, :, columns] += part
+    return total

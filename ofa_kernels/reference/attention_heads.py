@@ -26,9 +26,13 @@ class Rotary:
 
     def turn(self, heads: Tensor, sign: float = 1.0) -> Tensor:
         """R_i of every row of (B, H, T, d); its transpose R_iᵀ for `sign=-1`."""
-        cos, sin = upcast(self.cos).unsqueeze(1), sign * upcast(self.sin).unsqueeze(1)
-        x, y, rest = self.pairs(heads)
-        return self.join(x * cos - y * sin, y * cos + x * sin, rest)
+        return self.mix(upcast(heads), upcast(self.cos).unsqueeze(1), upcast(self.sin).unsqueeze(1), 1.0, sign)
+
+    def mix(self, heads: Tensor, cos: Tensor, sin: Tensor, rest: Tensor | float, sign: float) -> Tensor:
+        """Channel pairs (x, y) → (x cos − sign · y sin, y cos + sign · x sin), the other channels times `rest`."""
+        x, y, other = self.pairs(heads)
+        turned = torch.addcmul(x * cos, y, sin, value=-sign), torch.addcmul(y * cos, x, sin, value=sign)
+        return self.join(*turned, other * rest)
 
     def pairs(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x, y) of all pairs, (..., p) each, and the channels that are not rotated."""

@@ -15,7 +15,7 @@ from torch import Tensor
 TRANSPOSED = 1 << 20
 """Elements of W_d that are transposed at a time on a CPU: long rows are read in order, and the copy stays small."""
 
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 """Elements of W_d per product on a CPU, few enough to stay in the cache."""
 
 
@@ -80,13 +80,16 @@ def attention_trace(
     """
     check_attention_weights(query, key, value, output, factor)
     to_query, to_key, to_value = sums
-    query, key, value, output = _per_query_head(query, key, value, output, to_query.dtype)
+    query, key, value, output = (weight.to(to_query.dtype) for weight in (query, key, value, output))
     scaled = output * factor.unsqueeze(1)
     if scale is not None:
         scaled = scaled - scale.unsqueeze(1) * (scale @ output).unsqueeze(1) / len(scale)
-    trace = to_query.flatten(1) @ (query @ scaled).mT.flatten()
-    trace = trace + to_key.flatten(1) @ (key @ scaled).mT.flatten()
-    return trace + to_value @ (value.mT * scaled).sum((1, 2))
+    groups = len(query) // len(key)
+    of_query = query @ scaled
+    of_key = (key @ _shared(scaled, groups)).unflatten(-1, (groups, -1)).transpose(1, 2)
+    of_value = (value.unsqueeze(1) * scaled.mT.unflatten(0, (-1, groups))).sum((2, 3))
+    trace = to_query.flatten(1) @ of_query.mT.flatten() + to_key.flatten(1) @ of_key.mT.flatten()
+    return trace + to_value @ of_value.flatten()
 
 
 def attention_diagonal(
@@ -112,11 +115,18 @@ def attention_diagonal(
     """
     check_attention_weights(query, key, value, output, scale)
     to_query, to_key, to_value = sums
-    query, key, value, output = _per_query_head(query, key, value, output, to_query.dtype)
-    inner = torch.baddbmm(value * to_value.view(-1, 1, 1), to_query, query).baddbmm(to_key, key)
-    diagonal = (inner * output.mT).sum((0, 1))
-    image = None if scale is None else (output @ (inner @ scale).unsqueeze(-1)).sum(0).squeeze(-1)
-    return diagonal, image
+    query, key, value, output = (weight.to(to_query.dtype) for weight in (query, key, value, output))
+    groups = len(query) // len(key)
+    of_query = to_query.mT @ output.mT
+    of_key = to_key.unflatten(0, (-1, groups)).flatten(1, 2).mT @ _shared(output, groups).mT
+    of_value = torch.einsum("kg,kgdw->kdw", to_value.view(-1, groups), output.unflatten(0, (-1, groups))).mT
+    diagonal = (of_query * query).sum((0, 1)) + (of_key * key).sum((0, 1)) + (of_value * value).sum((0, 1))
+    if scale is None:
+        return diagonal, None
+    images = (weight @ scale for weight in (query, key, value))
+    q, k, v = (image.repeat_interleave(len(query) // len(image), 0).unsqueeze(-1) for image in images)
+    along = to_query @ q + to_key @ k + to_value.view(-1, 1, 1) * v
+    return diagonal, (output @ along).sum(0).squeeze(-1)
 
 
 def check_mlp_weights(weights: Sequence[Tensor], down: Tensor, sums: Sequence[Tensor]) -> None:
@@ -146,10 +156,7 @@ def _blocks(weight: Tensor, rows: slice, elements: int) -> Iterator[slice]:
         yield slice(first, min(first + size, rows.stop))
 
 
-def _per_query_head(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """The weights in one dtype, with key and value heads repeated for every query head."""
-    groups = len(query) // len(key)
-    key, value = (weight.to(dtype).repeat_interleave(groups, 0) for weight in (key, value))
-    return query.to(dtype), key, value, output.to(dtype)
+def _shared(output: Tensor, groups: int) -> Tensor:
+    """W_o of the query heads that share a key head, side by side: (H, d, width) → (K, d, H/K · width)."""
+    heads, rows, _ = output.shape
+    return output.transpose(0, 1).reshape(rows, heads // groups, -1).transpose(0, 1)

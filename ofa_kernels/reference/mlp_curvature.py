@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ofa_kernels.reference.stream import check_same_shape, upcast
+from ofa_kernels.reference.stream import check_same_shape, thin_product, upcast
 
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 """Pre-activations per block on a CPU, few enough that intermediates stay in the cache."""
 
 
@@ -61,7 +61,7 @@ def mlp_curvature(
         sums.append(tuple((w @ part).squeeze(1) for part in (slope, phi) if part is not None))
         if read is not None:
             assert change is not None
-            moved.append(change @ upcast(read).mT)
+            moved.append(thin_product(change, upcast(read).mT))
     totals = [torch.stack(parts).sum(0) if len(sums) > 1 else parts[0] for parts in zip(*sums, strict=True)]
     return totals[0], totals[1] if up is not None else None, torch.cat(moved, 1) if read is not None else None
 

@@ -275,6 +275,13 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor.to(opmath_dtype(tensor.dtype))
 
 
+def thin_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """A matrix product; on a CPU few columns go through the transpose, where BLAS is up to four times as fast."""
+    if rows.device.type != "cpu" or columns.shape[-1] >= 16:
+        return rows @ columns
+    return (columns.mT @ rows.mT).mT
+
+
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     # A table, since `promote_types` goes through PyTorch's dispatcher and this is called for every tensor.
     return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)

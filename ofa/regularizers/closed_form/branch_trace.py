@@ -37,7 +37,7 @@ from ofa.regularizers.closed_form.taps import AttentionSeen, ExpertsSeen, MlpSee
 from ofa.regularizers.objectives import BranchTrace
 from ofa_kernels import dispatch
 from ofa_kernels.reference import AttentionSums, HeadNorm, Move, Rotary, per_query_head
-from ofa_kernels.reference.stream import moments, upcast
+from ofa_kernels.reference.stream import moments, thin_product, upcast
 
 RADIAL = ("channels", "exact", "none")
 """How to compute the terms that need A_i token by token: through a few channels, through all of them, or not."""
@@ -346,13 +346,13 @@ class AttentionBody:
 
     def sums(self, weights: Tensor, read: Tensor | None, beta: Tensor | None) -> Sums:
         call, (query_norm, key_norm) = self._call, self._norms
-        last = self._modules.output.weight()
-        move = None if read is None else self._move(beta, last, read)
+        last, output = self._modules.output.weight(), self._output()
+        move = None if read is None else self._move(beta, last, read, output)
         sums = dispatch.attention_curvature(
             call.query,
             call.key,
             call.value,
-            self._output(),
+            output,
             weights,
             call.attends,
             rotary=self._rotary,
@@ -381,7 +381,7 @@ class AttentionBody:
         query_norm, key_norm = self._norms
         query = query if query_norm is None else query_norm.pull(query)
         key = key if key_norm is None else key_norm.pull(key)
-        weights = self._weights()[:3]
+        weights = self.weights()[:3]
         return sum(
             (
                 x.transpose(1, 2).flatten(2) @ upcast(w).flatten(0, 1)
@@ -392,7 +392,7 @@ class AttentionBody:
 
     def joint_diagonal(self, sums: AttentionSums) -> Tensor | None:
         """The term of norms over all heads together in the diagonal of every sequence, (B, d), to subtract."""
-        query, key, *_ = self._weights()
+        query, key, *_ = self.weights()
         last, total = upcast(self._modules.output.weight()), None
         for pull, norm, weight in ((sums.query_pull, self._norms[0], query), (sums.key_pull, self._norms[1], key)):
             if pull is None or norm is None:
@@ -403,12 +403,23 @@ class AttentionBody:
             total = part if total is None else total + part
         return total
 
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W_q, (H, width, d), W_k and W_v, (K, width, d), and W_o, (H, d, width), of every head."""
+        modules, shape = self._modules, self._spec.shape
+        weights = modules.query.weight(), modules.key.weight(), modules.value.weight()
+        query, key, value = shape.split(self._spec.layout, weights)
+        if self._spec.query_factor != 1:
+            # In float32: a factor that is not a power of two would round in half precision.
+            query = upcast(query) * self._spec.query_factor
+        output = modules.output.weight().unflatten(1, (shape.heads, -1)).transpose(0, 1)
+        return query, key, value, output
+
     def _output(self) -> Tensor:
         return self._seen.output.unflatten(-1, (self._spec.shape.heads, -1)).transpose(1, 2)
 
-    def _move(self, beta: Tensor | None, last: Tensor, read: Tensor) -> Move:
+    def _move(self, beta: Tensor | None, last: Tensor, read: Tensor, output: Tensor) -> Move:
         """The change of the token's own query, key and value along ñ, which excludes biases."""
-        call, heads, output = self._call, self._spec.shape.heads, self._output()
+        call, heads = self._call, self._spec.shape.heads
         shifts = head_shifts(self._modules, self._spec, beta)
         query, key = (
             _moved(x, shift, norm, self._rotary)
@@ -420,30 +431,20 @@ class AttentionBody:
             return Move(query, key, moved, value, upcast(output))
         # (B, H, e, m): the rows of W_o that are read.
         rows = upcast(last[read]).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-        values = per_query_head(value, heads) @ rows
-        moved_values = values if shifts[2] is None else per_query_head(moved, heads) @ rows
-        return Move(query, key, moved_values, values, upcast(output) @ rows)
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        modules, shape = self._modules, self._spec.shape
-        weights = modules.query.weight(), modules.key.weight(), modules.value.weight()
-        query, key, value = shape.split(self._spec.layout, weights)
-        if self._spec.query_factor != 1:
-            # In float32: a factor that is not a power of two would round in half precision.
-            query = upcast(query) * self._spec.query_factor
-        output = modules.output.weight().unflatten(1, (shape.heads, -1)).transpose(0, 1)
-        return query, key, value, output
+        values = thin_product(per_query_head(value, heads), rows)
+        moved_values = values if shifts[2] is None else thin_product(per_query_head(moved, heads), rows)
+        return Move(query, key, moved_values, values, thin_product(upcast(output), rows))
 
 
 class _AttentionSums:
     def __init__(self, body: AttentionBody, sums: AttentionSums, moved: Tensor | None) -> None:
-        self._body, self._sums, self.moved = body, sums, moved
+        self._sums, self.moved = sums, moved
+        self._weights = body.weights()
         self._joint = body.joint_diagonal(sums)
 
     def trace(self, factor: Tensor, scale: Tensor | None) -> Tensor:
-        sums, weights = self._sums, self._body._weights()
-        factor = factor.expand(weights[3].shape[1])
-        trace = dispatch.attention_trace(*weights, (sums.query, sums.key, sums.value), factor, scale)
+        sums, factor = self._sums, factor.expand(self._weights[3].shape[1])
+        trace = dispatch.attention_trace(*self._weights, (sums.query, sums.key, sums.value), factor, scale)
         return trace if self._joint is None else trace - self._joint @ factor
 
     def diagonal(self, slopes: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -453,7 +454,7 @@ class _AttentionSums:
             return (slopes @ x.flatten(1)).view(x.shape[1:])
 
         weighted = weigh(sums.query), weigh(sums.key), weigh(sums.value)
-        diagonal, image = dispatch.attention_diagonal(*self._body._weights(), weighted, scale)
+        diagonal, image = dispatch.attention_diagonal(*self._weights, weighted, scale)
         return diagonal if self._joint is None else diagonal - slopes @ self._joint, image
 
 
