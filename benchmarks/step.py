@@ -1,4 +1,4 @@
-"""Times one training step of every variant, in interleaved rounds, and writes times and counts as one long table.
+"""Times one training step of every variant, in interleaved rounds, and writes times, peak memory and counts.
 
 python -m benchmarks.step --out benchmarks/results/step_cpu.csv
 """
@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import nan
 from pathlib import Path
 from statistics import median, quantiles
@@ -16,6 +17,7 @@ from statistics import median, quantiles
 import torch
 import transformers
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import cost
 from benchmarks.table import commit, cpu, significant, writing
@@ -32,6 +34,7 @@ from benchmarks.workloads import (
 )
 
 ROUNDS = 5
+WHAT = ("counts", "peak", "times")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,23 @@ def interleaved(workload: Workload, model: nn.Module, rounds: int, variants: Seq
     return times
 
 
+def peak_bytes(workload: Workload, model: nn.Module, variant: str) -> int:
+    """The most bytes that are allocated at a time in one training step, without those before it."""
+    ids, attached = batch(workload), VARIANTS[variant](model, 0)
+    try:
+        step(model, ids, attached)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step(model, ids, attached)
+    finally:
+        if attached is not None:
+            attached.close()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(changes))
+
+
 def table(costs: dict[str, cost.Cost], times: dict[str, Sequence[Times]], plain: dict[str, Sequence[Times]]) -> str:
     """Wall-clock time; both times, FLOPs and saved bytes relative to plain, whose steps each variant has beside it."""
     lines = [f"{'variant':20} {'ms':>9} {'wall':>7} {'CPU':>7} {'FLOPs':>7} {'saved':>7}"]
@@ -127,23 +147,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="plain and others"
     )
-    parser.add_argument("--what", choices=["both", "counts", "times"], default="both", help="counts take minutes too")
+    parser.add_argument("--layers", type=int, help="layers of the model, with a vocabulary in proportion")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="each takes minutes")
     options = parser.parse_args(arguments)
     with writing(options.out, Row) as write:
         for workload in cost.WORKLOADS:
             if options.only in (None, workload.label):
-                write(_measure(workload, options.rounds, options.what, options.variants))
+                shown = workload if options.layers is None else workload.shortened(options.layers)
+                write(_measure(shown, options.rounds, options.what, options.variants))
 
 
-def _measure(workload: Workload, rounds: int, what: str, variants: Sequence[str]) -> Iterator[Row]:
+def _measure(workload: Workload, rounds: int, what: Sequence[str], variants: Sequence[str]) -> Iterator[Row]:
     model = build(workload)
     row = _row_maker(workload)
     costs: dict[str, cost.Cost] = {}
-    if what != "times":
+    if "counts" in what:
         costs = {variant: cost.count(workload, model, variant) for variant in variants}
         yield from _cost_rows(costs, row)
-    if workload.name != SMOLLM2_135M.name or what == "counts":
+    if not workload.name.startswith(SMOLLM2_135M.name):
         # Single-precision arithmetic of a 7B shape on a CPU says nothing about where it is used.
+        return
+    if "peak" in what:
+        peaks = {variant: peak_bytes(workload, model, variant) for variant in variants}
+        for variant, peak in peaks.items():
+            yield row(variant, "peak_bytes", peak, "B")
+            yield row(variant, "peak_bytes_ratio", peak / peaks[PLAIN], "1")
+    if "times" not in what:
         return
     times = interleaved(workload, model, rounds, variants)
     print(workload.label, table(costs, times, dict.fromkeys(times, times[PLAIN])), sep="\n")

@@ -1,74 +1,92 @@
-"""Where the time of a step with the closed form goes on a CPU: `python -m benchmarks.step_profile`."""
+"""Where the CPU time of the exact sharpness goes, by operation: `python -m benchmarks.step_profile`.
+
+The thread's own time, which other processes disturb less than wall clock; each operation without those inside it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.workloads import PLAIN, SMOLLM2_135M, VARIANTS, batch, build, step
+from benchmarks.workloads import SMOLLM2_135M, VARIANTS, batch, build, step
+from ofa.regularizers.closed_form import branch_trace
+from ofa.regularizers.estimators import exact
+from ofa_kernels import dispatch
 
-PARTS = {
-    "products of the model's weights": ("aten::mm",),
-    "attention traces": ("_AttentionTrace", "_AttentionTraceBackward"),
-    "MLP traces": ("_MlpTrace", "_MlpTraceBackward"),
-    "norm traces": ("_NormTrace", "_NormTraceBackward"),
-    "gradients of the constants": ("_ConstantsBackward",),
-}
+OPERATIONS = ("attention_curvature", "attention_trace", "attention_diagonal", "mlp_curvature", "mlp_diagonal")
 
 
-def milliseconds(model: nn.Module, variant: str) -> dict[str, float]:
-    """Processor time of one step by part, and in all; the scales have moved since the step before."""
-    ids, attached = batch(SMOLLM2_135M), VARIANTS[variant](model, 0)
+class Stopwatch:
+    """Seconds by label; a timed function does not count those that it calls."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._inside: list[float] = []
+
+    def timed(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.thread_time()
+            self._inside.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.thread_time() - started
+                self.seconds[label] += spent - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += spent
+
+        return run
+
+
+@contextmanager
+def watched() -> Iterator[Stopwatch]:
+    """A stopwatch on the operations, and on all else that the estimator does at the end of a branch."""
+    watch = Stopwatch()
+    places = [(dispatch, name, name) for name in OPERATIONS]
+    places += [(branch_trace.AttentionBody, "_move", "projections of the radial term")]
+    places += [(exact.Exact, "leave", "the rest: norms, channels, assembly")]
+    patches = [patch.object(owner, name, watch.timed(label, getattr(owner, name))) for owner, name, label in places]
+    for one in patches:
+        one.start()
     try:
-        step(model, ids, attached)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.mul_(1 + 1e-6)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            step(model, ids, attached)
+        yield watch
     finally:
-        if attached is not None:
-            attached.close()
-    events = profiler.key_averages()
-    times = {
-        part: sum(event.cpu_time_total for event in events if event.key in names) / 1e3 for part, names in PARTS.items()
-    }
-    return {**times, "all": sum(event.self_cpu_time_total for event in events) / 1e3}
-
-
-def rates() -> tuple[float, float]:
-    """FLOP per second of a projection of this model's rows, and bytes per second of one elementwise pass over them."""
-    rows, weight = torch.randn(480, 576), torch.randn(576, 1536)
-    wide = rows @ weight
-    result = torch.empty_like(wide)
-    product = _shortest(lambda: torch.mm(rows, weight, out=result))
-    elementwise = _shortest(lambda: torch.mul(wide, wide, out=result))
-    return 2 * rows.numel() * weight.shape[1] / product, 3 * wide.nbytes / elementwise
-
-
-def _shortest(call: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(100):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        for one in patches:
+            one.stop()
 
 
 def main() -> None:
-    """Print both profiles and the two rates."""
-    model = build(SMOLLM2_135M)
-    plain, exact = (milliseconds(model, variant) for variant in (PLAIN, "exact"))
-    print(f"{'ms':34} {'plain':>8} {'exact':>8} {'added':>8}")
-    for part, value in exact.items():
-        print(f"{part:34} {plain[part]:8.0f} {value:8.0f} {value - plain[part]:8.0f}")
-    product, elementwise = rates()
-    print(f"products {product / 1e9:.0f} GFLOP/s, elementwise {elementwise / 1e9:.0f} GB/s, one thread")
+    """Print milliseconds per layer of every operation, and of a plain step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=3, help="layers of the model")
+    parser.add_argument("--steps", type=int, default=10, help="steps to average over")
+    options = parser.parse_args()
+    workload = SMOLLM2_135M.shortened(options.layers)
+    model, ids, per_layer = build(workload), batch(workload), 1e3 / options.steps / options.layers
+    step(model, ids, None)
+    started = time.thread_time()
+    for _ in range(options.steps):
+        step(model, ids, None)
+    print(f"{per_layer * (time.thread_time() - started):8.2f} ms per layer: a plain step")
+    attached = VARIANTS["sharpness"](model, 0)
+    step(model, ids, attached)
+    with watched() as watch:
+        for _ in range(options.steps):
+            step(model, ids, attached)
+    for label, seconds in watch.seconds.most_common():
+        print(f"{per_layer * seconds:8.2f} {label}")
+    print(f"{per_layer * watch.seconds.total():8.2f} in all")
 
 
 if __name__ == "__main__":

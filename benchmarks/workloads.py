@@ -43,6 +43,12 @@ class Workload:
         """The same model with another batch size."""
         return replace(self, sequences=sequences, tokens=tokens)
 
+    def shortened(self, layers: int) -> Workload:
+        """The model with fewer layers, and a vocabulary in proportion."""
+        full = dict(self.shape)
+        vocabulary = full["vocab_size"] * layers // full["num_hidden_layers"]
+        return self.reshaped(f"{self.name}_{layers}_layers", num_hidden_layers=layers, vocab_size=vocabulary)
+
     def reshaped(self, name: str, **shape: int) -> Workload:
         """A model with another name and some other dimensions."""
         return replace(self, name=name, shape=tuple({**dict(self.shape), **shape}.items()))
@@ -127,6 +133,7 @@ VARIANTS: dict[str, Attach] = {
     "hutchinson_n4": regularized("hutchinson", samples=4),
     "hutchinson_full_n1": regularized("hutchinson", gradient="full"),
     "hutchinson_full_n4": regularized("hutchinson", gradient="full", samples=4),
+    "sharpness": regularized("exact", step_ratio=0.0),
     "exact": regularized("exact"),
     "exact_every4": regularized("exact", every=4),
     "exact_full": regularized("exact", gradient="full"),
