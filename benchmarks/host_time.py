@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -57,10 +58,7 @@ class Measured:
 
 
 def measure(rounds: int) -> dict[str, Measured]:
-    """A step of every variant in each round, each on its own model; by variant.
-
-    Afterwards this process uses the kernels, which compute nothing, on every device.
-    """
+    """A step of every variant in each round, each on its own model; by variant."""
     # Attach before the kernels stop computing, since steps are recognized by a trial run.
     models = {variant: build(WORKLOAD, dtype=torch.bfloat16) for variant in TIMED}
     attached = {variant: VARIANTS[variant](model, 0) for variant, model in models.items()}
@@ -76,9 +74,8 @@ def measure(rounds: int) -> dict[str, Measured]:
         step(models[variant], ids, attached[variant])
         return 1e3 * (time.perf_counter() - started)
 
-    _offer_kernels_everywhere()
     found = {variant: Measured([], 0) for variant in TIMED}
-    with launching_by(count, "sm_90"):
+    with kernels_everywhere(), launching_by(count, "sm_90"):
         for turn in range(WARM_UP + rounds):
             for variant in TIMED:
                 before = launches
@@ -90,11 +87,19 @@ def measure(rounds: int) -> dict[str, Measured]:
     return found
 
 
-def _offer_kernels_everywhere() -> None:
-    for operation in dispatch.OPERATIONS:
-        for one in dispatch.offered(operation):
-            if one.name == "triton":
-                dispatch.register(operation, replace(one, accepts=lambda tensor: True))
+@contextmanager
+def kernels_everywhere() -> Iterator[None]:
+    """Use the kernels on every device in this context."""
+    own = {operation: dispatch.offered(operation) for operation in dispatch.OPERATIONS}
+    try:
+        for operation, offered in own.items():
+            for one in offered:
+                if one.name == "triton":
+                    dispatch.register(operation, replace(one, accepts=lambda tensor: True))
+        yield
+    finally:
+        for operation, offered in own.items():
+            dispatch._IMPLEMENTATIONS[operation][:] = offered
 
 
 def rows(found: dict[str, Measured]) -> Iterator[Row]:
