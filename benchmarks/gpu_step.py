@@ -1,6 +1,7 @@
 """Times one training step of every variant on a GPU: layers of Llama-2-7B and Llama-3-8B, and a whole Llama-2-7B.
 
 python -m benchmarks.gpu_step --out benchmarks/results/step_gpu.csv
+python -m benchmarks.gpu_step --what fused --out benchmarks/results/fused_gpu.csv
 python -m benchmarks.gpu_step --what replays --out benchmarks/results/replays_gpu.csv
 
 Weights are random bfloat16, norm scales float32; attention is PyTorch's fused one. `time` is wall clock between device
@@ -30,6 +31,7 @@ import ofa
 from benchmarks import timing
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 from benchmarks.workloads import (
+    FUSED,
     LLAMA2_7B_LAYERS,
     LLAMA3_8B_LAYERS,
     PLAIN,
@@ -48,12 +50,13 @@ ROUNDS = 4
 DEVICE_ROUNDS = 3
 LONGEST = 1500.0
 """Milliseconds for all rounds of one variant, of which there are at least two."""
-REPLAYED = (PLAIN, "exact")
+REPLAYED = (PLAIN, "step_ratio", "exact")
 """Variants whose step is also captured as a CUDA graph."""
 BEFORE_REPLAYS = graphed_step.EAGER + 1
 """Steps until the first replay, which is compared with an eager step."""
 PROBED = ("loop_n1", "loop_n4", "hutchinson_n1", "hutchinson_n4")
 TIMED = (PLAIN, "step_ratio", *PROBED, "exact", "exact_every4")
+FUSED_TIMED = (PLAIN, FUSED, "step_ratio", "fused_step_ratio", "exact", "fused_exact")
 FULL_TIMED = (PLAIN, "step_ratio", "loop_n1", "hutchinson_n1", "exact", "exact_every4")
 
 LAYERS = tuple(
@@ -66,11 +69,16 @@ WORKLOADS = {
     "cuda": {**dict.fromkeys(LAYERS, TIMED), FULL: FULL_TIMED},
     "cpu": {TINY: TIMED},
 }
+SHORT = 2048
+"""Most tokens of the workloads whose steps are replayed or fused: in longer ones launching and norms are little."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of the table; `ratio` metrics are relative to plain norm tuning in the same round."""
+    """One number of the table; `ratio` metrics are relative to plain norm tuning in the same round.
+
+    `fused_ratio` is relative to plain norm tuning with fused layers.
+    """
 
     benchmark: str
     variant: str
@@ -191,10 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with writing(options.out, Row) as write:
         for label, workload in workloads.items():
-            if options.only in (None, label):
+            if options.only in (None, label) and (options.what == "times" or _is_short(workload)):
                 model, row = build(workload, device, torch.bfloat16), _row_maker(workload, device)
                 variants = WORKLOADS[device.type][workload]
                 write(_MEASURES[options.what](row, workload, model, variants, options.rounds))
+
+
+def _is_short(workload: Workload) -> bool:
+    return workload.sequences * workload.tokens <= SHORT and workload != FULL
 
 
 def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
@@ -205,13 +217,25 @@ def _times(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[
     for variant, steps in measured.items():
         times = [one.milliseconds for one in steps]
         yield from _time_rows(row, variant, "time", times)
-        yield row(variant, "time_ratio", median(value / base for value, base in zip(times, plain, strict=False)), "1")
+        yield row(variant, "time_ratio", _ratio(times, plain), "1")
+        if FUSED in measured:
+            fused = _ratio(times, [one.milliseconds for one in measured[FUSED]])
+            print(f"  {variant:20} time of fused plain {fused:7.3f}", flush=True)
+            yield row(variant, "fused_ratio", fused, "1")
         yield row(variant, "host_time_median", median(one.host for one in steps), "ms")
         if cuda:
             yield row(variant, "peak_memory", max(one.peak for one in steps), "B")
             yield row(variant, "step_memory", max(one.peak - one.before for one in steps), "B")
     if cuda:
         yield from _device_rows(row, workload, model, list(measured))
+
+
+def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    return median(own / other for own, other in zip(times, base, strict=False))
+
+
+def _fused(row: Maker, workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> Iterator[Row]:
+    return _times(row, workload, model, FUSED_TIMED, rounds)
 
 
 def _interleaved(workload: Workload, model: nn.Module, variants: Sequence[str], rounds: int) -> dict[str, list[Timed]]:
@@ -263,7 +287,7 @@ def _time_rows(row: Maker, variant: str, metric: str, times: Sequence[float]) ->
     yield row(variant, f"{metric}_p80", high, "ms")
 
 
-_MEASURES = {"times": _times, "replays": _replays}
+_MEASURES = {"times": _times, "fused": _fused, "replays": _replays}
 
 
 def given(workload: Workload, model: nn.Module) -> Tensor:

@@ -124,9 +124,10 @@ def contract_backward(size: Size) -> Traffic:
     )
 
 
-def displace_forward(size: Size) -> Traffic:
-    """stream, preconditioner → copies."""
-    return Traffic(reads=size.stream + size.preconditioner, writes=size.samples * size.stream)
+def displace_forward(size: Size, per_row: bool = False) -> Traffic:
+    """stream, preconditioner (`per_row`: one number per row, as 1/σ is) → copies."""
+    diagonal = size.scalars if per_row else size.preconditioner
+    return Traffic(reads=size.stream + diagonal, writes=size.samples * size.stream)
 
 
 def displace_backward(size: Size) -> Traffic:

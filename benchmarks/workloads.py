@@ -13,14 +13,14 @@ from torch.nn import functional as F
 import ofa
 from benchmarks.algorithm1 import PlainLoop
 
-PLAIN = "plain"
+PLAIN, FUSED = "plain", "fused"
 CPU = torch.device("cpu")
 
 
 class Attached(Protocol):
-    """A variant's regularizers."""
+    """What a variant attaches, by default regularizers."""
 
-    def penalty(self) -> Tensor: ...
+    def penalty(self) -> Tensor | None: ...
 
     def close(self) -> None: ...
 
@@ -120,13 +120,30 @@ def regularized(estimator: str, **options: Any) -> Attach:
     return lambda model, seed: ofa.fused_regularizers(model, estimator=estimator, seed=seed, **options)
 
 
+class _FusedLayers:
+    """Fused layers, and no regularizers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        ofa.fuse_layers(model)
+
+    def penalty(self) -> None:
+        """No term of the loss."""
+
+    def close(self) -> None:
+        ofa.unfuse_layers(self._model)
+
+
 def _loop(samples: int) -> Attach:
     return lambda model, seed: PlainLoop(model, samples=samples, granularity="sublayer", seed=seed)
 
 
 VARIANTS: dict[str, Attach] = {
     PLAIN: lambda model, seed: None,
+    FUSED: lambda model, seed: _FusedLayers(model),
     "step_ratio": regularized("auto", sharpness=0.0),
+    "fused_step_ratio": regularized("auto", sharpness=0.0, fuse=True),
+    "fused_exact": regularized("exact", fuse=True),
     "loop_n1": _loop(1),
     "loop_n4": _loop(4),
     "hutchinson_n1": regularized("hutchinson"),
@@ -164,7 +181,8 @@ def loss(model: nn.Module, ids: Tensor, attached: Attached | None) -> Tensor:
     """Cross-entropy of one label token after the prompt, in nats, plus the penalty if there is one."""
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     value = F.cross_entropy(logits[:, -1], ids[:, 0])
-    return value if attached is None else value + attached.penalty()
+    penalty = None if attached is None else attached.penalty()
+    return value if penalty is None else value + penalty
 
 
 def steps_of(variant: str) -> int:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ofa_kernels import binaries, workload
+from ofa_kernels import binaries, launch, workload
 from ofa_kernels.ops.launching import Kernel, launching_by
 from ofa_kernels.resources import Usage, usage
 
@@ -31,9 +31,6 @@ NO_SPILLS_UP_TO = 8192
 
 FEW_SPILLS = 24
 """Bytes per thread (6 registers) that are tolerated: a smaller tile would not spill, but read everything twice."""
-
-SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-"""Shared memory limit of a program, in bytes; the compiler does not check it, the launch does."""
 
 AnyCase = workload.Case | workload.CurvatureCase
 
@@ -59,7 +56,7 @@ class Built:
             return f"spills ({self.usage.spills})"
         if not self.usage.wide:
             return "has no 16-byte access"
-        if self.usage.shared > SHARED.get(self.architecture, self.usage.shared):
+        if self.usage.shared > launch.SHARED.get(self.architecture, self.usage.shared):
             return f"does not fit: {self.usage.shared} bytes of shared memory"
         return None
 

@@ -17,6 +17,13 @@ REGISTER_HEAVY = ("perturb_backward", "step_boundary_backward")
 """Kernels that hold several tiles in registers: the row, γ, the gradient, the sum of the weight's gradient."""
 
 
+REGISTERS = 65536
+"""Registers of a multiprocessor."""
+
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Shared memory limit of a program, in bytes; the compiler does not check it, the launch does."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """Settings of one launch of a row kernel: a row is `tiles` tiles of `groups` × 32 columns."""
@@ -27,7 +34,8 @@ class Launch:
     max_registers: int | None
     """Per thread, on NVIDIA; None leaves the limit to the assembler."""
     stages: int = 1
-    """Tiles in flight in the loop over rows or samples; 1 loads each tile when it is needed."""
+    """Stages of the loop over rows or samples: with n, n − 1 tiles of every load are in shared memory. With 2 the next
+    tile is loaded when this one is done with, and only 3 load it meanwhile; 1 loads each tile when it is needed."""
 
 
 @cache
@@ -43,6 +51,8 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
       columns with 256 threads. Up to there a multiprocessor has one program (140 registers and more), so two stages
       load a sample's gradients while the previous ones are summed: 3 % more instructions, no more registers, not yet
       timed.
+    - norm_step_backward loads a row while it computes the one before, where both fit in shared memory. Where that
+      leaves room for one program, it may have all registers.
 
     No threshold depends on the dtype: loaded float32 rows take as many registers.
     """
@@ -54,6 +64,12 @@ def configure(kernel: str, width: int, itemsize: int, architecture: str) -> Laun
             tile, threads = 2048, 256
         else:
             stages = 2
+    if kernel == "norm_step_backward" and not architecture.startswith("gfx"):
+        # Two rows of four tensors, and what the reductions and the last stores turn around.
+        needed, shared = 2 * 4 * tile * itemsize + 4 * tile, SHARED.get(architecture, SHARED["sm_86"])
+        if needed <= shared:
+            stages = 3
+            registers = 128 if 2 * needed <= shared else min(255, REGISTERS // threads)
     # AMD's data-centre chips, gfx9…, have 64 threads per warp; its other chips have 32.
     warp = 64 if architecture.startswith("gfx9") else 32
     return Launch(

@@ -177,7 +177,9 @@ def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], b
     stack, products = _stack(z, samples), _row(z).expand(samples, _ROWS)
     perturb.forward(z, z, weight, weight if biased else None, *norm, samples, 0.1, *_PROBE)
     perturb.backward(z, weight, stack, *norm, 0.1, *_PROBE, biased)
-    displace.forward(z, z, samples, 0.1, *_PROBE)
+    # 1/σ, and γ/σ.
+    for diagonal in (_row(z).unsqueeze(-1).expand(z.shape), z.float()):
+        displace.forward(z, diagonal, samples, 0.1, *_PROBE)
     displace.backward(stack, 0.1, *_PROBE, True)
     contract.forward(z, stack, *_PROBE)
     contract.backward(z, products, _row(z), samples, *_PROBE)

@@ -319,7 +319,8 @@ class _Watched:
 
     def __init__(self, model: nn.Module) -> None:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self._of = [vars(module) for module in model.modules()]
+        self._modules = list(model.modules())
+        self._of = [vars(module) for module in self._modules]
         self._hooks = [of[kind] for of in self._of for kind in kinds]
         self._config = getattr(model, "config", None)
 
@@ -331,6 +332,8 @@ class _Watched:
         return [
             getattr(self._config, "_attn_implementation", None),
             [of["training"] for of in self._of],
+            # `fuse_layers` and others replace the forward pass by a class.
+            [type(module) for module in self._modules],
             [of.get("forward") for of in self._of],
             [id(module) for of in self._of for module in of["_modules"].values()],
             list(chain.from_iterable(self._hooks)),
@@ -425,10 +428,15 @@ def _detached(measured: Measurements) -> Measurements:
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    """Add to the parameters' gradients, as a backward pass does; what a graph holds is copied."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+    """Add to the parameters' gradients, as a backward pass does, in a launch or two; what a graph holds is copied."""
+    pairs = [(parameter, grad) for parameter, grad in zip(parameters, gradients, strict=True) if grad is not None]
+    new = [(parameter, grad) for parameter, grad in pairs if parameter.grad is None]
+    more = [(parameter.grad, grad) for parameter, grad in pairs if parameter.grad is not None]
+    if more:
+        torch._foreach_add_(*map(list, zip(*more, strict=True)))
+    copies = torch._foreach_mul([grad for _, grad in new], 1) if new else []
+    for (parameter, _), copied in zip(new, copies, strict=True):
+        parameter.grad = copied
 
 
 def _copies(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[tuple[Tensor, Tensor]]:

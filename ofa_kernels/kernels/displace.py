@@ -24,15 +24,22 @@ def displace_forward(
     SAMPLES: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
+    PER_ROW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
 ):
-    """copies[i] = z + ε p ⊙ ν_i, (SAMPLES, rows, width), p being (rows, width); one program per tile of a row."""
+    """copies[i] = z + ε p ⊙ ν_i, (SAMPLES, rows, width); one program per tile of a row.
+
+    p is (rows, width), or one number per row if PER_ROW.
+    """
     row, tile = row_and_tile(TILES)
     rows = tl.num_programs(0).to(tl.int64) // TILES
     channel = channels(tile, GROUPS)
     inside = channel < width
     z = load(stream + row * stride_stream, channel, inside)
-    p = load(preconditioner + row * stride_preconditioner, channel, inside) * tl.cast(epsilon, tl.float32)
+    if PER_ROW:
+        p = tl.load(preconditioner + row * stride_preconditioner).to(tl.float32) * tl.cast(epsilon, tl.float32)
+    else:
+        p = load(preconditioner + row * stride_preconditioner, channel, inside) * tl.cast(epsilon, tl.float32)
     for sample in range(SAMPLES):
         move = times_probe(p, tile, row, sample, (step, seed_low, seed_high), GROUPS, GAUSSIAN)
         store(copies + (sample * rows + row) * width, channel, inside, z + move)

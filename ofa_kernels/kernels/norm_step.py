@@ -120,6 +120,9 @@ def norm_step_backward(
     share = tl.cdiv(rows, tl.num_programs(0))
     weight_sum = tl.zeros((GROUPS, 32), tl.float32)
     bias_sum = tl.zeros((GROUPS, 32), tl.float32)
+    if TILES == 1 and STAGES > 1 and grad_normalized is not None:
+        # Loaded once: in the loop it would be a third of what every row loads ahead.
+        scale = load_scale(weight, channels(0, GROUPS), channels(0, GROUPS) < width, OFFSET)
     for row in tl.range(program * share, tl.minimum((program + 1) * share, rows), num_stages=STAGES):
         r = tl.load(rstd + row)
         mu = 0.0
@@ -141,9 +144,13 @@ def norm_step_backward(
             for tile in tl.static_range(TILES):
                 channel = channels(tile, GROUPS)
                 inside = channel < width
-                hat = tl.where(inside, (load(stream + row * stride_stream, channel, inside) - mu) * r, 0.0)
+                hat = (load(stream + row * stride_stream, channel, inside) - mu) * r
+                if CENTRED:
+                    hat = tl.where(inside, hat, 0.0)
                 g = load(grad_normalized + row * stride_grad_normalized, channel, inside)
-                h = g * load_scale(weight, channel, inside, OFFSET)
+                if TILES > 1 or STAGES == 1:
+                    scale = load_scale(weight, channel, inside, OFFSET)
+                h = g * scale
                 if CENTRED:
                     more, total = sum_two(h * hat, h)
                     average += total / width

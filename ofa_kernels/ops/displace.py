@@ -52,7 +52,9 @@ def forward(
 
     copies = stream.new_empty((samples, *stream.shape))
     width = stream.shape[-1]
-    z, p = as_rows(stream, width), as_rows(preconditioner, width)
+    z, per_row = as_rows(stream, width), width > 1 and preconditioner.stride(-1) == 0
+    # 1/σ is one number per row: as a diagonal it would be twice as many bytes as a bfloat16 row, written and read.
+    p = as_rows(preconditioner[..., :1], 1) if per_row else as_rows(preconditioner, width)
     run(
         displace_forward,
         z.shape[0] * configuration(displace_forward, stream, width).tiles,
@@ -67,6 +69,7 @@ def forward(
         epsilon,
         *key(seed, step),
         SAMPLES=samples,
+        PER_ROW=per_row,
         GAUSSIAN=gaussian,
     )
     return copies

@@ -53,6 +53,15 @@ def test_a_step_of_every_variant_is_timed_beside_plain(tmp_path):
     assert all(ratio > 0 for ratio in ratios.values())
 
 
+def test_fused_layers_are_timed_beside_plain_ones(tmp_path):
+    gpu_step.main(["--what", "fused", "--out", str(tmp_path / "fused.csv"), "--rounds", "2"])
+    rows = read(tmp_path / "fused.csv")
+    assert {row["variant"] for row in rows} == set(gpu_step.FUSED_TIMED)
+    ratios = {row["variant"]: float(row["value"]) for row in rows if row["metric"] == "fused_ratio"}
+    assert ratios.pop("fused") == 1
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
 def test_the_kernels_of_a_step_are_in_the_table_by_name(tmp_path):
     gpu_profile.main(["--out", str(tmp_path / "profile.csv")])
     rows = read(tmp_path / "profile.csv")
@@ -143,8 +152,8 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     done = subprocess.run(["bash", SCRIPT, tmp_path / "out", "steps"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "benchmarks/gpu.sh: there is no part steps; the parts are ceilings tests step replays launches curvature "
-        "kernels probes memcheck tune\n"
+        "benchmarks/gpu.sh: there is no part steps; the parts are ceilings works fused graphs step kernels launches "
+        "curvature probes tests memcheck tune\n"
     )
     assert not (tmp_path / "out").exists()
 

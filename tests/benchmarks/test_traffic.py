@@ -89,8 +89,9 @@ def contract_backward(size):
     return contract.backward(rows(size), scalars(size, size.samples), scalars(size), size.samples, *PROBE)
 
 
-def displace_forward(size):
-    return (displace.forward(rows(size), torch.rand(size.rows, size.width), size.samples, 0.1, *PROBE),)
+def displace_forward(size, per_row=False):
+    diagonal = scalars(size)[:, None].expand(-1, size.width) if per_row else torch.rand(size.rows, size.width)
+    return (displace.forward(rows(size), diagonal, size.samples, 0.1, *PROBE),)
 
 
 def displace_backward(size):
@@ -157,6 +158,11 @@ OPERATIONS = {
         lambda n: {"base": 1, "grad_products": 1, "grad_sqnorm": 1},
     ),
     "displace_forward": (displace_forward, traffic.displace_forward, lambda n: {"stream": 1, "preconditioner": 1}),
+    "displace_forward per row": (
+        partial(displace_forward, per_row=True),
+        partial(traffic.displace_forward, per_row=True),
+        lambda n: {"stream": 1, "preconditioner": 1},
+    ),
     "displace_backward": (displace_backward, traffic.displace_backward, lambda n: {"grad_copies": 1}),
     "step_boundary_forward": (
         step_boundary_forward,

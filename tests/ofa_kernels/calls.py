@@ -103,7 +103,8 @@ def call(
         settings = {**norms, **probes, "samples": 2, "epsilon": 0.1}
         functions = (_behind(function) for function in (perturb.perturb, reference.perturb))
         return Call(*functions, (stream, scale, shift, other), ("stack",), settings)
-    if operation == "displace":
+    if operation.startswith("displace"):
+        other = other[..., :1] if operation == "displace per row" else other
         settings = {**probes, "samples": 2, "epsilon": 0.1}
         return Call(displace.displace, reference.displace, (stream, other), ("copies",), settings)
     if operation == "contract":
@@ -122,12 +123,13 @@ OPERATIONS = (
     "perturb",
     "perturb behind",
     "displace",
+    "displace per row",
     "contract",
     "squared_norm",
     "step_boundary",
 )
 NORMED = ("norm_step", "norm", "perturb", "perturb behind", "step_boundary")
-PROBED = ("perturb", "perturb behind", "displace", "contract", "step_boundary")
+PROBED = ("perturb", "perturb behind", "displace", "displace per row", "contract", "step_boundary")
 
 
 def _without_update(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ofa_kernels import aot, binaries
+from ofa_kernels import aot, binaries, launch
 from ofa_kernels.ops import launching
 from ofa_kernels.resources import Usage
 from tests.once import made_once
@@ -118,7 +118,7 @@ def test_machine_code(compiled, architecture):
         assert int(row["float64"]) == 0, row
         assert int(row["spills"]) <= aot.FEW_SPILLS, row
         assert int(row["narrow"]) <= 4 or row["kernel"] not in ROW_KERNELS, row
-        assert int(row["shared"]) <= aot.SHARED[architecture], row
+        assert int(row["shared"]) <= launch.SHARED[architecture], row
 
 
 def test_an_unknown_architecture_is_refused_in_one_sentence():

@@ -228,7 +228,8 @@ def test_expanded_gradients(operation):
 @over_operations
 def test_expanded_inputs(operation):
     case = call(operation, (1, 20), torch.float32)
-    inputs = [x if x is None else x.expand([4 if size == 1 else size for size in x.shape]) for x in case.inputs]
+    shapes = [None if x is None else (*(4 if size == 1 else size for size in x.shape[:-1]), -1) for x in case.inputs]
+    inputs = [x if x is None else x.expand(shape) for x, shape in zip(case.inputs, shapes, strict=True)]
     dense = [x if x is None else x.contiguous() for x in inputs]
     results = (as_tuple(case.kernel(*given, **case.settings)) for given in (inputs, dense))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -6,7 +6,17 @@ from itertools import product
 
 import pytest
 
-from ofa_kernels.launch import _SWEEPS, _TILES, MAX_WIDTH, REGISTER_HEAVY, configure, configure_tiles, programs, shares
+from ofa_kernels.launch import (
+    _SWEEPS,
+    _TILES,
+    MAX_WIDTH,
+    REGISTER_HEAVY,
+    SHARED,
+    configure,
+    configure_tiles,
+    programs,
+    shares,
+)
 from ofa_kernels.workload import WIDTHS as WIDTHS_AHEAD
 
 ROWS = "norm_step_forward", "norm_step_backward", "contract_forward", "perturb_forward"
@@ -35,6 +45,18 @@ def test_tiles_cover_the_row_and_threads_are_within_bounds(kernel, architecture)
 def test_what_is_compiled_ahead_of_time_serves_every_width(kernel, architecture):
     compiled = {configure(kernel, width, 2, architecture) for width in WIDTHS_AHEAD}
     assert {configure(kernel, width, 2, architecture) for width in range(528, 8193, 16)} <= compiled
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "gfx942"])
+def test_a_row_is_loaded_ahead_where_two_fit_beside_each_other(architecture, itemsize):
+    """With two stages a loop would only wait for its loads later; the launch would fail with more than there is."""
+    limit = SHARED.get(architecture, 99 << 10)
+    for width in WIDTHS:
+        config = configure("norm_step_backward", width, itemsize, architecture)
+        ahead = 2 * 4 * 32 * config.groups * itemsize
+        assert config.stages == 1 or (config.stages == 3 and config.tiles == 1 and ahead < limit)
+        assert config.stages == 3 or architecture == "gfx942" or 2 * ahead > limit
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

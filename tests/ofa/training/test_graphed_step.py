@@ -103,7 +103,10 @@ def test_padding_to_a_bucket_changes_neither_loss_nor_penalty_nor_gradient(name:
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11 * float(own.abs().max()))
 
 
-@pytest.mark.parametrize("terms", [{}, {"step_ratio": 0.1, "sharpness": 0.0}, {"step_ratio": 0.1, "sharpness": 0.5}])
+BOTH = {"step_ratio": 0.1, "sharpness": 0.5}
+
+
+@pytest.mark.parametrize("terms", [{}, {"step_ratio": 0.1, "sharpness": 0.0}, BOTH, {**BOTH, "fuse": True}])
 def test_graphed_steps_train_as_eager_ones(terms: dict[str, float], recorder: Recorder) -> None:
     """Other tokens and other scales at every replay. Tolerance: float32 inside float64 models, ten steps of Adam."""
     models, found = [tuned(), tuned()], []
@@ -221,6 +224,11 @@ def test_the_graphs_used_last_are_kept(recorder: Recorder) -> None:
     assert recorder.recorded == 4
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 CHANGES = {
     "a scale is frozen": lambda model, step: next(p for p in model.parameters() if p.requires_grad).requires_grad_(
         False
@@ -231,6 +239,11 @@ CHANGES = {
         model.lm_head, "weight", nn.Parameter(2 * model.lm_head.weight.detach(), requires_grad=False)
     ),
     "a module is replaced": lambda model, step: setattr(model, "lm_head", copy.deepcopy(model.lm_head)),
+    "a module is of another class": lambda model, step: setattr(
+        model.lm_head,
+        "__class__",
+        type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)}),
+    ),
     "the model trains": lambda model, step: model.train(),
 }
 
