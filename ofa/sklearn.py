@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -79,7 +79,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         max_steps: int | None = None,
         learning_rate: float | None = None,
         step_ratio: float | None = None,
-        sharpness: float | None = None,
+        sharpness: float | Literal["auto"] | None = None,
         settings: Mapping[str, object] | None = None,
         calibrate: str | None = None,
         chat: bool | None = None,

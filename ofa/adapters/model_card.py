@@ -152,7 +152,10 @@ def _made_from(details: Json, task: Json, kind: str) -> str:
 
 
 def _weights(settings: Mapping[str, object]) -> str | None:
-    return f"{settings['step_ratio']:g}, {settings['sharpness']:g}" if settings else None
+    if not settings:
+        return None
+    weights = (settings[name] for name in ("step_ratio", "sharpness"))
+    return ", ".join(weight if isinstance(weight, str) else f"{weight:g}" for weight in weights)
 
 
 def _used(details: Json) -> str | None:

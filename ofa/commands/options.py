@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -209,9 +210,17 @@ def _setting(config: type[BaseModel], name: str) -> Parameter:
     """The option of a field, in the help panel of its declaring configuration, which validates it."""
     field = config.model_fields[name]
     panel = next(kind for kind in _kinds(config) if name in inspect.get_annotations(kind)).model_config["title"]
-    typed = str if get_origin(field.annotation) is Literal else field.annotation
+    typed = str if _takes_words(field.annotation) else field.annotation
     option = typer.Option(help=field.description, rich_help_panel=panel)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[typed, option])
+
+
+def _takes_words(annotation: Any) -> bool:
+    """Whether a field takes words, alone or beside numbers: `Literal["auto"]`, `float | Literal["auto"]`."""
+    kinds = get_args(annotation)
+    return get_origin(annotation) is Literal or (
+        NoneType not in kinds and any(get_origin(kind) is Literal for kind in kinds)
+    )
 
 
 def set_threads(threads: int | None) -> None:

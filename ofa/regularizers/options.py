@@ -36,11 +36,6 @@ def step_ratio_field(default: float) -> Any:
     return Field(default=default, ge=0, allow_inf_nan=False, description=told)
 
 
-def sharpness_field(default: float) -> Any:
-    """The weight λ₂, likewise."""
-    return Field(default=default, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
-
-
 class RegularizerOptions(BaseModel):
     """Weights of the two terms, and how they are measured; the descriptions are the command line's help.
 
@@ -51,7 +46,7 @@ class RegularizerOptions(BaseModel):
     model_config = ConfigDict(title="Regularizers", extra="forbid", frozen=True)
 
     step_ratio: float = step_ratio_field(default=1e-2)
-    sharpness: float = sharpness_field(default=1.0)
+    sharpness: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Weight λ₂ of the sharpness term.")
     estimator: Literal["auto", "exact", "hutchinson"] = Field(
         default="auto", description="How the trace is measured: auto (exact where possible), exact or hutchinson."
     )
@@ -112,4 +107,10 @@ def _sentence(error: ValidationError) -> str:
     name = first["loc"][0]
     if first["type"] == "extra_forbidden":
         return f"there is no setting {name} to be {first['input']!r}"
-    return f"{name} {first['msg'].replace('Input should', 'must')}, not {first['input']!r}"
+    must = first["msg"].replace("Input should", "must")
+    words = [
+        one["ctx"]["expected"] for one in error.errors() if one["type"] == "literal_error" and one["loc"][0] == name
+    ]
+    if words and first["type"] == "float_parsing":
+        must = f"must be a number or {words[0]}"
+    return f"{name} {must}, not {first['input']!r}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from ofa.regularizers.options import RegularizerOptions, sharpness_field, step_ratio_field
+from ofa.regularizers.options import RegularizerOptions, step_ratio_field
+from ofa.training.auto_weight import SHARE
 
 STEPS, EPOCHS = 60, 7
 """The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
@@ -47,7 +48,11 @@ class TrainingConfig(RegularizerOptions):
         description="Steps of a norm scale in proportion to its pretrained value, or all of one size as in the paper.",
     )
     step_ratio: float = step_ratio_field(default=0.0)
-    sharpness: float = sharpness_field(default=0.0)
+    sharpness: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(  # type: ignore[assignment]
+        default=0.0,
+        description=f"Weight λ₂ of the sharpness term, or auto: in every step its gradient is {SHARE:g} times as long "
+        "as the loss's.",
+    )
     weight_decay: float = Field(default=1e-3, ge=0, description="AdamW's weight decay.")
     warmup: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
     label_loss: float = Field(default=0.0, ge=0, description="Weight of the loss over the label words alone.")
@@ -85,5 +90,6 @@ class TrainingConfig(RegularizerOptions):
 
     @property
     def regularizer_options(self) -> dict[str, Any]:
-        """The arguments of `fused_regularizers`."""
-        return self.model_dump(include=set(RegularizerOptions.model_fields))
+        """The arguments of `fused_regularizers`; a sharpness whose weight is found in every step is measured."""
+        options = self.model_dump(include=set(RegularizerOptions.model_fields))
+        return {**options, "sharpness": 1.0} if self.sharpness == "auto" else options

@@ -31,6 +31,7 @@ from ofa.models.introspection import evaluating, model_window
 from ofa.regularizers.attach import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.training import checkpoint
+from ofa.training.auto_weight import AutoWeight
 from ofa.training.batches import Batches
 from ofa.training.buckets import padded
 from ofa.training.config import TrainingConfig
@@ -185,8 +186,8 @@ class _Run:
         self.still = set(self.scales)
         self.origin = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.peak_rate, weight_decay=config.weight_decay)
-        if config.relative:
-            relative_steps(self.optimizer, model)
+        sizes = relative_steps(self.optimizer, model).sizes if config.relative else {}
+        self.auto = AutoWeight(parameters, sizes) if config.sharpness == "auto" else None
         self.steps_per_epoch = batches.per_epoch
         self.total = config.total_steps(self.steps_per_epoch)
         self.step = 0
@@ -271,6 +272,8 @@ class _Run:
                 part = batch[start : start + self.config.batch_size]
                 for name, value in self._backward(part, len(part) / len(batch)).items():
                     totals[name] += value
+        if self.auto is not None:
+            totals["penalty"] += self.auto.add() * totals["sharpness"]
         self._check_finite("loss", totals["loss"] + totals["penalty"], step + 1)
         gradient_norm = self._gradient_norm()
         # Before the step, so that a checkpoint never gets bad scales.
@@ -285,7 +288,7 @@ class _Run:
             epoch=epoch + 1,
             loss=totals["loss"],
             step_ratio=totals["step_ratio"] if self.config.step_ratio > 0 else None,
-            sharpness=totals["sharpness"] if self.config.sharpness > 0 else None,
+            sharpness=totals["sharpness"] if self.config.sharpness != 0 else None,
             penalty=totals["penalty"],
             learning_rate=rate,
             gradient_norm=gradient_norm,
@@ -295,8 +298,24 @@ class _Run:
 
     def _backward(self, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
         """Add the gradient of one micro-batch, weighted by its `share` of the step's examples; return its terms."""
+        if self.auto is not None:
+            return self._backward_apart(self.auto, part, share)
         values = self.forward_backward(batch_of(part), share)
         found = {one.name: getattr(values, one.name) for one in fields(values)}
+        return {name: share * value.item() for name, value in found.items() if value is not None}
+
+    def _backward_apart(self, auto: AutoWeight, part: Sequence[EncodedExample], share: float) -> dict[str, float]:
+        """The same with the sharpness's gradient set apart, whose weight the whole step's gradients give."""
+        assert self.regularizers is not None
+        loss = cross_entropy(self.model, part)
+        measured = self.regularizers.measurements
+        assert measured.sharpness is not None
+        auto.pull(share * measured.sharpness.to(loss.device))
+        penalty = torch.zeros_like(loss)
+        if measured.step_ratio is not None:
+            penalty = self.config.step_ratio * measured.step_ratio.to(loss.device)
+        (share * (loss + penalty)).backward()
+        found = {"loss": loss, "penalty": penalty, "step_ratio": measured.step_ratio, "sharpness": measured.sharpness}
         return {name: share * value.item() for name, value in found.items() if value is not None}
 
     def _gradient_norm(self) -> float:
@@ -408,7 +427,7 @@ def _regularized(model: nn.Module, config: TrainingConfig) -> AbstractContextMan
 
 
 def _regularizes(config: TrainingConfig) -> bool:
-    return config.step_ratio > 0 or config.sharpness > 0
+    return config.step_ratio > 0 or config.sharpness != 0
 
 
 class _Stop:

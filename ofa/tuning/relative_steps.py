@@ -44,7 +44,8 @@ class RelativeSteps:
     """Hooks on an optimizer that scale its steps; made by `relative_steps`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter, Tensor]) -> None:
-        self._sizes = sizes
+        self.sizes = sizes
+        """|γ₀| of every tuned scale."""
         self._before: list[Tensor] = []
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._remember),
@@ -57,11 +58,11 @@ class RelativeSteps:
             handle.remove()
 
     def _remember(self, *_: object) -> None:
-        self._before = [scale.detach().clone() for scale in self._sizes]
+        self._before = [scale.detach().clone() for scale in self.sizes]
 
     @torch.no_grad()
     def _scale(self, *_: object) -> None:
-        for before, (scale, size) in zip(self._before, self._sizes.items(), strict=True):
+        for before, (scale, size) in zip(self._before, self.sizes.items(), strict=True):
             scale.copy_(before + size * (scale - before))
 
 
