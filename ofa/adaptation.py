@@ -18,7 +18,14 @@ from ofa.evaluation.chat import asked_chat
 from ofa.evaluation.scorer import Evaluation
 from ofa.files import Json, claim_folder
 from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method, default_method
-from ofa.methods.calibrating import calibration, check_kind, held_out_by_folds, held_out_by_validation
+from ofa.methods.calibrating import (
+    calibration,
+    check_kind,
+    default_kind,
+    held_out_by_folds,
+    held_out_by_validation,
+    holds_out,
+)
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks import Data, Example, FewShot, Shots, Task, TaskData, examples_from, few_shot, load_task
 from ofa.training.records import StepRecord, TrainingResult, write_metrics
@@ -138,9 +145,10 @@ def adapt(
             metrics, at the end.
         resume: continue from the folder's checkpoint.
         validation: examples to choose the best epoch by; without them the last epoch is kept.
-        calibrate: "temperature", "context" (probabilities relative to those of texts without content) or "both". The
-            temperature is chosen on `validation`, or without it on every shot by a model that was trained without the
-            shot's fold, for which up to five more models are trained. docs/choosing.md says what is known of either.
+        calibrate: "fixed" divides the log-probabilities by 1.5, the default of relative steps. "temperature" chooses
+            the divisor on `validation`, or without it on every shot by a model that was trained without the shot's
+            fold, for which up to five more models are trained. "context" makes probabilities relative to those of texts
+            without content, "both" does both, and "none" nothing. docs/choosing.md says what is known of each.
         chat: put the prompt into the user's turn of the model's chat template; None is the default of `ofa fit`.
         system: the system prompt of a chat; without it the chat template's own.
         settings: fields of `training.config.TrainingConfig`, such as `epochs`, `step_ratio` or `sharpness`, and the
@@ -180,9 +188,9 @@ def adapt(
     held_out = None
     if calibrate is not None:
         check_kind(calibrate, data.task)
-        if calibrate != "context" and not chosen_by:
-            fold = functools.partial(_fold, fit, model, tokenizer, data.task, seed, settings)
-            held_out = held_out_by_folds(fold, data.task, drawn.examples, calibrate)
+    if calibrate is not None and holds_out(calibrate) and not chosen_by:
+        fold = functools.partial(_fold, fit, model, tokenizer, data.task, seed, settings)
+        held_out = held_out_by_folds(fold, data.task, drawn.examples, calibrate)
     predictor = fit(
         model,
         tokenizer,
@@ -194,10 +202,11 @@ def adapt(
         **kept,
         **settings,
     )
-    if calibrate is not None:
-        if calibrate != "context" and chosen_by:
-            held_out = held_out_by_validation(predictor.scorer, chosen_by, calibrate)
-        predictor.scorer.calibration = calibration(predictor.scorer, calibrate, held_out)
+    assert predictor.training is not None
+    kind = calibrate or default_kind(data.task, predictor.training.config)
+    if holds_out(kind) and chosen_by:
+        held_out = held_out_by_validation(predictor.scorer, chosen_by, kind)
+    predictor.scorer.calibration = calibration(predictor.scorer, kind, held_out)
     adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
     if metrics is not None:
         write_metrics(metrics, adaptation.training.records)

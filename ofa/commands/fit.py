@@ -82,10 +82,11 @@ def fit(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            metavar="temperature|context|both",
-            help="Calibrate the probabilities. A temperature is chosen on --validation, or without it on shots held "
-            "out, for which up to five more models are trained. context divides by the probabilities of texts without "
-            "content; for a trained model it was measured to cost 6 points of accuracy.",
+            metavar="fixed|temperature|context|both|none",
+            help="Calibrate the probabilities. fixed divides the log-probabilities by 1.5, the default for label words "
+            "and relative steps. temperature chooses the divisor on --validation, or without it on shots held out, for "
+            "which up to five more models are trained. context divides by the probabilities of texts without content; "
+            "for a trained model it was measured to cost 6 points of accuracy.",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped in the folder.")] = False,
@@ -244,8 +245,9 @@ def _tell(summary: Json, *, several: bool) -> None:
         f"{summary['trainable_parameters']:,} {tuned} in {summary['steps']} steps, "
         f"{summary['seconds']:.0f} s; loss {summary['first_loss']:.3f} → {summary['last_loss']:.3f}"
     )
-    if summary["calibration"]:
-        found = summary["calibration"]["temperature"]
+    calibrated = summary["calibration"] or {}
+    if calibrated.get("held_out") or calibrated.get("prior"):  # not the fixed temperature, which is the same every time
+        found = calibrated["temperature"]
         notice(f"calibrated, with a temperature of {found:.2f}; `ofa evaluate` shows before and after")
     accuracy = summary["scores"].get("accuracy", summary["scores"].get("exact_match"))
     if accuracy is not None:

@@ -15,8 +15,12 @@ from ofa.evaluation.calibration import CONTENT_FREE, Calibration, best_temperatu
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.tasks.task import Example, Task
+from ofa.training.config import TrainingConfig
 
-KINDS = ("temperature", "context", "both")
+KINDS = ("fixed", "temperature", "context", "both", "none")
+FIXED_TEMPERATURE = 1.5
+"""For norm scales tuned by relative steps, which are too sure of themselves (docs/studies.md)."""
+
 _FOLDS = 5
 
 
@@ -33,8 +37,18 @@ def check_kind(kind: str, task: Task) -> None:
     """Refuse an unknown kind of calibration, and any for a task without labels."""
     if kind not in KINDS:
         raise InputError(f"there is no calibration {kind!r}; use one of {', '.join(KINDS)}")
-    if task.open_ended:
+    if task.open_ended and kind != "none":
         raise InputError(f"task {task.name!r} has no labels whose probabilities could be calibrated; leave it out")
+
+
+def default_kind(task: Task, config: TrainingConfig) -> str:
+    """Fixed for label words and relative steps, where it was measured."""
+    return "fixed" if config.relative and not task.open_ended else "none"
+
+
+def holds_out(kind: str) -> bool:
+    """Whether the kind has a temperature that is chosen on examples held out."""
+    return kind in ("temperature", "both")
 
 
 def held_out_by_folds(
@@ -67,8 +81,12 @@ def held_out_by_validation(scorer: Scorer, examples: Sequence[Example], kind: st
     return HeldOut(_scores(scorer, examples, kind), true, 0)
 
 
-def calibration(scorer: Scorer, kind: str, held_out: HeldOut | None) -> Calibration:
-    """The calibration of a model, with a temperature where examples were held out."""
+def calibration(scorer: Scorer, kind: str, held_out: HeldOut | None) -> Calibration | None:
+    """The calibration of a model, with a temperature where examples were held out; None for the kind "none"."""
+    if kind == "none":
+        return None
+    if kind == "fixed":
+        return Calibration(FIXED_TEMPERATURE)
     prior = () if kind == "temperature" else tuple(_prior(scorer).tolist())
     if held_out is None:
         return Calibration(prior=prior)

@@ -14,7 +14,6 @@ from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.files import Json, at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
-from ofa.models.introspection import note_source
 from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
@@ -130,6 +129,8 @@ def load_model(
         _prepare_tokenizer(tokenizer, origin.name)
     # Adapters and model cards record this name, so it must be valid on other machines.
     loaded.name_or_path = loaded.config._name_or_path = origin.name
+    from ofa.models.introspection import note_source
+
     note_source(loaded, origin.source)
     placed = loaded if device_map is not None else loaded.to(target)
     return LoadedModel(placed.eval(), tokenizer, origin.name, origin.source, origin.path)

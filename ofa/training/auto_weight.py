@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-SHARE = 0.3
-"""The share that docs/studies.md measured."""
+from ofa.training.config import SHARE
 
 
 class AutoWeight:

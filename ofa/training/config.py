@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from ofa.regularizers.options import RegularizerOptions, step_ratio_field
-from ofa.training.auto_weight import SHARE
 
 STEPS, EPOCHS = 60, 7
 """The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
+
+SHARE = 0.3
+"""With `sharpness="auto"`: the length of the term's gradient over that of the loss (docs/studies.md)."""
 
 RELATIVE_RATE, ABSOLUTE_RATE = 1e-2, 1e-3
 """The default learning rates of relative steps (docs/studies.md) and of the paper's."""

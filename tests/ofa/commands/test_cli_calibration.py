@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ofa.commands.predictions import PredictionFile
+from ofa.methods.calibrating import FIXED_TEMPERATURE
 from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, done, ofa, weights, write_rows
 
 
@@ -29,7 +30,7 @@ def calibration(folder):
 
 def test_a_temperature_of_folds_leaves_the_scales_alone(fit, tmp_path):
     """evaluate shows before and after, and predict gives the probabilities that evaluate measures."""
-    plain, calibrated = fit("plain"), fit("calibrated", "--calibrate", "temperature")
+    plain, calibrated = fit("plain", "--calibrate", "none"), fit("calibrated", "--calibrate", "temperature")
     assert weights(plain) == weights(calibrated)
     assert (calibration(calibrated)["folds"], calibration(calibrated)["held_out"]) == (2, 4)
     details = json.loads((calibrated / "ofa_config.json").read_text(encoding="utf-8"))
@@ -47,6 +48,17 @@ def test_a_temperature_of_folds_leaves_the_scales_alone(fit, tmp_path):
         for one in (plain, calibrated)
     )
     assert 0.5 <= warm < own
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [((), FIXED_TEMPERATURE), (("--calibrate", "none"), None), (("--no-relative",), None), (("--method", "ia3"), None)],
+    ids=["default", "none", "absolute steps", "another method"],
+)
+def test_relative_steps_have_a_fixed_temperature(fit, options, temperature):
+    """Not measured for others, whose probabilities stay as they are."""
+    found = calibration(fit("adapter", *options))
+    assert (found and found["temperature"]) == temperature
 
 
 def test_a_temperature_of_validation_trains_once(fit, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ofa import InputError
-from ofa.training.auto_weight import SHARE, AutoWeight
-from ofa.training.config import TrainingConfig
+from ofa.training.auto_weight import AutoWeight
+from ofa.training.config import SHARE, TrainingConfig
 from tests.ofa.training.test_loop import PLAIN, run
 
 AUTO = {**PLAIN, "sharpness": "auto"}
