@@ -166,7 +166,7 @@ class _Norm:
 
     def _own(self, values: Mapping[str, Tensor | None], hidden: Tensor, *others: object, **named: object) -> Tensor:
         """The module's own forward pass with these parameters, which other threads do not see."""
-        stand_in: Any = object.__new__(type(self.module))
+        stand_in = object.__new__(type(self.module))
         vars(stand_in).update(vars(self.module), _parameters={**self.module._parameters, **values})
         return type(self.module).forward(stand_in, hidden, *others, **named)
 

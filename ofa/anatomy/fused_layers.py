@@ -76,7 +76,7 @@ def fuse_layers(model: nn.Module) -> dict[str, str]:
         return dict.fromkeys(anatomy.layers, reason)
     kept = {}
     for index, path in enumerate(anatomy.layers):
-        layer: Any = model.get_submodule(path)
+        layer = model.get_submodule(path)
         if "forward" in vars(layer):
             kept[path] = "its forward pass was replaced by another library's hook"
             continue
@@ -130,7 +130,7 @@ class FusedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Copies and pickles are of the layer's own class: the chain holds modules of other layers."""
-        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
         state = {name: value for name, value in vars(self).items() if name != _CHAIN}
         return _blank, (self.own_class,), state, *reduced[3:]
 

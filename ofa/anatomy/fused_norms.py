@@ -130,7 +130,7 @@ class FusedNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Name the norm's own class in copies and pickles: the class made by `fuse` cannot be imported."""
-        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
         return _blank, (self.own_class, *self.formula.values()), *reduced[2:]
 
 

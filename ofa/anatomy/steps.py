@@ -336,7 +336,7 @@ def _eps(path: str, module: nn.Module) -> float:
 @torch.no_grad()
 def _formula(path: str, module: nn.Module, eps: float) -> tuple[str, float]:
     """(kind, offset), found by calling the norm; with weight 0 only norms that compute (1 + w) return more than 0."""
-    weight: Any = sharding.full_tensor(module.weight)  # type: ignore[arg-type]
+    weight = sharding.full_tensor(module.weight)  # type: ignore[arg-type]
     bias = None if getattr(module, "bias", None) is None else sharding.full_tensor(module.bias)  # type: ignore[arg-type]
     own = {"module.weight": weight} | ({} if bias is None else {"module.bias": bias})
     bare = _Bare(module)

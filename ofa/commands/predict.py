@@ -116,7 +116,7 @@ def predict(
 
     calibration = calibration_from(read_details(adapter), task.labels)
     set_threads(threads)
-    subject: Any = open_merged(gguf, adapter) if gguf else open_model(source, adapter)
+    subject = open_merged(gguf, adapter) if gguf else open_model(source, adapter)
     scorer = Scorer(subject.model, subject.tokenizer, task, batch_size=batch_size, calibration=calibration)
     naming = Naming(found.columns, task.labels, abstain_below)
     if out is not None:

@@ -46,7 +46,7 @@ class SoftPromptScorer(Scorer):
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
         """The cache of the vector and the demonstrations on the base model; on PEFT's if it cannot be continued."""
-        base: Any = self.model.get_base_model()
+        base = self.model.get_base_model()
         vectors = self.model.get_prompt(1)
         places = [self.encoder.pad_id] * vectors.shape[1]
         with _embedded_first(base.get_input_embeddings(), vectors):

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +189,7 @@ class Regularizers:
         self._model = weakref.ref(model, _forgetting(self))
         self._signature = inspect.signature(model.forward)
         # PEFT passes unknown arguments on to the model that it wraps.
-        held: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        held = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._takes_cache = "use_cache" in inspect.signature(held.forward).parameters
         self._pass: MeasuredPass | None = None
         self._measured: objectives.Measurements | None = None

@@ -197,7 +197,7 @@ class ExpertsModules:
 
     def router_bias(self) -> Tensor | None:
         """b_r, (E), or None."""
-        bias: Any = getattr(self.router, "bias", None)
+        bias = getattr(self.router, "bias", None)
         return None if bias is None else sharding.full_tensor(bias).detach()
 
     def weights(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,10 +323,10 @@ def _unknown_adapter(module: Any) -> str | None:
 
 
 def _dequantized(base: nn.Module) -> Tensor:
-    weight: Any = base.weight
+    weight = base.weight
     if type(weight).__name__ == "Int8Params":
         # Not by PEFT, which on a CPU replaces the module's weight and drops its scales.
-        state: Any = base.state
+        state = base.state
         rows, scales = (
             getattr(weight, name) if getattr(weight, name) is not None else getattr(state, name)
             for name in ("CB", "SCB")

@@ -354,7 +354,7 @@ def _many_tokens(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, A
     ids = kwargs.get("input_ids")
     if ids is None:
         return None
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
     spread = torch.linspace(0, embeddings.weight.shape[0] - 1, 18, device=ids.device)[1:-1].long()
     return args, {**kwargs, "input_ids": spread.unsqueeze(0)}
 
