@@ -107,6 +107,8 @@ def _sentence(error: ValidationError) -> str:
     name = first["loc"][0]
     if first["type"] == "extra_forbidden":
         return f"there is no setting {name} to be {first['input']!r}"
+    if (name, first["input"]) == ("sharpness", "auto"):
+        return "sharpness='auto' weighs the term against a training run's loss (ofa.adapt, ofa fit); give a number here"
     must = first["msg"].replace("Input should", "must")
     words = [
         one["ctx"]["expected"] for one in error.errors() if one["type"] == "literal_error" and one["loc"][0] == name

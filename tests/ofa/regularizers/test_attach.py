@@ -313,6 +313,7 @@ def test_the_options_know_what_lower_floors_do(name: str, known: tuple[str, ...]
         ({"granularity": "token"}, "granularity must be 'sublayer' or 'layer', not 'token'"),
         ({"step_ratio": -1.0}, "step_ratio must be greater than or equal to 0, not -1.0"),
         ({"sharpness": float("nan")}, "sharpness must be a finite number, not nan"),
+        ({"sharpness": "auto"}, "sharpness='auto' weighs the term against a training run's loss"),
         ({"sharpness": float("inf")}, "sharpness must be a finite number, not inf"),
         ({"samples": 0}, "samples must be greater than or equal to 1, not 0"),
         ({"gradient": "half"}, "gradient must be 'preconditioner' or 'full', not 'half'"),
