@@ -38,13 +38,17 @@ class Norm:
 
 @dataclass(frozen=True)
 class NormView:
-    """A norm as the kernels take it: current scale and shift, (d,) each, and the formula."""
+    """A norm as the kernels take it: current scale and shift, (d,) each, and the formula.
+
+    `rstd` is 1/σ of each row that the norm reads, if it is known already.
+    """
 
     weight: Tensor
     bias: Tensor | None
     eps: float
     kind: str
     offset: float
+    rstd: Tensor | None = None
 
     @property
     def scale(self) -> Tensor:

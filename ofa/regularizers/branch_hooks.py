@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
+from ofa.anatomy import fused_norms
 from ofa.anatomy.fused_layers import measure_next
 from ofa.anatomy.module_io import Arguments, hidden_input, hidden_output, replace_hidden_output, replace_tensors
 from ofa.anatomy.steps import Branch, NormView, Step, view_norm
@@ -47,6 +49,8 @@ class BranchHooks:
         self._stream: Tensor | None = None
         self._fed: Tensor | None = None
         self._norm_input: Tensor | None = None
+        self._rstd: Tensor | None = None
+        """1/σ of the stream's rows, if the sum that made the stream computed it."""
         end = model.get_submodule(branch.exit)
         self.handles: list[RemovableHandle] = [
             # Prepended: tuned norms of a bfloat16 model upcast their input, and this reads the stream before.
@@ -61,7 +65,7 @@ class BranchHooks:
 
     def abandon(self) -> None:
         """Release the tensors of a branch that was entered and may never be left."""
-        self._stream = self._fed = self._norm_input = None
+        self._stream = self._fed = self._norm_input = self._rstd = None
 
     def __deepcopy__(self, memo: object) -> BranchHooks:
         raise InputError(
@@ -126,12 +130,13 @@ class BranchHooks:
         if self._busy or self.current is None or not self.current.measures:
             return None
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
+        norm = replace(self._norm(), rstd=self._rstd) if self.current.traced else None
         self._refuse_missing_gradient(leaving)
         assert stream is not None
         # Release tensors first: checkpointing stops a recomputation in the middle, which would keep them alive.
         self.abandon()
         ends = self.current.unfinished.pop(self.index, {})
-        leaving, sqnorm, trace = self._measure(stream, leaving, norm_input)
+        leaving, sqnorm, trace = self._measure(norm, stream, leaving, norm_input)
         at_sum = self.current.lengths and self._leaves_length_to_the_sum()
         measured_here = self.current.lengths and sqnorm is None and self._ends_its_step and not at_sum
         if measured_here:
@@ -170,18 +175,18 @@ class BranchHooks:
             )
 
     def _measure(
-        self, stream: Tensor, leaving: Tensor, norm_input: Tensor | None
+        self, norm: NormView | None, stream: Tensor, leaving: Tensor, norm_input: Tensor | None
     ) -> tuple[Tensor, Tensor | None, BranchTrace | None]:
         """The branch's own output, ‖output‖² per row if the estimator knows it, and the trace if it is measured."""
         assert self.current is not None
-        if not self.current.traced:
+        if norm is None:
             return leaving, None, None
         assert self.estimator is not None
         if norm_input is not None and self.estimator.copies:
             norm_input = norm_input[: stream.shape[0]]
         assert self.current.shape is not None
         rows = stream.view(*self.current.shape, -1)  # OPT flattens (B, T)
-        left = self.estimator.leave(self.branch, self._norm(), rows, leaving, self._probe(), norm_input)
+        left = self.estimator.leave(self.branch, norm, rows, leaving, self._probe(), norm_input)
         return left.output, left.sqnorm, left.trace
 
     def _see(self, stream: Tensor) -> None:
@@ -192,6 +197,8 @@ class BranchHooks:
         self.current.see_stream(stream)
         if self.current.measures:
             self._stream = stream
+            ahead = fused_norms.known(self.norm_module, stream) if self.branch.norm_reads_stream else None
+            self._rstd = None if ahead is None else ahead.rstd
 
     def _norm(self) -> NormView:
         return view_norm(self.norm_module, self.branch.norm)

@@ -61,7 +61,11 @@ class NormAt:
     def hat(self) -> tuple[Tensor, Tensor]:
         """The normalized rows without scale and shift, (B, T, d), and 1/σ, (B, T)."""
         wide = upcast(self.reads)
-        mean, rstd = moments(wide, self.norm.eps, self.norm.kind)
+        if self.norm.rstd is None:
+            mean, rstd = moments(wide, self.norm.eps, self.norm.kind)
+        else:
+            rstd = self.norm.rstd.view(wide.shape[:-1])
+            mean = wide.mean(-1) if self.norm.kind == "layer" else None
         return (wide if mean is None else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1), rstd
 
 

@@ -184,7 +184,8 @@ class Hutchinson(_Differences):
         """The factor of the probes: 1/σ, or 1 if the branch's norm comes after it."""
         if normed is not None:
             return torch.ones((), dtype=upcast(stream[:0]).dtype, device=stream.device)
-        return dispatch.rstd(stream.detach(), eps=norm.eps, kind=norm.kind).unsqueeze(-1)
+        rstd = dispatch.rstd(stream.detach(), eps=norm.eps, kind=norm.kind) if norm.rstd is None else norm.rstd
+        return rstd.view(stream.shape[:-1]).unsqueeze(-1)
 
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
         if self.epsilon is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import ofa
 from ofa.anatomy import fused_layers
 from ofa.anatomy.steps import find
+from ofa.regularizers.closed_form import branch_trace
 from ofa_kernels import dispatch
 from tests import families, oracle
 from tests.cases import over_pairs
@@ -148,6 +149,26 @@ def test_the_penalty_is_that_of_the_hooked_model(name: str, kind: str, granulari
             assert not fused_layers.is_fused(model)
     for one, other in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["exact", "hutchinson"])
+def test_hooks_do_not_compute_what_the_sums_know(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first layer's first norm, which follows no sum, has its 1/σ computed; no length is."""
+    computed: list[str] = []
+
+    def counting(module: Any, name: str) -> None:
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kw: computed.append(name) or own(*args, **kw))
+
+    counting(branch_trace, "moments")
+    counting(dispatch, "rstd")
+    counting(dispatch, "squared_norm")
+    model = tuned()
+    with ofa.fused_regularizers(model, **EVERY[kind], fuse=True):
+        model(**given("llama"))
+        computed.clear()
+        model(**given("llama"))
+    assert computed == ["moments" if kind == "exact" else "rstd"]
 
 
 def test_closing_leaves_layers_fused_that_were_fused_before() -> None:
