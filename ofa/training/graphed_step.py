@@ -152,8 +152,13 @@ class GraphedStep:
                 self._capture = capture_for(self._device)
             except CannotCaptureError as error:
                 self.reason = str(error)
+        if self.reason is not None and self._device.type == "cuda":
+            self._tell()
         self._watched = _Watched(self._model) if self._capture else None
         self._state = self._snapshot()
+
+    def _tell(self) -> None:
+        logger.info("training steps are not captured as CUDA graphs: %s", self.reason)
 
     def _snapshot(self) -> list[object]:
         """What a graph would not notice: compared before every step."""
@@ -213,7 +218,7 @@ class GraphedStep:
                 self.reason, self._capture, self._watched = str(error), None, None
                 self._graphs.clear()
                 self._state = self._snapshot()
-                logger.info("training steps are not captured as CUDA graphs: %s", self.reason)
+                self._tell()
                 return
         self._graphs[key] = graph
         if len(self._graphs) > self._keep:
