@@ -13,6 +13,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 DETAILS = "ofa_config.json"
 CARD = "README.md"
+BASE_CONFIG = "base_config.json"
+"""The base's config.json with the labels of a head that is in the adapter: what transformers builds the head by."""
 
 NORMS = "LN_TUNING"
 KINDS = {NORMS: "LN-tuning", "LORA": "LoRA", "IA3": "IA3", "PROMPT_TUNING": "prompt-tuning"}
@@ -47,6 +49,19 @@ def read_details(folder: str | Path) -> Json:
     """
     file = at_home(folder) / DETAILS
     return _read_json(file, "") if file.exists() else {}
+
+
+def read_labels(folder: str | Path) -> tuple[str, ...]:
+    """The labels of the head in an adapter, in the order of its logits.
+
+    Raises:
+        InputError: the file that names them is missing or damaged.
+    """
+    path = at_home(folder) / BASE_CONFIG
+    names = _read_json(path, f"{folder} lacks the labels of its head").get("id2label")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{path} names no labels; save the adapter again")
+    return tuple(str(names[index]) for index in sorted(names, key=int))
 
 
 def _read_json(path: Path, missing: str) -> dict[str, object]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ofa.adapters.base_norms import fingerprints_of
-from ofa.adapters.read import Adapter, read_adapter
+from ofa.adapters.read import Adapter, read_adapter, refuse_head
 from ofa.errors import InputError, first_sentence
 from ofa.files import at_home, write_atomically
 from ofa.models.embedded import check_gguf
@@ -53,6 +53,7 @@ def merge_gguf(adapter: str | Path | Adapter, base: str | Path, out: str | Path,
         'tuned.gguf'
     """
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    refuse_head(read, "a GGUF file")
     source, target = at_home(base), check_gguf_out(out, base, overwrite=overwrite)
     norms = _norms_in(source, read)
     _check_base(norms, read)

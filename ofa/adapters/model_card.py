@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ofa.adapters.folder import KINDS, NORMS
+from ofa.adapters.folder import BASE_CONFIG, KINDS, NORMS
 from ofa.files import Json
 from ofa.hub import is_hub_id
 
@@ -18,6 +18,12 @@ again; on the original weights the scores may differ.
 _PROTOCOL = """\
 Accuracy of the most probable label word after the prompt, without demonstrations in it.
 """
+_PROTOCOL_OF_HEADS = """\
+Accuracy of the most probable label by the head, which reads the text without the rest of the template.
+"""
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+"""The hub's name of the pipeline for each of PEFT's task types."""
+
 _MEASURES = {"accuracy": ("accuracy", "accuracy"), "macro_f1": ("f1", "macro-F1"), "exact_match": ("exact_match",) * 2}
 """Our scores that hubs list: the hub's id of the metric, and its name."""
 
@@ -27,17 +33,17 @@ def model_card(details: Json, task_type: str | None, kind: str = NORMS) -> str:
 
     Args:
         details: the content of `ofa_config.json`.
-        task_type: PEFT's task type, `CAUSAL_LM`, or None for an encoder.
+        task_type: PEFT's task type: `CAUSAL_LM`, `SEQ_CLS` for an encoder with its head, or None.
         kind: PEFT's type of the adapter.
     """
     task = details.get("task") or {}
     parts = [
         f"---\n{_front_matter(details, task, task_type, kind)}\n---\n",
         f"# {_title(task, kind)}\n",
-        _what(details, kind),
+        _what(details, task_type, kind),
         _QUANTIZED if details.get("base_source") == "embedded" else "",
         _made_from(details, task, kind),
-        _scores(details),
+        _scores(details, _PROTOCOL_OF_HEADS if task_type == "SEQ_CLS" else _PROTOCOL),
         usage(HERE, task_type, published=False, base=details["base_model"]),
         "Made with " + ", ".join(f"{name} {version}" for name, version in details["versions"].items()) + ".\n",
     ]
@@ -57,12 +63,27 @@ def usage(place: str, task_type: str | None, *, published: bool, base: str | Non
         load = (
             f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
         )
+    elif task_type == "SEQ_CLS":
+        load = _load_head(place, base, published=published)
     else:
         load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
     download, folder = (f"hf download {place} --local-dir adapter\n", "adapter") if published else ("", place)
     return (
         f"## Use\n\n```python\n{load}\n```\n\nor, with the task's template and label words applied:\n\n"
         f'```bash\n{download}ofa predict {folder} --text "..."\n```\n'
+    )
+
+
+def _load_head(place: str, base: str | None, *, published: bool) -> str:
+    """Python that opens an encoder with the head in its adapter, by transformers alone."""
+    labels = f'hf_hub_download("{place}", "{BASE_CONFIG}")' if published else f'"{place}/{BASE_CONFIG}"'
+    return (
+        ("from huggingface_hub import hf_hub_download\n" if published else "")
+        + "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline\n\n"
+        f"config = AutoConfig.from_pretrained({labels})  # with the labels\n"
+        f'model = AutoModelForSequenceClassification.from_pretrained("{place}", config=config)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
+        'classify = pipeline("text-classification", model=model, tokenizer=tokenizer)'
     )
 
 
@@ -77,11 +98,12 @@ def _load_gguf(base: str, place: str) -> str:
     )
 
 
-def _what(details: Json, kind: str) -> str:
+def _what(details: Json, task_type: str | None, kind: str) -> str:
+    rest = "and a classification head" if task_type == "SEQ_CLS" else "and nothing else"
     count, base = f"{details['parameters']:,}", named(details["base_model"])
     if kind == NORMS:
         return (
-            f"{count} tuned norm scales of {base}, and nothing else: a PEFT LN-tuning adapter made with `ofa` "
+            f"{count} tuned norm scales of {base}, {rest}: a PEFT LN-tuning adapter made with `ofa` "
             f"(Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n"
         )
     return f"A PEFT {KINDS[kind]} adapter of {count} parameters for {base}, made with `ofa`.\n"
@@ -100,7 +122,7 @@ def _front_matter(details: Json, task: Mapping[str, object], task_type: str | No
     data = details.get("data") or {}
     card = ModelCardData(
         library_name="peft",
-        pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
+        pipeline_tag=_PIPELINES.get(task_type or ""),
         tags=["few-shot", KINDS[kind].lower(), "ofa", *([f"arxiv:{PAPER}"] if kind == NORMS else [])],
         # Hubs look up the base model, so a local folder is named only in the text.
         base_model=base if is_known else None,
@@ -164,7 +186,7 @@ def _used(details: Json) -> str | None:
     return f"{len(details['indices']):,} of {details['examples']:,}"
 
 
-def _scores(details: Json) -> str:
+def _scores(details: Json, protocol: str) -> str:
     scores = details.get("scores") or {}
     numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
     if not numbers:
@@ -175,7 +197,7 @@ def _scores(details: Json) -> str:
     where = f"On {examples} of {_cell(tested)}.\n" if tested else ""
     if "unused" in scores:
         where = f"On {examples} of the {scores['unused']:,} training examples that were not used.\n"
-    protocol = _PROTOCOL if "accuracy" in numbers else ""
+    protocol = protocol if "accuracy" in numbers else ""
     return f"## Scores\n\n{where}{protocol}\n| measure | value |\n|---|---|\n{rows}\n"
 
 

@@ -13,6 +13,7 @@ from ofa.adapters.read import PREFIX, Adapter
 from ofa.adapters.same_base import check_base
 from ofa.adapters.save_and_load import load_adapter
 from ofa.models.types import CausalLM
+from ofa.tuning.heads import ReplacedHead
 from ofa.tuning.norms import restore_norms
 
 
@@ -40,7 +41,12 @@ def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
 
     check_base(model, adapter)
     config = PeftConfig.from_pretrained(adapter.folder)
-    attached = attach_adapter(model, config, sorted(getattr(config, "target_modules", ())), 0, undo)
+    targets = sorted(getattr(config, "target_modules", ()))
+    if adapter.labels:
+        head = ReplacedHead(model, adapter.labels)
+        undo.callback(head.remove)
+        targets += head.paths
+    attached = attach_adapter(model, config, targets, 0, undo)
     # Without PEFT's wrapper the keys lack the path of the model in it.
     own = {key.removeprefix(PREFIX): value for key, value in adapter.parameters.items()}
     set_peft_model_state_dict(attached, own)

@@ -15,6 +15,7 @@ from ofa.adapters.same_base import base_facts, check_base
 from ofa.adapters.write import write_adapter
 from ofa.errors import InputError, first_sentence
 from ofa.models.types import CausalLM
+from ofa.tuning.heads import ReplacedHead
 
 
 def save_peft_adapter(
@@ -35,14 +36,17 @@ def save_peft_adapter(
     tensors = {f"{prefix}{key}": value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     named = base_facts(base)
     config = _plain(model.peft_config["default"].to_dict())
-    config |= {"base_model_name_or_path": named["base_model"], "task_type": "CAUSAL_LM", "inference_mode": True}
+    has_head = bool(config.get("modules_to_save"))
+    task_type = "SEQ_CLS" if has_head else "CAUSAL_LM"
+    config |= {"base_model_name_or_path": named["base_model"], "task_type": task_type, "inference_mode": True}
     facts = {
         **fingerprints(base),
         **named,
         "base_weights": weight_digests(base),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
-    return write_adapter(folder, tensors, config, {**details, **facts}, overwrite=overwrite)
+    base_config = base.config.to_dict() if has_head else None
+    return write_adapter(folder, tensors, config, {**details, **facts}, base_config=base_config, overwrite=overwrite)
 
 
 def open_peft_adapter(model: nn.Module, adapter: Adapter) -> CausalLM:
@@ -57,6 +61,8 @@ def open_peft_adapter(model: nn.Module, adapter: Adapter) -> CausalLM:
     from peft import PeftModel, get_peft_model_state_dict
 
     check_base(model, adapter)
+    if adapter.labels:
+        ReplacedHead(model, adapter.labels)
     try:
         opened = PeftModel.from_pretrained(model, adapter.folder)
     except (ValueError, RuntimeError, KeyError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa import sharding
-from ofa.adapters.read import Adapter, read_adapter
+from ofa.adapters.read import Adapter, read_adapter, refuse_head
 from ofa.adapters.same_base import Base
 from ofa.adapters.save_and_load import check_fit
 from ofa.errors import InputError
@@ -72,6 +72,7 @@ class AdapterPool:
             InputError: the folder cannot be read, or belongs to another base.
         """
         read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        refuse_head(read, "a pool")
         check_fit(self.model, read, self._base)
         like: Any = self._norms[0].module.weight
         scales = {**self._base.parameters, **read.parameters}

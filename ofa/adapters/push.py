@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
+from ofa.adapters.folder import BASE_CONFIG, CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.model_card import HERE, model_card, named, usage
 from ofa.adapters.read import Adapter, read_any_adapter
 from ofa.errors import InputError, first_sentence
@@ -124,6 +124,8 @@ def _contents(adapter: Adapter, repo_id: str, base: str) -> dict[str, bytes]:
     files: dict[str, object] = {CONFIG: {**config, "base_model_name_or_path": base}}
     if adapter.details:
         files[DETAILS] = {**adapter.details, "base_model": base}
+    if adapter.labels:
+        files[BASE_CONFIG] = json.loads((adapter.folder / BASE_CONFIG).read_text(encoding="utf-8"))
     card = _card(adapter, repo_id, base, config)
     return {
         WEIGHTS: (adapter.folder / WEIGHTS).read_bytes(),
@@ -145,7 +147,7 @@ def _card(adapter: Adapter, repo_id: str, base: str, config: Json) -> str | None
     else:
         return None
     try:
-        card = ModelCard(_published(text, repo_id, task_type, adapter.base))
+        card = ModelCard(_published(text, repo_id, task_type, adapter.base, base))
     except (ValueError, YAMLError) as error:
         raise InputError(
             f"the front matter of {file} cannot be read ({first_sentence(error)}); correct it, or delete the file to "
@@ -155,10 +157,10 @@ def _card(adapter: Adapter, repo_id: str, base: str, config: Json) -> str | None
     return str(card)
 
 
-def _published(text: str, repo_id: str, task_type: str | None, local_base: str | None) -> str:
-    for base in (local_base, None):  # the folder's own card, or one generated for the base's name on the hub
-        own = usage(HERE, task_type, published=False, base=base)
-        text = text.replace(own, usage(repo_id, task_type, published=True))
+def _published(text: str, repo_id: str, task_type: str | None, local_base: str | None, base: str) -> str:
+    for known in (local_base, base, None):  # the folder's own card, or one generated for the base's name on the hub
+        own = usage(HERE, task_type, published=False, base=known)
+        text = text.replace(own, usage(repo_id, task_type, published=True, base=base))
     return text
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ofa.adapters.folder import KINDS, NORMS, WEIGHTS, read_config, read_details
+from ofa.adapters.folder import KINDS, NORMS, WEIGHTS, read_config, read_details, read_labels
 from ofa.errors import InputError
 from ofa.files import Json, at_home
 
@@ -20,7 +20,8 @@ _LAYER = ".ln_tuning_layers."
 class Adapter:
     """An adapter folder in memory: its base, its parameters, and `ofa_config.json` as `details`.
 
-    `kind` is PEFT's type. Parameters are named by the path of the norm; those of another kind by PEFT's own keys.
+    `kind` is PEFT's type. Parameters are named by the path of the norm; those of another kind by PEFT's own keys. An
+    encoder's adapter has `labels`, and its `head` beside the norms, by path.
 
     Example:
         >>> adapter = ofa.load_adapter(model, ofa.save_adapter(model, folder / "adapter"))
@@ -33,6 +34,8 @@ class Adapter:
     parameters: dict[str, Tensor]
     details: Json
     kind: str = NORMS
+    head: dict[str, Tensor] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -56,13 +59,25 @@ def read_any_adapter(folder: str | Path) -> Adapter:
     parameters = _read_tensors(path)
     if not parameters:
         raise InputError(f"{path / WEIGHTS} holds no tensors; save the adapter again")
-    if config["peft_type"] == NORMS:
-        parameters = _by_norm(path, parameters)
     broken = not_finite(parameters)
     if broken:
-        raise InputError(f"{path / WEIGHTS} is damaged: {broken} is not finite; save the adapter again")
-    base = config.get("base_model_name_or_path")
-    return Adapter(path, base, parameters, read_details(path), config["peft_type"])
+        raise InputError(f"{path / WEIGHTS} is damaged: {plain_key(broken)} is not finite; save the adapter again")
+    heads = tuple(f"{PREFIX}{module}." for module in config.get("modules_to_save") or ())
+    head: dict[str, Tensor] = {}
+    if config["peft_type"] == NORMS:
+        head = {plain_key(key): value for key, value in parameters.items() if heads and key.startswith(heads)}
+        parameters = _by_norm(path, {key: value for key, value in parameters.items() if plain_key(key) not in head})
+    base, labels = config.get("base_model_name_or_path"), read_labels(path) if heads else ()
+    return Adapter(path, base, parameters, read_details(path), config["peft_type"], head, labels)
+
+
+def refuse_head(adapter: Adapter, what: str) -> None:
+    """Raise `InputError` for an adapter with a classification head, which `what` has no place for."""
+    if adapter.labels:
+        raise InputError(
+            f"{adapter.folder} holds the classification head of an encoder, for which {what} has no place; write a "
+            "checkpoint with `ofa merge` instead"
+        )
 
 
 def not_finite(parameters: dict[str, Tensor]) -> str | None:

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +19,12 @@ from ofa.adapters.base_norms import fingerprints
 from ofa.adapters.base_weights import weight_digests
 from ofa.adapters.folder import NORMS
 from ofa.adapters.peft_folder import merged_with_peft
-from ofa.adapters.read import Adapter, norm_key, read_adapter, read_any_adapter
+from ofa.adapters.read import PREFIX, Adapter, norm_key, read_adapter, read_any_adapter
 from ofa.adapters.same_base import Base, base_facts, check_base
 from ofa.adapters.write import write_adapter, write_checkpoint
 from ofa.errors import InputError
 from ofa.models.types import Tokenizer
+from ofa.tuning.heads import ReplacedHead, hold_head, trained_head
 from ofa.tuning.norms import base_parameters, hold_norms
 
 
@@ -33,6 +37,8 @@ def save_adapter(
     overwrite: bool = False,
 ) -> Path:
     """Write the norm scales of `model` as a PEFT LN-tuning folder: every norm, tuned or not, and its untuned shift.
+
+    A classification head that trains beside them is written too, as PEFT's `modules_to_save`.
 
     In a distributed run, call it on every rank: rank 0 writes, and all ranks return when the folder is complete. If the
     model is not sharded, rank 0 may call it alone.
@@ -58,19 +64,26 @@ def save_adapter(
     model = sharding.unwrapped(model)
     sharding.reshard(model)
     base = base_parameters(model)
-    current = {path: sharding.full_tensor(model.get_parameter(path)).detach() for path in base}
-    tensors = {norm_key(path): value.to("cpu", torch.float32).contiguous() for path, value in current.items()}
+    heads = trained_head(model)
+    keys = {path: norm_key(path) for path in base}
+    keys |= {f"{head}.{name}": "" for head in heads for name, _ in model.get_submodule(head).named_parameters()}
+    current = {path: sharding.full_tensor(model.get_parameter(path)).detach() for path in keys}
+    tensors = {
+        keys[path] or f"{PREFIX}{path}": value.to("cpu", torch.float32).contiguous() for path, value in current.items()
+    }
     known = {**(details or {}), **fingerprints(model)}  # gathered by all ranks
     scales = {path: value for path, value in base.items() if path.endswith(".weight")}
     named: dict[str, str | None] = {"base_model": base_model} if base_model else base_facts(model)
-    config = _peft_config(model, list(scales), named["base_model"])
+    config = _peft_config(model, list(scales), heads, named["base_model"])
     parameters = sum(scale.numel() for scale in scales.values())
     facts = {**named, "base_weights": weight_digests(model), "parameters": parameters}
-    return write_adapter(folder, tensors, config, {**known, **facts}, overwrite=overwrite)
+    whole: Any = model
+    base_config = whole.config.to_dict() if heads else None
+    return write_adapter(folder, tensors, config, {**known, **facts}, base_config=base_config, overwrite=overwrite)
 
 
 def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
-    """Replace the norm scales of a base model by an adapter's; `restore_norms` restores them.
+    """Replace the norm scales of a base model by an adapter's, and an encoder's head; `restore_norms` restores them.
 
     The model changes only if the whole adapter fits.
 
@@ -91,7 +104,9 @@ def load_adapter(model: nn.Module, folder: str | Path | Adapter) -> Adapter:
     check_fit(sharding.unwrapped(model), adapter)
     hold_norms(model)
     model = sharding.unwrapped(model)
-    for path, value in adapter.parameters.items():
+    if adapter.head:
+        hold_head(model, adapter.labels)
+    for path, value in {**adapter.parameters, **adapter.head}.items():
         sharding.copy_to_shards(model.get_parameter(path), value)
     return adapter
 
@@ -135,17 +150,27 @@ def merge(
     if read.kind != NORMS:
         return write_checkpoint(merged_with_peft(model, read), None, out, tokenizer=tokenizer, overwrite=overwrite)
     check_fit(model, read)
-    return write_checkpoint(model, _merged_state(model, read), out, tokenizer=tokenizer, overwrite=overwrite)
+    with ExitStack() as undo:
+        if read.head:  # for the shapes and the labels of the checkpoint
+            undo.callback(ReplacedHead(model, read.labels).remove)
+        return write_checkpoint(model, _merged_state(model, read), out, tokenizer=tokenizer, overwrite=overwrite)
 
 
-def _peft_config(model: nn.Module, scales: list[str], base: str | None) -> dict[str, object]:
+def _peft_config(model: nn.Module, scales: list[str], heads: Sequence[str], base: str | None) -> dict[str, object]:
     from peft import LNTuningConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
 
-    is_causal = sharding.own_class(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind = sharding.own_class(model).__name__
+    task_type = "CAUSAL_LM" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+    if heads and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        task_type = "SEQ_CLS"
     config = LNTuningConfig(
         target_modules=[path.removesuffix(".weight") for path in scales],
-        task_type="CAUSAL_LM" if is_causal else None,
+        modules_to_save=list(heads) or None,
+        task_type=task_type,
         base_model_name_or_path=base,
         inference_mode=True,
     ).to_dict()
@@ -156,7 +181,8 @@ def _merged_state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The base's state dict with the adapter's scales, in the base's dtype; the model is not modified."""
     base = base_parameters(model)
     scales = {path: value.to(base[path]) for path, value in adapter.parameters.items()}
-    return {**model.state_dict(), **base, **scales}
+    head = {path: value.to(next(iter(base.values()))) for path, value in adapter.head.items()}
+    return {**model.state_dict(), **base, **scales, **head}
 
 
 def check_fit(model: nn.Module, adapter: Adapter, base: Base | None = None) -> None:
@@ -181,4 +207,19 @@ def check_fit(model: nn.Module, adapter: Adapter, base: Base | None = None) -> N
                 f"{adapter.folder} was made for {name} of another width: {path} has {own[path].numel()} channels here "
                 f"and {value.numel()} in the adapter; load that base instead"
             )
+    if adapter.head:
+        _check_head(model, adapter)
     check_base(model, adapter, base)
+
+
+def _check_head(model: nn.Module, adapter: Adapter) -> None:
+    head = ReplacedHead(model, adapter.labels)
+    try:
+        shapes = {path: parameter.shape for path, parameter in head.parameters().items()}
+    finally:
+        head.remove()
+    if {path: value.shape for path, value in adapter.head.items()} != shapes:
+        raise InputError(
+            f"{adapter.folder} holds a head of other layers than that of a {type(model).__name__}; load its base, "
+            f"{adapter.base or 'which it does not name'}, with AutoModelForSequenceClassification"
+        )

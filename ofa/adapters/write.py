@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ofa import sharding
 from ofa._version import __version__
-from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
+from ofa.adapters.folder import BASE_CONFIG, CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.model_card import model_card
 from ofa.adapters.read import not_finite, plain_key
 from ofa.errors import InputError
@@ -24,9 +24,12 @@ def write_adapter(
     config: Json,
     details: dict[str, object],
     *,
+    base_config: dict[str, Any] | None,
     overwrite: bool,
 ) -> Path:
     """Write tensors, PEFT's configuration, `ofa_config.json` and the model card; in a distributed run, on rank 0.
+
+    `base_config` is written for an adapter with a head.
 
     Raises:
         InputError: a tensor is not finite, or the folder cannot be written or is not empty.
@@ -48,6 +51,7 @@ def write_adapter(
                     target / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
                     target / DETAILS: json_writer(known),
                     target / CARD: text_writer(model_card(known, config["task_type"], config["peft_type"])),
+                    **({target / BASE_CONFIG: json_writer(base_config)} if base_config else {}),
                     # Last: this file makes the folder an adapter.
                     target / CONFIG: json_writer(config),
                 }

@@ -79,6 +79,7 @@ GRANITE = _sequential(_LLAMA_ATTENTION, _LLAMA_MLP, scale="residual_multiplier")
 GPT2 = _sequential(_attention("ln_1", "attn"), _mlp("ln_2"))
 OPT = _sequential(_attention("self_attn_layer_norm", "self_attn"), _mlp("final_layer_norm", "fc1", "fc2"))
 VIT = _sequential(_attention("layernorm_before", "attention"), _mlp("layernorm_after"))
+MODERNBERT = _sequential(_attention("attn_norm", "attn"), _mlp("mlp_norm"))
 GPT_NEOX_SEQUENTIAL = _sequential(_attention("input_layernorm", "attention"), _LLAMA_MLP)
 FALCON_SEQUENTIAL = _sequential(_attention("input_layernorm", "self_attention"), _LLAMA_MLP)
 
@@ -136,8 +137,9 @@ FAMILIES = (
     Family(("gpt_neox",), (GPT_NEOX, GPT_NEOX_SEQUENTIAL)),
     Family(("opt",), (OPT,), layer_only="self_attn_layer_norm"),
     Family(("falcon",), (FALCON_TWO_NORMS, FALCON, FALCON_SEQUENTIAL)),
-    Family(("bert",), (POST_NORM,)),
+    Family(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), (POST_NORM,)),
     Family(("vit",), (VIT,)),
+    Family(("modernbert",), (MODERNBERT,)),
 )
 """One row per family; a model type without a row is tried against every wiring, and the trial run decides."""
 

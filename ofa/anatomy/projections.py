@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ofa.anatomy.module_names import ATTENTION_NAMES, MLP_NAMES
+from ofa.anatomy.module_names import ATTENTION_NAMES, ENCODER_ATTENTION_NAMES, MLP_NAMES
 from ofa.errors import InputError
 from ofa.models.types import CausalLM
 
@@ -16,7 +16,8 @@ from ofa.models.types import CausalLM
 class Projections:
     """Paths of the query, key, value and down projections of all layers, in model order.
 
-    A fused projection is listed once for each of its parts. Mixtures of experts have no down projections.
+    A fused projection is listed once for each of its parts. Mixtures of experts, and encoders whose MLP is two modules,
+    have no down projections.
     """
 
     query: tuple[str, ...]
@@ -31,10 +32,10 @@ def find_projections(model: CausalLM) -> Projections:
     Raises:
         InputError: no attention or no MLP has projections under known names.
     """
-    attention = list(_with_children(model, ATTENTION_NAMES))
+    attention = list(_with_children(model, (*ATTENTION_NAMES, *ENCODER_ATTENTION_NAMES)))
     mlp = list(_with_children(model, MLP_NAMES))
-    experts = any(name.endswith(".experts") for name, _ in _decoder_modules(model))
-    for what, found in (("an attention", attention), ("an MLP", mlp or experts)):
+    apart = any(name.endswith((".experts", ".intermediate")) for name, _ in _decoder_modules(model))
+    for what, found in (("an attention", attention), ("an MLP", mlp or apart)):
         if not found:
             raise InputError(
                 f"no projections of {what} were found by name in a {type(model).__name__}; add their names to "

@@ -190,15 +190,16 @@ def _try_wiring(
     for layer in layers:
         _require_weights(model, layer, wiring, by_path)
     sublayer = tuple(step for i, layer in enumerate(layers) for step in _steps(model, i, layer, wiring, by_path))
+    steps_of = [[step for step in sublayer if step.layer == i] for i in range(len(layers))]
     if verify:
-        seen = _run_first_layer(model, layers[0], _paths(wiring))
-        reason = _contradiction(seen, layers[0], [step for step in sublayer if step.layer == 0])
+        tried = next(i for i, own in enumerate(steps_of) if len(own) == len(wiring.steps))
+        seen = _run_layer(model, layers[tried], _paths(wiring))
+        reason = _contradiction(seen, layers[tried], steps_of[tried])
         if reason and family.layer_only and _norm_comes_after(seen, layers[0], sublayer):
             return _post_norm_layers(model_type, layers, norms, family.layer_only, by_path), ""
         if reason:
             return None, reason
-    per_layer = len(wiring.steps)
-    whole = tuple(_layer_step(i, layer, sublayer[i * per_layer]) for i, layer in enumerate(layers))
+    whole = tuple(_layer_step(i, layer, steps_of[i][0]) for i, layer in enumerate(layers))
     return Anatomy(model_type, wiring.name, layers, norms, sublayer, whole), ""
 
 
@@ -215,6 +216,8 @@ def _post_norm_layers(
 def _steps(model: nn.Module, index: int, layer: str, wiring: Wiring, norms: dict[str, Norm]) -> Iterator[Step]:
     scale = float(getattr(model.get_submodule(layer), wiring.scale)) if wiring.scale else 1.0
     for rows in wiring.steps:
+        if any(_has_no_norm(model, f"{layer}.{row.norm}") for row in rows):
+            continue
         branches = tuple(_branch(layer, row, norms) for row in rows)
         yield Step(index, branches, scale, wiring.adds_in_place)
 
@@ -253,10 +256,15 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
+def _has_no_norm(model: nn.Module, path: str) -> bool:
+    """Whether a layer has nothing in a norm's place: ModernBERT's first attention reads the normalized embeddings."""
+    return isinstance(model.get_submodule(path), nn.Identity)
+
+
 def _require_weights(model: nn.Module, layer: str, wiring: Wiring, norms: dict[str, Norm]) -> None:
     for row in (row for step in wiring.steps for row in step):
         path = f"{layer}.{row.norm}"
-        if path not in norms:
+        if path not in norms and not _has_no_norm(model, path):
             raise InputError(
                 f"the norm {path} ({type(model.get_submodule(path)).__name__}) has no one-dimensional weight, so there "
                 "is no scale to tune; choose a model whose norms have weights"
@@ -371,7 +379,7 @@ class _Bare(nn.Module):
         return result
 
 
-def _run_first_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+def _run_layer(model: nn.Module, layer: str, paths: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of the layer and of some of its modules, from a run that stops after the layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 

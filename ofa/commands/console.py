@@ -65,7 +65,7 @@ def _say(text: str) -> None:
 def tell_truncated(count: int, of: str = "texts") -> None:
     """Warn of the number of texts that were cut to the model's window, if there were any."""
     if count:
-        warn(f"{count} of the {of} did not fit the model's window and lost their beginning")
+        warn(f"{count} of the {of} did not fit the model's window and were cut")
 
 
 def show(value: Table | str) -> None:

@@ -49,7 +49,6 @@ def inspect(
         offline=offline,
         trust_remote_code=trust_remote_code,
         progress=notice,
-        encoders=True,
     )
     document = describe(loaded.model, anatomy.find(loaded.model), loaded.name)
     if as_json:

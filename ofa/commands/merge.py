@@ -77,7 +77,9 @@ def merge(
         )
         write_merged(loaded.model, adapter, target, tokenizer=loaded.tokenizer, overwrite=True)
     size = sum(file.stat().st_size for file in target.iterdir())
-    notice(f"merged checkpoint: {target} ({size / 1e6:.0f} MB), loads with AutoModelForCausalLM.from_pretrained")
+    notice(
+        f"merged checkpoint: {target} ({size / 1e6:.0f} MB), loads with {type(loaded.model).__name__}.from_pretrained"
+    )
 
 
 def _merge_gguf(adapter: Path, base: Path, out: Path, overwrite: bool) -> None:

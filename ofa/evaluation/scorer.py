@@ -1,4 +1,4 @@
-"""Score label words with a causal language model, and evaluate its predictions on examples."""
+"""Score labels with a language model, and evaluate its predictions on examples."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder, batches_by_length, collate, scores_whole_words
+from ofa.evaluation.head import HeadEncoder, HeadLogits
 from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scores import CompletionMetrics, Metrics, metrics
 from ofa.models.introspection import evaluating, model_window
-from ofa.models.load import refuse_encoder
+from ofa.models.load import is_encoder, refuse_encoder
 from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ __all__ = ["CompletionMetrics", "Evaluation", "Metrics", "Scorer", "evaluate", "
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["first token", "whole word", "completion"]
+Mode = Literal["first token", "whole word", "completion", "head"]
 Progress = Callable[[int, int], None]
 
 
@@ -125,16 +126,19 @@ class Scorer:
         batch_size: int = 16,
         calibration: Calibration | None = None,
     ) -> None:
-        refuse_encoder(model.config)
+        if type(self) is not Scorer:  # subclasses read prompts
+            refuse_encoder(model.config)
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
         self.demonstrations = tuple(demonstrations)
         self.batch_size = batch_size
         self.calibration = calibration
-        self.encoder = Encoder(tokenizer, task, model_window(model))
+        self.encoder = encoder_for(model, tokenizer, task)
         self.mode: Mode = "completion" if task.open_ended else "first token"
-        if scores_whole_words(self.encoder.labels):
+        if isinstance(self.encoder, HeadEncoder):
+            self.mode = "head"
+        elif scores_whole_words(self.encoder.labels):
             self.mode = "whole word"
             _warn_of_whole_words(task.name)
 
@@ -147,7 +151,8 @@ class Scorer:
         """Log-probabilities (n, number of labels) of the labels, float32, on the CPU, normalised over the labels.
 
         A label is scored at the last token of the prompt by its first token, or by the whole word and the line end that
-        ends it where two labels share their first token: log p summed over the tokens, not divided by their number.
+        ends it where two labels share their first token: log p summed over the tokens, not divided by their number. An
+        encoder scores it by its head.
 
         Raises:
             InputError: a text is empty, or the task has no labels.
@@ -223,6 +228,8 @@ class Scorer:
 
     def shared_prefix(self, demonstrations: Sequence[int]) -> PrefixCache:
         """The cache of the demonstrations' ids, used to score prompts; methods that score otherwise override this."""
+        if self.mode == "head":
+            return HeadLogits(self.model, self.encoder.pad_id)  # type: ignore[return-value]
         return PrefixCache(self.model, demonstrations, self.encoder.pad_id)
 
     def completion_log_likelihood(self, examples: Sequence[Example]) -> Tensor:
@@ -278,6 +285,13 @@ class Scorer:
             no_repeat_ngram_size=0,
         )
         return tokens[:, input_ids.shape[1] :]
+
+
+def encoder_for(model: CausalLM, tokenizer: Tokenizer, task: Task) -> Encoder:
+    """The token ids of a task for a model: prompts and label words, or for an encoder texts and logits."""
+    if is_encoder(model.config):
+        return HeadEncoder(model, tokenizer, task)
+    return Encoder(tokenizer, task, model_window(model))
 
 
 def _refuse_nan(scores: Tensor) -> None:

@@ -34,7 +34,7 @@ def fit(
 
 
 def config_for(model: CausalLM) -> PeftConfig:
-    """PEFT's configuration of these scales for a model; for a mixture of experts only keys and values.
+    """PEFT's configuration of these scales for a model; without down projections only keys and values.
 
     Raises:
         InputError: the projections are not found.

@@ -6,17 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
-from ofa.models.introspection import model_window
+from ofa.models.introspection import trainable
+from ofa.models.load import is_encoder
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.regularizers.options import PAPER
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
-from ofa.tuning.norms import restore_norms
+from ofa.tuning.heads import tune_head
+from ofa.tuning.norms import restore_norms, tune_norms
 
 OF_THE_PAPER = {"epochs": 60, "relative": False}
 """Its training, beside its objective `PAPER`."""
@@ -32,7 +33,7 @@ def fit_norm_scales(
     validation: Sequence[Example] = (),
     **options: Any,
 ) -> Predictor:
-    """Tune every norm scale on the shots; `options` are those of `training.loop.train`.
+    """Tune every norm scale on the shots, and an encoder's head; `options` are those of `training.loop.train`.
 
     With `validation` examples, the scales of the epoch with the best accuracy on them are kept. A failed or interrupted
     run restores the model.
@@ -40,11 +41,14 @@ def fit_norm_scales(
     Raises:
         InputError: see `training.loop.train`.
     """
-    scorer = Scorer(model, tokenizer, task)
-    validate = (lambda: scorer.accuracy(validation)) if validation else None
     try:
-        encoder = Encoder(tokenizer, task, model_window(model))
-        result = train(model, encoder, shots, config, validate=validate, **options)
+        if is_encoder(model.config):
+            tune_norms(model)
+            tune_head(model, task.labels)
+            options = {**options, "tune": trainable}
+        scorer = Scorer(model, tokenizer, task)
+        validate = (lambda: scorer.accuracy(validation)) if validation else None
+        result = train(model, scorer.encoder, shots, config, validate=validate, **options)
     except BaseException:
         restore_norms(model)
         raise

@@ -7,21 +7,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from ofa.adapters.attach_peft import attach_adapter
 from ofa.errors import InputError
-from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.files import Json
 from ofa.methods import Predictor
 from ofa.methods.options import without_regularizers
-from ofa.models.introspection import model_window
+from ofa.models.introspection import trainable
+from ofa.models.load import is_encoder
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
 from ofa.training.records import StepRecord
+from ofa.tuning.heads import ReplacedHead
 from ofa.tuning.norms import restore_norms, tune_norms
 
 if TYPE_CHECKING:
@@ -81,13 +80,20 @@ def fit_adapter(
             undo.callback(restore_norms, model)
             tune_norms(model)
         scales = trainable(model) if with_norms else {}
+        if is_encoder(model.config):
+            if peft_config.is_prompt_learning:
+                raise InputError(f"an encoder reads no prompt for {method} to begin; use norm-tuning, lora or ia3")
+            head = ReplacedHead(model, task.labels)
+            undo.callback(head.remove)
+            peft_config.modules_to_save = list(head.paths)
+            targets += head.paths
         adapted = attach_adapter(model, peft_config, targets, config.seed, undo)
         for scale in scales.values():
             scale.requires_grad_(True)
         scorer = scored_by(adapted, tokenizer, task)
         result = train(
             adapted,
-            Encoder(tokenizer, task, model_window(adapted)),
+            scorer.encoder,
             shots,
             config,
             folder=folder,
@@ -108,11 +114,6 @@ def fit_adapter(
         )
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def stored_bytes(model: CausalLM) -> int:
     """Size in bytes of the tensors that PEFT would save of the adapter."""
     from peft import get_peft_model_state_dict
@@ -126,7 +127,7 @@ def _check_model(model: CausalLM) -> None:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not (is_encoder(model.config) or model.can_generate()):
         raise InputError(
             f"a {type(model).__name__} is not a causal language model and cannot continue a prompt; load one with "
             "transformers' AutoModelForCausalLM"

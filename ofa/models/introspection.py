@@ -1,10 +1,11 @@
-"""Query a loaded model: its forward's arguments, its window, its dropout; and evaluate it in eval mode."""
+"""Query a loaded model: its forward's arguments, its window, head and dropout; and evaluate it in eval mode."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,11 @@ def accepted_arguments(model: CausalLM) -> set[str]:
     return set() if adapter.is_prompt_learning else set(inspect.signature(model.get_base_model().forward).parameters)
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def model_window(model: CausalLM) -> int | None:
     """The number of positions for input tokens, without virtual tokens; None if the model has no limit."""
     config = model.config.get_text_config()
@@ -54,7 +60,7 @@ def model_window(model: CausalLM) -> int | None:
     if positions is None:
         return None
     adapter = getattr(model, "active_peft_config", None)
-    return int(positions) - (getattr(adapter, "num_virtual_tokens", None) or 0)
+    return int(positions) - (getattr(adapter, "num_virtual_tokens", None) or 0) - _unused_positions(model)
 
 
 def dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -71,3 +77,26 @@ def dropout_rates(module: nn.Module) -> list[float]:
 def active_dropout(found: Iterable[tuple[str, nn.Module]]) -> str | None:
     """The path of the first of `dropouts` that drops anything now, or None."""
     return next((path for path, module in found if module.training and max(dropout_rates(module)) > 0), None)
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules after a classifier's last layer: a pooler, and what is outside of the base model.
+
+    Empty for a model that has a vocabulary as its output.
+    """
+    base: Any = getattr(model, "base_model", model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if base is model or output is not None:
+        return ()
+    found = [
+        name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())
+    ]
+    pooler = isinstance(getattr(base, "pooler", None), nn.Module)
+    return (*([f"{model.base_model_prefix}.pooler"] if pooler else []), *found)
+
+
+def _unused_positions(model: nn.Module) -> int:
+    """The number of learned positions that no token gets: RoBERTa counts from the one after its padding index."""
+    tables = (module for path, module in model.named_modules() if path.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+    return 0 if padding is None else int(padding) + 1

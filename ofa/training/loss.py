@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder, collate, scores_whole_words
+from ofa.evaluation.head import HeadEncoder
 from ofa.models.introspection import accepted_arguments
+from ofa.models.load import is_encoder
+from ofa.models.types import CausalLM
 from ofa.tasks.task import Example
 
 
@@ -46,7 +49,7 @@ def encode_example(encoder: Encoder, example: Example, label_loss: float = 0.0) 
     Raises:
         InputError: the label is not one of the task's, or `label_loss` is set for a task without label words.
     """
-    if label_loss and encoder.task.open_ended:
+    if label_loss and (encoder.task.open_ended or isinstance(encoder, HeadEncoder)):
         raise InputError(f"task {encoder.task.name!r} has no label words, so label_loss has no meaning; leave it out")
     targets = encoder.encode_target(example.label, example.text)
     if encoder.task.open_ended:
@@ -80,10 +83,11 @@ def _choices(encoder: Encoder, targets: Sequence[int]) -> tuple[tuple[int, ...],
     )
 
 
-def cross_entropy(model: nn.Module, examples: Sequence[EncodedExample]) -> Tensor:
+def cross_entropy(model: CausalLM, examples: Sequence[EncodedExample]) -> Tensor:
     """Mean over examples of the mean cross-entropy over target tokens, in nats, a float32 scalar.
 
-    Each is taken over the full vocabulary, plus `label_loss` times the one over the target's `choices`.
+    Each is taken over the full vocabulary, or the labels of an encoder's head, plus `label_loss` times the one over the
+    target's `choices`.
     """
     device = next(model.parameters()).device
     return cross_entropy_of(model, {name: value.to(device) for name, value in batch_of(examples).items()})
@@ -127,9 +131,12 @@ def even_targets(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def cross_entropy_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def cross_entropy_of(model: CausalLM, batch: Mapping[str, Tensor]) -> Tensor:
     """The cross-entropy of a batch of `batch_of` on the model's device; nothing in it waits for the device."""
     input_ids, rows, targets = batch["input_ids"], batch["rows"], batch["targets"]
+    if is_encoder(model.config):
+        answers = model(input_ids=input_ids, attention_mask=batch.get("attention_mask")).logits[rows].float()
+        return (F.cross_entropy(answers, targets, reduction="none") * batch["weights"]).sum()
     takes_positions = "logits_to_keep" in accepted_arguments(model)
     # Project only the target positions to the vocabulary: all would cost a quarter of a small model's work.
     extra: dict[str, object] = {"logits_to_keep": batch["kept"]} if takes_positions else {}
@@ -146,7 +153,7 @@ def cross_entropy_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def cross_entropy_in_parts(
-    model: nn.Module, examples: Sequence[EncodedExample], size: int
+    model: CausalLM, examples: Sequence[EncodedExample], size: int
 ) -> list[Callable[[], Tensor]]:
     """The mean cross-entropy of all examples as losses of at most `size` consecutive ones, which sum to it."""
 

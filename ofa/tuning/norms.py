@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ from ofa import anatomy, sharding
 from ofa.anatomy import fused_norms
 from ofa.errors import InputError
 from ofa.tuning.bitsandbytes_layers import TrainableLayers
+
+
+class Removable(Protocol):
+    """What `restore_norms` undoes."""
+
+    def remove(self) -> None:
+        """Undo it."""
+
 
 _originals: weakref.WeakKeyDictionary[nn.Module, _Original] = weakref.WeakKeyDictionary()
 
@@ -80,7 +88,7 @@ def restore_norms(model: nn.Module) -> None:
         )
     del _originals[model]
     sharding.reshard(model)
-    for handle in original.handles:
+    for handle in reversed(original.handles):
         handle.remove()
     for path, parameters in original.parameters.items():
         module = model.get_submodule(path)
@@ -112,6 +120,11 @@ def hold_norms(model: nn.Module) -> dict[str, nn.Parameter]:
             hold(model.get_submodule(norm.path), norm, original)
         _originals[model] = original
     return {norm.path: model.get_parameter(f"{norm.path}.weight") for norm in norms}
+
+
+def undone_with_norms(model: nn.Module, handle: Removable) -> None:
+    """Let `restore_norms` remove this handle too; the norms are tuned or loaded already."""
+    _originals[sharding.unwrapped(model)].handles.append(handle)
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -160,7 +173,7 @@ class _Original:
     requires_grad: list[tuple[nn.Parameter, bool]]
     in_place: bool
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    handles: list[RemovableHandle | TrainableLayers] = field(default_factory=list)
+    handles: list[Removable] = field(default_factory=list)
 
 
 def _hold_part(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
@@ -183,13 +196,20 @@ def _hold(module: nn.Module, norm: anatomy.Norm, original: _Original) -> None:
         setattr(module, name, nn.Parameter(parameter.detach().to(wide, copy=True), requires_grad=False))
     if wide != narrow:
         fused_norms.fuse(module, norm, fused_norms.TUNED)
-        precision = _Precision(wide)
-        original.handles.append(module.register_forward_pre_hook(precision.upcast))
-        original.handles.append(module.register_forward_hook(precision.restore))
+        original.handles += compute_in(wide, module)
+
+
+def compute_in(wide: torch.dtype, module: nn.Module) -> list[RemovableHandle]:
+    """Let a module compute in the dtype of its parameters and return the dtype of its input."""
+    precision = _Precision(wide)
+    return [
+        module.register_forward_pre_hook(precision.upcast),
+        module.register_forward_hook(precision.restore),
+    ]
 
 
 class _Precision:
-    """Hooks that let a norm compute in the dtype of its scale and return the dtype of its input."""
+    """Hooks that let a module compute in one dtype and return the dtype of its input."""
 
     def __init__(self, wide: torch.dtype) -> None:
         self._wide = self._given = wide

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import PeftModel
 
 from ofa.adapters.read import read_adapter
-from tests import families
 from tests.examples.test_loops import example
 
 pytestmark = [
@@ -20,33 +18,17 @@ pytestmark = [
 ]
 
 
-def test_an_encoder_and_its_head_train_and_are_loaded_again(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Only scales and head have changed; adapter with head and merged checkpoint give the same logits."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    model: Any = families.build("bert")
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    folder, out = tmp_path / "bert", tmp_path / "out"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    example("encoder").main(["--model", str(folder), "--out", str(out), "--epochs", "2", "--task", "questions"])
+def test_a_vision_transformer_is_adapted_to_turned_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method has its row; the adapter holds scales and head, which PEFT opens."""
+    digits = example("vit_digits")
+    options = ["--pretraining", "3", "--steps", "2", "--shots", "1", "--seeds", "1", "--out", str(tmp_path)]
+    digits.main(options)
     printed = capsys.readouterr().out
-    assert "logits differ by 0.0e+00" in printed
-    assert "0.001 * H" in printed
-
-    merged = AutoModelForSequenceClassification.from_pretrained(out / "merged")
-    base = AutoModelForSequenceClassification.from_pretrained(folder)
-    tuned = set(read_adapter(out / "adapter").parameters)
-    changed = {
-        path
-        for path, value in merged.state_dict().items()
-        if value.shape != (own := base.state_dict()[path]).shape or not torch.equal(value, own)
-    }
-    assert changed == {path for path in tuned if path.endswith("weight")} | {"classifier.weight", "classifier.bias"}
-    head = load_file(out / "adapter" / "head.safetensors")
-    assert torch.equal(head["weight"], merged.classifier.weight)
-    assert merged.config.id2label[0] != "LABEL_0"
+    assert all(re.search(rf"{re.escape(name)} +[\d,]+  0\.\d", printed) for name in digits.METHODS)
+    adapter = read_adapter(tmp_path / "1")
+    assert set(adapter.head) == {"classifier.weight", "classifier.bias"}
+    opened = PeftModel.from_pretrained(digits.vit(), tmp_path / "1")
+    assert torch.equal(opened.base_model.model.classifier.weight, adapter.head["classifier.weight"])
 
 
 def test_a_vision_language_model_trains_its_language_part(

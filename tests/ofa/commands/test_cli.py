@@ -490,7 +490,7 @@ def test_inspect_describes_the_model(tiny_folder: Path) -> None:
 
 
 def test_inspect_describes_an_encoder_too(tiny_folder: Path, tmp_path: Path) -> None:
-    """`fit` refuses encoders, but their norms can be tuned in the user's own loop."""
+    """Also one that was saved with another head."""
     config = BertConfig(**families.SIZE, intermediate_size=48)
     BertLMHeadModel(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)

@@ -607,7 +607,7 @@ def test_long_texts_are_cut_with_a_warning(bench: Bench) -> None:
     long = bench.rows(*rows, TRAIN[0], TRAIN[1], name="long.jsonl")
     out = bench.here / "out"
     fitted = done(*bench.fit("--out", out, "--test", long, "--shots", 3, "--json", data=long))
-    lost = "did not fit the model's window and lost their beginning"
+    lost = "did not fit the model's window and were cut"
     assert fitted.json["truncated"] == 4
     shared, *others = fitted.err.splitlines()
     assert "6 of the 6 test texts" in shared

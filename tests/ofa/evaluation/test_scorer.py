@@ -309,9 +309,9 @@ def test_scores_that_are_not_numbers_are_refused(llama, tokenizer, task):
             Scorer(llama, tokenizer, task).predict(TEXTS)
 
 
-def test_an_encoder_is_refused(tokenizer):
-    """Its attention is bidirectional, so that it was never trained to continue a prompt."""
-    with pytest.raises(InputError, match="is an encoder, which reads in both directions"):
+def test_an_encoder_whose_head_has_other_labels_is_refused(tokenizer):
+    """Its logits would be taken for other labels."""
+    with pytest.raises(InputError, match="answers LABEL_0, LABEL_1, LABEL_2 and not 'negative'"):
         Scorer(families.build("bert"), tokenizer, TASK)
 
 
