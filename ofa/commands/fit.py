@@ -100,6 +100,8 @@ def fit(
     Example: ofa fit --data train.jsonl --template "Sentence: {text}\\nLabel:" --labels objective,subjective
     --shots 5 --seed 42 --out adapter
 
+    An encoder such as BERT is tuned with a classification head, which reads the text without the rest of the template.
+
     Settings that are left out have the method's defaults. Ctrl-C stops after the current step, and the same command
     with --resume continues to the same result; the guided methods cannot be resumed.
     """
@@ -223,6 +225,7 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, object], **det
         "folder": str(folder),
         "adapter_bytes": (folder / WEIGHTS).stat().st_size,
         "method": adaptation.details()["method"],
+        "scored": adaptation.predictor.scorer.mode,
         "trainable_parameters": adaptation.predictor.trainable_parameters,
         "steps": len(records),
         "first_loss": records[0].loss,
@@ -240,6 +243,8 @@ def _save(adaptation: Adaptation, folder: Path, scores: dict[str, object], **det
 
 def _tell(summary: Json, *, several: bool) -> None:
     tuned = "norm scales tuned" if summary["method"] in NORM_METHODS else f"parameters of {summary['method']} trained"
+    if summary["scored"] == "head":
+        tuned += " with the head's weights"
     notice(
         f"{summary['used']:,} of {summary['examples']:,} examples used; "
         f"{summary['trainable_parameters']:,} {tuned} in {summary['steps']} steps, "
