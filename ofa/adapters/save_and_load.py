@@ -218,7 +218,7 @@ def _check_head(model: nn.Module, adapter: Adapter) -> None:
         shapes = {path: parameter.shape for path, parameter in head.parameters().items()}
     finally:
         head.remove()
-    if {path: value.shape for path, value in adapter.head.items()} != shapes:
+    if any(shapes.get(path) != value.shape for path, value in adapter.head.items()):
         raise InputError(
             f"{adapter.folder} holds a head of other layers than that of a {type(model).__name__}; load its base, "
             f"{adapter.base or 'which it does not name'}, with AutoModelForSequenceClassification"

