@@ -24,7 +24,7 @@ def write_adapter(
     config: Json,
     details: dict[str, object],
     *,
-    base_config: dict[str, Any] | None,
+    base_config: Json | None,
     overwrite: bool,
 ) -> Path:
     """Write tensors, PEFT's configuration, `ofa_config.json` and the model card; in a distributed run, on rank 0.
