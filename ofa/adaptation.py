@@ -203,7 +203,7 @@ def adapt(
         **settings,
     )
     assert predictor.training is not None
-    kind = calibrate or default_kind(data.task, predictor.training.config)
+    kind = calibrate or default_kind(predictor.scorer, predictor.training.config)
     if holds_out(kind) and chosen_by:
         held_out = held_out_by_validation(predictor.scorer, chosen_by, kind)
     predictor.scorer.calibration = calibration(predictor.scorer, kind, held_out)

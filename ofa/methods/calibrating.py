@@ -41,9 +41,9 @@ def check_kind(kind: str, task: Task) -> None:
         raise InputError(f"task {task.name!r} has no labels whose probabilities could be calibrated; leave it out")
 
 
-def default_kind(task: Task, config: TrainingConfig) -> str:
+def default_kind(scorer: Scorer, config: TrainingConfig) -> str:
     """Fixed for label words and relative steps, where it was measured."""
-    return "fixed" if config.relative and not task.open_ended else "none"
+    return "fixed" if config.relative and scorer.mode in ("first token", "whole word") else "none"
 
 
 def holds_out(kind: str) -> bool:

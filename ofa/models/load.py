@@ -14,7 +14,6 @@ from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.files import Json, at_home
 from ofa.models.embedded import EMBEDDED_ID, check_gguf, embedded_is_cached, ensure_embedded, read_gguf
-from ofa.models.introspection import head_modules
 from ofa.models.types import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
@@ -331,6 +330,8 @@ def _read_checkpoint(
 ) -> tuple[CausalLM, Tokenizer]:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from ofa.models.introspection import head_modules
 
     encoder = is_encoder(config)
     kind, what = (
