@@ -76,15 +76,22 @@ def adapt(
         ofa.fused_regularizers(model, **{"step_ratio": 0.0, "sharpness": 0.0, **weights}) if weights else None
     )
     with regularizers or nullcontext():
-        fit(model, batches(shots, 10, steps, seed), groups, regularizers)
+        fit(model, batches(shots, 10, steps, seed), groups, regularizers, relative=norms)
     return model, sum(parameter.numel() for group in groups for parameter in group["params"])
 
 
-def fit(model: Any, data: Iterator[Images], groups: list[dict[str, Any]], regularizers: Any = None) -> None:
+def fit(
+    model: Any,
+    data: Iterator[Images],
+    groups: list[dict[str, Any]],
+    regularizers: Any = None,
+    *,
+    relative: bool = False,
+) -> None:
     """Train a model in evaluation mode, as the trace requires."""
     model.eval()  # no dropout; gradients still flow
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-    if regularizers is not None:
+    if relative:
         ofa.relative_steps(optimizer, model)
     for images, classes in data:
         loss = nn.functional.cross_entropy(model(pixel_values=images).logits, classes)
