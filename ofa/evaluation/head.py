@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder, collate
@@ -45,7 +45,8 @@ class HeadEncoder(Encoder):
         self._plain = PlainText(tokenizer)
         self.leading, self._trailing = _around(tokenizer)
         most = int(tokenizer.model_max_length)
-        self.window: int = min(most, model_window(model) or most)
+        window = model_window(model)
+        self.window: int = most if window is None else min(most, window - _unused_positions(model))
 
     def encode_prompt(self, text: str, *, demonstrations: Sequence[int] = (), room: int | None = None) -> list[int]:
         """Token ids of the text between the tokenizer's special tokens."""
@@ -86,3 +87,10 @@ def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     full = list(tokenizer("text")["input_ids"])
     start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
     return tuple(full[:start]), tuple(full[start + len(plain) :])
+
+
+def _unused_positions(model: nn.Module) -> int:
+    """The number of learned positions that no token gets: RoBERTa counts from the one after its padding index."""
+    tables = (module for path, module in model.named_modules() if path.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+    return 0 if padding is None else int(padding) + 1

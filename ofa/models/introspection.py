@@ -60,7 +60,7 @@ def model_window(model: CausalLM) -> int | None:
     if positions is None:
         return None
     adapter = getattr(model, "active_peft_config", None)
-    return int(positions) - (getattr(adapter, "num_virtual_tokens", None) or 0) - _unused_positions(model)
+    return int(positions) - (getattr(adapter, "num_virtual_tokens", None) or 0)
 
 
 def dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -93,10 +93,3 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     ]
     pooler = isinstance(getattr(base, "pooler", None), nn.Module)
     return (*([f"{model.base_model_prefix}.pooler"] if pooler else []), *found)
-
-
-def _unused_positions(model: nn.Module) -> int:
-    """The number of learned positions that no token gets: RoBERTa counts from the one after its padding index."""
-    tables = (module for path, module in model.named_modules() if path.endswith("position_embeddings"))
-    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
-    return 0 if padding is None else int(padding) + 1

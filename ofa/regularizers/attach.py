@@ -295,7 +295,15 @@ class Regularizers:
         return None
 
     def replayed(self, passes: int, measured: objectives.Measurements | None) -> None:
-        """Take the measurements of a pass that a CUDA graph repeated, after `passes` passes in all."""
+        """Take the measurements of a pass that a CUDA graph repeated, after `passes` passes in all.
+
+        Example:
+            >>> reg = ofa.fused_regularizers(model)
+            >>> reg.replayed(reg.passes + 1, None)
+            >>> reg.passes
+            1
+            >>> reg.close()
+        """
         self.passes, self._measured = passes, measured
 
     def close(self) -> None:

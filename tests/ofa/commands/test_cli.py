@@ -95,7 +95,7 @@ def test_fit_prints_one_json_document(fitted: Round) -> None:
     summary = fitted.finished.json
     assert set(summary) == {
         *("folder", "adapter_bytes", "trainable_parameters", "steps", "first_loss", "last_loss", "drift", "seconds"),
-        *("truncated", "best_epoch", "scores", "used", "examples", "method", "calibration"),
+        *("truncated", "best_epoch", "scores", "used", "examples", "method", "calibration", "scored"),
     }
     assert summary["folder"] == str(fitted.folder)
     assert summary["adapter_bytes"] == len(weights(fitted.folder))

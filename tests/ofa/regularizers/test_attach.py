@@ -295,7 +295,7 @@ def test_the_signature_has_the_defaults_of_the_options() -> None:
     signature = inspect.signature(ofa.fused_regularizers).parameters
     fields = {name: field.default for name, field in RegularizerOptions.model_fields.items()}
     assert {name: parameter.default for name, parameter in signature.items() if name in fields} == fields
-    assert signature.keys() - fields == {"model", "into_loss"}
+    assert signature.keys() - fields == {"model", "into_loss", "fuse"}
 
 
 @pytest.mark.parametrize(("name", "known"), [("probe", PROBES), ("granularity", anatomy.GRANULARITIES)])

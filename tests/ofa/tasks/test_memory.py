@@ -113,7 +113,7 @@ def test_what_has_no_examples_is_refused_with_the_place(data, template, words):
 def test_adapt_and_evaluate_take_them(tiny_model):
     """Adapt on a list, choose the epoch with a data set, evaluate on a DataFrame."""
     frame = pandas.DataFrame(NAMED)
-    options = {"template": TEMPLATE, "shots": 1, "learning_rate": 1e-2, "epochs": 1}
+    options = {"template": TEMPLATE, "shots": 1, "learning_rate": 1e-2, "epochs": 1, "calibrate": "none"}
     adaptation = ofa.adapt(*tiny_model, ROWS, validation=datasets.Dataset.from_list(NAMED), **options)
     measured = adaptation.evaluate(frame)
     assert measured.metrics == ofa.evaluate(*tiny_model, adaptation.data.task, ROWS).metrics

@@ -362,6 +362,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tiny_model, stopped, dam
 
 OTHER = {
     "demonstrated_steps": 0.5,
+    "head_learning_rate": 1e-4,
     "epochs": 3,
     "max_steps": 5,
     "label_loss": 1.0,
