@@ -73,10 +73,6 @@ class AttentionSums(NamedTuple):
     moved: Tensor | None
 
 
-NEVER = -1e20
-"""Added to scores of keys that a query may not attend to: their weight is 0, and so is their product with it."""
-
-
 def attention_curvature(
     query: Tensor,
     key: Tensor,
@@ -213,7 +209,7 @@ def score_blocks(q: Tensor, k: Tensor, attends: Attends) -> Iterator[tuple[slice
         raw = _scores(q[:, :, rows], scaled[:, :, columns])
         if only_causal:
             count = rows.stop - rows.start
-            raw[..., rows] += raw.new_full((count, count), NEVER).triu(1)
+            raw[..., rows] += raw.new_full((count, count), _never(raw.dtype)).triu(1)
         capped, kappa = raw, None
         if attends.softcap is not None:
             tanh = torch.tanh(raw / attends.softcap)
@@ -224,13 +220,21 @@ def score_blocks(q: Tensor, k: Tensor, attends: Attends) -> Iterator[tuple[slice
 
 def _softmax(scores: Tensor, bias: Tensor | None, attends: Attends) -> Tensor:
     if bias is not None:
-        scores = scores + bias.clamp(min=NEVER)
+        scores = scores + bias.clamp(min=_never(bias.dtype))
     if attends.sinks is not None:
         total = torch.logsumexp(scores, -1, keepdim=True)
         return torch.exp(scores - torch.logaddexp(total, upcast(attends.sinks).view(1, -1, 1, 1)))
     a = torch.softmax(scores, -1)
     # Queries without keys, as at padding, have weights of 0.
     return a if attends.mask is None or bias is None else a * (bias > -torch.inf).any(-1, keepdim=True)
+
+
+def _never(dtype: torch.dtype) -> float:
+    """Added to scores of keys that a query may not attend to: their weight is 0, and so is their product with it.
+
+    Half of float16's range, so that the sum is finite too.
+    """
+    return max(-1e20, torch.finfo(dtype).min / 2)
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
