@@ -139,7 +139,7 @@ def assert_gradient_of_the_oracle(
     assert abs(slope) > 1e-2
 
 
-PROBES: dict[str, Any] = {"estimator": "hutchinson", "gradient": "full", "epsilon": 1e-8}
+PROBES: dict[str, Any] = {"estimator": "hutchinson", "gradient": "full", "epsilon": 1e-8, "tokens": "all"}
 PROBED = 1e-3
 """The error of νᵀJPν: F's curvature over ε, and rounding 10⁻¹⁶/ε of updates of length 10²."""
 
