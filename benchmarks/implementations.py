@@ -277,7 +277,8 @@ def _add_norm_backward(inputs: Tensors, gradients: Tensors) -> Call:
 
 def _saved_by_norm_step(inputs: Tensors) -> Tensors:
     residual, update, weight = inputs
-    stream, _, _, rstd, mean = torch.ops.ofa_kernels.norm_step(residual, update, weight, None, _EPS, False, 0.0)
+    settings = _EPS, False, 0.0, True
+    stream, _, _, rstd, mean = torch.ops.ofa_kernels.norm_step(residual, update, weight, None, *settings)
     return stream, update, weight, rstd, mean
 
 

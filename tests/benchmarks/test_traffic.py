@@ -62,7 +62,7 @@ class Ledger:
 
 
 def norm_step_forward(size):
-    return norm_step.forward(rows(size), rows(size), *scale_and_shift(size), 1e-5, size.centred, 0.0)
+    return norm_step.forward(rows(size), rows(size), *scale_and_shift(size), 1e-5, size.centred, 0.0, measured=True)
 
 
 def norm_step_backward(size, measured=True):
