@@ -22,6 +22,9 @@ from ofa_kernels.resources import Usage
 from tests.once import made_once
 
 ROOT = Path(aot.__file__).parent.parent
+TESTED = ("sm_80", "sm_90", "gfx942")
+"""The least shared memory, the GPU that was measured, the other vendor; sm_100 has no limit that these do not have."""
+
 ROWS = ["--width", "576", "--dtype", "bf16", "--samples", "1"]
 FEWER = [*ROWS, "--norm", "layer+bias", "--head", "128", "--variant", "normed"]
 FEW = [*FEWER, "shifted"]
@@ -83,10 +86,10 @@ def run(*command, cwd=ROOT, **variables):
 
 @pytest.fixture(scope="module")
 def built(request):
-    """A folder with the table of everything compiled for the four architectures, and Triton's cache of it."""
+    """A folder with the table of everything compiled for three architectures, and Triton's cache of it."""
 
     def build(folder):
-        architectures = [word for name in aot.ARCHITECTURES for word in ("--arch", name)]
+        architectures = [word for name in TESTED for word in ("--arch", name)]
         command = ["-m", "ofa_kernels.aot", *architectures, *FEW, "--csv", str(folder / "table.csv")]
         result = run(*command, TRITON_CACHE_DIR=folder / "cache")
         assert result.returncode == 0, result.stderr
@@ -102,12 +105,12 @@ def compiled(built):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TESTED)
 def test_every_kernel_compiles_for_every_architecture(compiled, architecture):
     assert {row["kernel"] for row in compiled if row["architecture"] == architecture} == KERNELS | CENTRED
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TESTED)
 def test_machine_code(compiled, architecture):
     """16-byte accesses, no float64, enough shared memory; only scalars per row have narrower accesses.
 
