@@ -70,13 +70,14 @@ def suggest(
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Choose the most useful texts to label next: those that the model is least sure of, and unlike each other.
+    """Choose texts to label next: those that the model is least sure of, and unlike each other.
 
     Example: ofa suggest --data unlabelled.jsonl --adapter adapter -n 20 --out to_label.csv
 
     Uncertain are texts with a small margin between the two most probable labels. Among the ten times N most uncertain
     the first is the most uncertain; each next one is farthest from those above by the model's hidden states. Fill in
-    the column of labels, add the rows to your training file, and run `ofa fit` again.
+    the column of labels, add the rows to your training file, and run `ofa fit` again. On the embedded tasks ten such
+    texts taught no more than ten random ones (docs/choosing.md).
     """
     from ofa.adapters.folder import read_details
     from ofa.commands.adapted import asked_chat, check_chat, open_model, with_base

@@ -10,7 +10,7 @@ from ofa.models.types import Tokenizer
 from ofa.tasks.task import Task
 
 BY_DEFAULT = False
-"""Whether the prompt of a model with a chat template is a chat if this is left open."""
+"""Whether the prompt of a model with a chat template is a chat if this is left open (docs/studies.md)."""
 
 _PROMPT = "the prompt goes here"
 _ANSWER = "the answer goes here"
