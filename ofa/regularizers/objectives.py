@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ofa_kernels.ops.launching import Context
+from ofa_kernels.reference.stream import opmath_dtype
 
 LOWEST = -30.0
 """Softplus and its slope are below 1e-13 here, negligible in the loss, and are treated as constant below. Gradients of
@@ -109,8 +110,8 @@ def step_ratio(step_ratios: Tensor, real: Tensor | None = None) -> Tensor:
 def token_shares(mask: Tensor | None, like: Tensor) -> Tensor:
     """Weights of the tokens of a stream, (B, T, d) → (B, T): 1/n at a sequence's n real tokens, 0 at padding."""
     if mask is None:
-        return torch.full(like.shape[:2], 1.0 / like.shape[1], dtype=_opmath(like), device=like.device)
-    mask = mask.to(like.device, _opmath(like))
+        return torch.full(like.shape[:2], 1.0 / like.shape[1], dtype=opmath_dtype(like.dtype), device=like.device)
+    mask = mask.to(like.device, opmath_dtype(like.dtype))
     return mask / mask.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -151,10 +152,6 @@ class _WithGradients(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *((grad.to(g.device) * g) for g in ctx.gradients)
-
-
-def _opmath(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def penalty(measured: Measurements, step_ratio_weight: float, sharpness_weight: float, device: torch.device) -> Tensor:
