@@ -35,8 +35,11 @@ WAYS = {
 }
 """What a number before these words means as the weight of a term."""
 
-AGGREGATES = ("mean", "median", "hinge", "log2")
-"""How the step ratios of single tokens become J, instead of the ratio of lengths over all tokens that count."""
+AGGREGATES = ("mean", "median", "hinge", "log2", "expansion", "kinetic")
+"""What is made of the steps of single tokens, instead of the ratio of lengths over all tokens that count.
+
+The first four make J of their ratios, "expansion" is Σ relu(ratio − 1), "kinetic" Σ ‖F‖² relative to its start.
+"""
 
 _WEIGHT = re.compile(r"(?P<number>[\d.e+-]+) ?(?P<way>.*)")
 
@@ -45,6 +48,7 @@ _WEIGHT = re.compile(r"(?P<number>[\d.e+-]+) ?(?P<way>.*)")
 class Term:
     """A regularizer, how its gradient joins the cross-entropy's, and how J is made of the ratios of tokens.
 
+    The name "unified" is for both regularizers, each relative to its value before the first step.
     `permuted` mixes the channels of its gradient, always in the same way: a control of the same size without meaning.
     """
 
@@ -78,6 +82,7 @@ def fit(
     *,
     step_ratio: object = 0.0,
     sharpness: object = 0.0,
+    unified: object = 0.0,
     aggregate: str | None = None,
     control: str | None = None,
     batches: str | None = None,
@@ -86,16 +91,18 @@ def fit(
     """Tune the norm scales with at most one term; the notes have both terms and the score on the shots at the end.
 
     Args:
-        step_ratio, sharpness: a number, or one with words of `WAYS`.
+        step_ratio, sharpness, unified: a number, or one with words of `WAYS`.
         aggregate: one of `AGGREGATES`.
         control: "permuted" mixes the channels of the term's gradient.
         batches: "balanced" draws batches with the classes in turn.
         settings: fields of `TrainingConfig`.
     """
-    name = "step_ratio" if step_ratio else "sharpness"
-    if step_ratio and sharpness:
-        raise InputError("a screened run has one term; leave out step_ratio or sharpness")
-    term = Term.parse(step_ratio or sharpness, name=name, aggregate=aggregate, permuted=control == "permuted")
+    weights = {"step_ratio": step_ratio, "sharpness": sharpness, "unified": unified}
+    given = {name: weight for name, weight in weights.items() if weight} or {"sharpness": 0.0}
+    if len(given) > 1:
+        raise InputError(f"a screened run has one term, not {' and '.join(given)}")
+    ((name, weight),) = given.items()
+    term = Term.parse(weight, name=name, aggregate=aggregate, permuted=control == "permuted")
     how = {key: settings.pop(key) for key in list(settings) if key in RegularizerOptions.model_fields}
     config = TrainingConfig(seed=seed, **settings)
     encoder = Encoder(tokenizer, task, model_window(model))
@@ -148,10 +155,10 @@ class WithTerm:
         self._sizes = relative if self._config.relative else ones
         if not self._term.number:
             return
-        options = {"step_ratio": 0.0, "sharpness": 0.0, self._term.name: 1.0, "seed": self._config.seed, **self._how}
-        self._regularizers = ofa.fused_regularizers(self._model, **options)
-        if self._term.aggregate == "hinge":
-            self._pretrained = torch.stack([self._mean_ratios() * share for share in self._over_all_shots()]).sum(0)
+        measured = {name: float(self._term.name in (name, "unified")) for name in ("step_ratio", "sharpness")}
+        self._regularizers = ofa.fused_regularizers(self._model, **measured, seed=self._config.seed, **self._how)
+        if self._term.aggregate in ("hinge", "kinetic") or self._term.name == "unified":
+            self._pretrained = torch.stack([self._at_the_start() * share for share in self._over_all_shots()]).sum(0)
         if self._term.way == "of the first gradient":
             own, other = self._gradients_over_all_shots()
             self._weight = self._term.number * self._length(own) / self._length(other)
@@ -249,13 +256,20 @@ class WithTerm:
         measured = self._regularizers.measurements
         if self._term.name == "sharpness":
             return measured.sharpness  # type: ignore[no-any-return]
+        if self._term.name == "unified":
+            assert self._pretrained is not None
+            return (torch.stack((measured.step_ratio, measured.sharpness)) / self._pretrained).sum()
         if self._term.aggregate is None:
             return measured.step_ratio  # type: ignore[no-any-return]
         return aggregated(measured, self._term.aggregate, self._pretrained)
 
-    def _mean_ratios(self) -> Tensor:
-        ratios, shares = token_ratios(self._regularizers.measurements)
-        return (ratios * shares).sum(2).mean(1).detach()
+    @torch.no_grad()
+    def _at_the_start(self) -> Tensor:
+        """What the term is set against, from the last pass: J and H, or a value for each step."""
+        measured = self._regularizers.measurements
+        if self._term.name == "unified":
+            return torch.stack((measured.step_ratio, measured.sharpness))
+        return token_means(measured, self._term.aggregate)
 
     def _length(self, gradients: Sequence[Tensor]) -> float:
         parts = [(size * gradient).norm() for size, gradient in zip(self._sizes, gradients, strict=True)]
@@ -271,15 +285,29 @@ def token_ratios(measured: Measurements) -> tuple[Tensor, Tensor]:
     return lengths[1:] / lengths[:-1], counted / counted.sum(1, keepdim=True).clamp_min(1)
 
 
-def aggregated(measured: Measurements, aggregate: str, pretrained: Tensor | None = None) -> Tensor:
-    """J of the ratios of single tokens: Σ over steps, mean over sequences; `pretrained` ratios are (T − 1,)."""
+def token_means(measured: Measurements, aggregate: str | None) -> Tensor:
+    """The mean over tokens and sequences of ‖F‖², (T,), for "kinetic", else of the ratios, (T − 1,); no graph."""
     ratios, shares = token_ratios(measured)
+    values = measured.token_squares if aggregate == "kinetic" else ratios
+    assert values is not None
+    return (values * shares).sum(2).mean(1).detach()
+
+
+def aggregated(measured: Measurements, aggregate: str, pretrained: Tensor | None = None) -> Tensor:
+    """J of the ratios of single tokens: Σ over steps, mean over sequences; `pretrained` has one value for each step."""
+    ratios, shares = token_ratios(measured)
+    if aggregate == "kinetic":
+        assert pretrained is not None
+        assert measured.token_squares is not None
+        return ((measured.token_squares * shares).sum(2).mean(1) / pretrained).sum()
     if aggregate == "median":
         chosen = ratios.masked_fill(shares == 0, torch.nan).nanmedian(2).values
     else:
         values = ratios
         if aggregate == "log2":
             values = ratios.log().square()
+        elif aggregate == "expansion":
+            values = torch.relu(ratios - 1)
         elif aggregate == "hinge":
             assert pretrained is not None
             values = torch.relu(ratios / pretrained.view(-1, 1, 1) - 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ofa
-from benchmarks.screened_terms import AGGREGATES, aggregated, token_ratios
+from benchmarks.screened_terms import AGGREGATES, aggregated, token_means
 from ofa.evaluation.encoding import Encoder
 from ofa.models.introspection import model_window
 from ofa.tasks import load_task
@@ -68,9 +68,9 @@ def measured(model: Any, scales: Sequence[nn.Parameter], examples: Sequence[Enco
             result = regularizers.measurements
             values: dict[str, Tensor | None] = {f"lengths, {tokens}": result.step_ratio}
             if tokens == "no-sinks":
-                ratios, shares = token_ratios(result)
-                pretrained = (ratios * shares).sum(2).mean(1).detach()
-                values |= {f"{name}, {tokens}": aggregated(result, name, pretrained) for name in AGGREGATES}
+                values |= {
+                    f"{name}, {tokens}": aggregated(result, name, token_means(result, name)) for name in AGGREGATES
+                }
                 values["loss"] = loss
             for name, value in values.items():
                 assert value is not None

@@ -9,7 +9,7 @@ import torch
 
 import ofa
 from benchmarks import screen
-from benchmarks.screened_terms import Term, WithTerm, balanced, fit
+from benchmarks.screened_terms import AGGREGATES, Term, WithTerm, balanced, fit
 from ofa import InputError
 from ofa.comparison.store import read_records
 from ofa.evaluation.encoding import Encoder
@@ -41,16 +41,22 @@ def test_balanced_batches_hold_both_classes():
         assert all({SHOTS[i].label for i in batch} == set(TASK.labels) for batch in batches)
 
 
-@pytest.mark.parametrize("control", [None, "permuted"])
-@pytest.mark.parametrize("aggregate", [None, "mean", "median", "hinge", "log2"])
-@pytest.mark.parametrize("way", ["of the gradient", "of the gradient, one-sided", "of the first gradient"])
-def test_a_share_of_the_gradient_has_its_length(tiny_model, way, aggregate, control):
+@pytest.mark.parametrize(
+    ("way", "name", "aggregate", "control"),
+    [
+        ("of the gradient", "sharpness", None, None),
+        ("of the gradient", "sharpness", None, "permuted"),
+        ("of the gradient, one-sided", "sharpness", None, None),
+        ("of the first gradient", "unified", None, None),
+        *(("of the first gradient", "step_ratio", aggregate, None) for aggregate in AGGREGATES),
+    ],
+)
+def test_a_share_of_the_gradient_has_its_length(tiny_model, way, name, aggregate, control):
     """In units of the pretrained scales; a permuted one too, in another direction."""
     model, tokenizer = tiny_model
     config = TrainingConfig(batch_size=len(SHOTS), max_steps=1)
     encoder = Encoder(tokenizer, TASK, 64)
     data = [encode_example(encoder, shot) for shot in SHOTS]
-    name = "sharpness" if aggregate is None else "step_ratio"
     term = Term.parse(f"0.3 {way}", name=name, aggregate=aggregate, permuted=control is not None)
     parameters = ofa.tune_norms(model)
     sizes = torch.cat([parameter.detach().abs() for parameter in parameters])
