@@ -66,6 +66,12 @@ def study(rows: Mapping[Row, Mapping[Draw, Outcome]], base: Row) -> list[Line]:
     return [_line(base, rows[base], None), *sorted(others, key=lambda line: -line.gained.mean if line.gained else 0.0)]
 
 
+def with_shots(rows: Mapping[Row, Mapping[Draw, Outcome]], shots: int) -> dict[Row, dict[Draw, Outcome]]:
+    """The draws with so many shots per class; rows without one are left out."""
+    kept = {row: {draw: one for draw, one in part.items() if draw.problem.shots == shots} for row, part in rows.items()}
+    return {row: part for row, part in kept.items() if part}
+
+
 def table(lines: Sequence[Line]) -> str:
     """The lines in Markdown."""
     return "\n".join((*_HEAD, *map(_row, lines)))
@@ -95,6 +101,32 @@ def figure(lines: Sequence[Line], path: Path) -> None:
     drawn.savefig(path, dpi=110)
 
 
+def curves(tables: Mapping[int, Sequence[Line]], path: Path) -> None:
+    """Accuracy of every row, and its difference to the baseline, against the number of shots per class."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    shots = list(tables)
+    for label in dict.fromkeys(line.label for lines in tables.values() for line in lines):
+        found = {number: line for number, lines in tables.items() for line in lines if line.label == label}
+        (drawn_line,) = left.plot(list(found), [100 * line.accuracy for line in found.values()], "o-", label=label)
+        gains = {number: line.gained for number, line in found.items() if line.gained}
+        right.plot(list(gains), [100 * gain.mean for gain in gains.values()], "o-", color=drawn_line.get_color())
+        for number, gain in gains.items():
+            if gain.interval:
+                ends = [100 * gain.interval.low, 100 * gain.interval.high]
+                right.plot([number, number], ends, color=drawn_line.get_color(), linewidth=0.8)
+    right.axhline(0, color="gray", linewidth=0.8)
+    for axis, title in ((left, "accuracy in %"), (right, f"points over {next(iter(tables.values()))[0].label}")):
+        axis.set(xscale="log", xlabel="shots per class", xticks=shots, xticklabels=shots)
+        axis.minorticks_off()
+        axis.set_title(title, fontsize=9)
+    left.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110)
+
+
 def _section(name: str) -> str:
     written = read_mapping(STUDIES / f"{name}.yaml")
     grid = Grid(**{key: value for key, value in written.items() if key in _GRID})
@@ -107,11 +139,19 @@ def _section(name: str) -> str:
         # In-context learning has demonstrations always, and is set against what has none.
         alone = {row.name for row in rows} - {row.name for row in rows if row.context in told}
         chosen = {row: part for row, part in rows.items() if row.context == context or row.name in alone}
-        lines = study(chosen, next(row for row in chosen if _is(row, first, context)))
+        base = next(row for row in chosen if _is(row, first, context))
+        shots = sorted({draw.problem.shots for draw in chosen[base]})
+        tables = {number: study(with_shots(chosen, number), base) for number in shots}
         path = FIGURES / f"study_{name}_{context}.png"
-        figure(lines, path)
+        if len(shots) > 1:
+            curves(tables, path)
+        else:
+            figure(tables[shots[0]], path)
         words = "Nothing in front of a text" if context == "prompt" else "Demonstrations in front of every text"
-        parts += ["", f"{words}, {len({draw for part in chosen.values() for draw in part})} draws:", "", table(lines)]
+        for number, lines in tables.items():
+            draws = len({draw for part in with_shots(chosen, number).values() for draw in part})
+            each = f", {number} shots per class" if len(shots) > 1 else ""
+            parts += ["", f"{words}{each}, {draws} draws:", "", table(lines)]
         parts += ["", f"![Differences](figures/{path.name})"]
     command = f"ofa compare --config studies/{name}.yaml --out studies/records/{name}"
     if written.get("screened"):

@@ -18,8 +18,8 @@ methods:
 """
 
 
-def record(method, settings, task, seed, accuracy, likelihood, context="prompt"):
-    cell = Cell("m", task, "0", method, seed, 5, 10, settings)
+def record(method, settings, task, seed, accuracy, likelihood, context="prompt", shots=5):
+    cell = Cell("m", task, "0", method, seed, shots, 10, settings)
     metrics = {
         "accuracy": accuracy,
         "negative_log_likelihood": likelihood,
@@ -74,3 +74,15 @@ def test_a_study_without_records_has_its_command_and_no_table(page, tmp_path):
     filled = studies.filled(page)
     assert "ofa compare --config studies/steps.yaml --out studies/records/steps" in filled
     assert "| norm-tuning" not in filled
+
+
+def test_each_number_of_shots_has_its_table(page, tmp_path):
+    """Draws of two numbers of shots are never paired or averaged."""
+    more = [record("norm-tuning", {"max_steps": 60}, "a", 1, 0.9, 0.1, shots=10)]
+    more += [record("norm-tuning", {}, "a", 1, 0.8, 0.2, shots=10)]
+    with (tmp_path / "records" / "steps" / RESULTS).open("a") as file:
+        file.write("".join(one.to_line() + "\n" for one in more))
+    filled = studies.filled(page)
+    assert "Nothing in front of a text, 10 shots per class, 1 draws:" in filled
+    assert "| norm-tuning (max_steps=60) | 55.0 | 0.900 |" in filled
+    assert "| norm-tuning | 80.0 | 0.200 | 0.125 | −10.0 | +0.100 | 0 / 1 of 1 | 30 s |" in filled
