@@ -190,7 +190,7 @@ def adapt(
         check_kind(calibrate, data.task)
     if calibrate is not None and holds_out(calibrate) and not chosen_by:
         fold = functools.partial(_fold, fit, model, tokenizer, data.task, seed, settings)
-        held_out = held_out_by_folds(fold, data.task, drawn.examples, calibrate)
+        held_out = held_out_by_folds(fold, data.task, drawn.examples)
     predictor = fit(
         model,
         tokenizer,
@@ -205,7 +205,7 @@ def adapt(
     assert predictor.training is not None
     kind = calibrate or default_kind(predictor.scorer, predictor.training.config)
     if holds_out(kind) and chosen_by:
-        held_out = held_out_by_validation(predictor.scorer, chosen_by, kind)
+        held_out = held_out_by_validation(predictor.scorer, chosen_by)
     predictor.scorer.calibration = calibration(predictor.scorer, kind, held_out)
     adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
     if metrics is not None:

@@ -26,9 +26,14 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Log-probabilities (n, labels) of examples that were not trained on, the true labels' indices, and the folds."""
+    """Log-probabilities (n, labels) of examples that were not trained on.
+
+    `priors` has those of texts without content by the same model, `true` the true labels' indices, and `folds` counts
+    the models.
+    """
 
     log_probabilities: Tensor
+    priors: Tensor
     true: Tensor
     folds: int
 
@@ -51,9 +56,7 @@ def holds_out(kind: str) -> bool:
     return kind in ("temperature", "both")
 
 
-def held_out_by_folds(
-    fit: Callable[[Sequence[Example]], Predictor], task: Task, shots: Sequence[Example], kind: str
-) -> HeldOut:
+def held_out_by_folds(fit: Callable[[Sequence[Example]], Predictor], task: Task, shots: Sequence[Example]) -> HeldOut:
     """Score every shot by a model that was trained on the other folds; each fold has examples of every class.
 
     Raises:
@@ -66,19 +69,22 @@ def held_out_by_folds(
             "a temperature needs examples to hold out, and a class has one shot only; give more shots or examples for "
             "validation"
         )
-    scores, true = [], []
+    parts = []
     for fold in range(folds):
         left = [shot for shot, place in zip(shots, places, strict=True) if place % folds == fold]
         with fit([shot for shot, place in zip(shots, places, strict=True) if place % folds != fold]) as predictor:
-            scores.append(_scores(predictor.scorer, left, kind))
-        true += [task.labels.index(shot.label) for shot in left]
-    return HeldOut(torch.cat(scores), torch.tensor(true), folds)
+            parts.append(held_out_by_validation(predictor.scorer, left))
+    scores, priors, true = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("log_probabilities", "priors", "true")
+    )
+    return HeldOut(scores, priors, true, folds)
 
 
-def held_out_by_validation(scorer: Scorer, examples: Sequence[Example], kind: str) -> HeldOut:
+def held_out_by_validation(scorer: Scorer, examples: Sequence[Example]) -> HeldOut:
     """Score examples that the model was not trained on."""
+    scores = scorer.log_probabilities([example.text for example in examples])
     true = torch.tensor([scorer.task.labels.index(example.label) for example in examples])
-    return HeldOut(_scores(scorer, examples, kind), true, 0)
+    return HeldOut(scores, _prior(scorer).expand_as(scores), true, 0)
 
 
 def calibration(scorer: Scorer, kind: str, held_out: HeldOut | None) -> Calibration | None:
@@ -88,9 +94,10 @@ def calibration(scorer: Scorer, kind: str, held_out: HeldOut | None) -> Calibrat
     if kind == "fixed":
         return Calibration(FIXED_TEMPERATURE)
     prior = () if kind == "temperature" else tuple(_prior(scorer).tolist())
-    if held_out is None:
+    if held_out is None or not holds_out(kind):
         return Calibration(prior=prior)
-    temperature = best_temperature(held_out.log_probabilities, held_out.true)
+    relative = held_out.log_probabilities - (held_out.priors if prior else 0.0)
+    temperature = best_temperature(relative, held_out.true)
     return Calibration(temperature, prior, len(held_out.true), held_out.folds)
 
 
@@ -98,11 +105,6 @@ def _places(task: Task, shots: Sequence[Example]) -> list[int]:
     """The number of each shot among those of its class."""
     numbers = {label: count() for label in task.labels}
     return [next(numbers[shot.label]) for shot in shots]
-
-
-def _scores(scorer: Scorer, examples: Sequence[Example], kind: str) -> Tensor:
-    scores = scorer.log_probabilities([example.text for example in examples])
-    return scores if kind == "temperature" else Calibration(prior=tuple(_prior(scorer).tolist())).apply(scores)
 
 
 def _prior(scorer: Any) -> Tensor:
