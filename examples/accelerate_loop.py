@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = reg.measurements
         accelerator.print(
             f"epoch {epoch}: loss {loss:.4f} = cross-entropy {cross_entropy:.4f} "
-            f"+ penalty {loss - cross_entropy:.4f} (J {measured.step_ratio:.3f}, H {measured.sharpness:.3f})"
+            f"+ penalty {loss - cross_entropy:.4f}, J {measured.step_ratio:.3f}, H {measured.sharpness:.3f}"
         )
     reg.close()
     accelerator.print(f"saved {ofa.save_adapter(accelerator.unwrap_model(model), options.out)}")

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             total, entropy, ratio, sharpness = (terms / dist.get_world_size()).tolist()
             print(
                 f"epoch {epoch}: loss {total:.4f} = cross-entropy {entropy:.4f} "
-                f"+ penalty {total - entropy:.4f} (J {ratio:.3f}, H {sharpness:.3f})"
+                f"+ penalty {total - entropy:.4f}, J {ratio:.3f}, H {sharpness:.3f}"
             )
     reg.close()
     saved = ofa.save_adapter(model, options.out)  # on every rank, which has a shard; rank 0 writes

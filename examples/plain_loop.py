@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = reg.measurements
         print(
             f"step {step}: loss {loss:.4f} = cross-entropy {cross_entropy:.4f} "
-            f"+ penalty {loss - cross_entropy:.4f} (J {measured.step_ratio:.3f}, H {measured.sharpness:.3f})"
+            f"+ penalty {loss - cross_entropy:.4f}, J {measured.step_ratio:.3f}, H {measured.sharpness:.3f}"
         )
     reg.close()
     print(f"saved {ofa.save_adapter(model, options.out)}")

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = reg.measurements
         print(
             f"step {step}: loss {loss:.4f} = cross-entropy {cross_entropy:.4f} "
-            f"+ penalty {loss - cross_entropy:.4f} (J {measured.step_ratio:.3f}, H {measured.sharpness:.3f})"
+            f"+ penalty {loss - cross_entropy:.4f}, J {measured.step_ratio:.3f}, H {measured.sharpness:.3f}"
         )
     reg.close()
     megabytes = model.get_memory_footprint() / 1e6
