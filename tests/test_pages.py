@@ -19,8 +19,8 @@ from tests.ofa.command_line import done
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-HISTORY = (ROOT / "CHANGELOG.md", ROOT / "docs" / "lab" / "performance.md")
-"""Old pages, which name deleted files."""
+HISTORY = (ROOT / "CHANGELOG.md",)
+"""Names deleted files."""
 
 _FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
