@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ofa.adapters.peft_folder import save_peft_adapter
+from ofa.adapters.peft_folder import check_norm_names, save_peft_adapter
 from ofa.adapters.save_and_load import save_adapter
 from ofa.errors import InputError
 from ofa.evaluation.chat import asked_chat
 from ofa.evaluation.scorer import Evaluation
 from ofa.files import Json, claim_folder
-from ofa.methods import GUIDED, NORM_METHODS, Predictor, adapter_method, default_method
+from ofa.methods import GUIDED, NORM_METHODS, WITH_NORMS, Predictor, adapter_method, default_method
 from ofa.methods.calibrating import (
     calibration,
     check_kind,
@@ -172,8 +172,11 @@ def adapt(
     fit = adapter_method(method)
     if "with_norms" in settings:
         raise InputError(
-            "norm scales beside another adapter have no format of PEFT and cannot be saved; leave them out"
+            f"norm scales beside another adapter are the methods {' and '.join(WITH_NORMS)}; choose one of them, and "
+            "leave with_norms out"
         )
+    if method in WITH_NORMS:
+        check_norm_names(model)
     if method in GUIDED and resume:
         raise InputError(f"a run of {method} keeps no checkpoint and cannot be resumed; train it again")
     data = load_task(task, template=template, labels=labels, text_column=text_column, label_column=label_column)

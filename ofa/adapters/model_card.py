@@ -106,7 +106,8 @@ def _what(details: Json, task_type: str | None, kind: str) -> str:
             f"{count} tuned norm scales of {base}, {rest}: a PEFT LN-tuning adapter made with `ofa` "
             f"(Optimization-inspired Few-shot Adaptation, arXiv {PAPER}).\n"
         )
-    return f"A PEFT {KINDS[kind]} adapter of {count} parameters for {base}, made with `ofa`.\n"
+    scales = f", {details['norm_scales']:,} of which are tuned norm scales," if "norm_scales" in details else ""
+    return f"A PEFT {KINDS[kind]} adapter of {count} parameters{scales} for {base}, made with `ofa`.\n"
 
 
 def _title(task: Mapping[str, object], kind: str) -> str:
@@ -167,7 +168,7 @@ def _made_from(details: Json, task: Json, kind: str) -> str:
         "examples used": _used(details),
         "seed": details.get("seed"),
         "method": details.get("method"),
-        "step ratio, sharpness": _weights(settings) if kind == NORMS else None,
+        "step ratio, sharpness": _weights(settings) if kind == NORMS or "norm_scales" in details else None,
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
     return f"## Made from\n\n| | |\n|---|---|\n{table}\n"

@@ -9,12 +9,13 @@ from torch import nn
 
 from ofa.adapters.attach_peft import attach_adapter
 from ofa.adapters.folder import NORMS
+from ofa.adapters.peft_folder import put_norms, without_norms
 from ofa.adapters.read import PREFIX, Adapter
 from ofa.adapters.same_base import check_base
 from ofa.adapters.save_and_load import load_adapter
 from ofa.models.types import CausalLM
 from ofa.tuning.heads import ReplacedHead
-from ofa.tuning.norms import restore_norms
+from ofa.tuning.norms import hold_norms, restore_norms
 
 
 @contextmanager
@@ -42,6 +43,11 @@ def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
     check_base(model, adapter)
     config = PeftConfig.from_pretrained(adapter.folder)
     targets = sorted(getattr(config, "target_modules", ()))
+    norms = without_norms(config, model, adapter)
+    if norms:
+        undo.callback(restore_norms, model)
+        hold_norms(model)
+        put_norms(model, norms)
     if adapter.labels:
         head = ReplacedHead(model, adapter.labels)
         undo.callback(head.remove)
@@ -49,5 +55,6 @@ def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
     attached = attach_adapter(model, config, targets, 0, undo)
     # Without PEFT's wrapper the keys lack the path of the model in it.
     own = {key.removeprefix(PREFIX): value for key, value in adapter.parameters.items()}
+    own = {key: value for key, value in own.items() if key not in norms}
     set_peft_model_state_dict(attached, own)
     return attached

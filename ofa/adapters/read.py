@@ -62,7 +62,9 @@ def read_any_adapter(folder: str | Path) -> Adapter:
     broken = not_finite(parameters)
     if broken:
         raise InputError(f"{path / WEIGHTS} is damaged: {plain_key(broken)} is not finite; save the adapter again")
-    heads = tuple(f"{PREFIX}{module}." for module in config.get("modules_to_save") or ())
+    # Beside another kind norms are such modules too, and only a classifier has a head.
+    has_head = config["peft_type"] == NORMS or config.get("task_type") == "SEQ_CLS"
+    heads = tuple(f"{PREFIX}{module}." for module in config.get("modules_to_save") or () if has_head)
     head: dict[str, Tensor] = {}
     if config["peft_type"] == NORMS:
         head = {plain_key(key): value for key, value in parameters.items() if heads and key.startswith(heads)}

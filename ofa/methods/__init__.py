@@ -73,7 +73,10 @@ GUIDED = tuple(name for name, place in METHODS.items() if place.startswith("ofa.
 NORM_METHODS = tuple(name for name, place in METHODS.items() if "norm_tuning" in place or name in GUIDED)
 """Methods that train the norm scales, which are saved as a PEFT LN-tuning adapter."""
 
-ADAPTER_METHODS = (*NORM_METHODS, "lora", "lora-r1", "ia3", "soft-prompt")
+WITH_NORMS = tuple(name for name, case in SPECIAL_CASES.items() if case.get("with_norms"))
+"""Methods that train the norm scales beside an adapter of PEFT, which keeps them as its `modules_to_save`."""
+
+ADAPTER_METHODS = (*NORM_METHODS, "lora", "lora-r1", "ia3", *WITH_NORMS, "soft-prompt")
 """Methods whose result is an adapter in one of PEFT's formats: those of `adapt` and `ofa fit`."""
 
 

@@ -138,6 +138,13 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {path: sharding.full_tensor(value).detach() for path, value in values.items()}
 
 
+def trained_norms(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Scale and shift of every norm whose scale trains; parameter path → (d,)."""
+    paths = list(base_parameters(model))
+    trained = {path.rpartition(".")[0] for path in paths if model.get_parameter(path).requires_grad}
+    return {path: model.get_parameter(path) for path in paths if path.rpartition(".")[0] in trained}
+
+
 def pretrained_scales(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """Every tuned scale with the γ it was loaded with (Gemma's 1 + w included), both (d,), float32 or wider.
 

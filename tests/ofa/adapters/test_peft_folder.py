@@ -7,21 +7,24 @@ import shutil
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import ofa
 from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
+from ofa.adapters.open import opened_adapter
 from ofa.adapters.peft_folder import open_peft_adapter
 from ofa.adapters.read import read_any_adapter
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Scorer
-from ofa.methods import ADAPTER_METHODS
+from ofa.methods import ADAPTER_METHODS, WITH_NORMS
 from tests.ofa.given_back import state
 from tests.ofa.test_adaptation import DATA, TASK, TEXTS
 
 QUICK = {"max_steps": 2, "batch_size": 2}
-PEFT_METHODS = ("lora", "ia3", "soft-prompt")
+PEFT_METHODS = ("lora", "ia3", "soft-prompt", "lora-ofa", "ia3-ofa")
+MERGED = ("lora", "ia3", "lora-ofa", "ia3-ofa")
 
 
 def logits(model, tokenizer):
@@ -71,14 +74,15 @@ def test_the_folder_says_how_it_was_made(saved, method):
     folder, *_ = saved(method)
     details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
     assert details["method"] == method
-    assert details["settings"]["learning_rate"] == {"lora": None, "ia3": 3e-3, "soft-prompt": 0.1}[method]
+    rates = {"lora": None, "lora-ofa": None, "ia3": 3e-3, "ia3-ofa": 3e-3, "soft-prompt": 0.1}
+    assert details["settings"]["learning_rate"] == rates[method]
     assert details["parameters"] == sum(value.numel() for value in load_file(folder / WEIGHTS).values())
     card = (folder / CARD).read_text(encoding="utf-8")
-    assert "norm scales" not in card
+    assert ("448 of which are tuned norm scales" in card) == (method in WITH_NORMS)
     assert "adapter for mood" in card
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("method", MERGED)
 def test_merging_gives_a_plain_checkpoint_and_leaves_the_model(saved, tiny_model, tmp_path, method):
     from transformers import AutoModelForCausalLM
 
@@ -90,6 +94,54 @@ def test_merging_gives_a_plain_checkpoint_and_leaves_the_model(saved, tiny_model
     merged = AutoModelForCausalLM.from_pretrained(out).to(model.device)
     # W + BA is rounded once more than Wx + BAx: a few units of float32 at logits below 1.
     torch.testing.assert_close(logits(merged, tokenizer), trained, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", WITH_NORMS)
+def test_norms_beside_an_adapter_are_its_modules_to_save(saved, method):
+    """Every norm whole and nothing else, under the names that PEFT saves such modules by."""
+    folder, *_ = saved(method)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    norms = [f"model.layers.{layer}.{name}_layernorm" for layer in range(3) for name in ("input", "post_attention")]
+    assert sorted(config["modules_to_save"]) == sorted([*norms, "model.norm"])
+    tensors = load_file(folder / WEIGHTS)
+    assert {f"base_model.model.{norm}.weight" for norm in norms} < tensors.keys()
+    opened = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert tensors.keys() == get_peft_model_state_dict(opened, save_embedding_layers=False).keys()
+
+
+def test_scales_beside_an_adapter_stay_float32_in_a_narrow_model(saved, tiny_model, tmp_path):
+    """Opened as they were trained; a merged checkpoint has the base's dtype."""
+    model, tokenizer = tiny_model
+    model.to(torch.bfloat16)
+    folder, trained, probabilities = saved("lora-ofa")
+    assert load_file(folder / WEIGHTS)["base_model.model.model.norm.weight"].dtype == torch.float32
+    before = state(model)
+    with opened_adapter(model, read_any_adapter(folder)) as opened:
+        assert torch.equal(Scorer(opened, tokenizer, TASK).predict_proba(TEXTS), probabilities)
+    assert state(model) == before
+    merged = load_file(ofa.merge(model, folder, tmp_path / "merged") / "model.safetensors")
+    assert merged["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(logits(open_peft_adapter(model, read_any_adapter(folder)), tokenizer), trained)
+
+
+def test_a_norm_whose_name_ends_another_module_s_is_refused(tiny_model):
+    """PEFT would save and replace that module, too."""
+    model, tokenizer = tiny_model
+    model.twin = nn.ModuleDict({"model": nn.ModuleDict({"norm": nn.Identity()})})
+    with pytest.raises(InputError, match=r"take the module twin\.model\.norm for a norm"):
+        ofa.adapt(model, tokenizer, DATA, shots=2, method="lora-ofa")
+
+
+@pytest.mark.parametrize("place", ["a pool", "load_adapter", "a GGUF file"])
+def test_what_holds_norm_scales_alone_refuses_it(saved, tiny_model, tmp_path, place):
+    folder, *_ = saved("lora-ofa")
+    into = {
+        "a pool": lambda: ofa.AdapterPool(tiny_model[0]).add("mood", folder),
+        "load_adapter": lambda: ofa.load_adapter(tiny_model[0], folder),
+        "a GGUF file": lambda: ofa.merge_gguf(folder, tmp_path / "base.gguf", tmp_path / "out.gguf"),
+    }
+    with pytest.raises(InputError, match=r"holds a LORA adapter, .*; give an adapter of the kind LN_TUNING"):
+        into[place]()
 
 
 def test_a_soft_prompt_cannot_be_merged(saved, tiny_model, tmp_path):
@@ -133,19 +185,13 @@ def test_another_base_is_refused(saved, tiny_model):
         open_peft_adapter(tiny_model[0], read_any_adapter(folder))
 
 
-def test_only_norm_scales_go_into_a_model_in_place(saved, tiny_model):
-    """`load_adapter` and what is built on it say what they take."""
-    folder, *_ = saved("lora")
-    with pytest.raises(InputError, match=r"holds a LORA adapter, .*; give an adapter of the kind LN_TUNING"):
-        ofa.load_adapter(tiny_model[0], folder)
-
-
-def test_a_stopped_run_resumes_to_the_same_tensors(tiny_model, tmp_path):
-    """LoRA's checkpoint holds its matrices and moments."""
+@pytest.mark.parametrize("method", ["lora", "lora-ofa"])
+def test_a_stopped_run_resumes_to_the_same_tensors(tiny_model, tmp_path, method):
+    """The checkpoint holds LoRA's matrices, the scales beside them, and moments."""
     model, tokenizer = tiny_model
 
     def run(name, **options):
-        with_folder = {"folder": tmp_path / name, "shots": 2, "seed": 3, "method": "lora", "epochs": 2, "batch_size": 2}
+        with_folder = {"folder": tmp_path / name, "shots": 2, "seed": 3, "method": method, "epochs": 2, "batch_size": 2}
         adaptation = ofa.adapt(model, tokenizer, DATA, **{**with_folder, **options})
         adaptation.save(tmp_path / name, overwrite=True)
         adaptation.close()
@@ -161,7 +207,7 @@ def test_a_stopped_run_resumes_to_the_same_tensors(tiny_model, tmp_path):
 REFUSED = {
     "a regularizer": ({"method": "lora", "step_ratio": 0.1}, "step_ratio is a setting of OFA, and lora has no"),
     "a term": ({"method": "norm-tuning", "step_ratio": 0.1}, "norm-tuning means step_ratio=0"),
-    "norms beside LoRA": ({"method": "lora", "with_norms": True}, "norm scales beside another adapter have no format"),
+    "norms beside LoRA": ({"method": "lora", "with_norms": True}, "are the methods lora-ofa and ia3-ofa; choose one"),
     "no format": ({"method": "i2cl"}, "the result of i2cl has no adapter format of PEFT"),
     "a typing error": ({"method": "loar"}, 'there is no method "loar"'),
     "guided, resumed": ({"method": "guided", "resume": True}, "keeps no checkpoint and cannot be resumed"),

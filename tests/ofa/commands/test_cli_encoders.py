@@ -40,7 +40,10 @@ def bert(tiny_folder, tmp_path_factory):
     return save_encoder("bert", tiny_folder, tmp_path_factory.mktemp("bert") / "base")
 
 
-@pytest.fixture(scope="module", params=[*((kind, "norm-tuning") for kind in KINDS), ("deberta-v2", "lora")])
+WAYS = [*((kind, "norm-tuning") for kind in KINDS), ("deberta-v2", "lora"), ("modernbert", "lora-ofa")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=map("-".join, WAYS))
 def fitted(request, tiny_folder, tmp_path_factory):
     """A base, an adapter of it, and what `ofa predict` says with it."""
     kind, method = request.param
@@ -114,7 +117,7 @@ def test_the_model_is_given_back(encoder):
     modules, config = dict(loaded.model.named_modules()), loaded.model.config.to_dict()
     with torch.no_grad():
         before = loaded.model(**batch).logits
-        for method in ("norm-tuning", "lora", "ia3"):
+        for method in ("norm-tuning", "lora", "ia3-ofa"):
             adaptation = ofa.adapt(
                 loaded.model, loaded.tokenizer, list(ROWS), "all", template="{text}", method=method, max_steps=3
             )
