@@ -19,8 +19,6 @@ from tests.ofa.command_line import done
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-HISTORY = (ROOT / "CHANGELOG.md",)
-"""Names deleted files."""
 
 _FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -51,7 +49,7 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("page", sorted({*PAGES} - {*HISTORY}), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """Also in commands and in the text."""
     named = {name for name in _FILE.findall(page.read_text(encoding="utf-8")) if "NAME" not in name}
