@@ -52,7 +52,7 @@ labels, `folder` a `pathlib.Path`, and `gguf` the path of a GGUF file.
   [`ofa_kernels`](#ofa_kernels)
 - Command line: COMMANDS
 """
-_SECTIONS = {"Args": "Arguments", "Returns": "Returns", "Yields": "Yields", "Raises": "Raises", "Example": "Example"}
+_SECTIONS = {name: name for name in ("Attributes", "Returns", "Yields", "Raises", "Example")} | {"Args": "Arguments"}
 _MODULES = re.compile(r"(<!-- modules -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -135,7 +135,8 @@ def _entry(name: str, value: Any) -> str:
     heading = f"### `{name}`\n"
     if name.startswith("ofa_kernels."):  # the specification knows the arguments, the dispatched function the example
         specification = getattr(import_module("ofa_kernels.reference"), name.rpartition(".")[2])
-        return "\n".join([heading, _signature(name, specification), _markdown(specification), _markdown(value)])
+        _, head, example = _markdown(value).partition("**Example**")
+        return "\n".join([heading, _signature(name, specification), _markdown(specification), head + example])
     if not inspect.isclass(value):
         return "\n".join([heading, _signature(name, value), _markdown(value)])
     return "\n".join([heading, *_constructor(name, value), _markdown(value), *_members(name, value)])

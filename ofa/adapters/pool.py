@@ -27,9 +27,8 @@ _ONE_SCALE_FOR_ALL = (nn.LayerNorm, nn.RMSNorm)
 class AdapterPool:
     """Adapters of one model by name, any of which may answer any row of a batch.
 
-    A row is what the whole batch would be with that adapter alone in the model, as `load_adapter` puts it there: norms
-    compute in at least float32 and return the model's dtype. Outside of `rows` the model is the base. Threads may add,
-    remove and choose rows at the same time; each has its own rows.
+    Inside `rows`, each row of a batch is computed with the scales of its adapter, as if `load_adapter` had loaded that
+    adapter alone. Outside, the model is the base. Several threads may use a pool; each chooses its own rows.
 
     Raises:
         InputError: the model is sharded, has no norms with a scale, or is in a pool already.

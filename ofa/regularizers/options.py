@@ -53,12 +53,12 @@ class RegularizerOptions(BaseModel):
     granularity: Literal["sublayer", "layer"] = Field(
         default="sublayer", description="What a step is: sublayer, or layer as in the paper."
     )
-    samples: int = Field(default=1, ge=1, description="Probes N per step, where the trace is measured with probes.")
+    samples: int = Field(default=1, ge=1, description="Random probes N per step, if probes estimate the trace.")
     epsilon: float | None = Field(
-        default=None, gt=0, description="Finite-difference step; chosen by dtype if left out."
+        default=None, gt=0, description="Finite-difference step. Without it each branch has its own, by its dtype."
     )
     probe: Literal["rademacher", "gaussian"] = Field(
-        default="rademacher", description="Distribution of the probes: rademacher or gaussian."
+        default="rademacher", description="Distribution of the random probes: rademacher or gaussian."
     )
     convention: Literal["theory", "algorithm1"] = Field(
         default="theory", description="Sign of the trace: theory or algorithm1."
@@ -74,7 +74,7 @@ class RegularizerOptions(BaseModel):
     )
     radial: Literal["channels", "exact", "none"] = Field(
         default="channels",
-        description="Radial terms of the exact trace in training: channels (8 of them), exact or none.",
+        description="Channels of the exact trace's radial terms in training: channels (8), exact (all) or none.",
     )
     tokens: Literal["no-sinks", "all", "last"] = Field(
         default="no-sinks",

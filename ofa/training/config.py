@@ -63,7 +63,7 @@ class TrainingConfig(RegularizerOptions):
     )
     weight_decay: float = Field(default=1e-3, ge=0, description="AdamW's weight decay.")
     warmup: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
-    label_loss: float = Field(default=0.0, ge=0, description="Weight of the loss over the label words alone.")
+    label_loss: float = Field(default=0.0, ge=0, description="Weight of an additional loss over the label words alone.")
     stop_loss: float | None = Field(
         default=None, gt=0, description="End after the epoch whose mean loss is below this."
     )
@@ -71,11 +71,11 @@ class TrainingConfig(RegularizerOptions):
         default=0.0,
         ge=0,
         le=1,
-        description="Share of the steps with other shots in front of each prompt, for an adapter that is used with "
-        "demonstrations (docs/studies.md).",
+        description="Share of the steps with other shots in front of each prompt, for an adapter that gets "
+        "demonstrations (docs/choosing.md).",
     )
     class_weights: Literal["balanced"] | None = Field(
-        default=None, description="balanced: every class weighs the same in the loss, however many examples it has."
+        default=None, description="balanced: every class weighs the same in the loss, for classes of unequal size."
     )
     batch_size: int = Field(default=4, ge=1, description="Examples per forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
