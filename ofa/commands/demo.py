@@ -184,14 +184,14 @@ def _row(
 
 
 def _gain(rows: list[Json]) -> str:
-    """What the last row gained over zero-shot and over norm tuning, and how sure that is, in one sentence."""
+    """What the last row gained over zero-shot and over norm tuning, and its significance, in one sentence."""
     zero_shot, _, plain, own = (row["right"] for row in rows)
     better, worse = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((own, plain), (plain, own)))
     points = [100 * (sum(own) - sum(other)) / len(own) for other in (zero_shot, plain)]
     return (
         f"ofa fit gained {points[0]:+.0f} points over zero-shot and {points[1]:+.0f} over norm tuning: {better} texts "
-        f"are right with ofa fit alone and {worse} with norm tuning alone, which chance would divide as unevenly in "
-        f"{_chance(better, worse):.0%} of all cases"
+        f"are right only with ofa fit and {worse} only with norm tuning (McNemar's test: "
+        f"p = {_chance(better, worse):.2f})"
     )
 
 

@@ -72,7 +72,7 @@ def figures(comparison: Comparison, prefix: str) -> list[Drawn]:
             bool(contrasted),
             "differences",
             f"Difference to {NORM_TUNING}",
-            "Mean over task and seed with the 95 % interval; faint where it is not told apart from zero.",
+            "Mean over task and seed with the 95 % interval; faint where the interval includes zero.",
             partial(_differences, contrasted),
         ),
         (

@@ -64,7 +64,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or −1 if the interval excludes zero and has enough pairs, else 0: not told apart."""
+        """1 or −1 if the interval excludes zero and has enough pairs, else 0: not significant."""
         return self.interval.sign if self.interval and self.pairs >= FEWEST_PAIRS else 0
 
 

@@ -56,7 +56,7 @@ def progress(content: Content) -> str:
 
 
 def best(comparison: Comparison) -> list[str]:
-    """One sentence per context: the highest macro average, and the rows not told apart from it."""
+    """One sentence per context: the highest macro average, and the rows not significantly below it."""
     winners = [comparison.winner(context) for context in CONTEXTS]
     told = [_best(winner) for winner in winners if winner is not None]
     return told or ["No method has a result on every task yet, so there is no average to compare."]
@@ -77,13 +77,13 @@ def terms(comparison: Comparison) -> list[str]:
 
 
 def _settings(lines: Sequence[Line]) -> str:
-    """How many settings of OFA are told apart from norm tuning, if none has the default weights."""
+    """How many settings of OFA differ significantly from norm tuning, if none has the default weights."""
     told = []
     for context in CONTEXTS:
         signs = [line.contrasts[NORM_TUNING].difference.sign for line in lines if line.row.context == context]
         if signs:
-            told.append(f"{signs.count(1)} of {len(signs)} above and {signs.count(-1)} below it {WITH[context]}")
-    return f"Of OFA's settings, against {NORM_TUNING}, {shown.listed(told)}; the others are not told apart from it."
+            told.append(f"{WITH[context]} {signs.count(1)} better and {signs.count(-1)} worse of {len(signs)}")
+    return f"Settings of OFA that differ significantly from {NORM_TUNING}: {', '.join(told)}."
 
 
 def _best(winner: Winner) -> str:
@@ -98,9 +98,9 @@ def _best(winner: Winner) -> str:
     near = [other.row.name for other in winner.not_told_apart]
     if not near:
         others = "the other row" if winner.others == 1 else f"all {winner.others} other rows"
-        return f"{first}, told apart from {others}."
+        return f"{first}, significantly better than {others}."
     named = near if len(near) <= _MOST_NAMES else [*near[: _MOST_NAMES - 1], f"{len(near) - _MOST_NAMES + 1} more"]
-    return f"{first}; not told apart from {shown.listed(named)}."
+    return f"{first}; not significantly better than {shown.listed(named)}."
 
 
 def _term(contrast: Contrast, context: str) -> str:
@@ -111,7 +111,7 @@ def _term(contrast: Contrast, context: str) -> str:
     verb = {1: "gains", -1: "loses"}.get(difference.sign)
     if verb is None:
         signed = f"{shown.points(difference.mean)} points {shown.points_interval(difference.interval)}".strip()
-        return f"changes by {signed} {WITH[context]} (not told apart from zero)"
+        return f"changes by {signed} {WITH[context]} (not significant)"
     return f"{verb} {amount} {WITH[context]}"
 
 
