@@ -9,7 +9,7 @@ from torch import nn
 
 from ofa.adapters.attach_peft import attach_adapter
 from ofa.adapters.folder import NORMS
-from ofa.adapters.peft_folder import put_norms, without_norms
+from ofa.adapters.peft_folder import check_tensors, fitting, put_norms, without_norms
 from ofa.adapters.read import PREFIX, Adapter
 from ofa.adapters.same_base import check_base
 from ofa.adapters.save_and_load import load_adapter
@@ -55,6 +55,7 @@ def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
     attached = attach_adapter(model, config, targets, 0, undo)
     # Without PEFT's wrapper the keys lack the path of the model in it.
     own = {key.removeprefix(PREFIX): value for key, value in adapter.parameters.items()}
-    own = {key: value for key, value in own.items() if key not in norms}
-    set_peft_model_state_dict(attached, own)
+    with fitting(adapter):
+        set_peft_model_state_dict(attached, {key: value for key, value in own.items() if key not in norms})
+    check_tensors(attached, adapter, norms)
     return attached

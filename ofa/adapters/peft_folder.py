@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,8 +136,40 @@ def without_norms(config: PeftConfig, model: nn.Module, adapter: Adapter) -> dic
     return values
 
 
+@torch.no_grad()
+def put_norms(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
+    """Overwrite norm scales and shifts."""
+    for path, value in norms.items():
+        model.get_parameter(path).copy_(value)
+
+
+@contextmanager
+def fitting(adapter: Adapter) -> Iterator[None]:
+    """Say what does not fit where PEFT loads an adapter's tensors."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise _of_another_base(adapter, first_sentence(error)) from error
+
+
+def check_tensors(opened: CausalLM, adapter: Adapter, norms: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter with other tensors than the model has places for, besides its `norms`.
+
+    PEFT only warns of tensors that the file lacks, and ignores those that have no place.
+    """
+    from peft import get_peft_model_state_dict
+
+    # Without PEFT's wrapper the keys lack the path of the model in it.
+    own, saved = (
+        {key.removeprefix(PREFIX) for key in keys}
+        for keys in (get_peft_model_state_dict(opened, save_embedding_layers=False), adapter.parameters)
+    )
+    if differing := own ^ (saved - norms.keys()):
+        raise _of_another_base(adapter, f"{min(differing)} is in one of them only")
+
+
 def _opened(model: nn.Module, adapter: Adapter, *, keep_dtype: bool) -> CausalLM:
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel
 
     check_base(model, adapter)
     config = PeftConfig.from_pretrained(adapter.folder)
@@ -146,22 +179,10 @@ def _opened(model: nn.Module, adapter: Adapter, *, keep_dtype: bool) -> CausalLM
     put_norms(model, norms)
     if adapter.labels:
         ReplacedHead(model, adapter.labels)
-    try:
+    with fitting(adapter):
         opened = PeftModel.from_pretrained(model, adapter.folder, config=config)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise _of_another_base(adapter, first_sentence(error)) from error
-    # PEFT only warns of parameters that the file lacks, and ignores those that have no place.
-    own = get_peft_model_state_dict(opened, save_embedding_layers=False).keys()
-    if differing := own ^ (adapter.parameters.keys() - {f"{PREFIX}{path}" for path in norms}):
-        raise _of_another_base(adapter, f"{min(differing)} is in one of them only")
+    check_tensors(opened, adapter, norms)
     return opened.eval()
-
-
-@torch.no_grad()
-def put_norms(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
-    """Overwrite norm scales and shifts."""
-    for path, value in norms.items():
-        model.get_parameter(path).copy_(value)
 
 
 def _of_another_base(adapter: Adapter, reason: str) -> InputError:

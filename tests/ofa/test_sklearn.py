@@ -64,7 +64,7 @@ def test_an_encoder_is_a_classifier_too(tiny_folder, tmp_path, method):
     assert state(shared(classifier)) == before
 
 
-@pytest.mark.parametrize("method", ["lora", "soft-prompt"])
+@pytest.mark.parametrize("method", ["lora-ofa", "soft-prompt"])
 def test_other_methods_give_the_model_back_too(classifier, method):
     before = state(shared(classifier))
     fitted = classifier.set_params(method=method, learning_rate=None).fit(TEXTS, MOODS)

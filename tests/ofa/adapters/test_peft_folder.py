@@ -15,7 +15,7 @@ import ofa
 from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
 from ofa.adapters.open import opened_adapter
 from ofa.adapters.peft_folder import open_peft_adapter
-from ofa.adapters.read import read_any_adapter
+from ofa.adapters.read import PREFIX, read_any_adapter
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import ADAPTER_METHODS, WITH_NORMS
@@ -163,18 +163,33 @@ def other_norms(model):
 
 
 DAMAGE = {
-    "a tensor is missing": (lambda t: t.pop(next(iter(t))), "does not fit this model .*is in one of them only"),
-    "another width": (lambda t: t.update({k: v[:, :8].clone() for k, v in t.items() if "lora_A" in k}), "does not fit"),
-    "not finite": (lambda t: next(iter(t.values())).fill_(float("nan")), "is not finite"),
+    "a tensor is missing": ("lora", lambda t: t.pop(next(iter(t))), "does not fit this model .*is in one of them only"),
+    "another width": (
+        "lora",
+        lambda t: t.update({k: v[:, :8].clone() for k, v in t.items() if "lora_A" in k}),
+        "does not fit",
+    ),
+    "not finite": ("lora", lambda t: next(iter(t.values())).fill_(float("nan")), "is not finite"),
+    "a norm is missing": ("lora-ofa", lambda t: t.pop(f"{PREFIX}model.norm.weight"), r"model\.norm.* is missing"),
 }
 
 
-@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_folder_is_refused(saved, tiny_model, change, message):
-    """PEFT itself only warns of parameters that are missing."""
-    folder, *_ = saved("lora")
+@pytest.mark.parametrize("opening", [open_peft_adapter, lambda *given: opened_adapter(*given).__enter__()])
+@pytest.mark.parametrize(("method", "change", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_is_refused(saved, tiny_model, opening, method, change, message):
+    """PEFT itself only warns of parameters that are missing. Both ways of the commands and of scikit-learn."""
+    folder, *_ = saved(method)
     edit_tensors(folder, change)
     with pytest.raises(InputError, match=message):
+        opening(tiny_model[0], read_any_adapter(folder))
+
+
+def test_other_whole_modules_are_refused(saved, tiny_model):
+    """PEFT saves any module beside an adapter; here only norms and the heads of classifiers are known."""
+    folder, *_ = saved("lora")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}), encoding="utf-8")
+    with pytest.raises(InputError, match="lm_head is none of its norms"):
         open_peft_adapter(tiny_model[0], read_any_adapter(folder))
 
 
