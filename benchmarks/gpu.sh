@@ -90,7 +90,7 @@ part 30 launches "$python" -m benchmarks.gpu_profile --out "$out/step_profile_gp
 part 60 curvature "$python" -m benchmarks.curvature_kernels --out "$out/curvature_gpu.csv"
 # Compiling the probes' integers takes longer than everything else here.
 part 30 probes "$python" -m benchmarks.kernels --out "$out/probes_gpu.csv" "${rows[@]}" --operations \
-  {step_boundary,contract,perturb}_{forward,backward} --variants eager triton
+  {perturb_unscaled,probed_diagonal}_forward {contract,perturb}_{forward,backward} --variants eager triton
 part 120 tests "$python" -m pytest -q -n "$workers" -p no:cacheprovider "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
   part 45 memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.every_kernel

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import traffic
 from benchmarks.traffic import Size, Traffic
 from ofa_kernels import reference
-from ofa_kernels.ops import contract, norm_step, perturb, step_boundary
+from ofa_kernels.ops import contract, norm_step, perturb, probed_diagonal
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
@@ -68,12 +68,15 @@ class Operation:
     inputs: Callable[[Case], Tensors]
     gradients: Callable[[Case], Tensors]
     forward: Callable[[Size], Traffic]
-    backward: Callable[[Size], Traffic]
+    backward: Callable[[Size], Traffic] | None
+    """None if the kernels have no gradient."""
     eager: Function
     triton: Implementation
     library: Function | None = None
     others: dict[str, Implementation] = field(default_factory=dict)
     samples: int = 0
+    weights: tuple[int, ...] = ()
+    """Inputs, by index, that weight the rows of a sum."""
 
     def implementations(self, device: torch.device) -> dict[str, Implementation]:
         """All implementations on a device, "eager" first; kernels and compilers only on GPUs."""
@@ -109,14 +112,15 @@ class Pass:
     def traffic(self, case: Case) -> Traffic:
         """The bytes that must be moved."""
         model = self.operation.forward if self.direction == "forward" else self.operation.backward
+        assert model is not None
         return model(Size(case.rows, case.width, case.dtype.itemsize, self.operation.samples))
 
 
 def passes(samples: Sequence[int]) -> list[Pass]:
     """Both directions of all operations, and for those with probes, each number of samples."""
-    probed = [make(n) for make in (_contract, _perturb, _step_boundary) for n in samples]
+    probed = [make(n) for make in (_contract, _perturb, _perturb_unscaled, _probed_diagonal) for n in samples]
     chosen = _norm_step(), _add_norm(), *probed
-    return [Pass(one, way) for one in chosen for way in ("forward", "backward")]
+    return [Pass(one, way) for one in chosen for way in ("forward", "backward") if way == "forward" or one.backward]
 
 
 def _norm_step() -> Operation:
@@ -194,21 +198,41 @@ def _perturb(samples: int) -> Operation:
     )
 
 
-def _step_boundary(samples: int) -> Operation:
-    settings = {"eps": _EPS, "samples": samples, "epsilon": _EPSILON, "seed": _SEED, "step": _STEP}
+def _perturb_unscaled(samples: int) -> Operation:
+    """What `hutchinson` does with the gradient in P alone: N copies along ν/σ, and `_probed_diagonal`."""
+    settings = {"eps": _EPS, "samples": samples, "epsilon": _EPSILON, "seed": _SEED, "step": _STEP, "scaled": False}
 
-    def call(function: Callable[..., Any]) -> Function:
-        return lambda residual, update, copies, weight: function(residual, update, copies, weight, **settings)
+    def call(function: Callable[..., Tensor]) -> Function:
+        return lambda stream, weight: (function(stream, weight, **settings),)
 
     return Operation(
-        "step_boundary",
-        inputs=lambda case: (_rows(case), _rows(case), _rows(case, samples), _scale(case)),
-        gradients=lambda case: (_rows(case), _rows(case, 1 + samples), _scalars(case), _scalars(case, samples)),
-        forward=traffic.step_boundary_forward,
-        backward=traffic.step_boundary_backward,
-        eager=call(reference.step_boundary),
-        triton=Implementation(call(step_boundary.step_boundary), _step_boundary_backward),
+        "perturb_unscaled",
+        inputs=lambda case: (_rows(case), _scale(case)),
+        gradients=lambda case: (),
+        forward=traffic.perturb_forward,
+        backward=None,
+        eager=call(reference.perturb),
+        triton=Implementation(call(perturb.perturb)),
         samples=samples,
+    )
+
+
+def _probed_diagonal(samples: int) -> Operation:
+    """All rows are tokens of one sequence."""
+
+    def call(function: Callable[..., Tensor]) -> Function:
+        return lambda base, copies, weights: (function(base, copies, weights, seed=_SEED, step=_STEP),)
+
+    return Operation(
+        "probed_diagonal",
+        inputs=lambda case: (_rows(case, 1), _rows(case, samples, 1), _scalars(case, 1)),
+        gradients=lambda case: (),
+        forward=partial(traffic.probed_diagonal, sequences=1),
+        backward=None,
+        eager=call(reference.probed_diagonal),
+        triton=Implementation(call(probed_diagonal.probed_diagonal)),
+        samples=samples,
+        weights=(2,),
     )
 
 
@@ -298,12 +322,3 @@ def _perturb_backward(inputs: Tensors, gradients: Tensors) -> Call:
         return grad_stream, front, grad_weight
 
     return call
-
-
-def _step_boundary_backward(inputs: Tensors, gradients: Tensors) -> Call:
-    residual, update, copies, weight = inputs
-    samples = len(gradients[1]) - 1
-    settings = _EPS, False, 0.0, samples, _EPSILON, _SEED, _STEP, _GAUSSIAN
-    stream = torch.ops.ofa_kernels.step_boundary(residual, update, copies, weight, None, *settings)[0]
-    arguments = stream, update, weight, *gradients, len(copies), _EPS, False, 0.0, _EPSILON, _SEED, _STEP, _GAUSSIAN
-    return lambda: torch.ops.ofa_kernels.step_boundary_backward(*arguments, False)[:4]

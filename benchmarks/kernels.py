@@ -81,13 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def relative_error(one: Pass, implementation: Implementation, case: Case) -> float:
     """The largest ‖out − ref‖ / ‖ref‖ of all results, by the reference in float64 on the first rows of the case.
 
-    The other rows get no gradients, so that the gradient of γ is that of the first rows.
+    The other rows get no gradients and no weights, so that sums over rows are those of the first.
     """
     few = one.draw(replace(case, rows=min(case.rows, CHECKED_ROWS)))
     wide = (tuple(tensor.double() for tensor in tensors) for tensors in few)
     expected = Implementation(one.operation.eager).prepare(*wide)()
     inputs, gradients = one.draw(case)
-    for tensor in gradients:
+    for tensor in (*gradients, *(inputs[index] for index in one.operation.weights)):
         tensor.zero_()
     for part, whole in zip((*few[0], *few[1]), (*inputs, *gradients), strict=True):
         whole[_corner(part)] = part

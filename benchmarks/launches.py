@@ -27,29 +27,41 @@ from benchmarks.eager_traffic import Ledger, _nbytes
 from benchmarks.host_time import kernels_everywhere
 from benchmarks.table import commit, significant, writing
 from benchmarks.workloads import TINY, Workload, batch, build, step
-from ofa_kernels.ops import contract, norm_step
+from ofa_kernels.ops import contract, norm_step, perturb, probed_diagonal
 from ofa_kernels.ops.launching import launching_by
 
 # The ratio of both widths is that of a 7B model; γ and sums of its gradient are small beside the rows.
 SIZES = {"hidden_size": 64, "num_key_value_heads": 4, "intermediate_size": 172}
 TOKENS = 2048
 OWN_NORMS = "transformers' norms"
-VARIANTS = {
-    OWN_NORMS: (False, False, 0.0),
-    "tuned norms": (True, False, 0.0),
-    "tuned norms, step ratio": (True, False, 0.1),
-    "fused layers": (True, True, 0.0),
-    "fused layers, step ratio": (True, True, 0.1),
+RATIO: dict[str, Any] = {"step_ratio": 0.1, "sharpness": 0.0, "tokens": "all"}
+PROBE: dict[str, Any] = {**RATIO, "sharpness": 0.1, "estimator": "hutchinson"}
+VARIANTS: dict[str, tuple[bool, bool, dict[str, Any]]] = {
+    OWN_NORMS: (False, False, {}),
+    "tuned norms": (True, False, {}),
+    "tuned norms, step ratio": (True, False, RATIO),
+    "fused layers": (True, True, {}),
+    "fused layers, step ratio": (True, True, RATIO),
+    "fused layers, one probe": (True, True, PROBE),
+    "fused layers, four probes": (True, True, {**PROBE, "samples": 4}),
+    "fused layers, one probe, full": (True, True, {**PROBE, "gradient": "full"}),
 }
-"""Whether the kernels are used, whether layers are fused, and the weight of the step ratio."""
+"""Whether the kernels are used, whether layers are fused, and the regularizers, if any.
+
+Probes come with the step ratio, and run each branch on their copies; `full` is the paper's gradient.
+"""
 
 PRODUCTS = ("mm.", "scaled_dot_product")
 MAYBE_VIEWS = ("aten.reshape", "aten.to.")
+FILLING = ("slice_backward", "select_backward")
 IMPLEMENTATIONS: dict[Any, Any] = {
     torch.ops.ofa_kernels.norm_step.default: norm_step.forward,
     torch.ops.ofa_kernels.norm_step_backward.default: norm_step.backward,
+    torch.ops.ofa_kernels.perturb.default: perturb.forward,
+    torch.ops.ofa_kernels.perturb_backward.default: perturb.backward,
     torch.ops.ofa_kernels.contract.default: contract.forward,
     torch.ops.ofa_kernels.contract_backward.default: contract.backward,
+    torch.ops.ofa_kernels.probed_diagonal.default: probed_diagonal.forward,
 }
 
 
@@ -87,7 +99,7 @@ class Launches(Ledger):
             self.kernels, self.nbytes = kernels, nbytes
         elif any(name in str(func) for name in PRODUCTS):
             self.nbytes = nbytes
-        elif "slice_backward" in str(func):  # no view: fills with zeros and copies
+        elif any(name in str(func) for name in FILLING):  # no view: fills with zeros and copies
             self.kernels += 2
             self.nbytes += sum(map(_nbytes, tree_leaves((args, result)))) + _nbytes(result)
         return result
@@ -105,10 +117,12 @@ def of_a_layer(variant: str) -> Counted:
 
 
 def _of_a_step(variant: str, layers: int) -> Counted:
-    kernels, fuse, weight = VARIANTS[variant]
+    kernels, fuse, terms = VARIANTS[variant]
     workload = TINY.reshaped("launches", **SIZES, num_hidden_layers=layers).of(1, TOKENS)
-    model, attached = _attached(workload, fuse, weight)
+    model, attached = _attached(workload, fuse, terms)
     ids = batch(workload)
+    if attached is not None:
+        step(model, ids, attached)  # the first step chooses the probes' ε
     counted = Launches()
     with kernels_everywhere() if kernels else nullcontext(), counted, launching_by(counted.launch, "sm_90"):
         step(model, ids, attached)
@@ -117,12 +131,12 @@ def _of_a_step(variant: str, layers: int) -> Counted:
     return Counted(counted.kernels, counted.nbytes)
 
 
-def _attached(workload: Workload, fuse: bool, weight: float) -> tuple[nn.Module, ofa.Regularizers | None]:
+def _attached(workload: Workload, fuse: bool, terms: dict[str, Any]) -> tuple[nn.Module, ofa.Regularizers | None]:
     # Before the kernels stop computing, since steps are recognized by a trial run.
     model = build(workload, dtype=torch.bfloat16)
     if fuse:
         assert ofa.fuse_layers(model) == {}
-    return model, ofa.fused_regularizers(model, weight, sharpness=0.0, tokens="all") if weight else None
+    return model, ofa.fused_regularizers(model, **terms) if terms else None
 
 
 def rows() -> Iterator[Row]:
@@ -147,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with writing(options.out, Row) as write:
         write(found)
     for one in found:
-        print(f"{one.variant:26} {one.metric:15} {one.value:8.4g} {one.unit}")
+        print(f"{one.variant:30} {one.metric:15} {one.value:8.4g} {one.unit}")
 
 
 if __name__ == "__main__":

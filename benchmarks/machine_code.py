@@ -20,11 +20,10 @@ from ofa_kernels import aot, workload
 from ofa_kernels.resources import cuobjdump
 
 WIDTH, SAMPLES = 4096, 4
-OVER_ROWS = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
+OVER_ROWS = ("norm_step_backward", "perturb_backward")
 """Kernels whose programs loop over rows; programs of the others have one row."""
 KERNELS = (
-    *("norm_step_forward", "perturb_forward", "step_boundary_forward"),
-    *("contract_forward", "contract_backward"),
+    *("norm_step_forward", "perturb_forward", "contract_forward", "contract_backward"),
     *OVER_ROWS,
 )
 

@@ -7,7 +7,7 @@ and their gradients written once for all rows together. All gradients are given 
 Left out, because it comes from a cache or is small relative to the rows:
 
 - γ and β, which every row reads again;
-- a tile that `perturb` and `step_boundary` read again for every probe, and the second read of its gradients;
+- a tile that `perturb` reads again for every probe, and the second read of its gradients;
 - a row of several tiles, read a second time after its moments;
 - the sums of their gradients that each program of a backward pass writes, and the sum over the programs.
 """
@@ -124,6 +124,11 @@ def contract_backward(size: Size) -> Traffic:
     )
 
 
+def probed_diagonal(size: Size, sequences: int) -> Traffic:
+    """base, copies, weights → a diagonal per sequence."""
+    return Traffic(reads=(1 + size.samples) * size.stream + size.scalars, writes=sequences * size.width * FLOAT32)
+
+
 def displace_forward(size: Size, per_row: bool = False) -> Traffic:
     """stream, preconditioner (`per_row`: one number per row, as 1/σ is) → copies."""
     diagonal = size.scalars if per_row else size.preconditioner
@@ -133,19 +138,3 @@ def displace_forward(size: Size, per_row: bool = False) -> Traffic:
 def displace_backward(size: Size) -> Traffic:
     """Gradients of the copies → gradients of stream and preconditioner."""
     return Traffic(reads=size.samples * size.stream, writes=size.stream + size.preconditioner)
-
-
-def step_boundary_forward(size: Size) -> Traffic:
-    """residual, update, copies → stream, the stack of normalized rows, ‖update‖², products."""
-    return Traffic(
-        reads=(2 + size.samples) * size.stream + size.scale_and_shift,
-        writes=(2 + size.samples) * size.stream + (1 + size.samples) * size.scalars,
-    )
-
-
-def step_boundary_backward(size: Size) -> Traffic:
-    """stream, update, and gradients of all four outputs → gradients of residual, update, copies, γ, β."""
-    return Traffic(
-        reads=(4 + size.samples) * size.stream + (1 + size.samples) * size.scalars + size.scale,
-        writes=(2 + size.samples) * size.stream + size.scale_and_shift,
-    )

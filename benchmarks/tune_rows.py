@@ -29,7 +29,7 @@ from ofa_kernels.resources import usage
 
 SAMPLES = 4
 DTYPE = torch.bfloat16
-OPERATIONS = ("norm_step", "perturb", "step_boundary", "contract")
+OPERATIONS = ("norm_step", "perturb", "contract")
 KERNELS = tuple(f"{operation}_{way}" for operation in OPERATIONS for way in ("forward", "backward"))
 ROWS = {"cuda": (8192, 512), "cpu": (3,)}
 WIDTH = {"cuda": 4096, "cpu": 256}
@@ -37,7 +37,7 @@ REPEATS = {"cuda": 20, "cpu": 2}
 
 THREADS = ((4, 128), (4, 255), (8, 64), (8, 128), (8, 255), (16, 64), (16, 128))
 """Warps, and registers per thread: 8 to 32 of 4096 columns per thread, one to four programs per multiprocessor."""
-STAGED = ("norm_step_backward", "perturb_backward", "step_boundary_backward")
+STAGED = ("norm_step_backward", "perturb_backward")
 STAGES = (1, 3)
 """Not 2: by its disassembly, norm_step_backward then waits for a row as long as with 1; see `Launch.stages`."""
 PROGRAMS = (1, 2, 4)

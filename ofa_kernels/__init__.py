@@ -13,7 +13,6 @@ from ofa_kernels.dispatch import (
     mlp_diagonal,
     norm_step,
     perturb,
-    step_boundary,
 )
 
 __all__ = [
@@ -26,5 +25,4 @@ __all__ = [
     "norm_step",
     "perturb",
     "reference",
-    "step_boundary",
 ]

@@ -25,7 +25,7 @@ from ofa_kernels.ops import displace as displace_op
 from ofa_kernels.ops import mlp_curvature as mlp_curvature_op
 from ofa_kernels.ops import norm_step as norm_step_op
 from ofa_kernels.ops import perturb as perturb_op
-from ofa_kernels.ops import step_boundary as step_boundary_op
+from ofa_kernels.ops import probed_diagonal as probed_diagonal_op
 
 OPERATIONS = (
     "norm_step",
@@ -34,7 +34,7 @@ OPERATIONS = (
     "perturb",
     "displace",
     "contract",
-    "step_boundary",
+    "probed_diagonal",
     "rstd",
     "mlp_curvature",
     "mlp_slopes",
@@ -154,20 +154,10 @@ def contract(base: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Ten
     return choose("contract", base).function(base, *args, **kwargs)
 
 
-@_as_specified(reference.step_boundary)
-def step_boundary(residual: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The end of a measured step and the beginning of the next; see `reference.step_boundary`.
-
-    Example:
-        >>> stream, update, scale = torch.randn(5, 8), torch.randn(5, 8), torch.ones(8)
-        >>> copies = update.expand(1, 5, 8)
-        >>> stream, stack, sqnorm, products = ofa_kernels.step_boundary(
-        ...     stream, update, copies, scale, eps=1e-6, samples=1, epsilon=1e-2, seed=0
-        ... )
-        >>> stack.shape, products.shape  # the normalized stream and a copy; products of the last copies
-        (torch.Size([2, 5, 8]), torch.Size([1, 5]))
-    """
-    return choose("step_boundary", residual).function(residual, *args, **kwargs)
+@_as_specified(reference.probed_diagonal)
+def probed_diagonal(base: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """Diagonal of a summed Jacobian from probes; see `reference.probed_diagonal`."""
+    return choose("probed_diagonal", base).function(base, *args, **kwargs)
 
 
 @_as_specified(reference.rstd)
@@ -287,18 +277,18 @@ _KERNELS: dict[str, Callable[..., object]] = {
     "perturb": perturb_op.perturb,
     "displace": displace_op.displace,
     "contract": contract_op.contract,
-    "step_boundary": step_boundary_op.step_boundary,
 }
 for _operation, _function in _KERNELS.items():
     register(_operation, Implementation("triton", _function, _kernels_take))
 
 
 def _held(tensor: Tensor) -> bool:
-    """Whether the curvature kernels accept a tensor: they have no derivative."""
+    """Whether kernels without a derivative accept a tensor."""
     return not torch.is_grad_enabled() and _kernels_take(tensor)
 
 
 _HELD_KERNELS: dict[str, Callable[..., object]] = {
+    "probed_diagonal": probed_diagonal_op.probed_diagonal,
     "mlp_curvature": mlp_curvature_op.mlp_curvature,
     "mlp_diagonal": branch_diagonal.mlp_diagonal,
     "attention_curvature": attention_curvature_op.attention_curvature,

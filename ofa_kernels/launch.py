@@ -13,7 +13,7 @@ from functools import cache
 MAX_WIDTH = 65536
 """Columns of the widest row that the kernels accept."""
 
-REGISTER_HEAVY = ("perturb_backward", "step_boundary_backward")
+REGISTER_HEAVY = ("perturb_backward",)
 """Kernels that hold several tiles in registers: the row, γ, the gradient, the sum of the weight's gradient."""
 
 

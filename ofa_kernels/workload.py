@@ -17,7 +17,7 @@ from ofa_kernels.ops import (
     mlp_curvature,
     norm_step,
     perturb,
-    step_boundary,
+    probed_diagonal,
 )
 
 WIDTHS = (1024, 2048, 4096, 6144, 8192, 16384)
@@ -64,7 +64,6 @@ class Case:
         weight = torch.empty(self.width, dtype=torch.float32, device="meta")
         _launch_norm_step(z, weight, norm, biased)
         _launch_probes(z, weight, norm, biased, self.samples)
-        _launch_step_boundary(z, weight, norm, biased, self.samples)
 
 
 def cases(widths: Sequence[int], dtypes: Sequence[str], norms: Sequence[str], samples: Sequence[int]) -> list[Case]:
@@ -175,27 +174,20 @@ def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float]
 
 def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool, samples: int) -> None:
     stack, products = _stack(z, samples), _row(z).expand(samples, _ROWS)
-    perturb.forward(z, z, weight, weight if biased else None, *norm, samples, 0.1, *_PROBE)
+    for front, scaled in ((z, True), (None, False)):
+        perturb.forward(z, front, weight, weight if biased else None, *norm, scaled, samples, 0.1, *_PROBE)
     perturb.backward(z, weight, stack, *norm, 0.1, *_PROBE, biased)
     # 1/σ, and γ/σ.
     for diagonal in (_row(z).unsqueeze(-1).expand(z.shape), z.float()):
         displace.forward(z, diagonal, samples, 0.1, *_PROBE)
     displace.backward(stack, 0.1, *_PROBE, True)
     contract.forward(z, stack, *_PROBE)
+    probed_diagonal.forward(z[None], stack.unsqueeze(1), _row(z)[None], *_PROBE)
     contract.backward(z, products, _row(z), samples, *_PROBE)
     # `squared_norm` is a contraction without copies.
     contract.forward(z, stack[:0], *_PROBE)
     for passed in (None, z):
         contract.backward(z, None, _row(z), 0, *_PROBE, passed)
-
-
-def _launch_step_boundary(
-    z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool, samples: int
-) -> None:
-    stack, products = _stack(z, samples), _row(z).expand(samples, _ROWS)
-    step_boundary.forward(z, z, stack, weight, weight if biased else None, *norm, samples, 0.1, *_PROBE)
-    grads = z, _stack(z, 1 + samples), _row(z), products
-    step_boundary.backward(z, z, weight, *grads, samples, *norm, 0.1, *_PROBE, biased)
 
 
 def _row(z: Tensor) -> Tensor:

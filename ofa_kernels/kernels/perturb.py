@@ -40,11 +40,12 @@ def perturb_forward(
     TILES: tl.constexpr,
     CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
+    SCALED: tl.constexpr,
     GAUSSIAN: tl.constexpr,
 ):
-    """copies[i] = N(z + ε γ/σ ⊙ ν_i), (SAMPLES, rows, width); one program per row, one read of z.
+    """copies[i] = N(z + ε γ/σ ⊙ ν_i), (SAMPLES, rows, width), or N(z + ε/σ ν_i) unless SCALED; one program per row.
 
-    With `unperturbed`, (rows, width), the output begins with a copy of it: (1 + SAMPLES, rows, width).
+    z is read once. With `unperturbed`, (rows, width), the output begins with a copy of it: (1 + SAMPLES, rows, width).
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -63,23 +64,26 @@ def perturb_forward(
     for sample in range(SAMPLES):
         into = out + sample * rows * width
         store_perturbed(
-            into, z_row, weight, bias, row, sample, key, shift, mu, norm, GROUPS, TILES, CENTRED, OFFSET, GAUSSIAN
-        )
+            into, z_row, weight, bias, row, sample, key, shift, mu, norm, GROUPS, TILES, CENTRED, OFFSET, SCALED,
+            GAUSSIAN
+        )  # fmt: skip
 
 
 @triton.jit
 def store_perturbed(
     out, z_row, weight, bias, row, sample, key, shift, mu, norm, GROUPS: tl.constexpr, TILES: tl.constexpr,
-    CENTRED: tl.constexpr, OFFSET: tl.constexpr, GAUSSIAN: tl.constexpr
+    CENTRED: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr, GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """Write γ ⊙ ẑ' + β for z' = z + shift·γ ⊙ ν.
+    """Write γ ⊙ ẑ' + β for z' = z + shift·γ ⊙ ν, or z + shift·ν unless SCALED.
 
     Sums are of deviations from μ, the mean of z: the mean of z' is so close to it that nothing cancels.
     """
     width, eps = norm
     moved, squares = 0.0, 0.0
     for tile in range(TILES):
-        z, _, inside = perturbed(tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS, OFFSET, GAUSSIAN)
+        z, _, inside = perturbed(
+            tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS, OFFSET, SCALED, GAUSSIAN
+        )
         if CENTRED:
             z = tl.where(inside, z, 0.0)
             more, more_squares = sum_two(z, z * z)
@@ -90,7 +94,9 @@ def store_perturbed(
     mean = moved / width
     r = tl.rsqrt(squares / width - mean * mean + eps)
     for tile in range(TILES):
-        z, scale, inside = perturbed(tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS, OFFSET, GAUSSIAN)
+        z, scale, inside = perturbed(
+            tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS, OFFSET, SCALED, GAUSSIAN
+        )
         channel = channels(tile, GROUPS)
         y = (z - mean) * r * scale
         if bias is not None:
@@ -101,14 +107,15 @@ def store_perturbed(
 @triton.jit
 def perturbed(
     tile, z_row, weight, row, sample, key, shift, mu, width, GROUPS: tl.constexpr, OFFSET: tl.constexpr,
-    GAUSSIAN: tl.constexpr
+    SCALED: tl.constexpr, GAUSSIAN: tl.constexpr
 ):  # fmt: skip
-    """One tile of z' − μ with z' = z + shift·γ ⊙ ν, of γ, and of the mask of channels inside the row."""
+    """One tile of z' − μ (as in `store_perturbed`), of γ, and of the mask of channels inside the row."""
     channel = channels(tile, GROUPS)
     inside = channel < width
     scale = load_scale(weight, channel, inside, OFFSET)
     # Not (shift·γ) ⊙ ν: the compiler would keep shift·γ in registers across samples.
-    move = scale * times_probe(shift, tile, row, sample, key, GROUPS, GAUSSIAN)
+    move = times_probe(shift, tile, row, sample, key, GROUPS, GAUSSIAN)
+    move = move * scale if SCALED else tl.where(inside, move, 0.0)
     return load(z_row, channel, inside) - mu + move, scale, inside
 
 

@@ -22,7 +22,7 @@ from ofa_kernels.philox import check_probe
 
 library.define(
     "perturb(Tensor stream, Tensor? unperturbed, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
-    "SymInt samples, float epsilon, SymInt seed, SymInt step, bool gaussian) -> Tensor"
+    "bool scaled, SymInt samples, float epsilon, SymInt seed, SymInt step, bool gaussian) -> Tensor"
 )
 library.define(
     "perturb_backward(Tensor stream, Tensor weight, Tensor grad_copies, float eps, bool centred, float offset, "
@@ -43,14 +43,15 @@ def perturb(
     seed: int,
     step: int = 0,
     probe: str = "rademacher",
+    scaled: bool = True,
     unperturbed: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.perturb`, with one read of the stream and probes in registers."""
+    """As `reference.perturb`, with one read of the stream and probes in registers; differentiable if `scaled`."""
     reference.check_norm(stream, weight, bias, kind)
     check_probe(probe)
     if unperturbed is not None:
         reference.check_same_shape("unperturbed", unperturbed, "stream", stream)
-    norm = eps, kind == "layer", offset
+    norm = eps, kind == "layer", offset, scaled
     return call(stream, unperturbed, weight, bias, *norm, samples, epsilon, seed, step, probe == "gaussian")
 
 
@@ -62,6 +63,7 @@ def forward(
     eps: float,
     centred: bool,
     offset: float,
+    scaled: bool,
     samples: int,
     epsilon: float,
     seed: int,
@@ -94,6 +96,7 @@ def forward(
         SAMPLES=samples,
         CENTRED=centred,
         OFFSET=offset,
+        SCALED=scaled,
         GAUSSIAN=gaussian,
     )
     return copies
@@ -107,6 +110,7 @@ def empty(
     eps: float,
     centred: bool,
     offset: float,
+    scaled: bool,
     samples: int,
     *probe: object,
 ) -> Tensor:
@@ -176,17 +180,19 @@ def empty_gradients(
 
 def _save(ctx: Context, inputs: Arguments, output: Tensor) -> None:
     stream, unperturbed, weight, bias, *settings = inputs
-    ctx.eps, ctx.centred, ctx.offset, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
+    ctx.eps, ctx.centred, ctx.offset, ctx.scaled, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
     ctx.front, ctx.biased = unperturbed is not None, bias is not None
     ctx.save_for_backward(stream, weight)
 
 
 def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.scaled:
+        raise RuntimeError("perturb has no derivative unless scaled; set OFA_KERNELS=reference in the environment")
     settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
     grad_copies = grad[1:] if ctx.front else grad
     grad_stream, grad_weight, grad_bias = call_backward(*ctx.saved_tensors, grad_copies, *settings)
     front = grad[0] if ctx.front else None
-    return (grad_stream, front, grad_weight, grad_bias if ctx.biased else None, *[None] * 8)
+    return (grad_stream, front, grad_weight, grad_bias if ctx.biased else None, *[None] * 9)
 
 
 call_backward = operation("perturb_backward", backward, empty_gradients)

@@ -24,9 +24,9 @@ from ofa_kernels.reference.stream import (
     norm_step,
     normalize,
     perturb,
+    probed_diagonal,
     rstd,
     squared_norm,
-    step_boundary,
 )
 
 __all__ = [
@@ -53,8 +53,8 @@ __all__ = [
     "normalize",
     "per_query_head",
     "perturb",
+    "probed_diagonal",
     "rstd",
     "score_blocks",
     "squared_norm",
-    "step_boundary",
 ]

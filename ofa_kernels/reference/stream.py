@@ -88,11 +88,12 @@ def perturb(
     seed: int,
     step: int = 0,
     probe: str = "rademacher",
+    scaled: bool = True,
     unperturbed: Tensor | None = None,
 ) -> Tensor:
     """Normalized copies of the stream, each moved along one preconditioned probe.
 
-        copy_i = N(z + ε P ν_i),   P = diag(offset + weight)/σ(z)
+        copy_i = N(z + ε P ν_i),   P = diag(offset + weight)/σ(z), or 1/σ(z) unless `scaled`
 
     The displacement is added in float32, since bfloat16 would round it away; each copy has its own σ.
 
@@ -100,6 +101,7 @@ def perturb(
         stream: z, (..., d).
         epsilon: finite-difference step ε, in units of the stream per unit of Pν.
         seed, step: the probes' Philox key and counter word, see `philox.probes`.
+        scaled: whether γ is a part of the displacement.
         unperturbed: the branch's input without probes, shaped like the stream, returned as the first copy.
 
     Returns:
@@ -113,7 +115,9 @@ def perturb(
         check_same_shape("unperturbed", unperturbed, "stream", stream)
     wide = upcast(stream)
     rstd = moments(wide, eps, kind)[1]
-    direction = (upcast(weight) + offset) * rstd.unsqueeze(-1)
+    direction = rstd.unsqueeze(-1)
+    if scaled:
+        direction = (upcast(weight) + offset) * direction
     moved = wide + epsilon * direction * _probes_like(stream, samples, seed, step, probe)
     copies = _normalize(moved, weight, bias, eps, kind, offset)[0]
     if unperturbed is None:
@@ -162,56 +166,29 @@ def contract(
     return (nu * (upcast(copies) - upcast(base))).sum(-1), squared_norm(base)
 
 
-def step_boundary(
-    residual: Tensor,
-    update: Tensor,
-    copies: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    eps: float,
-    kind: str = "rms",
-    offset: float = 0.0,
-    samples: int = 1,
-    epsilon: float,
-    seed: int,
-    step: int = 0,
-    probe: str = "rademacher",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The end of a measured step and the start of the next: `contract`, `norm_step` and `perturb` in one.
+def probed_diagonal(
+    base: Tensor, copies: Tensor, weights: Tensor, *, seed: int, step: int = 0, probe: str = "rademacher"
+) -> Tensor:
+    """Estimate of a summed Jacobian's diagonal, Σ_t w_t Σ_i ν_i ⊙ (copy_i − base) over the tokens of each sequence.
+
+    For copies moved by ν_i alone, E[ν ⊙ (J ν)] = diag(J) (Bekas, Kokiopoulou and Saad 2007).
 
     Args:
-        residual: the stream that `step` started from, (..., d).
-        update: its branch's output, same shape.
-        copies: its branch's outputs of perturbed copies, (n, ..., d); n may be 0.
-        weight, bias, eps, kind, offset: the norm that `step` + 1 starts with, see `norm_step`.
-        samples: number of perturbed copies of step + 1; may be 0.
+        base: branch output of the unperturbed stream, (sequences, tokens, d).
+        copies: branch outputs of the perturbed copies, (samples, sequences, tokens, d).
+        weights: w, one number per token, (sequences, tokens).
 
     Returns:
-        stream, (..., d), residual + update; stack, (1 + samples, ..., d), the stream normalized and its perturbed
-        copies with the probes of `step` + 1; and in float32 update_sqnorm, (...), and products, (n, ...), the
-        contraction of `copies` with the probes of `step`.
+        (sequences, d), float32.
 
     Raises:
-        ValueError: unknown `kind` or `probe`, or shapes that do not match.
+        ValueError: shapes that do not match, or unknown `probe`.
     """
-    products, update_sqnorm = contract(update, copies, seed=seed, step=step, probe=probe)
-    stream, normalized, _, _ = norm_step(residual, update, weight, bias, eps=eps, kind=kind, offset=offset)
-    stack = perturb(
-        stream,
-        weight,
-        bias,
-        eps=eps,
-        kind=kind,
-        offset=offset,
-        samples=samples,
-        epsilon=epsilon,
-        seed=seed,
-        step=step + 1,
-        probe=probe,
-        unperturbed=normalized,
-    )
-    return stream, stack, update_sqnorm, products
+    check_stack(base, copies)
+    check_same_shape("weights", weights, "a column of base", base[..., 0])
+    change = upcast(copies) - upcast(base)
+    products = (_probes_like(base, copies.shape[0], seed, step, probe) * change).sum(0)
+    return (upcast(weights).unsqueeze(1) @ products).squeeze(1)
 
 
 def rstd(stream: Tensor, *, eps: float, kind: str = "rms") -> Tensor:

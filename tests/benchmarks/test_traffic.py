@@ -13,7 +13,7 @@ import torch
 from benchmarks import traffic
 from benchmarks.traffic import Size
 from ofa_kernels import launch
-from ofa_kernels.ops import contract, displace, launching, norm_step, perturb, step_boundary
+from ofa_kernels.ops import contract, displace, launching, norm_step, perturb, probed_diagonal
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts what the interpreter does")
 
@@ -24,7 +24,7 @@ SIZES = [
 PROBE = 7, 3, False
 CACHED = ("weight", "bias")
 """Operands that every row reads again; counted once in the model."""
-PARTIAL = ("partial_weight", "partial_bias")
+PARTIAL = ("partial_weight", "partial_bias", "sums")
 """Operands that are not in the model; their results are."""
 
 
@@ -71,9 +71,9 @@ def norm_step_backward(size, measured=True):
     return norm_step.backward(*saved, *grads, size.centred, 0.0, size.biased)
 
 
-def perturb_forward(size, unperturbed=False):
+def perturb_forward(size, unperturbed=False, scaled=True):
     tensors = rows(size), rows(size) if unperturbed else None, *scale_and_shift(size)
-    return (perturb.forward(*tensors, 1e-5, size.centred, 0.0, size.samples, 0.1, *PROBE),)
+    return (perturb.forward(*tensors, 1e-5, size.centred, 0.0, scaled, size.samples, 0.1, *PROBE),)
 
 
 def perturb_backward(size):
@@ -89,6 +89,11 @@ def contract_backward(size):
     return contract.backward(rows(size), scalars(size, size.samples), scalars(size), size.samples, *PROBE)
 
 
+def diagonal(size):
+    tensors = rows(size)[None], rows(size, size.samples).unsqueeze(1), scalars(size)[None]
+    return (probed_diagonal.forward(*tensors, *PROBE),)
+
+
 def displace_forward(size, per_row=False):
     diagonal = scalars(size)[:, None].expand(-1, size.width) if per_row else torch.rand(size.rows, size.width)
     return (displace.forward(rows(size), diagonal, size.samples, 0.1, *PROBE),)
@@ -96,18 +101,6 @@ def displace_forward(size, per_row=False):
 
 def displace_backward(size):
     return displace.backward(rows(size, size.samples), 0.1, *PROBE, True)
-
-
-def step_boundary_forward(size):
-    tensors = rows(size), rows(size), rows(size, size.samples), *scale_and_shift(size)
-    return step_boundary.forward(*tensors, 1e-5, size.centred, 0.0, size.samples, 0.1, *PROBE)
-
-
-def step_boundary_backward(size):
-    saved = rows(size), rows(size), scale_and_shift(size)[0]
-    grads = rows(size), rows(size, 1 + size.samples), scalars(size), scalars(size, size.samples)
-    settings = size.samples, 1e-5, size.centred, 0.0, 0.1, *PROBE, size.biased
-    return step_boundary.backward(*saved, *grads, *settings)
 
 
 def rows(size, *stacked):
@@ -146,6 +139,11 @@ OPERATIONS = {
         partial(traffic.perturb_forward, unperturbed=True),
         lambda n: {"stream": 1 + 2 * n, "unperturbed": 1},
     ),
+    "perturb_forward without γ": (
+        partial(perturb_forward, scaled=False),
+        traffic.perturb_forward,
+        lambda n: {"stream": 1 + 2 * n},
+    ),
     "perturb_backward": (
         perturb_backward,
         traffic.perturb_backward,
@@ -157,6 +155,11 @@ OPERATIONS = {
         traffic.contract_backward,
         lambda n: {"base": 1, "grad_products": 1, "grad_sqnorm": 1},
     ),
+    "probed_diagonal": (
+        diagonal,
+        partial(traffic.probed_diagonal, sequences=1),
+        lambda n: {"base": 1, "copies": 1, "weights": 1},
+    ),
     "displace_forward": (displace_forward, traffic.displace_forward, lambda n: {"stream": 1, "preconditioner": 1}),
     "displace_forward per row": (
         partial(displace_forward, per_row=True),
@@ -164,23 +167,6 @@ OPERATIONS = {
         lambda n: {"stream": 1, "preconditioner": 1},
     ),
     "displace_backward": (displace_backward, traffic.displace_backward, lambda n: {"grad_copies": 1}),
-    "step_boundary_forward": (
-        step_boundary_forward,
-        traffic.step_boundary_forward,
-        lambda n: {"residual": 1, "update": 1 + n, "copies": 1, "stream": 2 * n},
-    ),
-    "step_boundary_backward": (
-        step_boundary_backward,
-        traffic.step_boundary_backward,
-        lambda n: {
-            "stream": 4 + n,
-            "update": 1,
-            "grad_stream": 1,
-            "grad_stack": 2,
-            "grad_sqnorm": 1,
-            "grad_products": 1,
-        },
-    ),
 }
 over_operations = pytest.mark.parametrize("operation", OPERATIONS)
 over_sizes = pytest.mark.parametrize("size", SIZES, ids=label)

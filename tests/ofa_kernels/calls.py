@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops import contract, displace, norm_step, perturb, step_boundary
+from ofa_kernels.ops import contract, displace, norm_step, perturb
 from tests.device import DEVICE
 
 EPS = 1e-5
@@ -109,12 +109,8 @@ def call(
         return Call(displace.displace, reference.displace, (stream, other), ("copies",), settings)
     if operation == "contract":
         return Call(contract.contract, reference.contract, (stream, stack), ("products", "base_sqnorm"), probes)
-    if operation == "squared_norm":
-        return Call(contract.squared_norm, reference.squared_norm, (stream,), ("sqnorm",))
-    settings = {**norms, **probes, "samples": 3, "epsilon": 0.1}
-    names = ("stream", "stack", "update_sqnorm", "products")
-    inputs = (stream, other, stack, scale, shift)
-    return Call(step_boundary.step_boundary, reference.step_boundary, inputs, names, settings)
+    assert operation == "squared_norm"
+    return Call(contract.squared_norm, reference.squared_norm, (stream,), ("sqnorm",))
 
 
 OPERATIONS = (
@@ -126,10 +122,9 @@ OPERATIONS = (
     "displace per row",
     "contract",
     "squared_norm",
-    "step_boundary",
 )
-NORMED = ("norm_step", "norm", "perturb", "perturb behind", "step_boundary")
-PROBED = ("perturb", "perturb behind", "displace", "displace per row", "contract", "step_boundary")
+NORMED = ("norm_step", "norm", "perturb", "perturb behind")
+PROBED = ("perturb", "perturb behind", "displace", "displace per row", "contract")
 
 
 def _without_update(function: Callable[..., Any]) -> Callable[..., Any]:

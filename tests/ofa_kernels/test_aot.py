@@ -31,10 +31,9 @@ FEW = [*FEWER, "shifted"]
 """The heaviest launches of a row, and attention with the most sums; `python -m ofa_kernels.aot` compiles them all."""
 
 ROW_KERNELS = {
-    f"{name}_{way}"
-    for name in ("norm_step", "perturb", "displace", "contract", "step_boundary")
-    for way in ("forward", "backward")
+    f"{name}_{way}" for name in ("norm_step", "perturb", "displace", "contract") for way in ("forward", "backward")
 }
+ROW_KERNELS |= {"probed_diagonal_rows"}
 CURVATURE = {f"attention_curvature_{part}" for part in ("queries", "keys", "sums")}
 CURVATURE |= {"mlp_curvature_tokens", "add_partials"}
 CURVATURE |= {f"{name}_tiles" for name in ("mlp_diagonal", "attention_trace", "attention_diagonal")}

@@ -27,10 +27,7 @@ CALLS = {
     "perturb": ((STREAM, SCALE), {"eps": 1e-5, "samples": 2, **PROBED}),
     "displace": ((STREAM, SCALE), {"samples": 2, **PROBED}),
     "contract": ((STREAM, torch.stack((STREAM, -STREAM))), {"seed": 3, "step": 1}),
-    "step_boundary": (
-        (STREAM, 2 * STREAM, torch.stack((STREAM, -STREAM)), SCALE),
-        {"eps": 1e-5, "samples": 2, **PROBED},
-    ),
+    "probed_diagonal": ((STREAM, torch.stack((STREAM, -STREAM)), STREAM[..., 0]), {"seed": 3, "step": 1}),
     "rstd": ((STREAM,), {"eps": 1e-5}),
     "mlp_curvature": ((STREAM, 2 * STREAM, STREAM[..., 0]), {"activation": "silu"}),
     "mlp_slopes": ((STREAM, 2 * STREAM, "silu"), {}),

@@ -20,7 +20,6 @@ OUTPUTS = {
     "norm_step": 4,
     "norm": 2,
     "contract": 2,
-    "step_boundary": 4,
 }
 """Operations with several outputs, and their number."""
 
@@ -301,7 +300,6 @@ def test_a_second_derivative_is_refused_not_wrong(operation):
         ("norm", 1),
         ("perturb behind", 3),
         ("contract", 1),
-        ("step_boundary", 2),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_with_the_references_message(operation, which):

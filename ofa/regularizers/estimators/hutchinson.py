@@ -41,7 +41,6 @@ from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
 from ofa.regularizers.estimators.replay import Replay
 from ofa.regularizers.objectives import BranchTrace, token_shares
 from ofa_kernels import dispatch
-from ofa_kernels.philox import probes
 from ofa_kernels.reference.stream import upcast
 
 DELTA = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -155,28 +154,27 @@ class Hutchinson(_Differences):
         """The branch's output unchanged, and the trace of every sequence from the copies' outputs."""
         keys, replay = self._keys(branch, stream, probe), self._replays[branch]
         with torch.no_grad():
-            moved = dispatch.displace(stream.detach(), self._direction(norm, stream, normed), **keys)
-            inputs = moved
+            stream = stream.detach()
             if branch.reads == "normalized":
-                inputs = dispatch.normalize(
-                    moved, norm.weight, norm.bias, eps=norm.eps, kind=norm.kind, offset=norm.offset
-                )
+                settings = {"eps": norm.eps, "kind": norm.kind, "offset": norm.offset, **keys}
+                inputs = dispatch.perturb(stream, norm.weight, norm.bias, **settings, scaled=False)
+            else:
+                inputs = dispatch.displace(stream, self._direction(norm, stream, normed), **keys)
             self._running.append(branch)
             try:
-                copies = replay.run(inputs.flatten(0, 1), moved.flatten(0, 1), self.samples)
+                copies = replay.run(inputs.flatten(0, 1), self.samples)
             finally:
                 self._running.clear()
             replay.stop()
-            change = upcast(copies).view(moved.shape) - upcast(leaving.detach()).view(stream.shape)
-            if branch.writes == "stream":
-                change = change - (upcast(moved) - upcast(stream))
             weights = token_shares(probe.of_pass.mask, stream) / (self.samples * keys["epsilon"])
             if normed is not None:
                 weights = weights * dispatch.rstd(normed.view(stream.shape), eps=norm.eps, kind=norm.kind)
-            drawn = {name: keys[name] for name in ("samples", "seed", "step", "probe")}
-            nu = probes(stream[..., 0].numel(), stream.shape[-1], **drawn, device=stream.device)
-            products = (nu.view(moved.shape) * change).sum(0)
-            diagonal = (weights.unsqueeze(1) @ products).squeeze(1)
+            drawn = {name: keys[name] for name in ("seed", "step", "probe")}
+            real, copies = leaving.detach().view(stream.shape), copies.view(inputs.shape)
+            diagonal = dispatch.probed_diagonal(real, copies, weights, **drawn)
+            if branch.writes == "stream":
+                # The outputs contain the streams that they were computed from.
+                diagonal = diagonal - dispatch.probed_diagonal(stream, inputs, weights, **drawn)
             trace = diagonal @ norm.scale.to(diagonal.dtype)
         return BranchMeasurement(leaving, None, BranchTrace(trace, lambda slopes: 2 * (slopes @ diagonal)))
 
@@ -184,7 +182,7 @@ class Hutchinson(_Differences):
         """The factor of the probes: 1/σ, or 1 if the branch's norm comes after it."""
         if normed is not None:
             return torch.ones((), dtype=upcast(stream[:0]).dtype, device=stream.device)
-        rstd = dispatch.rstd(stream.detach(), eps=norm.eps, kind=norm.kind) if norm.rstd is None else norm.rstd
+        rstd = dispatch.rstd(stream, eps=norm.eps, kind=norm.kind) if norm.rstd is None else norm.rstd
         return rstd.view(stream.shape[:-1]).unsqueeze(-1)
 
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
@@ -228,7 +226,9 @@ class FullHutchinson(_Differences):
     ) -> BranchMeasurement:
         """The real output, and the mean of νᵀΔ over the probes and tokens of each sequence."""
         outputs = leaving.unflatten(0, (1 + self.copies, -1))
-        real, copies = outputs[0], outputs[1:]
+        # Not two slices: the gradient of a split is one copy.
+        first, copies = outputs.split((1, self.copies))
+        real = first.squeeze(0)
         contract = partial(dispatch.contract, seed=probe.seed, step=probe.step, probe=self.probe)
         products, sqnorm = contract(real, copies)
         if branch.writes == "stream":

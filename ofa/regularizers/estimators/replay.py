@@ -53,20 +53,20 @@ class Replay:
         """Stop recording and release the recorded calls."""
         self._open, self._first, self._last = False, None, None
 
-    def run(self, inputs: Tensor, stream: Tensor, copies: int) -> Tensor:
-        """The branch's output for `copies` other batches, (copies·B, T, d); `stream` is their perturbed stream.
+    def run(self, inputs: Tensor, copies: int) -> Tensor:
+        """The branch's output for the inputs of `copies` other batches, (copies·B, T, d).
 
         Raises:
             InputError: the computation between the branch's modules is unknown.
         """
         assert self._first is not None
-        leaving = self._call(self._entry, self._first, inputs, stream, copies)
+        leaving = self._call(self._entry, self._first, inputs, inputs, copies)
         if self._last is not None:
             leaving = self._connect()(leaving)
-            leaving = self._call(self._exit, self._last, leaving, stream, copies)
+            leaving = self._call(self._exit, self._last, leaving, inputs, copies)
         return leaving
 
-    def _call(self, module: nn.Module, call: _Call, hidden: Tensor, stream: Tensor, copies: int) -> Tensor:
+    def _call(self, module: nn.Module, call: _Call, hidden: Tensor, inputs: Tensor, copies: int) -> Tensor:
         own = hidden_input(call.args, call.kwargs)
         batch = own.shape[0]
         hidden = hidden.to(own.dtype).view(copies * batch, *own.shape[1:])
@@ -77,9 +77,9 @@ class Replay:
             if (
                 module is self._exit
                 and self._branch.residual_reader == self._branch.exit
-                and tensor.shape == own.shape[:-1] + stream.shape[-1:]
+                and tensor.shape == own.shape[:-1] + inputs.shape[-1:]
             ):
-                return stream.to(tensor.dtype)
+                return inputs.to(tensor.dtype)  # this branch reads the stream
             # Falcon's alibi is (batch · heads, …); other tensors begin with the batch or broadcast over it.
             batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
             return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if batched else tensor

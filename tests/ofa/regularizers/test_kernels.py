@@ -108,6 +108,15 @@ def test_a_measured_branch_takes_two_launches_in_each_direction(launches, sample
 
 
 @pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("samples", [1, 4])
+def test_probes_with_held_curvature_take_two_launches_and_none_in_the_backward_pass(launches, samples):
+    """For any number of probes: one makes the copies, and one contracts what came of them, drawing the probes again."""
+    traces, _, _ = measure("llama", gradient="preconditioner", samples=samples)
+    held = {kernel: times for kernel, times in launches.items() if not kernel.startswith("contract")}  # of the lengths
+    assert held == {"perturb_forward": len(traces), "probed_diagonal_rows": len(traces)}
+
+
+@pytest.mark.usefixtures("on_kernels")
 def test_held_curvature_takes_eight_launches_in_a_layer_and_none_in_the_backward_pass(launches):
     """Each kernel once: three for the attention's sums, one for the MLP's, four for the weights."""
     traces, _, _ = measure("llama", estimator="exact", gradient="preconditioner")
