@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ofa
+from ofa.anatomy.fused_layers import is_fused
 from ofa.training import buckets
 from ofa.training import graphed_step as module
 from ofa.training.buckets import bucket, padded
@@ -34,8 +35,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return found
 
 
-def tuned(name: str = "llama") -> nn.Module:
-    model = families.build(name).double()
+def tuned(name: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = families.build(name).to(dtype)
     ofa.tune_norms(model)
     return model
 
@@ -108,11 +109,16 @@ BOTH = {"step_ratio": 0.1, "sharpness": 0.5}
 
 @pytest.mark.parametrize("terms", [{}, {"step_ratio": 0.1, "sharpness": 0.0}, BOTH, {**BOTH, "fuse": True}])
 def test_graphed_steps_train_as_eager_ones(terms: dict[str, float], recorder: Recorder) -> None:
-    """Other tokens and other scales at every replay. Tolerance: float32 inside float64 models, ten steps of Adam."""
-    models, found = [tuned(), tuned()], []
+    """Other tokens and other scales at every replay. Tolerance: float32 inside float64 models, ten steps.
+
+    Layers of float64 models are not fused, so fused ones are float32: a hundred roundings of sums in another order.
+    """
+    fused = "fuse" in terms
+    models, found = [tuned(dtype=torch.float32 if fused else torch.float64) for _ in range(2)], []
     for model, graphed in zip(models, (True, False), strict=True):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         reg = ofa.fused_regularizers(model, **terms) if terms else None
+        assert is_fused(model) == fused
         step = ofa.graphed_step(model, optimizer)
         step.reason = step.reason if graphed else "eager"
         values = [step(batch_of(tokens, seed=index)) for index, tokens in enumerate(LENGTHS)]
@@ -125,8 +131,9 @@ def test_graphed_steps_train_as_eager_ones(terms: dict[str, float], recorder: Re
             reg.close()
     for own, other in zip(*found, strict=True):
         for term in ("loss", "penalty", "step_ratio", "sharpness"):
-            torch.testing.assert_close(getattr(own, term), getattr(other, term), rtol=1e-6, atol=0)
-    torch.testing.assert_close(scales(models[0]), scales(models[1]), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(getattr(own, term), getattr(other, term), rtol=1e-5 if fused else 1e-6, atol=0)
+    limits = {"rtol": 1e-5, "atol": 1e-7} if fused else {"rtol": 1e-6, "atol": 1e-9}
+    torch.testing.assert_close(scales(models[0]), scales(models[1]), **limits)
 
 
 def test_without_an_optimizer_weighted_gradients_add_up(recorder: Recorder) -> None:
@@ -382,16 +389,18 @@ def test_the_training_loop_replays_its_steps(
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: there are no CUDA graphs elsewhere")
-def test_a_gpus_graphs_train_as_eager_steps() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gpus_graphs_train_as_eager_steps(fused: bool) -> None:
     """The lines that nothing else runs: rehearsal on a side stream, capture, replay and several graphs in one pool."""
-    models = [tuned(), tuned()]
+    models = [tuned(dtype=torch.float32 if fused else torch.float64) for _ in range(2)]
     for model, graphed in zip(models, (True, False), strict=True):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        with ofa.fused_regularizers(model, step_ratio=0.1, sharpness=0.5):
+        with ofa.fused_regularizers(model, step_ratio=0.1, sharpness=0.5, fuse=fused):
+            assert is_fused(model) == fused
             step = ofa.graphed_step(model, optimizer)
             assert step.reason is None
             step.reason = None if graphed else "eager"
             for index, tokens in enumerate(LENGTHS):
                 step(batch_of(tokens, seed=index))
             assert (step.replays, step.refused) == (4 if graphed else 0, {})
-    torch.testing.assert_close(scales(models[0]), scales(models[1]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scales(models[0]), scales(models[1]), rtol=1e-4 if fused else 1e-5, atol=1e-7)
