@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies import FIGURES
 from ofa.comparison.outcomes import Draw, Outcome, Row, by_row, metric
 from ofa.comparison.store import read_records
 from ofa.report.statistics import FEWEST_PAIRS, Difference, Spread, macro_average, paired_difference
 
 COMPARISON = Path("benchmarks/results/comparison_cpu")
 STUDIED = {"chosen on": Path("studies/records/steps"), "confirmed on": Path("studies/records/confirmation")}
-FIGURE = FIGURES / "result.png"
+FIGURE = Path("docs/figures/result.png")
 BASELINE = "norm-tuning"
 Rows = Mapping[Row, Mapping[Draw, Outcome]]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import overview
 from ofa.commands.options import read_mapping
 from ofa.comparison import grid as grids
 from ofa.comparison.grid import Grid
@@ -49,8 +50,6 @@ class Line:
 
 def main() -> None:
     """Fill the page and draw the figures, also the one of README.md."""
-    from benchmarks import overview  # which is made of studies
-
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     overview.main()
 
