@@ -1,4 +1,4 @@
-"""Public names of a package that are imported on first use, so that importing the package costs no library."""
+"""Public names of a package that are imported on first use, so that importing the package imports no library."""
 
 from __future__ import annotations
 

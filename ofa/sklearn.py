@@ -1,4 +1,4 @@
-"""A few-shot text classifier with scikit-learn's habits; it needs the extra `ofa-adapt[sklearn]`."""
+"""A few-shot text classifier with scikit-learn's interface; it needs the extra `ofa-adapt[sklearn]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put an adapter of PEFT into a model so that it can be taken out again completely."""
+"""Attach a PEFT adapter to a model, and detach it without a trace."""
 
 from __future__ import annotations
 

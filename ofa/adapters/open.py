@@ -1,4 +1,4 @@
-"""Put an adapter folder of any kind into a model for a while."""
+"""Open an adapter folder of any kind in a model, and restore the model afterwards."""
 
 from __future__ import annotations
 

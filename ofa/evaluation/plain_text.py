@@ -1,4 +1,4 @@
-"""Tokenize a template around a user's text: control tokens are read in the template only, in the text they are text."""
+"""Tokenize a template around a text: control tokens take effect in the template, and are plain text in the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples an optimizer step sees, and what stands in front of them."""
+"""Batches of an optimizer step: its examples, and the demonstrations in front of them."""
 
 from __future__ import annotations
 

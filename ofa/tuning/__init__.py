@@ -1,4 +1,4 @@
-"""Makes the norm scales the only thing that trains, and undoes it."""
+"""Makes the norm scales trainable and freezes the rest; undoes both."""
 
 from __future__ import annotations
 

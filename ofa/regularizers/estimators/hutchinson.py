@@ -1,4 +1,4 @@
-"""The paper's estimator: probes and a finite difference, all probes in one batch with the real pass.
+"""The paper's estimator: random probes and a finite difference, with all probes in one batch.
 
     tr(J P) ≈ 1/(εN) Σᵢ νᵢᵀ(F(Z + εPνᵢ) − F(Z))
 
