@@ -4,8 +4,6 @@ python -m benchmarks.harness --out benchmarks/results/harness_cpu.csv
 
 - `outside_model`: share of a cell's time in which the model runs neither forward nor backward and no optimizer steps:
   token ids, batches, scores, metrics, the check that the model is given back.
-- `between_cells`: share of a run's time, from its first cell to its last record, outside cells: sending job and record
-  to and from the worker process, writing the line to disk and to the screen.
 - `throughput`: texts per second of a test, relative to bare forward passes of the model over the same batches, with
   logits only at the last tokens, which is faster.
 
@@ -15,7 +13,6 @@ Times are medians of the repetitions; those of the throughput alternate, so that
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +26,9 @@ from torch.optim import optimizer
 
 from benchmarks.table import commit, cpu, significant, writing
 from ofa.comparison.cell import CellRunner
-from ofa.comparison.engines import Placement, Source
-from ofa.comparison.engines.local import LocalEngine
 from ofa.comparison.grid import Grid, checked_part
 from ofa.comparison.plan import Job, Plan, read_tasks
-from ofa.comparison.records import Cell, Record
-from ofa.comparison.run import run_cells
-from ofa.comparison.store import opened
+from ofa.comparison.records import Record
 from ofa.evaluation.encoding import Encoder, batches_by_length, collate
 from ofa.logs import quiet_libraries
 from ofa.methods import method
@@ -82,9 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for label, metric, value in measured:
                 print(f"{label} {metric} {value:.4f}", flush=True)
                 write([Row(loaded.name, label, metric, significant(value), *origin)])
-        value = between_cells(plan, Source(options.model, offline=True, batch_size=BATCH), str(loaded.model.device))
-        print(f"all between_cells {value:.4f}")
-        write([Row(loaded.name, "all", "between_cells", significant(value), *origin)])
 
 
 def outside_model(plan: Plan, loaded: Any) -> Iterator[tuple[str, str, float]]:
@@ -114,16 +104,6 @@ def throughput(plan: Plan, loaded: Any, repetitions: int) -> Iterator[tuple[str,
                 bare.append(_bare(model, batches))
                 tested.append(predictor.evaluate(job.tested, batch_size=BATCH).seconds)
         yield cell.method, "throughput", median(bare) / median(tested)
-
-
-def between_cells(plan: Plan, source: Source, device: str) -> float:
-    """The share of a run in a worker process outside its cells."""
-    stopwatch = _Stopwatch()
-    engine = LocalEngine(source, [Placement(device, torch.get_num_threads())])
-    with tempfile.TemporaryDirectory() as folder, opened(folder) as results:
-        run_cells(plan, plan.cells, results, engine, stopwatch, {})
-        inside = sum(_done(record).seconds for record in results.records)
-    return 1 - inside / (stopwatch.last - stopwatch.first)
 
 
 class _Clock:
@@ -170,22 +150,6 @@ def _clock(model: Any) -> Iterator[_Clock]:
         torch.Tensor.backward = backward  # type: ignore[method-assign]
         for handle in handles:
             handle.remove()
-
-
-class _Stopwatch:
-    """Records when the first cell starts and when the last one is stored."""
-
-    def __init__(self) -> None:
-        self.first = self.last = 0.0
-
-    def started(self, cell: Cell) -> None:
-        self.first = self.first or time.perf_counter()
-
-    def finished(self, record: Record) -> None:
-        self.last = time.perf_counter()
-
-    def say(self, text: str) -> None:
-        print(text)
 
 
 def _plan(options: argparse.Namespace) -> Plan:

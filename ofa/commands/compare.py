@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from ofa.commands.console import is_quiet, notice, reports_errors, show_json, warn, was_interrupted
+from ofa.commands.console import notice, progress_bar, reports_errors, show_json, warn, was_interrupted
 from ofa.commands.options import (
     ChatOption,
     ChatOptions,
@@ -28,41 +28,25 @@ from ofa.commands.options import (
     TextColumnOption,
     TrustOption,
 )
-from ofa.files import at_home
 
 if TYPE_CHECKING:
-    from ofa.comparison.engines.machines import Machines
     from ofa.comparison.grid import Grid
+    from ofa.comparison.placement import Machines, Placement
     from ofa.comparison.plan import Plan, Size, TaskPlan
-    from ofa.comparison.records import Record
-
-
-class RunOptions(BaseModel):
-    """Options for the results."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    out: Annotated[Path, AfterValidator(at_home)]
-    retry_failed: bool = False
-    drop_demonstrations: bool = False
-    dry_run: bool = False
-    as_json: bool = False
+    from ofa.comparison.records import Cell, Record
 
 
 @reports_errors
 def compare(
     context: typer.Context,
     tasks: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="Tasks, separated by commas: names of the paper's tasks (sst2, trec, …) or of demo tasks (reviews, "
             "tickets, questions), or folders with task.json, train.jsonl and test.jsonl."
         ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results. If it has results, only missing cells run."),
-    ] = None,
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results. If it has results, only missing cells run.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas, or all.")] = "all",
     seeds: Annotated[
         str, typer.Option(help="A range such as 42-46, or a list. A seed draws the shots, the same for all methods.")
@@ -87,23 +71,9 @@ def compare(
         str | None,
         typer.Option(help="auto spreads a model that is too large for one GPU over all GPUs of its worker."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="local: processes of this machine. ray: actors of a Ray cluster.")] = (
-        "local"
-    ),
     workers: Annotated[
         int | None,
         typer.Option(help="Cells that run at once, each with a model of its own. Without it: one per GPU, or one."),
-    ] = None,
-    workers_per_gpu: Annotated[
-        int,
-        typer.Option(
-            help="Workers that share a GPU, for small models that leave it idle. Each has its own copy of the model; "
-            "its times are those of a busy GPU. Limited by the GPU's memory and the CPU's cores."
-        ),
-    ] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Address of a running Ray cluster, such as auto or host:6379. Without it one starts here."),
     ] = None,
     threads: Annotated[
         int | None,
@@ -112,13 +82,6 @@ def compare(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per batch when testing.")] = 16,
-    order: Annotated[
-        str,
-        typer.Option(
-            help="slow-first: within a task, slow methods run first, so all workers finish together. quick-first: most "
-            "methods are done early."
-        ),
-    ] = "slow-first",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the cells again that failed in an earlier run.")
     ] = False,
@@ -130,7 +93,7 @@ def compare(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and list the cells with estimated times; run nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and list the cells; run nothing.")
     ] = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
@@ -148,32 +111,28 @@ def compare(
     In a YAML file methods may have settings, and a list of values makes a row of each:
     methods: {norm-tuning: , ofa: {sharpness: [0.001, 0.01], epochs: 30}}
     """
-    from ofa.comparison.engines.machines import Machines, check_machines
     from ofa.comparison.grid import Grid, checked_part
+    from ofa.comparison.placement import Machines
     from ofa.comparison.plan import read_tasks
     from ofa.models.load import check_source
 
-    values = context.params
-    grid, machines, run_options = (
-        checked_part(Grid, values),
-        checked_part(Machines, values),
-        checked_part(RunOptions, values),
-    )
+    grid, machines = checked_part(Grid, context.params), checked_part(Machines, context.params)
     check_source(grid.model, dtype=grid.dtype, device=machines.device)
     task_plans = read_tasks(grid, offline=machines.offline)
-    check_machines(machines)
-    plan, sizes = _plan(grid, task_plans, machines, run_options)
-    from ofa.commands.compared import show_scores, summary
+    placements = machines.placements()
+    plan, sizes = _plan(grid, task_plans, machines, drop_demonstrations=drop_demonstrations)
+    from ofa.commands.compared import show_plan, show_scores, summary
 
-    if run_options.dry_run:
-        _dry_run(plan, sizes, machines, run_options)
+    if dry_run:
+        cells = _cells_to_run(plan, out, retry_failed=retry_failed)
+        show_plan(plan, cells, sizes, len(placements), as_json)
         return
-    records = _run(plan, machines, run_options)
-    if run_options.as_json:
-        show_json(summary(plan, records, str(run_options.out)))
+    records = _run(plan, machines, placements, out, retry_failed=retry_failed)
+    if as_json:
+        show_json(summary(plan, records, str(out)))
     else:
         show_scores(records)
-        notice(f"try: ofa report {run_options.out}")
+        notice(f"try: ofa report {out}")
     failed = sum(not record.done for record in records)
     if failed:
         warn(f"{failed} of {len(records)} cells failed; the same command with --retry-failed runs them again")
@@ -181,7 +140,7 @@ def compare(
 
 
 def _plan(
-    grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, run_options: RunOptions
+    grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, *, drop_demonstrations: bool
 ) -> tuple[Plan, Mapping[str, Size]]:
     """The cells, after all checks that do not need the weights."""
     from ofa.commands.adapted import tell_chat
@@ -196,7 +155,7 @@ def _plan(
     tasks = asked_chats(tasks, loaded.tokenizer, grid)
     tell_chat(plain.task, tasks[name].task, ChatOptions(grid.chat, grid.system), loaded.tokenizer)
     measured = sizes(tasks, loaded.tokenizer)
-    if not run_options.drop_demonstrations:
+    if not drop_demonstrations:
         check_window(measured, model_window(loaded))
     for name, task in tasks.items():
         if len(task.tested) < grid.test_size:
@@ -204,27 +163,42 @@ def _plan(
     return Plan(grid, loaded.name, tasks), measured
 
 
-def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Record, ...]:
+def _cells_to_run(plan: Plan, out: Path, *, retry_failed: bool) -> tuple[Cell, ...]:
+    """The cells that a run would start; nothing is written."""
+    from ofa.comparison.store import RESULTS, read_records
+
+    records = read_records(out) if (out / RESULTS).is_file() else []
+    plan.check_against(records)
+    return plan.missing(records, retry_failed=retry_failed)
+
+
+def _run(
+    plan: Plan, machines: Machines, placements: Sequence[Placement], out: Path, *, retry_failed: bool
+) -> tuple[Record, ...]:
     """Run the missing cells, and return the records of all cells of the plan."""
-    from ofa.comparison.engines.machines import open_engine
-    from ofa.comparison.progress import Tally, shown
+    from ofa.comparison import workers
     from ofa.comparison.run import run_cells
     from ofa.comparison.store import opened
 
-    with opened(run_options.out) as results:
+    with opened(out) as results:
         plan.check_against(results.records)
-        cells = plan.missing(results.records, retry_failed=run_options.retry_failed)
+        cells = plan.missing(results.records, retry_failed=retry_failed)
         notice(f"ofa: {len(plan.cells) - len(cells)} of {len(plan.cells)} cells are there, {len(cells)} to run")
         if cells:
-            # Workers elsewhere need an absolute path; a hub id or the default is passed as typed.
+            # A folder by its absolute path; a hub id or the default as typed.
             model = plan.model if Path(plan.model).is_absolute() else plan.grid.model
-            source = machines.source(model, plan.grid.dtype)
+            source = workers.Source(
+                model,
+                plan.grid.dtype,
+                machines.device_map,
+                machines.trust_remote_code,
+                machines.offline,
+                machines.batch_size,
+            )
+            events = workers.run_in_workers(cells, plan.job, source, placements)
             try:
-                with (
-                    open_engine(machines, source) as engine,
-                    shown(Tally(cells, results.records, engine.workers), quiet=is_quiet()) as progress,
-                ):
-                    run_cells(plan, cells, results, engine, progress, _described(plan, machines))
+                with _progress(len(cells)) as finished:
+                    run_cells(plan.model, events, results, finished, notice, _described(plan, machines))
             except BaseException as error:
                 if not was_interrupted(error):
                     raise
@@ -232,6 +206,24 @@ def _run(plan: Plan, machines: Machines, run_options: RunOptions) -> tuple[Recor
                 raise KeyboardInterrupt(f"stopped with {left} cells to run; the same command continues") from None
         wanted = {cell.key for cell in plan.cells}
         return tuple(record for record in results.records if record.cell.key in wanted)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Record], None]]:
+    """A line for each finished cell, and a bar of all of them on a terminal."""
+    from ofa.commands.compared import told
+
+    done = failed = 0
+    with progress_bar("comparing") as update:
+        update(0, total, "loading the model")
+
+        def finished(record: Record) -> None:
+            nonlocal done, failed
+            done, failed = done + 1, failed + (not record.done)
+            notice(f"ofa: {told(record)}")
+            update(done, total, f"{failed} failed" if failed else "")
+
+        yield finished
 
 
 def _described(plan: Plan, machines: Machines) -> dict[str, object]:
@@ -249,15 +241,3 @@ def _described(plan: Plan, machines: Machines) -> dict[str, object]:
         "versions": library_versions(),
         "cells": [cell.key for cell in plan.cells],
     }
-
-
-def _dry_run(plan: Plan, sizes: Mapping[str, Size], machines: Machines, run_options: RunOptions) -> None:
-    """List the cells with estimated times; nothing is written."""
-    from ofa.commands.compared import show_plan
-    from ofa.comparison.engines.machines import foreseen_workers
-    from ofa.comparison.store import RESULTS, read_records
-
-    records = read_records(run_options.out) if (run_options.out / RESULTS).is_file() else []
-    plan.check_against(records)
-    cells = plan.missing(records, retry_failed=run_options.retry_failed)
-    show_plan(plan, cells, records, sizes, foreseen_workers(machines), run_options.as_json)

@@ -4,47 +4,41 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import fmean
 
 from rich.table import Table
 
 from ofa.commands.console import show, show_json
 from ofa.comparison.plan import Plan, Size
-from ofa.comparison.progress import Expectation, in_words
 from ofa.comparison.records import Cell, Record
+from ofa.report.formatting import seconds
 
 
-def show_plan(
-    plan: Plan, cells: Sequence[Cell], records: Sequence[Record], sizes: Mapping[str, Size], workers: int, as_json: bool
-) -> None:
-    """Show the cells of a plan by task and row, which of them will run, and their estimated time.
-
-    Estimates are from the most similar finished cells in the same folder, if there are any.
-    """
-    expectation = Expectation(records)
-    seconds = {cell.key: expectation.seconds(cell) for cell in cells}
-    estimate = expectation.estimate(cells, workers, {})
+def show_plan(plan: Plan, cells: Sequence[Cell], sizes: Mapping[str, Size], workers: int, as_json: bool) -> None:
+    """Show the cells of a plan by task and row, and which of them will run."""
     if as_json:
-        entries = [_entry(cell, seconds, sizes) for cell in plan.cells]
-        show_json({"cells": entries, "to_run": len(cells), "estimate": asdict(estimate)})
+        show_json({"cells": [_entry(cell, cells, sizes) for cell in plan.cells], "to_run": len(cells)})
         return
     table = Table()
-    for name in ("task", "method", "seeds to run", "time of a cell", "tokens to test"):
-        table.add_column(name, justify="left" if name in ("task", "method", "seeds to run") else "right")
-    by_row: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for name in ("task", "method", "seeds to run"):
+        table.add_column(name)
+    table.add_column("tokens to test", justify="right")
+    by_row: dict[tuple[str, str], list[str]] = defaultdict(list)
     for cell in cells:
-        by_row[cell.task, cell.row].append(cell)
-    for (task, row), own in by_row.items():
-        each = seconds[own[0].key]
-        seeds = ", ".join(str(cell.seed) for cell in own)
-        table.add_row(task, row, seeds, "unknown" if each is None else in_words(each), f"{sizes[task].prompts:,}")
+        by_row[cell.task, cell.row].append(str(cell.seed))
+    for (task, row), seeds in by_row.items():
+        table.add_row(task, row, ", ".join(seeds), f"{sizes[task].prompts:,}")
     show(table)
-    show(
-        f"{len(cells)} of {len(plan.cells)} cells to run with {workers} worker{'s' if workers > 1 else ''}: {estimate}"
-    )
-    if estimate.unknown:
-        show(f"{estimate.unknown} of them are of methods that have not finished a cell in this folder")
+    show(f"{len(cells)} of {len(plan.cells)} cells to run with {workers} worker{'s' if workers > 1 else ''}")
+
+
+def told(record: Record) -> str:
+    """A finished cell in one line."""
+    cell = f"{record.cell.task}, {record.cell.row}, seed {record.cell.seed}"
+    if not record.done:
+        return f"{cell}: failed: {record.error}"
+    scores = ", ".join(f"{score.accuracy:.3f} ({context})" for context, score in record.scores.items())
+    return f"{cell}: accuracy {scores} in {seconds(record.seconds)}"
 
 
 def show_scores(records: Sequence[Record]) -> None:
@@ -92,14 +86,13 @@ def _accuracies(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, li
     return found
 
 
-def _entry(cell: Cell, seconds: Mapping[str, float | None], sizes: Mapping[str, Size]) -> dict[str, object]:
+def _entry(cell: Cell, to_run: Sequence[Cell], sizes: Mapping[str, Size]) -> dict[str, object]:
     return {
         "key": cell.key,
         "task": cell.task,
         "method": cell.method,
         "settings": dict(cell.settings),
         "seed": cell.seed,
-        "to_run": cell.key in seconds,
-        "expected_seconds": seconds.get(cell.key),
+        "to_run": cell in to_run,
         "test_tokens": sizes[cell.task].prompts,
     }

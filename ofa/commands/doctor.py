@@ -18,7 +18,7 @@ from ofa.commands.options import (
 from ofa.files import Json
 
 _NEEDED = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "datasets", "gguf", "accelerate")
-_OPTIONAL = ("triton", "ray")
+_OPTIONAL = ("triton",)
 
 
 @reports_errors

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, reports_errors, show, show_json, warn
+from ofa.commands.console import notice, reports_errors, show, show_json
 from ofa.commands.options import (
     ConfigOption,
     JsonOption,
@@ -26,14 +26,6 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.md and report.html, instead of the comparison's own.")
     ] = None,
-    whole: Annotated[
-        bool,
-        typer.Option(
-            "--whole-tasks",
-            help="Leave out tasks that some method has not run with every seed. For a comparison that was stopped "
-            "within a task: averages are over the finished tasks, and have every method.",
-        ),
-    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -45,15 +37,11 @@ def report(
     from ofa.comparison.store import read_records
     from ofa.errors import InputError
     from ofa.files import claimed_folder
-    from ofa.report import build, read_runs, summary, whole_tasks, write_report
+    from ofa.report import build, read_runs, summary, write_report
 
     records = read_records(folder)
     if not records:
         raise InputError(f"{folder} has no finished cell yet: run `ofa compare --out {folder}`")
-    if whole:
-        records, left_out = whole_tasks(records)
-        for task in left_out:
-            warn(f"{task} is left out: some method has not run it with every seed")
     content = build(records, read_runs(folder))
     # Shared: a comparison may still be running in this folder.
     with claimed_folder(out or folder, overwrite=True, shared=True) as target:

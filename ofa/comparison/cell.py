@@ -34,14 +34,12 @@ class Outcome:
 
 
 class CellRunner:
-    """Runs cells with one model, one after the other; `sharing` is the number of workers on its GPU."""
+    """Runs cells with one model, one after the other."""
 
-    def __init__(self, loaded: LoadedModel, batch_size: int = 16, sharing: int = 1) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int = 16) -> None:
         self._model, self._tokenizer, self._batch_size = loaded.model, loaded.tokenizer, batch_size
         self._before = Fingerprint.of(loaded.model)
         self.versions = versions(loaded.model) | {"weights": self._before.weights}
-        if sharing > 1:
-            self.versions["workers_per_gpu"] = str(sharing)
 
     def run(self, job: Job) -> Outcome:
         """Run the cell; an exception becomes the error of its record."""

@@ -59,8 +59,6 @@ class Grid(BaseModel):
     separator: str | None = None
     """Columns and their separator, for tasks from the user's files."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    order: Literal["slow-first", "quick-first"] = "slow-first"
-    """Order of a task's methods: slow first keeps all workers busy at the end, quick first finishes most early."""
 
     @field_validator("tasks", mode="before")
     @classmethod

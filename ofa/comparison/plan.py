@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
-from ofa.comparison.grid import Grid, Row
+from ofa.comparison.grid import Grid
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
 from ofa.files import at_home
@@ -18,32 +18,6 @@ from ofa.tasks import Example, FewShot, Task, TaskData, class_balanced, few_shot
 
 TEST_SEED = 42
 """Seed of a task's test subset, which is the same for all methods and seeds."""
-
-SLOW_FIRST = (
-    "ofa-paper",
-    "lora-ofa",
-    "ia3-ofa",
-    "ofa-sharpness",
-    "ofa",
-    "guided-finite-difference",
-    "guided",
-    "i2cl",
-    "guided-first-order",
-    "ia3",
-    "lora",
-    "lora-r1",
-    "ofa-step-ratio",
-    "norm-tuning",
-    "soft-prompt",
-    "task-vector",
-    "icl",
-    "icl-calibrated",
-    "label-anchor",
-    "linear-probe",
-    "centroids",
-    "zero-shot",
-)
-"""Methods by the mean seconds of their cells in benchmarks/results/comparison_cpu."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +54,7 @@ class Job:
 class Plan:
     """The cells of a grid, in the order of their run, and the tasks they need.
 
-    Cells are ordered by task, so that an interrupted comparison has complete results for some tasks; within a task by
-    the grid's `order`.
+    Cells are ordered by task, so that an interrupted comparison has complete results for some tasks.
     """
 
     grid: Grid
@@ -103,7 +76,7 @@ class Plan:
                 settings=row.settings,
             )
             for name, plan in self.tasks.items()
-            for row in sorted(self.grid.methods, key=_quickness, reverse=self.grid.order == "quick-first")
+            for row in self.grid.methods
             for seed in self.grid.seeds
         )
 
@@ -238,11 +211,6 @@ def _size(task: TaskPlan, tokenizer: Tokenizer) -> Size:
         label=max(len(ids) for ids in encoder.labels.values()),
         demonstrations={seed: len(encoder.encode_demonstrations(shots.examples)) for seed, shots in drawn.items()},
     )
-
-
-def _quickness(row: Row) -> int:
-    """The rank of a method, slow ones first; unknown ones count as slowest."""
-    return SLOW_FIRST.index(row.method) if row.method in SLOW_FIRST else -1
 
 
 def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:

@@ -70,8 +70,8 @@ class Record:
     """One line of the results file. `scores` is by context; it is empty if the cell failed with `error`.
 
     `seconds` is the time of the whole cell, `fit_seconds` of the adaptation; `stored_bytes` is the size of an adapter,
-    `peak_memory_bytes` the worker's peak memory so far (the device's on a GPU). `versions` includes the device's name,
-    and `workers_per_gpu` if several shared it; `notes` are the method's own.
+    `peak_memory_bytes` the worker's peak memory so far (the device's on a GPU). `versions` includes the device's name;
+    `notes` are the method's own.
     """
 
     cell: Cell

@@ -1,61 +1,50 @@
-"""Run cells: write the engine's events to the results file, and show them."""
+"""Run cells: write what the workers finish to the results file, and show it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import cast
 
-from ofa.comparison.engines import Engine, Event, Finished, Notice, Ready, Started
-from ofa.comparison.environment import library_versions
-from ofa.comparison.plan import Plan
-from ofa.comparison.progress import Progress
-from ofa.comparison.records import Cell, Record
+from ofa.comparison.records import Record
 from ofa.comparison.store import ResultsFile
+from ofa.comparison.workers import Event, Finished, Notice, Ready
 from ofa.errors import InputError
 
 
 def run_cells(
-    plan: Plan,
-    cells: Sequence[Cell],
+    model: str,
+    events: Iterator[Event],
     results: ResultsFile,
-    engine: Engine,
-    progress: Progress,
+    finished: Callable[[Record], None],
+    say: Callable[[str], None],
     described: Mapping[str, object],
 ) -> None:
-    """Run the cells, and write the record of each as soon as it is finished.
+    """Write the record of each cell as soon as it is finished.
 
-    `described` is noted in the folder once a worker has loaded the model.
+    Args:
+        events: of `run_in_workers`, or of a stand-in; closed at the end, which ends the workers, also after an error.
+        finished: called with each record, once it is written.
+        say: called with each notice.
+        described: noted in the folder once a worker has loaded the model.
 
     Raises:
-        InputError: a record cannot be written, the workers cannot start, have another version of this package, or have
-            other weights than the results.
+        InputError: a record cannot be written, the workers cannot start, or have other weights than the results.
     """
-    weights = _weights_of(plan.model, results.records)
+    weights = _weights_of(model, results.records)
     noted = False
-    # Closing the generator ends the workers, also after an error.
-    with closing(cast(Generator[Event], engine.run(cells, plan.job))) as events:
+    with closing(cast(Generator[Event], events)):
         for event in events:
             if isinstance(event, Ready):
-                _check_version(event.versions)
-                weights = _same_weights(plan.model, weights, event.versions)
+                weights = _same_weights(model, weights, event.versions)
                 if not noted:
                     results.note_run(described)
                 noted = True
-            elif isinstance(event, Started):
-                progress.started(event.cell)
             elif isinstance(event, Finished):
                 results.append(event.record)
-                progress.finished(event.record)
+                finished(event.record)
             elif isinstance(event, Notice):
-                progress.say(event.text)
-
-
-def _check_version(versions: Mapping[str, str]) -> None:
-    """Check that a worker on another machine has the same version of this package."""
-    own, other = library_versions()["ofa-adapt"], versions["ofa-adapt"]
-    if own != other:
-        raise InputError(f"a worker has ofa-adapt {other}, not {own}: install the same version on every node")
+                say(event.text)
 
 
 def _weights_of(model: str, records: Sequence[Record]) -> str | None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from ofa.comparison.engines import Event, Finished, Placement, Ready, Source, Started
-from ofa.comparison.engines.worker import load
 from ofa.comparison.grid import Grid, checked_part
+from ofa.comparison.placement import Placement
 from ofa.comparison.plan import Job, Plan, read_tasks
 from ofa.comparison.records import Cell, Record
+from ofa.comparison.workers import Event, Finished, Ready, Source, load
 from ofa.methods import METHODS
 
 TASKS = {
@@ -81,31 +80,20 @@ BROKEN = {"learning_rate": 1e30, "epochs": 2}
 """Settings of a training that fails."""
 
 
-class HereEngine:
-    """Runs cells in this process, as a worker does."""
-
-    workers = 1
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def run(self, cells: Sequence[Cell], job: Callable[[Cell], Job]) -> Iterator[Event]:
-        runner = load(self._source, Placement("cpu", 1))
-        yield Ready(runner.versions)
-        for cell in cells:
-            yield Started(cell, 0)
-            yield Finished(runner.run(job(cell)).record)
+def run_here(
+    cells: Sequence[Cell], job: Callable[[Cell], Job], source: Source, placements: Sequence[Placement]
+) -> Iterator[Event]:
+    """Run cells in this process, as a worker does."""
+    runner = load(source, placements[0])
+    yield Ready(runner.versions)
+    for cell in cells:
+        yield Finished(runner.run(job(cell)).record)
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command runs its cells in this process, without the seconds that another one takes to start."""
-
-    @contextmanager
-    def open_engine(machines: object, source: Source) -> Iterator[HereEngine]:
-        yield HereEngine(source)
-
-    monkeypatch.setattr("ofa.comparison.engines.machines.open_engine", open_engine)
+    monkeypatch.setattr("ofa.comparison.workers.run_in_workers", run_here)
 
 
 def but_for_times(record: Record) -> dict:

@@ -31,12 +31,6 @@ def run(runner, plan):
     return runner.run(plan.job(cell))
 
 
-def test_a_record_says_how_many_shared_the_gpu(runner, tiny_model):
-    """Only if several did; other records are unchanged."""
-    shared = CellRunner(LoadedModel(*tiny_model, "a-model", "folder", None), sharing=8)
-    assert shared.versions == {**runner.versions, "workers_per_gpu": "8"}
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "contexts"),
     [

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ofa.comparison.plan import SLOW_FIRST, check_window, sizes
+from ofa.comparison.plan import check_window, sizes
 from ofa.comparison.records import Record
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
-from ofa.methods import METHODS
 from ofa.models.introspection import model_window
 from ofa.models.load import load_model, load_tokenizer
 from ofa.tasks import few_shot, load_task
@@ -27,22 +26,11 @@ def test_every_task_meets_every_row_and_every_seed_once(make_plan, tasks):
     assert [(cell.task, cell.row, cell.seed) for cell in plan.cells] == [
         (task, row, seed)
         for task in ("mood", "kind")
-        for row in ("ofa (sharpness=0.001)", "ofa (sharpness=0.01)", "zero-shot")
+        for row in ("zero-shot", "ofa (sharpness=0.001)", "ofa (sharpness=0.01)")
         for seed in (3, 4)
     ]
     assert len({cell.key for cell in plan.cells}) == 12
     assert {cell.settings.get("sharpness") for cell in plan.cells} == {None, 0.001, 0.01}
-
-
-def test_slow_methods_run_first_unknown_ones_before_them_or_reversed(make_plan, register):
-    """Every method of the package has a rank; seeds keep their order."""
-    assert sorted(SLOW_FIRST) == sorted(METHODS)
-    register("unknown", lambda model, tokenizer, task, shots, seed: None)
-    plan = make_plan(methods="zero-shot,norm-tuning,unknown,guided")
-    assert [cell.method for cell in plan.cells] == ["unknown", "guided", "norm-tuning", "zero-shot"]
-    plan = make_plan(methods="guided,unknown,zero-shot", seeds="1-2", order="quick-first")
-    cells = [(cell.method, cell.seed) for cell in plan.cells]
-    assert cells == [(method, seed) for method in ("zero-shot", "guided", "unknown") for seed in (1, 2)]
 
 
 def test_all_methods_of_a_seed_get_the_same_shots_and_all_cells_the_same_test_examples(make_plan, tasks):

@@ -13,22 +13,14 @@ from functools import partial
 import psutil
 import pytest
 
-from ofa.comparison.engines import Notice, Source, Started
-from ofa.comparison.engines.ray import ray_engine
 from ofa.comparison.store import RESULTS, read_records
-from ofa.errors import InputError
-from tests.ofa.comparison.conftest import BROKEN, QUICK, HereEngine, but_for_times
+from tests.ofa.comparison.conftest import BROKEN, QUICK, but_for_times
 from tests.ofa.comparison.test_command import run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "40"}
 METHODS = {"zero-shot": None, "icl": None, "norm-tuning": [{**QUICK, "epochs": 12}, BROKEN]}
 PATIENCE = 60.0
 """Seconds for what takes a second or two on a machine with nothing else to do."""
-
-
-def records_of(events) -> dict:
-    """The results of the cells of a run, by key."""
-    return {event.record.cell.key: but_for_times(event.record) for event in events if hasattr(event, "record")}
 
 
 @pytest.fixture
@@ -90,11 +82,11 @@ def test_kills_of_a_worker_and_of_the_parent_lose_nothing_that_was_finished(grid
     """
     out = tmp_path / "out"
     running = Running(*grid, "--out", str(out))
-    running.wait_for(" left")
+    running.wait_for(" in ")
     (worker,) = running.workers
     worker.kill()
     running.wait_for("was killed by signal 9 (is there too little memory?); the cell runs again")
-    running.wait_for(" left", count=2)
+    running.wait_for(" in ", count=2)
     (worker,) = running.workers
     running.process.kill()
     running.process.wait()
@@ -125,46 +117,3 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(grid, tmp_path):
     assert running.process.returncode == 130, error
     assert error == "ofa: stopped with 16 cells to run; the same command continues\n"
     assert ended(workers)
-
-
-# Ray
-
-
-@pytest.fixture(scope="module")
-def cluster(tiny_folder):
-    """An engine on a cluster of this machine."""
-    source = Source(str(tiny_folder), offline=True)
-    with ray_engine(source, address=None, workers=1, device="auto", cores=1) as engine:
-        yield engine
-
-
-def test_ray_gives_the_same_results_cell_for_cell_though_a_worker_dies(cluster, tiny_folder, make_plan):
-    """The process of an actor is killed over its first cell, which runs again on another."""
-    plan = make_plan(str(tiny_folder), methods=METHODS, seeds="1-2")
-    events = []
-    for event in cluster.run(plan.cells, plan.job):
-        if isinstance(event, Started) and not any(isinstance(one, Started) for one in events):
-            os.kill(event.pid, signal.SIGKILL)
-        events.append(event)
-    started = [event.cell for event in events if isinstance(event, Started)]
-    assert started == [plan.cells[0], *plan.cells]
-    # On a busy machine there is a second notice: no worker has started yet.
-    deaths = [event.text for event in events if isinstance(event, Notice) and event.text.startswith("the worker that")]
-    assert [text.split(", is gone")[0] for text in deaths] == [
-        "the worker that ran norm-tuning (batch_size=2, epochs=12, learning_rate=0.01) on mood, seed 1"
-    ]
-    here = records_of(HereEngine(Source(str(tiny_folder))).run(plan.cells, plan.job))
-    assert records_of(events) == here
-    assert sum(record["error"] is not None for record in here.values()) == 2
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_a_cluster_that_does_not_answer_is_refused_at_once(tiny_folder, address):
-    """Ray itself would wait for many minutes."""
-    begun = time.monotonic()
-    with (
-        pytest.raises(InputError, match=rf"no Ray cluster at {address} \(.*refused\): check --ray-address"),
-        ray_engine(Source(str(tiny_folder)), address=address, workers=1, device="cpu", cores=1),
-    ):
-        pass
-    assert time.monotonic() - begun < PATIENCE

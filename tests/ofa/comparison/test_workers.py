@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
-from ofa.comparison.engines import Finished, Notice, Placement, Ready, Started
-from ofa.comparison.engines.crew import ATTEMPTS, run_crew
-from ofa.comparison.engines.worker import Refused
+from ofa.comparison import workers
+from ofa.comparison.placement import Placement
 from ofa.comparison.records import Cell, Record
+from ofa.comparison.workers import ATTEMPTS, Finished, Notice, Ready, Refused, Source, run_in_workers
 from ofa.errors import InputError
 
 CELLS = [Cell("m", "mood", "0", "ofa", seed, 5, 4) for seed in range(4)]
@@ -22,7 +23,7 @@ class Played:
     """A fake worker that answers at once: it loads the model and handles cells as its script says."""
 
     def __init__(self, placement, office):
-        self.placement, self.pid = placement, len(office.hired)
+        self.placement, self.given = placement, []
         self._office, self._answer = office, office.starts.popleft() if office.starts else Ready({"by": placement})
         self.ended = False
         office.hired.append(self)
@@ -32,6 +33,7 @@ class Played:
 
     def give(self, job):
         cell = job
+        self.given.append(cell.seed)
         fate = self._office.fates.get(cell.seed, deque())
         fate = fate.popleft() if fate else None
         self._answer = fate if fate == DIES else SimpleNamespace(record=Record(cell), intact=fate != SPOILS)
@@ -47,23 +49,26 @@ class Played:
 class Office:
     """Starts fake workers, and hears them in turn."""
 
-    def __init__(self, starts=(), fates=None, silences=0):
+    def __init__(self, starts=(), fates=None):
         self.starts, self.fates = deque(starts), {seed: deque(fate) for seed, fate in (fates or {}).items()}
-        self.hired, self._turn, self._silences = [], 0, silences
+        self.hired, self._turn = [], 0
 
     def hear(self, crew):
-        if self._silences:
-            self._silences -= 1
-            return []
         self._turn += 1
-        return [crew[self._turn % len(crew)]]
+        return [list(crew)[self._turn % len(crew)]]
 
     def run(self, cells=CELLS, places=PLACES[:1]):
-        return run_crew(cells, lambda cell: cell, places, lambda place: Played(place, self), self.hear)
+        with mock.patch.multiple(workers, Worker=lambda source, place: Played(place, self), _wait_any=self.hear):
+            yield from run_in_workers(cells, lambda cell: cell, Source("a-model"), places)
+
+    @property
+    def given(self):
+        """The seeds of the cells that workers were given, worker by worker."""
+        return [seed for worker in self.hired for seed in worker.given]
 
 
-def seeds(events, kind=Finished):
-    return [(event.record.cell if kind is Finished else event.cell).seed for event in events if isinstance(event, kind)]
+def seeds(events):
+    return [event.record.cell.seed for event in events if isinstance(event, Finished)]
 
 
 def notices(events):
@@ -73,8 +78,8 @@ def notices(events):
 def test_one_worker_runs_the_cells_in_order_and_is_ended():
     office = Office()
     events = list(office.run())
-    assert seeds(events, Started) == seeds(events) == [0, 1, 2, 3]
-    assert [isinstance(event, Ready) for event in events] == [True] + [False] * 8
+    assert office.given == seeds(events) == [0, 1, 2, 3]
+    assert [isinstance(event, Ready) for event in events] == [True] + [False] * 4
     assert [worker.ended for worker in office.hired] == [True]
 
 
@@ -83,7 +88,7 @@ def test_several_workers_share_the_cells():
     events = list(office.run(places=PLACES))
     assert sorted(seeds(events)) == [0, 1, 2, 3]
     assert [worker.placement for worker in office.hired] == PLACES
-    assert {event.pid for event in events if isinstance(event, Started)} == {0, 1}
+    assert all(worker.given for worker in office.hired)
 
 
 def test_no_more_workers_than_cells():
@@ -96,7 +101,7 @@ def test_the_cell_of_a_dead_worker_runs_again_on_a_new_one():
     office = Office(fates={1: [DIES]})
     events = list(office.run())
     assert seeds(events) == [0, 1, 2, 3]
-    assert seeds(events, Started) == [0, 1, 1, 2, 3]
+    assert office.given == [0, 1, 1, 2, 3]
     assert all(event.record.done for event in events if isinstance(event, Finished))
     assert notices(events) == [
         "the worker that ran ofa on mood, seed 1, was killed by signal 9; the cell runs again",
@@ -144,10 +149,6 @@ def test_workers_that_die_while_others_run_are_not_started_again():
     assert sorted(seeds(events)) == [0, 1, 2, 3]
     assert notices(events) == ["a worker was killed by signal 9 while it loaded the model; 1 continue"]
     assert len(office.hired) == 2
-
-
-def test_silence_before_the_first_worker_is_ready_is_told_once():
-    assert len(notices(Office(silences=3).run())) == 1
 
 
 def test_closing_the_run_ends_every_worker():
