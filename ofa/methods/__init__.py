@@ -42,7 +42,6 @@ METHODS = {
     "ofa-step-ratio": "ofa.methods.norm_tuning:fit_ofa",
     "ofa-sharpness": "ofa.methods.norm_tuning:fit_ofa",
     "guided": "ofa.methods.guided",
-    "guided-finite-difference": "ofa.methods.guided",
     "guided-first-order": "ofa.methods.guided",
 }
 """Map each method to a "module" with a `fit`, or to "module:function"; modules are imported on use."""
@@ -59,7 +58,6 @@ SPECIAL_CASES: dict[str, Json] = {
     "ofa-step-ratio": {"term": "step_ratio", "defaults": {"step_ratio": 1e-2}, "sharpness": 0.0},
     "ofa-sharpness": {"term": "sharpness", "defaults": _SHARPNESS, "step_ratio": 0.0},
     "guided": {"variant": "guided", **_UNREGULARIZED},
-    "guided-finite-difference": {"variant": "guided-finite-difference", **_UNREGULARIZED},
     "guided-first-order": {"variant": "guided-first-order", **_UNREGULARIZED},
 }
 """Map methods to the options whose values define them, see `options.special_case`."""

@@ -1,14 +1,10 @@
-"""Structured gradient guidance of norm tuning: exact, by a finite difference, or of first order (docs/theory.md)."""
+"""Structured gradient guidance of norm tuning: exact, or of first order (docs/theory.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
-from torch import nn
 
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
@@ -16,7 +12,6 @@ from ofa.methods import Predictor
 from ofa.methods.norm_tuning import fit_norm_scales
 from ofa.methods.structured_guidance import (
     ExactGuidance,
-    FiniteDifferenceGuidance,
     FirstOrderGuidance,
     Loss,
     StructuredGuidance,
@@ -29,7 +24,6 @@ from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loss import cross_entropy_in_parts, encode_example
 from ofa.training.records import StepRecord
-from ofa.tuning.norms import restore_norms, tune_norms
 
 
 @dataclass(frozen=True)
@@ -43,11 +37,9 @@ class Variant:
 
 VARIANTS = {
     "guided": Variant(ExactGuidance, 1e-2, 1e-5),
-    "guided-finite-difference": Variant(FiniteDifferenceGuidance, 1e-2, 1e-5),
     "guided-first-order": Variant(FirstOrderGuidance, 0.1, 1.0),
 }
-"""Method name → the exact gradient, finite differences of gradients, or projection, mixing and clipping. The unit of
-λ_m is that of 1/‖g‖²."""
+"""Method name → the exact gradient, or projection, mixing and clipping. The unit of λ_m is that of 1/‖g‖²."""
 
 
 def fit(
@@ -72,9 +64,6 @@ def fit(
     run restores the model. The notes are the guidance's log and, if alignment has a weight, the names of the other
     tasks; without a weight these are not read.
 
-    Half precision would round the difference of two gradients away. So a bfloat16 or float16 model computes in float32
-    while it is tuned by finite differences, with 4 more bytes per weight, and gets its own weights back afterwards.
-
     Args:
         variant: one of `VARIANTS`, whose weights are the defaults.
         direction: λ_d, the weight of 1 − cos(g, r). First order: the share of the average gradient that is mixed in; 0
@@ -87,8 +76,8 @@ def fit(
         settings: fields of `TrainingConfig`.
 
     Raises:
-        InputError: a setting is wrong; the model's attention has no second derivative, for the exact gradient; or the
-            model is quantized, for finite differences. See also `training.loop.train`.
+        InputError: a setting is wrong, or the model's attention has no second derivative, for the exact gradient; see
+            also `training.loop.train`.
     """
     chosen = VARIANTS[variant]
     weights = Weights(
@@ -97,32 +86,15 @@ def fit(
         alignment,
     )
     config = TrainingConfig(seed=seed, **settings)
-    with _prepared(model, chosen.guidance):
-        others = other_tasks if alignment > 0 else ()
-        guide = chosen.guidance(weights, source_losses(model, tokenizer, others, config.batch_size))
-        predictor = fit_norm_scales(
-            model, tokenizer, task, shots, config, validation=validation, progress=progress, guidance=guide
-        )
+    if chosen.guidance is ExactGuidance:
+        check_attention(model)
+    others = other_tasks if alignment > 0 else ()
+    guide = chosen.guidance(weights, source_losses(model, tokenizer, others, config.batch_size))
+    predictor = fit_norm_scales(
+        model, tokenizer, task, shots, config, validation=validation, progress=progress, guidance=guide
+    )
     notes = {**guide.notes, "other_tasks": [other.name for other, _ in others]} if others else guide.notes
     return replace(predictor, notes=notes)
-
-
-@contextmanager
-def _prepared(model: CausalLM, guidance: object) -> Iterator[None]:
-    """Prepare the model for a variant: check the attention's second derivative, or use float32 weights."""
-    if guidance is ExactGuidance:
-        check_attention(model)
-    if guidance is not FiniteDifferenceGuidance:
-        yield
-        return
-    _refuse_quantized(model)
-    try:
-        tune_norms(model)
-        with _frozen_weights_in_float32(model):
-            yield
-    except BaseException:
-        restore_norms(model)
-        raise
 
 
 def source_losses(
@@ -145,26 +117,3 @@ def source_losses(
 
 def _divided(loss: Loss, count: int) -> Loss:
     return lambda: loss() / count
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise InputError(
-                f"{name} is quantized, and its rounding hides a difference of two gradients; load the model "
-                "unquantized, or use guided or guided-first-order"
-            )
-
-
-@contextmanager
-def _frozen_weights_in_float32(model: nn.Module) -> Iterator[None]:
-    """Compute in float32; afterwards the original weight tensors are restored."""
-    narrow = [p for p in model.parameters() if not p.requires_grad and p.dtype.itemsize < torch.float32.itemsize]
-    own = [parameter.data for parameter in narrow]
-    try:
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
-        yield
-    finally:
-        for parameter, data in zip(narrow, own, strict=True):
-            parameter.data = data

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.loop import train
-from ofa.training.records import StepRecord, TrainingResult
+from ofa.training.records import StepRecord
 
 SETTINGS = {"learning_rate": 0.01, "relative": False, "epochs": 100, "batch_size": 2}
 """Defaults that differ from `TrainingConfig`."""
@@ -38,18 +37,6 @@ LAMBDA, BETA = 0.1, 1.0
 """The initial coefficients."""
 
 NOISE = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContextPredictor(Predictor):
-    """A model with context vectors mixed into its branches until it is closed."""
-
-    mixture: Mixture
-
-    @property
-    def coefficients(self) -> Tensor:
-        """λ and β (2L, 2) of the branches in model order, float32, on the CPU."""
-        return self.mixture.coefficients
 
 
 def fit(
@@ -62,7 +49,7 @@ def fit(
     validation: Sequence[Example] = (),
     progress: Callable[[StepRecord, int], None] | None = None,
     **settings: Any,
-) -> ContextPredictor:
+) -> Predictor:
     """Compute the vectors of the shots and calibrate the coefficients; `settings` are fields of `TrainingConfig`.
 
     With `validation` examples, the coefficients of the epoch with the best accuracy on them are kept. The notes hold
@@ -78,7 +65,7 @@ def fit(
     mixture = Mixture(model, context_vectors(model, scorer.encoder, shots))
     mixture.attach()
     try:
-        with _frozen(model), mixture.calibrating(config.seed) as coefficients:
+        with _frozen(model), mixture.calibrating(config.seed) as parameters:
             result = train(
                 model,
                 scorer.encoder,
@@ -86,57 +73,21 @@ def fit(
                 config,
                 validate=(lambda: scorer.accuracy(validation)) if validation else None,
                 progress=progress,
-                tune=lambda model: coefficients,
+                tune=lambda model: parameters,
             )
     except BaseException:
         mixture.detach()
         raise
-    return _predictor(scorer, mixture, result)
-
-
-def transfer(
-    model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], coefficients: Tensor
-) -> ContextPredictor:
-    """Use the vectors of the shots with coefficients (2L, 2) calibrated on another task; nothing is trained.
-
-    Raises:
-        InputError: the coefficients do not fit the model; see also `fit`.
-    """
-    scorer = Scorer(model, tokenizer, task)
-    mixture = Mixture(model, context_vectors(model, scorer.encoder, shots))
-    mixture.set(coefficients)
-    mixture.attach()
-    return _predictor(scorer, mixture, None)
-
-
-def recompute(predictor: ContextPredictor, examples: Sequence[Example]) -> None:
-    """Replace the vectors by those of other demonstrations; the coefficients stay.
-
-    Raises:
-        InputError: the predictor is closed, or no demonstration fits the window.
-    """
-    scorer, mixture = predictor.scorer, predictor.mixture
-    if not mixture.attached:
-        raise InputError("the predictor is closed, so its demonstrations cannot change: call fit or transfer again")
-    mixture.detach()
-    try:
-        mixture.vectors = context_vectors(scorer.model, scorer.encoder, examples)
-    finally:
-        mixture.attach()
-
-
-def similarity(first: Tensor, second: Tensor) -> float:
-    """Cosine between the flattened coefficients of two tasks, a measure of the tasks' similarity to the model.
-
-    Raises:
-        InputError: they are of different models.
-    """
-    if first.shape != second.shape:
-        raise InputError(
-            f"coefficients {tuple(first.shape)} and {tuple(second.shape)} are of different models: compare two tasks "
-            "on the same one"
-        )
-    return float(torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0))
+    coefficients = mixture.coefficients
+    return Predictor(
+        scorer,
+        mixture.detach,
+        trainable_parameters=coefficients.numel(),
+        training=result,
+        contexts=("prompt",),
+        stored_bytes=coefficients.nbytes + sum(vector.nbytes for vector in mixture.vectors),
+        notes={"lambda": coefficients[:, 0].tolist(), "beta": coefficients[:, 1].tolist()},
+    )
 
 
 def context_vectors(model: CausalLM, encoder: Encoder, examples: Sequence[Example]) -> list[Tensor]:
@@ -171,22 +122,6 @@ class Mixture:
     def coefficients(self) -> Tensor:
         """A copy of λ and β (2L, 2), float32, on the CPU."""
         return torch.stack([self._lambda, self._beta], dim=1).detach().cpu()
-
-    @torch.no_grad()
-    def set(self, coefficients: Tensor) -> None:
-        """Set λ and β (2L, 2). Raises InputError if their number does not fit the model."""
-        if coefficients.shape != (len(self.vectors), 2):
-            raise InputError(
-                f"coefficients {tuple(coefficients.shape)} do not fit a model with {len(self.vectors)} branches: "
-                "use those of the same model"
-            )
-        self._lambda.copy_(coefficients[:, 0])
-        self._beta.copy_(coefficients[:, 1])
-
-    @property
-    def attached(self) -> bool:
-        """True while the hooks are registered."""
-        return bool(self._handles)
 
     def attach(self) -> None:
         """Register the hooks."""
@@ -256,17 +191,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _predictor(scorer: Scorer, mixture: Mixture, training: TrainingResult | None) -> ContextPredictor:
-    coefficients = mixture.coefficients
-    return ContextPredictor(
-        scorer,
-        mixture.detach,
-        trainable_parameters=coefficients.numel() if training else 0,
-        training=training,
-        contexts=("prompt",),
-        stored_bytes=coefficients.nbytes + sum(vector.nbytes for vector in mixture.vectors),
-        notes={"lambda": coefficients[:, 0].tolist(), "beta": coefficients[:, 1].tolist()},
-        mixture=mixture,
-    )

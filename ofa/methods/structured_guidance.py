@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -202,24 +202,6 @@ class ExactGuidance(StructuredGuidance):
         return value.item(), gradient, gradient + size * product
 
 
-class FiniteDifferenceGuidance(StructuredGuidance):
-    """∇L = g + H u, H u by a forward difference of g: H û ≈ (g(θ + δ û) − g(θ)) / δ with δ of `difference_step`.
-
-    If the displacement crosses a kink of an activation (ReLU), g jumps; the difference includes the jump, H does not.
-    """
-
-    def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
-        value = loss()
-        gradient = _flat(torch.autograd.grad(value, self._parameters, materialize_grads=True))
-        outer = outer_gradient(gradient, reference, self.weights)
-        if not outer.any():
-            return value.item(), gradient, gradient
-        size, step = outer.norm(), difference_step(self._parameters, value.item(), float(gradient.norm()))
-        with _perturbed(self._parameters, step * outer / size):
-            product = (_gradient([loss], self._parameters) - gradient) / step
-        return value.item(), gradient, gradient + size * product
-
-
 class FirstOrderGuidance(StructuredGuidance):
     """Step along `first_order_gradient`; all weights are shares.
 
@@ -239,20 +221,6 @@ class FirstOrderGuidance(StructuredGuidance):
         return value.item(), gradient, first_order_gradient(gradient, reference, self.weights)
 
 
-def difference_step(parameters: Sequence[nn.Parameter], loss: float, gradient_norm: float) -> float:
-    """Displacement δ = ½ √(ε ‖(θ, 1)‖ CE/‖g‖) of θ for a difference of gradients; ε is the epsilon of θ's dtype.
-
-    Two errors balance. Rounding perturbs θ by ε/4 of its length (the mean square error of rounding to nearest, with
-    scales below 1 counted as 1), an error of that over δ. The curvature of g gives an error of δ over the length on
-    which H changes, estimated by CE/‖g‖: on it the linearized loss falls to 0, and logits move by about one. The sum
-    of both is smallest at their geometric mean.
-    """
-    theta, precision = _flat(parameters), torch.finfo(parameters[0].dtype).eps
-    length = math.hypot(float(theta.norm()), math.sqrt(theta.numel()))
-    # A loss rounded to 0 may still have a gradient.
-    return 0.5 * math.sqrt(precision * length * max(loss, precision) / gradient_norm)
-
-
 def check_attention(model: nn.Module) -> None:
     """Refuse attention that has no second derivative.
 
@@ -264,7 +232,7 @@ def check_attention(model: nn.Module) -> None:
         if used is not None and used not in TWICE_DIFFERENTIABLE:
             raise InputError(
                 f"exact guidance differentiates attention twice, which {used!r} does not support; load the model with "
-                "attn_implementation='sdpa' or 'eager', or use guided-finite-difference"
+                "attn_implementation='sdpa' or 'eager', or use guided-first-order"
             )
 
 
@@ -313,21 +281,3 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
 def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     parts = vector.split([parameter.numel() for parameter in parameters])
     return [part.view_as(own).to(own.device, own.dtype) for part, own in zip(parts, parameters, strict=True)]
-
-
-@contextmanager
-def _perturbed(parameters: Sequence[nn.Parameter], displacement: Tensor) -> Iterator[None]:
-    """Displace the parameters by a vector (n,); afterwards they are restored bit-identically."""
-    originals = [parameter.detach().clone() for parameter in parameters]
-    moved = _split(_flat(parameters) + displacement, parameters)
-    try:
-        _assign(parameters, moved)
-        yield
-    finally:
-        _assign(parameters, originals)
-
-
-@torch.no_grad()
-def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)

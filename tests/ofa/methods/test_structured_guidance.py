@@ -11,27 +11,23 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import ofa.methods.structured_guidance
 from ofa.errors import InputError
 from ofa.methods.structured_guidance import (
     DECAY,
     ExactGuidance,
-    FiniteDifferenceGuidance,
     FirstOrderGuidance,
     Reference,
     Weights,
     added_terms,
     check_attention,
-    difference_step,
     first_order_gradient,
     outer_gradient,
 )
 from ofa.tuning.norms import tune_norms
-from tests import families
 from tests.device import DEVICE
 
 ALL = Weights(direction=0.3, magnitude=0.02, alignment=0.2)
-VARIANTS = (ExactGuidance, FiniteDifferenceGuidance, FirstOrderGuidance)
+VARIANTS = (ExactGuidance, FirstOrderGuidance)
 
 
 def vectors(count, size=12, seed=0):
@@ -192,78 +188,6 @@ def test_exact_guidance_is_the_slope_of_the_objective(problem):
         assert (values[0] - values[1]) / 2e-4 == pytest.approx(float(guided @ direction), rel=1e-5)
 
 
-def test_the_finite_difference_is_the_exact_product(problem):
-    """In float64 δ is about 1e-7, and the difference is wrong by that share where H changes on a length of about 1."""
-    gradient, exact = problem.gradient(), problem.guided(ExactGuidance(ALL, problem.source))
-    differences = problem.guided(FiniteDifferenceGuidance(ALL, problem.source))
-    step = difference_step(problem.parameters, problem.loss().item(), float(gradient.norm()))
-    assert 1e-8 < step < 1e-6
-    assert (differences - exact).norm() < 10 * step * (exact - gradient).norm()
-
-
-def test_the_step_in_float32_is_near_the_best_one(problem, monkeypatch):
-    """Shorter ones lose to rounding and longer ones to the curve of g; some √ε of the product is lost, and no less."""
-    exact = problem.guided(ExactGuidance(ALL, problem.source))
-    curved = exact - problem.gradient()
-    problem.model.float()
-
-    def error(factor):
-        monkeypatch.setattr(
-            ofa.methods.structured_guidance, "difference_step", lambda *facts: factor * difference_step(*facts)
-        )
-        differences = problem.guided(FiniteDifferenceGuidance(ALL, problem.source)).double()
-        return float((differences - exact).norm() / curved.norm())
-
-    errors = {factor: error(factor) for factor in (0.03, 0.3, 1, 3, 30)}
-    assert errors[1] < 20 * math.sqrt(torch.finfo(torch.float32).eps)
-    assert errors[1] < 3 * min(errors.values())
-    assert min(errors[0.03], errors[30]) > 3 * errors[1]
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_finite_difference_puts_the_scales_back_to_the_bit(problem, broken):
-    """Also where the perturbed pass fails."""
-    before = [scale.detach().clone() for scale in problem.parameters]
-    passes = 0
-
-    def loss():
-        nonlocal passes
-        passes += 1
-        moved = any(not torch.equal(a, b) for a, b in zip(problem.parameters, before, strict=True))
-        assert moved == (passes == 3)
-        if broken and moved:
-            raise RuntimeError("broken")
-        return problem.loss(slice(4, 8)) if passes == 1 else problem.loss()
-
-    guidance = FiniteDifferenceGuidance(ALL, problem.source)
-    guidance.begin(problem.parameters, [loss])
-    if broken:
-        with pytest.raises(RuntimeError, match="broken"):
-            guidance.backward(loss)
-    else:
-        guidance.backward(loss)
-    assert passes == 3
-    assert all(torch.equal(a, b) for a, b in zip(problem.parameters, before, strict=True))
-
-
-@pytest.mark.parametrize("family", families.BUILDERS)
-def test_exact_and_difference_agree_in_every_family(family):
-    """No operation of a model lacks a second derivative or has a wrong one. float32 leaves some √ε (3e-4) of H u."""
-    model, inputs = families.build(family), families.inputs(family)
-    for module in model.modules():
-        if isinstance(getattr(module, "activation_fn", None), torch.nn.ReLU):
-            module.activation_fn = torch.nn.GELU()  # a difference sees the kinks of ReLU, a derivative does not
-    parameters, guided = tune_norms(model), []
-    for variant in (ExactGuidance, FiniteDifferenceGuidance):
-        guidance = variant(Weights(1, 0))
-        guidance.begin(parameters, [lambda: model(**inputs).loss])
-        guidance._average = vectors(1, size=len(guidance._average))[0]
-        guidance.backward(lambda: model(**inputs).loss)
-        guided.append(torch.cat([scale.grad.flatten() for scale in parameters]))
-    plain = guidance._previous.float().to(DEVICE)
-    assert (guided[0] - guided[1]).norm() < 30 * 3.5e-4 * (guided[0] - plain).norm()
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fused_attention_is_differentiated_twice_by_its_plain_path(tiny_model, family):
     """The default attention of a model has no second derivative on a CPU; the model's setting stays what it was."""
@@ -282,7 +206,7 @@ def test_attention_without_second_derivative_is_refused(tiny_model):
     model = copy.deepcopy(tiny_model[0])
     check_attention(model)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(InputError, match=r"'flash_attention_2' does not support.*guided-finite-difference"):
+    with pytest.raises(InputError, match=r"'flash_attention_2' does not support.*guided-first-order"):
         check_attention(model)
 
 
@@ -392,10 +316,6 @@ def test_a_gradient_of_0_or_nan_is_passed_on(variant):
     assert not bowl.theta.grad.isfinite().all()
 
 
-def test_a_loss_that_was_rounded_to_0_still_has_a_step():
-    assert 0 < difference_step([torch.nn.Parameter(torch.ones(4))], 0.0, 1e-9) < math.inf
-
-
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_weights_must_be_numbers_from_0(value):
     with pytest.raises(InputError, match=r"setting magnitude=.* at least 0"):
@@ -414,29 +334,20 @@ def test_shares_are_at_most_1_and_alignment_needs_other_tasks():
 
 
 @pytest.mark.parametrize(
-    ("variant", "passes", "least", "most"),
+    ("variant", "least", "most"),
     [
-        (FirstOrderGuidance, 1, 1.0, 1.0),
-        (FiniteDifferenceGuidance, 2, 2.0, 2.0),
+        (FirstOrderGuidance, 1.0, 1.0),
         # A product of frozen weights costs the same forward and backward, and each of them is gone through once more;
         # scores of attention have two factors that depend on θ, which makes it a little more.
-        (ExactGuidance, 1, 2.0, 2.1),
+        (ExactGuidance, 2.0, 2.1),
     ],
 )
-def test_the_cost_of_a_step(problem, variant, passes, least, most):
-    """In FLOPs of matrix products, against a step of norm tuning, and in forward passes."""
-    calls = 0
-
-    def loss():
-        nonlocal calls
-        calls += 1
-        return problem.loss()
-
+def test_the_cost_of_a_step(problem, variant, least, most):
+    """In FLOPs of matrix products, against a step of norm tuning."""
     guidance = variant(Weights(0.1, 0.1))
     guidance.begin(problem.parameters, [lambda: problem.loss(slice(0, 9))])
     with FlopCounterMode(display=False) as plain:
         problem.gradient()
     with FlopCounterMode(display=False) as guided:
-        guidance.backward(loss)
-    assert calls == passes
+        guidance.backward(problem.loss)
     assert least <= guided.get_total_flops() / plain.get_total_flops() <= most
