@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ofa.report.content import Content, build, whole_tasks
+from ofa.report.content import Content, build
 from ofa.report.runs import read_runs
 from ofa.report.summary import summary
 
-__all__ = ["MARKDOWN", "PAGE", "Content", "build", "read_runs", "summary", "whole_tasks", "write_report"]
+__all__ = ["MARKDOWN", "PAGE", "Content", "build", "read_runs", "summary", "write_report"]
 
 MARKDOWN, PAGE = "report.md", "report.html"
 

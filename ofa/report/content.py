@@ -24,13 +24,11 @@ from ofa.report.statistics import (
     Confusion,
     Cost,
     Difference,
-    Interval,
     Rank,
     Ranks,
     Spread,
     confusion,
     cost,
-    example_interval,
     fit_time_ratio,
     macro_average,
     macro_by_seed,
@@ -43,16 +41,15 @@ NORM_TUNING, OFA = "norm-tuning", "ofa"
 TERMS = {"ofa-step-ratio": "J alone", "ofa-sharpness": "H alone", OFA: "J and H"}
 """The terms that each method adds to norm tuning."""
 
-_TIMED_ON = ("device", "threads", "workers_per_gpu")
+_TIMED_ON = ("device", "threads")
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A row against a baseline, over the draws of shots that both finished, and over their test examples."""
+    """A row against a baseline, over the draws of shots that both finished."""
 
     baseline: Row
     difference: Difference
-    examples: Interval | None
     fit_time: float | None
 
 
@@ -95,9 +92,8 @@ class Winner:
 class Comparison:
     """All rows of one model, best macro average first; rows without one come last.
 
-    `tested` is the number of test examples of each task with a result, `machines` the number of distinct devices,
-    thread counts and workers per GPU that finished cells were timed on, `sharing` the largest number of workers on a
-    GPU; `remarks` maps each warning to the rows of its cells.
+    `tested` is the number of test examples of each task with a result, `machines` the number of distinct devices and
+    thread counts that finished cells were timed on; `remarks` maps each warning to the rows of its cells.
     """
 
     model: str
@@ -110,7 +106,6 @@ class Comparison:
     cells: int
     tested: Mapping[Problem, int]
     machines: int
-    sharing: int
     remarks: Mapping[str, Sequence[str]]
 
     @cached_property
@@ -179,29 +174,6 @@ def build(records: Sequence[Record], runs: Runs = NO_RUNS) -> Content:
     )
 
 
-def whole_tasks(records: Sequence[Record]) -> tuple[list[Record], tuple[str, ...]]:
-    """The records of the tasks that every method has run with every seed, and the names of the other tasks.
-
-    Only methods and seeds that occur in the records count. If no task is complete, all records are kept.
-    """
-    draws = {(record.cell.model, draw_of(record)) for record in records}
-    there = {(record.cell.model, record.cell.row, draw_of(record)) for record in records}
-    names = {(model, name) for model, name, _ in there}
-    seeds = {(model, draw.seed) for model, draw in draws}
-    problems = {(model, draw.problem) for model, draw in draws}
-    partial = {
-        (model, problem)
-        for model, problem in problems
-        for named, name in names
-        for seeded, seed in seeds
-        if model == named == seeded and (model, name, Draw(problem, seed)) not in there
-    }
-    if partial == problems:
-        return list(records), ()
-    kept = [record for record in records if (record.cell.model, draw_of(record).problem) not in partial]
-    return kept, tuple(sorted({problem.task for _, problem in partial}))
-
-
 def _comparison(model: str, records: Sequence[Record]) -> Comparison:
     rows = by_row(records)
     draws = tuple(sorted({draw_of(record) for record in records}))
@@ -224,7 +196,6 @@ def _comparison(model: str, records: Sequence[Record]) -> Comparison:
             draw.problem: len(outcome.score.truth) for outcomes in rows.values() for draw, outcome in outcomes.items()
         },
         machines=len({tuple(map(record.versions.get, _TIMED_ON)) for record in records if record.done}),
-        sharing=max((int(record.versions.get("workers_per_gpu", 1)) for record in records if record.done), default=1),
         remarks=_remarks(records),
     )
 
@@ -264,8 +235,7 @@ def _contrasts(
             continue
         difference = paired_difference(accuracy[row], accuracy[baseline])
         if difference is not None:
-            examples = example_interval(rows[row], rows[baseline])
-            found[method] = Contrast(baseline, difference, examples, fit_time_ratio(rows[row], rows[baseline]))
+            found[method] = Contrast(baseline, difference, fit_time_ratio(rows[row], rows[baseline]))
     return found
 
 

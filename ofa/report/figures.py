@@ -1,4 +1,4 @@
-"""Draw the figures of a report: accuracy against cost, differences, ranks, tasks, seeds.
+"""Draw the figures of a report: accuracy against time to fit, differences, ranks, tasks, seeds.
 
 Filled markers are tests without demonstrations in context, hollow ones with them. OFA, its two terms alone and norm
 tuning have colors, every other method is gray.
@@ -15,7 +15,7 @@ from ofa.comparison.outcomes import Row
 from ofa.comparison.records import CONTEXTS
 from ofa.report.content import NORM_TUNING, OFA, TERMS, Comparison, Line
 from ofa.report.labels import label_points
-from ofa.report.statistics import Cost, Interval
+from ofa.report.statistics import Interval
 from ofa.report.svg import COLORS, themed_svg
 from ofa.report.table import WITH
 
@@ -27,9 +27,8 @@ _WIDTH = 9.6  # inches; the page shows 1.4 times as many
 _LINE = 0.19  # height of a line of text
 _NAMES = 1.75  # width for methods' names
 _MARKER = 5.0
-_FRONT = "The line joins the rows that no cheaper row matches."
 
-_Point = tuple[Row, float, float]  # a row, its cost, its macro accuracy in percent
+_Point = tuple[Row, float, float]  # a row, its seconds to fit, its macro accuracy in percent
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,9 @@ def figures(comparison: Comparison, prefix: str) -> list[Drawn]:
             bool(averaged),
             "fit",
             "Accuracy against time to fit",
-            f"{_FRONT} Filled: without demonstrations in context, hollow: with them.",
+            "The line joins the rows that no cheaper row matches. Filled: without demonstrations in context, hollow: "
+            "with them.",
             partial(_fit, averaged),
-        ),
-        (
-            bool(averaged),
-            "cost",
-            "Accuracy against latency and size",
-            f"{_FRONT} Against seconds to fit: above.",
-            partial(_cost, averaged),
         ),
         (
             bool(contrasted),
@@ -105,53 +98,26 @@ def figures(comparison: Comparison, prefix: str) -> list[Drawn]:
 
 
 def _fit(lines: Sequence[Line]) -> Figure:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
     figure, (axes,) = _panels(1, 1, height=3.2, left=0.5, width=5.4)
-    _scatter(axes, _points(lines, lambda cost: cost.fit_seconds.mean), "seconds to fit one task", zero=True)
-    axes.set_ylabel("macro accuracy, %")
-    return figure
-
-
-def _cost(lines: Sequence[Line]) -> Figure:
-    figure, (left, right) = _panels(1, 2, height=3.9, left=0.55, sharey=True)
-    _scatter(left, _points(lines, lambda cost: 1000 * cost.seconds_per_text.mean), "milliseconds per text", zero=False)
-    _scatter(right, _points(lines, lambda cost: cost.stored_bytes / 1000), "kilobytes stored", zero=True)
-    left.set_ylabel("macro accuracy, %")
-    return figure
-
-
-def _points(lines: Sequence[Line], measure: Callable[[Cost], float]) -> list[_Point]:
-    return [(line.row, measure(line.cost), _macro(line)) for line in lines if line.cost]
-
-
-def _scatter(axes: Axes, points: Sequence[_Point], label: str, *, zero: bool) -> None:
+    points = [(line.row, line.cost.fit_seconds.mean, _macro(line)) for line in lines if line.cost]
     front = _front(points)
-    # Methods that learn nothing take zero time and bytes, which a log scale cannot show.
-    axes.set_xscale("symlog", linthresh=1.0, linscale=0.5) if zero else axes.set_xscale("log")
-    along, up = [cost for _, cost, _ in front], [accuracy for _, _, accuracy in front]
+    # Methods that learn nothing take zero time, which a log scale cannot show.
+    axes.set_xscale("symlog", linthresh=1.0, linscale=0.5)
+    along, up = [seconds for _, seconds, _ in front], [accuracy for _, _, accuracy in front]
     axes.step(along, up, where="post", color=COLORS["muted"], linewidth=0.8)
-    for row, cost, accuracy in points:
-        axes.plot(cost, accuracy, **_marker(row))
-    axes.set(xlabel=label)
+    for row, seconds, accuracy in points:
+        axes.plot(seconds, accuracy, **_marker(row))
+    axes.set(xlabel="seconds to fit one task", ylabel="macro accuracy, %")
     axes.margins(y=0.12)
-    _roomy(axes, [cost for _, cost, _ in points], zero=zero)
-    named = [point for point in points if point in front or (role(point[0]) != "other" and not point[0].settings)]
-    names = {(cost, accuracy): row.name for row, cost, accuracy in named}
-    label_points(axes, names, [(cost, accuracy) for _, cost, accuracy in points])
-
-
-def _roomy(axes: Axes, costs: Sequence[float], *, zero: bool) -> None:
-    """Leave room for the points' names, and use plain numbers along the axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    low, high = min(costs), max(costs)
-    if zero:
-        axes.set_xlim(-0.35, max(high * 6, 10))
-    else:
-        axes.set_xlim(low / 2.2, high * 2.6)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.set_xlim(-0.35, max(6 * max(seconds for _, seconds, _ in points), 10))  # with room for the points' names
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
+    named = [point for point in points if point in front or (role(point[0]) != "other" and not point[0].settings)]
+    names = {(seconds, accuracy): row.name for row, seconds, accuracy in named}
+    label_points(axes, names, [(seconds, accuracy) for _, seconds, accuracy in points])
+    return figure
 
 
 def _front(points: Sequence[_Point]) -> list[_Point]:

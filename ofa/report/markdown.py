@@ -36,7 +36,6 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
             yield _table(tables.glance(comparison, context))
     yield "### What J and H add to norm tuning"
     yield _list(verdicts.terms(comparison))
-    yield _table(tables.terms(comparison))
     yield "### All results"
     yield _table(tables.results(comparison))
     yield "### What they cost"

@@ -36,7 +36,6 @@ class Section:
     best: Sequence[str]
     glances: Sequence[Table]
     terms_told: Sequence[str]
-    terms: Table
     results: Table
     costs: Table
     differences: Sequence[Table]
@@ -81,7 +80,6 @@ def _section(comparison: Comparison, place: int) -> Section:
         best=verdicts.best(comparison),
         glances=[tables.glance(comparison, context) for context in CONTEXTS if comparison.in_context(context)],
         terms_told=verdicts.terms(comparison),
-        terms=tables.terms(comparison),
         results=tables.results(comparison),
         costs=tables.costs(comparison),
         differences=[table for table in contrasts if table.rows],

@@ -145,7 +145,7 @@ def paired_difference(
     other shots on similar tasks: a pair varies with the draw of shots and with the method's effect on its task. Pairs
     of one task are correlated, so the interval is for this mixture of tasks. Resampling seeds within tasks would omit
     the variance between tasks and, with three seeds, be too narrow by a third of the variance; resampling whole tasks
-    needs more tasks than a comparison has. `example_interval` covers the choice of test examples.
+    needs more tasks than a comparison has.
     """
     common = sorted(values.keys() & baseline.keys())
     if not common:
@@ -156,34 +156,6 @@ def paired_difference(
     if len(common) > 1:
         interval = _percentile_interval(_resampled_means(differences[:, None], resamples, seed)[:, 0])
     return Difference(float(differences.mean()), interval, wins, len(common) - wins - losses, losses)
-
-
-def example_interval(
-    outcomes: Mapping[Draw, Outcome],
-    baseline: Mapping[Draw, Outcome],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval | None:
-    """Bootstrap interval of the same difference over test examples: the same adapters, tested on other texts.
-
-    The answers of both rows to an example (right or wrong) are paired and averaged over the seeds. Examples are
-    resampled within each task, and a task is weighted by its number of draws, as in `paired_difference`. Seeds are
-    resampled together by position: this keeps their correlation if they test the same examples, and is harmless
-    otherwise, because the positions are then independent. None without a common draw.
-    """
-    common = outcomes.keys() & baseline.keys()
-    if not common:
-        return None
-    generator = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for draws in _positioned_alike(sorted(common), outcomes):
-        per_example = np.mean([_right(outcomes[draw]) - _right(baseline[draw]) for draw in draws], axis=0)
-        # A resample's mean is a sum over the few distinct values, weighted by multinomial counts.
-        occurring, counts = np.unique(per_example, return_counts=True)
-        weights = generator.multinomial(per_example.size, counts / per_example.size, size=resamples) / per_example.size
-        total += len(draws) * (weights @ occurring)
-    return _percentile_interval(total / len(common))
 
 
 def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Ranks | None:
@@ -272,15 +244,3 @@ def _percentile_interval(means: NDArray[np.float64]) -> Interval:
 
 def _rounded_to_zero(value: float) -> float:
     return 0.0 if abs(value) < _EQUAL else float(value)
-
-
-def _right(outcome: Outcome) -> NDArray[np.float64]:
-    return (np.asarray(outcome.score.predictions) == np.asarray(outcome.score.truth)).astype(np.float64)
-
-
-def _positioned_alike(draws: Sequence[Draw], outcomes: Mapping[Draw, Outcome]) -> list[list[Draw]]:
-    """The draws grouped by task and number of test examples."""
-    groups: dict[tuple[Problem, int], list[Draw]] = defaultdict(list)
-    for draw in draws:
-        groups[draw.problem, len(outcomes[draw].score.truth)].append(draw)
-    return list(groups.values())

@@ -64,7 +64,6 @@ def _contrast(contrast: Contrast) -> dict[str, object]:
     return {
         "row": contrast.baseline.name,
         **asdict(contrast.difference),
-        "by_example": _values(contrast.examples),
         "fit_time": contrast.fit_time,
     }
 

@@ -1,4 +1,4 @@
-"""Build the tables of results: overview, effect of the terms, all results, costs, differences."""
+"""Build the tables of results: overview, all results, costs, differences."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from ofa.comparison.outcomes import Problem, Row
 from ofa.comparison.records import CONTEXTS
 from ofa.report import formatting as shown
-from ofa.report.content import NORM_TUNING, OFA, TERMS, Comparison, Contrast, Line
+from ofa.report.content import NORM_TUNING, OFA, Comparison, Contrast, Line
 from ofa.report.statistics import FEWEST_PAIRS, Interval
 from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
 
-_SHORT = {"prompt": "without", "demonstrations": "with demonstrations"}
-_GLANCE, _MOST_TERMS = 5, 6
+_GLANCE = 5
+"""Rows of the overview."""
 
 
 _MACRO = Column("accuracy", "macro average in %: mean over tasks per seed, then mean ± standard deviation over seeds")
@@ -34,41 +34,6 @@ def glance(comparison: Comparison, context: str) -> Table:
     left = len(lines) - len(chosen)
     notes = (f"{left} more in the table of all results.",) if left else ()
     return Table(WITH[context], (METHOD, _MACRO, _FIT, _LATENCY, _TRAINED, _STORED), tuple(rows), notes)
-
-
-def terms(comparison: Comparison) -> Table:
-    """The effect of J, H and both on norm tuning, in both contexts: default weights first, then other settings."""
-    lines = [line for line in comparison.lines if line.row.method in TERMS and NORM_TUNING in line.contrasts]
-    contexts = [context for context in CONTEXTS if any(line.row.context == context for line in lines)]
-    columns = (Column("term", numeric=False), *(Column(_SHORT[context]) for context in contexts), Column("fit"))
-    names = list(dict.fromkeys(line.row.name for line in sorted(lines, key=_own_settings_first)))
-    rows = [_term(name, [comparison.named(name, context) for context in contexts]) for name in names[:_MOST_TERMS]]
-    notes = [
-        "Points of accuracy against norm-tuning on the same shots, without and with demonstrations in context, with "
-        "95 % intervals over task and seed; time to fit relative to norm-tuning."
-    ]
-    if len(names) > _MOST_TERMS:
-        notes.append(f"{len(names) - _MOST_TERMS} more settings in the table of differences.")
-    if any(line.row.settings for line in lines):
-        notes.append(
-            "Settings are ordered by their results on these test texts: the best of several is selected on them, and "
-            "will be worse on other texts."
-        )
-    return Table("added to norm tuning", columns, tuple(rows), (*notes, *_few(comparison)) if rows else ())
-
-
-def _own_settings_first(line: Line) -> tuple[bool, int]:
-    return (True, 0) if line.row.settings else (False, list(TERMS).index(line.row.method))
-
-
-def _term(name: str, lines: Sequence[Line | None]) -> tuple[Entry, ...]:
-    """A row of the table of terms from the lines of its contexts."""
-    contrasts = [line.contrasts.get(NORM_TUNING) if line else None for line in lines]
-    row = next(line.row for line in lines if line)
-    time = next((contrast.fit_time for contrast in contrasts if contrast and contrast.fit_time), None)
-    told = name if row.settings else f"{TERMS[row.method]} ({name})"
-    ratio = Entry(shown.ratio(time), time) if time else Entry(shown.NOTHING)
-    return (Entry(told, row=row), *(_contrast(contrast) for contrast in contrasts), ratio)
 
 
 def results(comparison: Comparison) -> Table:
@@ -120,13 +85,8 @@ def costs(comparison: Comparison) -> Table:
     ]
     if comparison.machines > 1:
         notes.append(
-            f"The cells were timed on {comparison.machines} different devices, thread counts or workers per GPU: do "
-            "not compare seconds of rows that ran on different ones."
-        )
-    if comparison.sharing > 1:
-        notes.append(
-            f"Up to {comparison.sharing} workers shared a GPU: seconds are longer than on a GPU without other work; "
-            "memory is of the worker alone."
+            f"The cells were timed on {comparison.machines} different devices or thread counts: do not compare seconds "
+            "of rows that ran on different ones."
         )
     return Table("cost", columns, tuple(rows), tuple(notes))
 
@@ -136,8 +96,7 @@ def differences(comparison: Comparison, method: str) -> Table:
     columns = (
         METHOD,
         Column("difference", "mean over (task, seed), in points of accuracy"),
-        Column("95 % by task and seed", "bootstrap over (task, seed): other shots, similar tasks"),
-        Column("95 % by test example", "bootstrap over test examples: same adapters, other texts"),
+        Column("95 %", "bootstrap over (task, seed): other shots, similar tasks"),
         Column("wins", "(task, seed) pairs in which it is better"),
         Column("ties"),
         Column("losses", less=True),
@@ -193,21 +152,12 @@ def _costs(line: Line) -> tuple[Entry, ...]:
     )
 
 
-def _contrast(contrast: Contrast | None) -> Entry:
-    if contrast is None:
-        return Entry(shown.NOTHING)
-    difference = contrast.difference
-    text = f"{shown.points(difference.mean)} {shown.points_interval(difference.interval)}".strip()
-    return Entry(text, difference.mean, _tone(difference.sign))
-
-
 def _difference(contrast: Contrast) -> tuple[Entry, ...]:
     difference = contrast.difference
     time = contrast.fit_time
     return (
         Entry(shown.points(difference.mean), difference.mean, _tone(difference.sign)),
         _interval(difference.interval),
-        _interval(contrast.examples),
         *(Entry(str(count), count) for count in (difference.wins, difference.ties, difference.losses)),
         Entry(shown.ratio(time), time) if time is not None else Entry(shown.NOTHING),
     )
@@ -239,6 +189,11 @@ def _result_notes(comparison: Comparison) -> tuple[str, ...]:
         notes.append(
             "In brackets: the number of seeds, if some are missing. An average uses only the seeds that have every "
             "task, so such rows have other tasks or seeds than the rest."
+        )
+    if any(line.row.settings for line in comparison.lines):
+        notes.append(
+            "Settings are ordered by their results on these test texts: the best of several is selected on them, and "
+            "will be worse on other texts."
         )
     ranks = comparison.ranks
     if ranks is not None:

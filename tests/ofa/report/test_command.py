@@ -72,22 +72,6 @@ def test_one_cell_is_enough(tmp_path):
     assert "zero-shot, 50.0 %, the only row with every task" in done.stdout
 
 
-def test_a_task_that_is_not_whole_can_be_left_out(tmp_path):
-    """The unfinished task has only one method, which would otherwise be the only row with an average."""
-    done = [record(name, {"prompt": with_accuracy(5)}, task="first") for name in ("ofa", "lora", "ia3")]
-    records = [*done, record("ofa", {"prompt": with_accuracy(5)}, task="second")]
-    folder = write(tmp_path, records)
-    shown = ofa_report(folder, "--whole-tasks", "--json")
-    assert shown.exit_code == 0, shown.output
-    assert "ofa: second is left out: some method has not run it with every seed" in shown.stderr
-    text = (tmp_path / MARKDOWN).read_text()
-    assert "3 methods on first" in text
-    assert "second" not in text
-    write(tmp_path, records[2:])
-    shown = ofa_report(folder, "--whole-tasks")
-    assert (shown.exit_code, "left out" in shown.stderr) == (0, False)
-
-
 def test_only_failures_are_a_report_too(tmp_path):
     folder = write(tmp_path / "failed", [record("ofa", None, error="the loss is not a number")])
     assert ofa_report(folder).exit_code == 0

@@ -30,10 +30,10 @@ def drawn(records):
 @pytest.mark.parametrize(
     ("records", "names"),
     [
-        (rows("ofa"), ["fit", "cost", "tasks"]),
-        (rows("ofa", "lora"), ["fit", "cost", "ranks", "tasks"]),
-        (rows("norm-tuning", "ofa"), ["fit", "cost", "differences", "ranks", "tasks"]),
-        (rows("ofa", seeds=(1, 2)), ["fit", "cost", "tasks", "seeds"]),
+        (rows("ofa"), ["fit", "tasks"]),
+        (rows("ofa", "lora"), ["fit", "ranks", "tasks"]),
+        (rows("norm-tuning", "ofa"), ["fit", "differences", "ranks", "tasks"]),
+        (rows("ofa", seeds=(1, 2)), ["fit", "tasks", "seeds"]),
         ([*rows("ofa", task="a"), *rows("lora", task="b")], ["tasks"]),
         ([record("ofa", None, error="diverged")], []),
     ],

@@ -14,7 +14,6 @@ from ofa.report.statistics import (
     Spread,
     confusion,
     cost,
-    example_interval,
     fit_time_ratio,
     macro_average,
     macro_by_seed,
@@ -139,46 +138,6 @@ def test_too_few_pairs_tell_nothing_apart(count, sign):
 @pytest.mark.parametrize(("interval", "sign"), [((0.1, 0.2), 1), ((-0.2, -0.1), -1), ((-0.1, 0.1), 0), ((0.0, 0.1), 0)])
 def test_an_interval_excludes_zero_or_does_not(interval, sign):
     assert Interval(*interval).sign == sign
-
-
-def drawn_score(generator: np.random.Generator, size: int, accuracy: float):
-    return score((generator.random(size) < accuracy).astype(int), np.ones(size, dtype=int))
-
-
-def test_the_interval_over_examples_is_that_of_drawn_examples():
-    """Two tasks of different sizes, three seeds, against resampling the examples themselves by index."""
-    generator = np.random.default_rng(5)
-    keys = [("a", 1), ("a", 2), ("b", 1)]
-    sizes = {"a": 60, "b": 90}
-    ours = {key: drawn_score(generator, sizes[key[0]], 0.7) for key in keys}
-    theirs = {key: drawn_score(generator, sizes[key[0]], 0.6) for key in keys}
-    right = {key: np.array(ours[key].predictions) - np.array(theirs[key].predictions) for key in keys}
-    means = np.zeros(20_000)
-    for task in sizes:
-        draws = [right[key] for key in keys if key[0] == task]
-        chosen = generator.integers(0, sizes[task], size=(20_000, sizes[task]))
-        means += sum(difference[chosen].mean(axis=1) for difference in draws) / len(keys)
-    found = example_interval(outcomes("x", ours), outcomes("y", theirs))
-    # As above, and means are multiples of 1/360, on which both percentiles may fall to either side.
-    error = 3 * np.sqrt(0.025 * 0.975 * (1 / 10_000 + 1 / 20_000)) / 0.0584 * means.std() + 1 / 360
-    assert (found.low, found.high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=error)
-
-
-def test_testing_the_same_answers_under_more_seeds_adds_no_certainty():
-    """Four seeds with the very same answers to the same examples are one test, not four."""
-    generator = np.random.default_rng(8)
-    ours, theirs = drawn_score(generator, 80, 0.7), drawn_score(generator, 80, 0.5)
-    once = example_interval(outcomes("x", {("a", 1): ours}), outcomes("y", {("a", 1): theirs}))
-    seeds = range(1, 5)
-    often = example_interval(
-        outcomes("x", {("a", seed): ours for seed in seeds}), outcomes("y", {("a", seed): theirs for seed in seeds})
-    )
-    assert (often.low, often.high) == pytest.approx((once.low, once.high), abs=1e-12)  # the same resamples
-
-
-def test_without_a_common_draw_there_is_no_interval_over_examples():
-    ours, theirs = outcomes("x", {("a", 1): with_accuracy(5)}), outcomes("y", {("b", 1): with_accuracy(5)})
-    assert example_interval(ours, theirs) is None
 
 
 def test_ranks_share_their_places():
