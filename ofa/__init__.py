@@ -20,7 +20,6 @@ _LAZY = {
     "load_adapter": "ofa.adapters.save_and_load",
     "merge": "ofa.adapters.save_and_load",
     "merge_gguf": "ofa.adapters.gguf_norms",
-    "push_to_hub": "ofa.adapters.push",
     "AdapterPool": "ofa.adapters.pool",
     "adapt": "ofa.adaptation",
     "Adaptation": "ofa.adaptation",
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from ofa.adaptation import adapt as adapt
     from ofa.adapters.gguf_norms import merge_gguf as merge_gguf
     from ofa.adapters.pool import AdapterPool as AdapterPool
-    from ofa.adapters.push import push_to_hub as push_to_hub
     from ofa.adapters.save_and_load import load_adapter as load_adapter
     from ofa.adapters.save_and_load import merge as merge
     from ofa.adapters.save_and_load import save_adapter as save_adapter

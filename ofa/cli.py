@@ -18,7 +18,6 @@ from ofa.commands.inspect import inspect
 from ofa.commands.merge import merge
 from ofa.commands.predict import predict
 from ofa.commands.probe import probe
-from ofa.commands.push import push
 from ofa.commands.report import report
 from ofa.commands.suggest import suggest
 from ofa.errors import InputError
@@ -29,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adapt a language model from five examples per class by tuning only its norm scales. Start with `ofa demo`.",
 )
-for command in (demo, fit, evaluate, predict, suggest, compare, report, probe, merge, push, inspect, doctor):
+for command in (demo, fit, evaluate, predict, suggest, compare, report, probe, merge, inspect, doctor):
     app.command()(command)
 
 

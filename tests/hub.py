@@ -1,12 +1,11 @@
 """A local stand-in for the Hugging Face hub: the HTTP interface of the real client, in memory.
 
-It keeps repositories of files, takes commits (small files inside them, safetensors through LFS's basic transfer), and
-serves files under `resolve/`, as the hub does. The token decides who may write.
+It keeps repositories of files, and serves files under `resolve/`, as the hub does. A private one needs the owner's
+token.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -18,60 +17,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-OWNER_TOKEN, READER_TOKEN = "hf_owner_secret", "hf_reader_secret"
-LFS_SUFFIX = ".safetensors"
+OWNER_TOKEN = "hf_owner_secret"
 
 
 @dataclass
 class Repository:
-    """The files of one repository; every commit changes its hash."""
+    """The files of one repository, whose hash they decide."""
 
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
 
     @property
     def sha(self) -> str:
-        return hashlib.sha1(repr((sorted(self.files.items()), self.messages)).encode()).hexdigest()
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
 
 class Hub:
-    """The server's state: repositories by ("models" or "datasets", id), LFS objects, and the received requests."""
+    """The server's state: repositories by ("models" or "datasets", id), and the received requests."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.url = ""
 
     def add(self, kind: str, name: str, files: dict[str, bytes], *, private: bool = False) -> Repository:
         self.repositories[kind, name] = Repository(private, dict(files))
         return self.repositories[kind, name]
-
-    def files(self, name: str) -> dict[str, bytes]:
-        return self.repositories["models", name].files
-
-    def create(self, request: dict[str, Any]) -> tuple[int, Any]:
-        name = f"{request.get('organization') or 'owner'}/{request['name']}"
-        url = {"url": f"{self.url}/{name}", "name": name}
-        if ("models", name) in self.repositories:
-            return 409, {"error": "You already created this model repo", **url}
-        self.add("models", name, {}, private=request.get("visibility") == "private")
-        return 200, url
-
-    def commit(self, kind: str, name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
-        repository = self.repositories[kind, name]
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "header":
-                repository.messages.append(value["summary"])
-            elif line["key"] == "file":
-                repository.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                repository.files[value["path"]] = self.objects[value["oid"]]
-            else:
-                raise ValueError(f"the stand-in knows no operation {line['key']}")
-        return {"success": True, "commitOid": repository.sha, "commitUrl": f"{self.url}/{name}/commit/{repository.sha}"}
 
 
 @contextmanager
@@ -105,9 +76,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve()
 
     def do_POST(self) -> None:
-        self._serve()
-
-    def do_PUT(self) -> None:
         self._serve()
 
     def log_message(self, *_: Any) -> None:
@@ -144,55 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
             status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
         )
 
-    def _may_write(self) -> bool:
-        if self._token == OWNER_TOKEN:
-            return True
-        if self._token == READER_TOKEN:
-            self._refuse(403, "Forbidden: you don't have the required rights")
-        else:
-            self._refuse(401, "Invalid username or password.")
-        return False
-
     def _repository(self, kind: str, name: str) -> Repository | None:
         found = self.hub.repositories.get((kind or "models", name))
-        if found is None or (found.private and self._token not in (OWNER_TOKEN, READER_TOKEN)):
+        if found is None or (found.private and self._token != OWNER_TOKEN):
             self._refuse(404 if self._token else 401, "Repository not found", "RepoNotFound")
             return None
         return found
-
-    # Writing.
-
-    def create(self) -> None:
-        if self._may_write():
-            self._json(*self.hub.create(json.loads(self._body)))
-
-    def validate(self) -> None:
-        self._json(200, {"errors": [], "warnings": []})
-
-    def preupload(self, kind: str, name: str) -> None:
-        if self._may_write() and self._repository(kind, name) is not None:
-            files = [
-                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIX) else "regular"}
-                for file in json.loads(self._body)["files"]
-            ]
-            self._json(200, {"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
-
-    def lfs_batch(self, name: str) -> None:
-        if self._may_write():
-            objects = json.loads(self._body)["objects"]
-            actions = [{**one, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}} for one in objects]
-            self._json(200, {"transfer": "basic", "objects": actions})
-
-    def lfs_put(self, oid: str) -> None:
-        assert hashlib.sha256(self._body).hexdigest() == oid
-        self.hub.objects[oid] = self._body
-        self._json(200, {})
-
-    def commit(self, kind: str, name: str) -> None:
-        if self._may_write() and self._repository(kind, name) is not None:
-            self._json(200, self.hub.commit(kind, name, [json.loads(line) for line in self._body.splitlines()]))
-
-    # Reading.
 
     def info(self, kind: str, name: str) -> None:
         if (repository := self._repository(kind, name)) is not None:
@@ -237,12 +162,6 @@ def _entries(repository: Repository) -> list[dict[str, Any]]:
 _ID = r"(?P<name>[^/]+/[^/]+)"
 _API = rf"api/(?P<kind>models|datasets)/{_ID}"
 _ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
-    (("POST",), "api/repos/create", _Handler.create),
-    (("POST",), "api/validate-yaml", _Handler.validate),
-    (("POST",), rf"{_API}/preupload/.+", _Handler.preupload),
-    (("POST",), rf"{_ID}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
-    (("PUT",), r"lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
-    (("POST",), rf"{_API}/commit/.+", _Handler.commit),
     (("GET",), rf"{_API}(/revision/.+)?", _Handler.info),
     (("GET",), rf"{_API}/tree/[^/]+(/(?P<folder>.+))?", _Handler.tree),
     (("POST",), rf"{_API}/paths-info/.+", _Handler.paths_info),

@@ -9,19 +9,16 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 
 import ofa
 import ofa_kernels
 from benchmarks import pages
-from tests.hub import OWNER_TOKEN, running_hub
 
 NAMES = (*pages.public("ofa"), *pages.public("ofa_kernels"), *pages.RETURNED)
 NEVER_RAISES = (
@@ -35,16 +32,6 @@ OVERRIDDEN = ("shared_prefix", "batches")
 def found(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(import_module(module), attribute)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A stand-in of the hub that this process may write to."""
-    with running_hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the stand-in speaks plain LFS
-        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
-        yield
 
 
 def documents(name: str) -> dict[str, str]:
@@ -67,8 +54,6 @@ def test_examples_run(name: str, request: pytest.FixtureRequest, tmp_path: Path)
     names |= {"model": model, "tokenizer": tokenizer, "batch": {**batch, "labels": batch["input_ids"]}}
     if name == "ofa.merge_gguf":
         names["gguf"] = request.getfixturevalue("tiny_gguf")
-    if name == "ofa.push_to_hub":
-        request.getfixturevalue("hub")
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for where, text in documents(name).items():
         runner.run(parser.get_doctest(text, {**names}, where, None, 0))

@@ -1,4 +1,4 @@
-"""Save, read, load, merge and publish adapter folders: tuned norm scales, and what PEFT's other methods train."""
+"""Save, read, load and merge adapter folders: tuned norm scales, and what PEFT's other methods train."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from ofa.adapters.base_norms import fingerprints as fingerprints
     from ofa.adapters.gguf_norms import merge_gguf as merge_gguf
     from ofa.adapters.pool import AdapterPool as AdapterPool
-    from ofa.adapters.push import push_to_hub as push_to_hub
     from ofa.adapters.read import Adapter as Adapter
     from ofa.adapters.read import read_adapter as read_adapter
     from ofa.adapters.save_and_load import load_adapter as load_adapter
@@ -23,7 +22,6 @@ __all__, __getattr__, __dir__ = on_first_use(
     {
         "merge_gguf": "ofa.adapters.gguf_norms",
         "AdapterPool": "ofa.adapters.pool",
-        "push_to_hub": "ofa.adapters.push",
         "Adapter": "ofa.adapters.read",
         "fingerprints": "ofa.adapters.base_norms",
         "load_adapter": "ofa.adapters.save_and_load",

@@ -44,63 +44,60 @@ def model_card(details: Json, task_type: str | None, kind: str = NORMS) -> str:
         _QUANTIZED if details.get("base_source") == "embedded" else "",
         _made_from(details, task, kind),
         _scores(details, _PROTOCOL_OF_HEADS if task_type == "SEQ_CLS" else _PROTOCOL),
-        usage(HERE, task_type, published=False, base=details["base_model"]),
+        _usage(task_type, details["base_model"]),
         "Made with " + ", ".join(f"{name} {version}" for name, version in details["versions"].items()) + ".\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def named(base: str | None) -> str:
-    """The base model's name in the text of a card."""
+def _named(base: str | None) -> str:
+    """The base model's name in the text."""
     return f"`{base}`" if base else "an unnamed model"
 
 
-def usage(place: str, task_type: str | None, *, published: bool, base: str | None = None) -> str:
-    """The section on use, for an adapter in the folder `place`, or `published` in the hub repository of that name."""
+def _usage(task_type: str | None, base: str | None) -> str:
+    """The section on use."""
     if base is not None and base.lower().endswith(".gguf"):
-        load = _load_gguf(base, place)
+        load = _load_gguf(base)
     elif task_type == "CAUSAL_LM":
         load = (
-            f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
+            f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{HERE}")'
         )
     elif task_type == "SEQ_CLS":
-        load = _load_head(place, base, published=published)
+        load = _load_head(base)
     else:
-        load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
-    download, folder = (f"hf download {place} --local-dir adapter\n", "adapter") if published else ("", place)
+        load = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "{HERE}")'
     return (
         f"## Use\n\n```python\n{load}\n```\n\nor, with the task's template and label words applied:\n\n"
-        f'```bash\n{download}ofa predict {folder} --text "..."\n```\n'
+        f'```bash\nofa predict {HERE} --text "..."\n```\n'
     )
 
 
-def _load_head(place: str, base: str | None, *, published: bool) -> str:
+def _load_head(base: str | None) -> str:
     """Python that opens an encoder with the head in its adapter, by transformers alone."""
-    labels = f'hf_hub_download("{place}", "{BASE_CONFIG}")' if published else f'"{place}/{BASE_CONFIG}"'
     return (
-        ("from huggingface_hub import hf_hub_download\n" if published else "")
-        + "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline\n\n"
-        f"config = AutoConfig.from_pretrained({labels})  # with the labels\n"
-        f'model = AutoModelForSequenceClassification.from_pretrained("{place}", config=config)\n'
+        "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline\n\n"
+        f'config = AutoConfig.from_pretrained("{HERE}/{BASE_CONFIG}")  # with the labels\n'
+        f'model = AutoModelForSequenceClassification.from_pretrained("{HERE}", config=config)\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
         'classify = pipeline("text-classification", model=model, tokenizer=tokenizer)'
     )
 
 
-def _load_gguf(base: str, place: str) -> str:
+def _load_gguf(base: str) -> str:
     """Python that loads a GGUF base; without `dequantize`, some versions of transformers leave the weights packed."""
     folder, _, name = base.rpartition("/")
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, GgufConfig\n\n"
         "base_model = AutoModelForCausalLM.from_pretrained(\n"
         f'    "{folder or "."}", gguf_file="{name}", quantization_config=GgufConfig(dequantize=True)\n'
-        f')\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
+        f')\nmodel = PeftModel.from_pretrained(base_model, "{HERE}")'
     )
 
 
 def _what(details: Json, task_type: str | None, kind: str) -> str:
     rest = "and a classification head" if task_type == "SEQ_CLS" else "and nothing else"
-    count, base = f"{details['parameters']:,}", named(details["base_model"])
+    count, base = f"{details['parameters']:,}", _named(details["base_model"])
     if kind == NORMS:
         return (
             f"{count} tuned norm scales of {base}, {rest}: a PEFT LN-tuning adapter made with `ofa` "

@@ -103,7 +103,6 @@ REFUSED = (
     ("compare", "--tasks", "tickets", "--model", "./nowhere", "--out", "out"),
     ("report", "nowhere"),
     ("inspect", "./nowhere"),
-    ("push", "nowhere", "me/adapter"),
     ("demo", "--task", "nothing"),
 )
 

@@ -14,7 +14,7 @@ import pytest
 from ofa.adapters.folder import CHECKPOINT
 from tests.ofa.command_line import FIT_FILES, TEMPLATE, TEST, TRAIN, names, ofa, write_rows
 
-COMMANDS = ("demo", "fit", "evaluate", "predict", "compare", "report", "probe", "merge", "push", "inspect", "doctor")
+COMMANDS = ("demo", "fit", "evaluate", "predict", "compare", "report", "probe", "merge", "inspect", "doctor")
 HEAVY = "{'torch', 'transformers', 'datasets', 'matplotlib', 'peft'}"
 # One thread: the matrices are too small to share. A narrow terminal by name must not break our lines.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "40"}
