@@ -42,11 +42,6 @@ def set_quiet(quiet: bool) -> bool:
     return quiet
 
 
-def is_quiet() -> bool:
-    """True if `--quiet` was given."""
-    return _quiet
-
-
 def notice(text: str) -> None:
     """Print a line on standard error, unless `--quiet`."""
     if not _quiet:

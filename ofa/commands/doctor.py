@@ -6,9 +6,6 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ofa.commands.console import reports_errors, show, show_json
 from ofa.commands.options import (
@@ -25,7 +22,6 @@ _OPTIONAL = ("triton",)
 def doctor(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Leave with status 1 if there is any advice.")] = False,
 ) -> None:
     """Show versions, devices, which kernels run where, the model cache, and advice where something is missing."""
     document = examine()
@@ -33,8 +29,6 @@ def doctor(
         show_json(document)
     else:
         _show(document)
-    if strict and document["advice"]:
-        raise SystemExit(1)
 
 
 def examine() -> Json:

@@ -71,20 +71,8 @@ class GuidedStep:
     to_average: float
 
 
-def added_terms(gradient: Tensor, reference: Reference, weights: Weights) -> Tensor:
-    """λ_d (1 − ⟨ĝ, r̂⟩) + λ_m max(0, ‖g‖ − τ)² − λ_a ⟨ĝ, ŝ⟩ of a gradient (n,) ≠ 0, a scalar; differentiable in g."""
-    norm = gradient.norm()
-    unit = gradient / norm
-    terms = weights.direction * (1 - unit @ _unit(reference.average))
-    if reference.threshold is not None:
-        terms = terms + weights.magnitude * (norm - reference.threshold).clamp(min=0) ** 2
-    if reference.source is not None:
-        terms = terms - weights.alignment * (unit @ _unit(reference.source))
-    return terms
-
-
 def outer_gradient(gradient: Tensor, reference: Reference, weights: Weights) -> Tensor:
-    """u, the gradient of `added_terms` in g, (n,).
+    """u, the gradient of the added terms in g, (n,).
 
     u = 2 λ_m max(0, ‖g‖ − τ) ĝ − (λ_d/‖g‖)(r̂ − ⟨ĝ, r̂⟩ ĝ) − (λ_a/‖g‖)(ŝ − ⟨ĝ, ŝ⟩ ĝ)
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ofa.comparison.store import RUN
 
@@ -29,20 +26,6 @@ def read_runs(folder: Path) -> Runs:
         newest = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return NO_RUNS
-    noted = list(_noted(newest))
-    commands = dict.fromkeys(_command(run) for run in reversed(noted) if run.get("command"))
-    listed = [run["cells"] for run in noted if isinstance(run.get("cells"), list)]
-    cells = frozenset(str(key) for keys in listed for key in keys)
-    return Runs(tuple(commands), cells)
-
-
-def _noted(newest: object) -> Iterator[Mapping[str, Any]]:
-    """The runs, newest first."""
-    if isinstance(newest, Mapping):
-        yield newest
-        yield from (run for run in newest.get("earlier", ()) if isinstance(run, Mapping))
-
-
-def _command(run: Mapping[str, object]) -> str:
-    command = run["command"]
-    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+    noted = [newest, *newest["earlier"]]
+    commands = dict.fromkeys(run["command"] for run in reversed(noted))
+    return Runs(tuple(commands), frozenset(key for run in noted for key in run["cells"]))
