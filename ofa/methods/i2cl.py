@@ -24,6 +24,7 @@ from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.methods.last_token import last_token_outputs
 from ofa.methods.options import special_case
+from ofa.models.introspection import frozen
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
@@ -65,7 +66,7 @@ def fit(
     mixture = Mixture(model, context_vectors(model, scorer.encoder, shots))
     mixture.attach()
     try:
-        with _frozen(model), mixture.calibrating(config.seed) as parameters:
+        with frozen(model), mixture.calibrating(config.seed) as parameters:
             result = train(
                 model,
                 scorer.encoder,
@@ -179,15 +180,3 @@ def _exits(model: CausalLM) -> list[str]:
             "method"
         )
     return [branch.exit for branch in branches]
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

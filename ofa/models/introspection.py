@@ -39,6 +39,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Every parameter frozen; afterwards each one's flag is restored."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def accepted_arguments(model: CausalLM) -> set[str]:
     """The arguments of a model's forward, seen through a PEFT wrapper; empty if the wrapper rewrites the input."""
     adapter = getattr(model, "active_peft_config", None)

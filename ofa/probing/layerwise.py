@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ofa import anatomy as anatomies
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder, batches_by_length, collate, scores_whole_words
 from ofa.evaluation.scorer import Progress
-from ofa.models.introspection import accepted_arguments, evaluating, model_window
+from ofa.models.introspection import accepted_arguments, evaluating, frozen, model_window
 from ofa.models.load import refuse_encoder
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.probing.linear_probe import linear_probe
@@ -97,7 +96,7 @@ def probe(
     passes = len(prompts) * (len(granularities) + len(_contexts(words))) + len(training_prompts)
     subject = _Subject(model, LogitLens(model, anatomy.layers), encoder.pad_id, batch_size, _counted(progress, passes))
     how = {"samples": samples, "convention": convention, "tokens": tokens, "seed": seed}
-    with evaluating(model), _frozen(model):
+    with evaluating(model), frozen(model):  # the closed form of the trace requires constant weights
         steps = {name: _measured_steps(subject, prompts, name, estimator, **how) for name in granularities}
         log_probabilities, states = _read_words(subject, prompts, words)
         known = _last_states(subject, training_prompts) if training else None
@@ -129,18 +128,6 @@ class _Subject:
         for batch in batches_by_length([len(sequence) for sequence in sequences], self.batch_size):
             yield batch, *collate([sequences[index] for index in batch], self.pad_id)
             self.count(len(batch))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters for the duration: the closed form of the trace requires constant weights."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
 
 
 def _measured_steps(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,6 @@ class HubTask:
     revision: str | None = None
     data_files: str | None = None
     """Pattern of the files of all splits in that revision, if the repository does not declare them."""
-    notes: str = ""
 
     @property
     def task(self) -> Task:
@@ -89,8 +87,7 @@ HUB_TASKS: Mapping[str, HubTask] = {
             labels=("Abbreviation", "Entity", "Description", "Person", "Location", "Number"),
             source_labels=("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
             label_columns=("label_coarse_original",),
-            integers_in_order=False,
-            notes="The integers of label and label_coarse follow another order (0 is DESC).",
+            integers_in_order=False,  # those of label and label_coarse follow another order: 0 is DESC
         ),
         HubTask(
             name="agnews",
@@ -115,8 +112,7 @@ HUB_TASKS: Mapping[str, HubTask] = {
             source_labels=("noHate", "hate"),
             label_columns=NAMED_OR_NUMBERED,
             other_labels_dropped=True,
-            test_split=None,
-            notes="The few rows labelled idk/skip (2) and relation (3) are left out before the split is halved.",
+            test_split=None,  # halved without the few rows labelled idk/skip (2) and relation (3)
         ),
         HubTask(
             name="dbpedia",
@@ -132,7 +128,6 @@ HUB_TASKS: Mapping[str, HubTask] = {
             ),
             text_column="content",
             config="dbpedia_14",
-            notes="The title is not part of the input.",
         ),
         HubTask(
             name="emo",
@@ -141,9 +136,8 @@ HUB_TASKS: Mapping[str, HubTask] = {
             labels=("others", "happy", "sad", "angry"),
             source_labels=("others", "happy", "sad", "angry"),
             config="emo2019",
-            revision="refs/convert/parquet",
+            revision="refs/convert/parquet",  # the main one is a loading script, which is never run
             data_files="emo2019/*/*.parquet",
-            notes="The main revision is a loading script, which is never run; the converted revision holds its files.",
         ),
         HubTask(
             name="mr",
@@ -185,38 +179,34 @@ def load_hub_dataset(
     text_column: str = "",
     label_column: str = "",
     label_words: Sequence[str] = (),
-    open_ended: bool = False,
-    config: str | None = None,
-    revision: str | None = None,
-    train_split: str = "train",
     test_split: str | None = "test",
     offline: bool = False,
 ) -> TaskData:
     """Load any data set of the hub that has the columns of the template and of the label.
 
     `label_words` are the words for the integers 0, 1, … in the data; the data's own names are the default. With
-    `open_ended` the two columns are prompt and completion; with `offline` only the cache is read; `test_split=None`
-    loads no test examples. Rows without text are dropped. Raises `InputError` if it cannot be loaded or used.
+    `offline` only the cache is read; `test_split=None` loads no test examples. Rows without text are dropped. Raises
+    `InputError` if it cannot be loaded or used.
     """
-    splits = [split for split in (train_split, test_split) if split is not None]
-    columns = draft(template, open_ended, text_column, label_column).columns
-    found = find_dataset(hub_id, config=config, revision=revision, offline=offline)
+    splits = [split for split in ("train", test_split) if split is not None]
+    columns = draft(template, False, text_column, label_column).columns
+    found = find_dataset(hub_id, offline=offline)
     tables = [_column_table(found.split(split), f"{hub_id} ({split})", columns) for split in splits]
     names = tables[0].label_names.get(find_column(columns.label_column, tables[0].columns, hub_id), ())
-    words = () if open_ended else tuple(label_words) or names
+    words = tuple(label_words) or names
     read = [examples_of(table.rows_with_text(columns), columns, words, table.label_names) for table in tables]
     for table, examples in zip(tables, read, strict=True):
         if not examples:
             raise InputError(f"{table.where} has no row with {' and '.join(columns.names)}: choose another split")
-        warn_of_duplicates(examples, table.where, pairs=open_ended)
+        warn_of_duplicates(examples, table.where, pairs=False)
     for examples in read[1:]:
         warn_of_shared_texts(read[0], examples, hub_id)
-    if not (open_ended or words):
+    labels = words or sorted_labels(example.label for part in read for example in part)
+    if not words:
         warn_of_alike_labels([example for part in read for example in part], hub_id)
-    named = () if open_ended else words or sorted_labels(example.label for part in read for example in part)
-    if named and not words and are_numbers(named):
-        warn_of_number_labels(hub_id, named)
-    task = Task(hub_id, template, named, text_column, label_column)
+        if are_numbers(labels):
+            warn_of_number_labels(hub_id, labels)
+    task = Task(hub_id, template, labels, text_column, label_column)
     return TaskData(task, tuple(read[0]), tuple(read[1]) if len(read) > 1 else ())
 
 
@@ -308,20 +298,12 @@ def _check_every_label(row: HubTask, examples: Sequence[Example], split: str, so
 
 def _read_folder(folder: Path, row: HubTask, split: str, columns: Sequence[str]) -> _Table:
     files = _split_files(folder, row, split)
-    where = " and ".join(str(file) for file in files)
-    if files[0].suffix != ".parquet":
-        rows = [values for file in files for _, values in Table(file)]
-        found = tuple(rows[0]) if rows else ()
-        return _Table(where, found, {name: [values.get(name) for values in rows] for name in columns if name in found})
-    import datasets
-
-    # `datasets` copies what it reads into a cache; a local file needs no copy.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=cache, keep_in_memory=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise InputError(f"{where} cannot be read as parquet ({error}): download it again") from error
-    return _table(dataset, where, columns)
+    where = " and ".join(map(str, files))
+    tables = [Table(file) for file in files]
+    rows = [values for table in tables for _, values in table]
+    found = tuple(rows[0]) if rows else ()
+    values = {name: [row.get(name) for row in rows] for name in columns if name in found}
+    return _Table(where, found, values, tables[0].class_names)
 
 
 def _split_files(folder: Path, row: HubTask, split: str) -> list[Path]:

@@ -352,12 +352,14 @@ def classified(names, labels):
 
 def test_any_data_set_brings_its_class_names_as_labels(hub):
     hub.splits = {"train": classified(["no", "yes"], [1, 0]), "test": classified(["no", "yes"], [0])}
-    data = load_hub_dataset("someone/data", template=TEMPLATE, config="en", revision="v1")
+    data = load_hub_dataset("someone/data", template=TEMPLATE)
     assert data.task.labels == ("no", "yes")
     assert data.train == (Example("t1", "yes"), Example("t0", "no"))
     assert data.test == (Example("t0", "no"),)
-    request = {"name": "en", "revision": "v1"}
-    assert hub.requests == [("someone/data", request | {"split": split}) for split in ("train", "test")]
+    assert [(path, options["split"]) for path, options in hub.requests] == [
+        ("someone/data", "train"),
+        ("someone/data", "test"),
+    ]
 
 
 def test_label_words_replace_class_names_and_name_bare_integers(hub):
@@ -393,20 +395,6 @@ def test_labels_written_as_text_are_collected_from_all_splits(hub):
         load_hub_dataset("a/b", **options, label_words=("x", "y"))
 
 
-def test_prompt_and_completion_columns_make_an_open_ended_task(hub):
-    hub.splits = {"train": datasets.Dataset.from_dict({"prompt": ["2 + 2 ="], "completion": ["4"]})}
-    data = load_hub_dataset(
-        "a/b",
-        template="{text}",
-        text_column="prompt",
-        label_column="completion",
-        open_ended=True,
-        test_split=None,
-    )
-    assert data.task.open_ended
-    assert data.train == (Example("2 + 2 =", "4"),)
-
-
 @pytest.mark.parametrize(
     ("split", "options", "complaint"),
     [
@@ -415,8 +403,7 @@ def test_prompt_and_completion_columns_make_an_open_ended_task(hub):
         (classified(["a", "b"], [0, 1]), {"template": "{title} {text}:"}, 'no column "title"'),
         (classified(["a", "b"], [0, 1]), {"text_column": "body"}, 'no column "body"'),
         (classified(["a", "b"], [0, 1]), {"label_column": "y"}, r'no column "y" \(columns found: "text", "label"\)'),
-        (classified(["a", "b"], [0, 1]), {"train_split": "dev"}, 'split "dev".*could not be loaded'),
-        (classified(["a", "b"], [0, 1]), {"open_ended": True}, 'no column "prompt"'),
+        (classified(["a", "b"], [0, 1]), {"test_split": "dev"}, 'split "dev".*could not be loaded'),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_refused(hub, split, options, complaint):
