@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +121,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.task_ = Task("sklearn", self.template, self._words())
         texts = self._texts(X)
         train = tuple(Example(text, self.task_.labels[number]) for text, number in zip(texts, numbers, strict=True))
-        with _Shared.of(self).alone() as loaded:
+        with self._alone() as loaded:
             adaptation = adapt(
                 loaded.model,
                 loaded.tokenizer,
@@ -150,7 +149,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         texts = self._texts(X)
         adapter = read_any_adapter(self.adapter_)
         calibration = calibration_from(adapter.details, self.task_.labels)
-        with _Shared.of(self).alone() as loaded, opened_adapter(loaded.model, adapter) as model:
+        with self._alone() as loaded, opened_adapter(loaded.model, adapter) as model:
             scorer = Scorer(model, loaded.tokenizer, self.task_, batch_size=self.batch_size, calibration=calibration)
             return scorer.predict_proba(texts).double().numpy()
 
@@ -193,6 +192,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 (folder / name).write_bytes(content)
             self.adapter_ = str(folder)
 
+    @contextmanager
+    def _alone(self) -> Iterator[LoadedModel]:
+        loaded, lock = _shared(self.model, self.dtype, self.device)
+        with lock:
+            yield loaded
+
     def _words(self) -> tuple[str, ...]:
         if self.labels is None:
             return tuple(str(value) for value in self.classes_.tolist())
@@ -218,27 +223,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return [self.task_.text_of(row, f"text {number}") for number, row in enumerate(rows, start=1)]
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """A loaded model that classifiers use one after the other."""
-
-    loaded: LoadedModel
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @staticmethod
-    def of(classifier: FewShotClassifier) -> _Shared:
-        return _shared(classifier.model, classifier.dtype, classifier.device)
-
-    @contextmanager
-    def alone(self) -> Iterator[LoadedModel]:
-        with self.lock:
-            yield self.loaded
-
-
 @functools.lru_cache(maxsize=1)
-def _shared(model: str | None, dtype: str, device: str) -> _Shared:
-    """The last model stays loaded for the next clone."""
-    return _Shared(load_model(model, dtype=dtype, device=device))
+def _shared(model: str | None, dtype: str, device: str) -> tuple[LoadedModel, threading.RLock]:
+    """A loaded model, which classifiers use one after the other; the last one stays loaded for the next clone."""
+    return load_model(model, dtype=dtype, device=device), threading.RLock()
 
 
 _temporary: weakref.WeakKeyDictionary[FewShotClassifier, tuple[str, weakref.finalize[..., Any]]]

@@ -89,9 +89,9 @@ def asked_chat(
     adapters: Sequence[Path] = (),
     demonstrations: Sequence[str] = (),
 ) -> Task:
-    """The task of an adapter as it is; any other in the model's chat template if that is asked for or the default.
+    """The task of an adapter as it is; any other in the model's chat template if that is asked for.
 
-    A default is told in one line.
+    That it is not used is told in one line.
 
     Raises:
         InputError: see `ofa.evaluation.chat.asked_chat`.
@@ -101,16 +101,16 @@ def asked_chat(
     if adapters:
         return task
     asked = chat.asked_chat(task, tokenizer, turns.chat, turns.system, demonstrations=demonstrations)
-    tell_chat(task, asked, turns, tokenizer)
+    tell_chat(task, turns, tokenizer)
     return asked
 
 
-def tell_chat(task: Task, asked: Task, turns: ChatOptions, tokenizer: Tokenizer) -> None:
-    """Tell in one line what was chosen if the options left it open."""
+def tell_chat(task: Task, turns: ChatOptions, tokenizer: Tokenizer) -> None:
+    """Tell in one line that the chat template is not used if the options left it open."""
     from ofa.evaluation.chat import is_open
 
     if is_open(task, tokenizer, turns.chat, turns.system):
-        notice(f"chat template: {'used (--no-chat leaves it out)' if asked.chat else 'not used (see --chat)'}")
+        notice("chat template: not used (see --chat)")
 
 
 def base_of(folder: Path, model: str | None) -> str:

@@ -151,9 +151,8 @@ def _plan(
     loaded = load_tokenizer(
         grid.model, offline=machines.offline, trust_remote_code=machines.trust_remote_code, progress=notice
     )
-    name, plain = next(iter(tasks.items()))
+    tell_chat(next(iter(tasks.values())).task, ChatOptions(grid.chat, grid.system), loaded.tokenizer)
     tasks = asked_chats(tasks, loaded.tokenizer, grid)
-    tell_chat(plain.task, tasks[name].task, ChatOptions(grid.chat, grid.system), loaded.tokenizer)
     measured = sizes(tasks, loaded.tokenizer)
     if not drop_demonstrations:
         check_window(measured, model_window(loaded))

@@ -9,9 +9,6 @@ from ofa.errors import InputError, first_sentence
 from ofa.models.types import Tokenizer
 from ofa.tasks.task import Task
 
-BY_DEFAULT = False
-"""Whether the prompt of a model with a chat template is a chat if this is left open (docs/studies.md)."""
-
 _PROMPT = "the prompt goes here"
 _ANSWER = "the answer goes here"
 
@@ -24,10 +21,10 @@ def asked_chat(
     *,
     demonstrations: Sequence[str] = (),
 ) -> Task:
-    """The task, `in_chat` if asked for: by `chat`, by a system prompt, or, if both are left open, by `BY_DEFAULT`.
+    """The task, `in_chat` if asked for by `chat` or by a system prompt; docs/studies.md says why not by default.
 
     `demonstrations` names what puts demonstrations in front of a prompt. They are not turns, so that a chat is refused
-    beside them, and is not taken by default.
+    beside them.
 
     Raises:
         InputError: the options contradict each other or the task, or the model has no chat template that can be used.
@@ -36,8 +33,6 @@ def asked_chat(
         raise InputError("a system prompt is a turn of a chat: leave it out, or leave out --no-chat")
     if task.chat and (chat is not None or system is not None):
         raise InputError(f"the template of task {task.name!r} is a chat already: leave out --chat, --no-chat, --system")
-    if is_open(task, tokenizer, chat, system):
-        chat = BY_DEFAULT and not demonstrations
     if not chat and system is None:
         return task
     if demonstrations:
@@ -48,7 +43,7 @@ def asked_chat(
 
 
 def is_open(task: Task, tokenizer: Tokenizer, chat: bool | None, system: str | None) -> bool:
-    """True if the default decides, and there is something to decide."""
+    """True if no option decides, and the model has a chat template."""
     return chat is None and system is None and _has_template(tokenizer) and not task.chat
 
 

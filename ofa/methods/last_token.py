@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from torch import Tensor, nn
 
 from ofa.anatomy.module_io import hidden_output
 from ofa.evaluation.prefix_cache import PrefixCache
-from ofa.models.introspection import evaluating
+from ofa.models.introspection import evaluating, hooked
 from ofa.models.types import CausalLM
 
 
 def last_token_outputs(model: CausalLM, paths: Sequence[str], ids: Sequence[int]) -> list[Tensor]:
     """Output (d,) of each module at the last token of `ids`, in its own dtype, from one forward."""
-    outputs: dict[str, Tensor] = {}
+    modules = [model.get_submodule(path) for path in paths]
+    outputs: dict[nn.Module, Tensor] = {}
 
-    def recorder(path: str) -> object:
-        def record(module: nn.Module, args: object, output: object) -> None:
-            hidden = hidden_output(output)
-            # OPT's MLP has no batch dimension. Clone, because some layers add to a branch's output in place.
-            outputs[path] = hidden.reshape(-1, hidden.shape[-1])[-1].clone()
+    def record(module: nn.Module, args: object, output: object) -> None:
+        hidden = hidden_output(output)
+        # OPT's MLP has no batch dimension. Clone, because some layers add to a branch's output in place.
+        outputs[module] = hidden.reshape(-1, hidden.shape[-1])[-1].clone()
 
-        return record
-
-    with ExitStack() as hooks, evaluating(model):
-        for path in paths:
-            hooks.callback(model.get_submodule(path).register_forward_hook(recorder(path)).remove)
+    with hooked(modules, record), evaluating(model):
         PrefixCache(model, (), pad_id=0).last_logits([ids])
-    return [outputs[path] for path in paths]
+    return [outputs[module] for module in modules]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor
 from ofa.methods.peft_training import fit_adapter
+from ofa.models.introspection import hooked
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
@@ -61,8 +62,7 @@ def config_for(model: CausalLM) -> PeftConfig:
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1, prompt_tuning_init="SAMPLE_VOCAB")
 
 
-@contextmanager
-def _embedded_first(embedding: nn.Module, vectors: Tensor) -> Iterator[None]:
+def _embedded_first(embedding: nn.Module, vectors: Tensor) -> AbstractContextManager[None]:
     """Replace the embeddings of the first K tokens by `vectors` (1, K, d)."""
 
     def replace(module: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -70,8 +70,4 @@ def _embedded_first(embedding: nn.Module, vectors: Tensor) -> Iterator[None]:
         output[:, : vectors.shape[1]] = vectors.to(output.dtype)
         return output
 
-    handle = embedding.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked([embedding], replace)

@@ -7,8 +7,8 @@ earlier positions. Whole words attend to the overwritten state, but are not over
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import Predictor, nothing_to_release
 from ofa.methods.last_token import last_token_outputs
-from ofa.models.introspection import model_window
+from ofa.models.introspection import hooked, model_window
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.sampling import class_balanced
 from ofa.tasks.task import Example, Task
@@ -102,19 +102,14 @@ class TaskVectorScorer(Scorer):
         """The prefix cache with an intervention that overwrites the state."""
         return PrefixCache(self.model, demonstrations, self.encoder.pad_id, intervention=self._overwriting)
 
-    @contextmanager
-    def _overwriting(self, columns: Tensor) -> Iterator[None]:
+    def _overwriting(self, columns: Tensor) -> AbstractContextManager[None]:
         def overwrite(module: nn.Module, args: object, output: object) -> object:
             hidden = hidden_output(output).clone()
             rows = torch.arange(len(hidden), device=hidden.device)
             hidden[rows, columns.to(hidden.device)] = self._state
             return replace_hidden_output(output, hidden, lambda other: other)
 
-        handle = self._layer.register_forward_hook(overwrite)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return hooked([self._layer], overwrite)
 
 
 def _prompt(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], query: Example) -> list[int]:

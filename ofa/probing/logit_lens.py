@@ -7,15 +7,14 @@ layer by the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ofa.anatomy.module_io import hidden_output, replace_hidden_output
-from ofa.models.introspection import accepted_arguments
+from ofa.models.introspection import accepted_arguments, hooked
 from ofa.models.types import CausalLM
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class LogitLens:
             hidden = hidden_output(output)[:, -input_ids.shape[1] :]
             seen.append(hidden[rows.to(hidden.device), places.to(hidden.device)].to(self._device))
 
-        with _hooked(self._layers, read):
+        with hooked(self._layers, read):
             self._run(input_ids, attention_mask=attention_mask.to(self._device), **self._one_logit)
         return torch.stack(seen)
 
@@ -68,19 +67,9 @@ class LogitLens:
         def substitute(module: nn.Module, args: object, output: object) -> object:
             return replace_hidden_output(output, states.to(hidden_output(output).device), lambda tensor: tensor)
 
-        with _hooked(self._layers[-1:], substitute):
+        with hooked(self._layers[-1:], substitute):
             output = self._run(torch.zeros(1, 1, dtype=torch.long))
         return output.logits.reshape(len(states), -1).float()
 
     def _run(self, input_ids: Tensor, **arguments: object) -> ModelOutput:
         return self.model(input_ids=input_ids.to(self._device), **self._no_cache, **arguments)
-
-
-@contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[..., object]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,7 +9,6 @@ import pytest
 
 import ofa
 from ofa.errors import InputError
-from ofa.evaluation import chat as chats
 from ofa.evaluation.chat import asked_chat, in_chat
 from ofa.evaluation.encoding import Encoder
 from ofa.tasks.task import Example, Task
@@ -149,23 +148,13 @@ def test_no_family_lets_a_text_write_its_control_tokens(template):
     assert controls(tokenizer, attack) == controls(tokenizer, encoder.encode_prompt("warm"))
 
 
-@pytest.mark.parametrize("by_default", [False, True])
 @pytest.mark.parametrize(
-    ("asked", "has_template", "chat"),
-    [
-        ({}, True, None),
-        ({}, False, False),
-        ({"demonstrations": ["icl"]}, True, False),
-        ({"chat": False}, True, False),
-        ({"chat": True}, True, True),
-        ({"system": "Be brief."}, True, True),
-    ],
+    ("asked", "chat"),
+    [({}, False), ({"chat": False}, False), ({"chat": True}, True), ({"system": "Be brief."}, True)],
     ids=str,
 )
-def test_the_default_decides_only_what_was_left_open(monkeypatch, by_default, asked, has_template, chat):
-    monkeypatch.setattr(chats, "BY_DEFAULT", by_default)
-    tokenizer = with_template(chatml_tokenizer(), CHATML if has_template else None)
-    assert asked_chat(TASK, tokenizer, **asked).chat is (by_default if chat is None else chat)
+def test_a_chat_is_made_only_if_it_is_asked_for(asked, chat):
+    assert asked_chat(TASK, with_template(chatml_tokenizer(), CHATML), **asked).chat is chat
 
 
 @pytest.mark.parametrize(
@@ -230,10 +219,8 @@ def test_an_adapter_keeps_its_chat(chat_folder, tmp_path):
     assert "leave out --no-chat" in run("evaluate", "--data", test, "--no-chat", "--system", "x", *where[:6]).err
 
 
-@pytest.mark.parametrize("by_default", [False, True])
-def test_the_default_is_told_in_one_line(monkeypatch, chat_folder, tmp_path, by_default):
+def test_the_default_is_told_in_one_line(chat_folder, tmp_path):
     """Also that every command takes it: what fit trains on is what evaluate, probe and suggest read of a bare model."""
-    monkeypatch.setattr(chats, "BY_DEFAULT", by_default)
     data = write_rows(tmp_path / "data.jsonl", TEST)
     where = ["--data", data, "--template", TEMPLATE, "--labels", LABELS, "--model", chat_folder]
     adapter = tmp_path / "adapter"
@@ -243,11 +230,10 @@ def test_the_default_is_told_in_one_line(monkeypatch, chat_folder, tmp_path, by_
         run("probe", *where, "--out", tmp_path / "probed"),
         run("suggest", *where[2:], "--data", write_rows(tmp_path / "new.jsonl", [("a film", "")])),
     ]
-    line = "chat template: used (--no-chat leaves it out)" if by_default else "chat template: not used (see --chat)"
     for finished in runs:
         assert finished.status == 0, finished.err
-        assert finished.err.count(line) == 1
-    assert json.loads((adapter / "ofa_config.json").read_text())["task"].get("chat", False) is by_default
+        assert finished.err.count("chat template: not used (see --chat)") == 1
+    assert json.loads((adapter / "ofa_config.json").read_text())["task"].get("chat", False) is False
     assert "chat template" not in run("evaluate", adapter, "--data", data).err
 
 
@@ -302,9 +288,7 @@ def test_compare_runs_a_grid_in_the_chat(chat_folder, tmp_path):
     assert "whether it is a chat" in run(*grid, "--no-chat", "--out", out).err
 
 
-@pytest.mark.parametrize("by_default", [False, True])
-def test_steps_with_demonstrations_are_no_chat(monkeypatch, chat_folder, by_default):
-    monkeypatch.setattr(chats, "BY_DEFAULT", by_default)
+def test_steps_with_demonstrations_are_no_chat(chat_folder):
     loaded = ofa.load_model(str(chat_folder))
     rows = [(f"{text} {number}", label) for number in "12" for text, label in (("a joy", "good"), ("a bore", "bad"))]
     settings = {"template": "{text}:", "max_steps": 1, "demonstrated_steps": 1.0}
