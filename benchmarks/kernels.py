@@ -1,6 +1,6 @@
 """Times every operation's kernels, forward and backward, and other implementations of the same, as one long table.
 
-python -m benchmarks.kernels --out benchmarks/results/kernels_h200.csv --plot docs/figures/kernels.png
+python -m benchmarks.kernels --out benchmarks/results/kernels_h200.csv
 
 GB/s count the bytes of `benchmarks.traffic`, the minimum that must move, and are compared with a copy of a large tensor
 in the same run. Without a GPU only the reference is timed, at small sizes.
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import plot_kernels, timing
+from benchmarks import timing
 from benchmarks.implementations import VARIANTS, Case, Implementation, Pass, passes
 from benchmarks.table import commit, device_name, significant, triton_version, writing
 
@@ -65,7 +65,7 @@ Maker = Callable[[str, str, float, str], Row]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all operations at all sizes, write the table, and draw it."""
+    """Measure all operations at all sizes, and write the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = _parser(device).parse_args(arguments)
     with writing(options.out, Row) as write:
@@ -74,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = [one for one in passes(options.samples) if one.name in options.operations]
         for one, rows, width, dtype in product(chosen, options.rows, options.widths, options.dtypes):
             write(_measure(one, Case(rows, width, DTYPES[dtype], device), run))
-    if options.plot and not plot_kernels.draw(options.out, options.plot):
-        print(f"no kernel was timed, so that {options.plot} is not drawn", file=sys.stderr)
 
 
 def relative_error(one: Pass, implementation: Implementation, case: Case) -> float:
@@ -178,7 +176,6 @@ def _parser(device: torch.device) -> argparse.ArgumentParser:
     names = [one.name for one in passes((1,))]
     kind = device.type
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
-    parser.add_argument("--plot", type=Path, help="PNG file to draw, if there are kernels to draw")
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS[kind], help="columns of a row")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS[kind], help="rows of a tensor")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="of the rows; γ is float32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,8 +32,8 @@ from ofa.commands.options import (
 if TYPE_CHECKING:
     from ofa.comparison.grid import Grid
     from ofa.comparison.placement import Machines, Placement
-    from ofa.comparison.plan import Plan, Size, TaskPlan
-    from ofa.comparison.records import Cell, Record
+    from ofa.comparison.plan import Plan, TaskPlan
+    from ofa.comparison.records import Record
 
 
 @reports_errors
@@ -85,16 +85,6 @@ def compare(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the cells again that failed in an earlier run.")
     ] = False,
-    drop_demonstrations: Annotated[
-        bool,
-        typer.Option(
-            "--drop-demonstrations",
-            help="Leave out the first demonstrations if they do not fit the model's window, instead of refusing.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and list the cells; run nothing.")
-    ] = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
@@ -120,13 +110,9 @@ def compare(
     check_source(grid.model, dtype=grid.dtype, device=machines.device)
     task_plans = read_tasks(grid, offline=machines.offline)
     placements = machines.placements()
-    plan, sizes = _plan(grid, task_plans, machines, drop_demonstrations=drop_demonstrations)
-    from ofa.commands.compared import show_plan, show_scores, summary
+    plan = _plan(grid, task_plans, machines)
+    from ofa.commands.compared import show_scores, summary
 
-    if dry_run:
-        cells = _cells_to_run(plan, out, retry_failed=retry_failed)
-        show_plan(plan, cells, sizes, len(placements), as_json)
-        return
     records = _run(plan, machines, placements, out, retry_failed=retry_failed)
     if as_json:
         show_json(summary(plan, records, str(out)))
@@ -139,12 +125,10 @@ def compare(
         raise SystemExit(1)
 
 
-def _plan(
-    grid: Grid, tasks: dict[str, TaskPlan], machines: Machines, *, drop_demonstrations: bool
-) -> tuple[Plan, Mapping[str, Size]]:
+def _plan(grid: Grid, tasks: dict[str, TaskPlan], machines: Machines) -> Plan:
     """The cells, after all checks that do not need the weights."""
     from ofa.commands.adapted import tell_chat
-    from ofa.comparison.plan import Plan, asked_chats, check_window, sizes
+    from ofa.comparison.plan import Plan, asked_chats, check_window
     from ofa.models.introspection import model_window
     from ofa.models.load import load_tokenizer
 
@@ -153,22 +137,11 @@ def _plan(
     )
     tell_chat(next(iter(tasks.values())).task, ChatOptions(grid.chat, grid.system), loaded.tokenizer)
     tasks = asked_chats(tasks, loaded.tokenizer, grid)
-    measured = sizes(tasks, loaded.tokenizer)
-    if not drop_demonstrations:
-        check_window(measured, model_window(loaded))
+    check_window(tasks, loaded.tokenizer, model_window(loaded), grid)
     for name, task in tasks.items():
         if len(task.tested) < grid.test_size:
             warn(f"{name} is tested on {len(task.tested)} examples, as many as its classes have")
-    return Plan(grid, loaded.name, tasks), measured
-
-
-def _cells_to_run(plan: Plan, out: Path, *, retry_failed: bool) -> tuple[Cell, ...]:
-    """The cells that a run would start; nothing is written."""
-    from ofa.comparison.store import RESULTS, read_records
-
-    records = read_records(out) if (out / RESULTS).is_file() else []
-    plan.check_against(records)
-    return plan.missing(records, retry_failed=retry_failed)
+    return Plan(grid, loaded.name, tasks)
 
 
 def _run(

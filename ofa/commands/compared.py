@@ -1,35 +1,17 @@
-"""Print the output of `ofa compare`: the cells of a dry run, and the scores."""
+"""Print the output of `ofa compare`: each finished cell, and the scores."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from rich.table import Table
 
-from ofa.commands.console import show, show_json
-from ofa.comparison.plan import Plan, Size
-from ofa.comparison.records import Cell, Record
+from ofa.commands.console import show
+from ofa.comparison.plan import Plan
+from ofa.comparison.records import Record
 from ofa.report.formatting import seconds
-
-
-def show_plan(plan: Plan, cells: Sequence[Cell], sizes: Mapping[str, Size], workers: int, as_json: bool) -> None:
-    """Show the cells of a plan by task and row, and which of them will run."""
-    if as_json:
-        show_json({"cells": [_entry(cell, cells, sizes) for cell in plan.cells], "to_run": len(cells)})
-        return
-    table = Table()
-    for name in ("task", "method", "seeds to run"):
-        table.add_column(name)
-    table.add_column("tokens to test", justify="right")
-    by_row: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for cell in cells:
-        by_row[cell.task, cell.row].append(str(cell.seed))
-    for (task, row), seeds in by_row.items():
-        table.add_row(task, row, ", ".join(seeds), f"{sizes[task].prompts:,}")
-    show(table)
-    show(f"{len(cells)} of {len(plan.cells)} cells to run with {workers} worker{'s' if workers > 1 else ''}")
 
 
 def told(record: Record) -> str:
@@ -84,15 +66,3 @@ def _accuracies(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, li
         for context, score in record.scores.items():
             found[record.cell.row, context][record.cell.task].append(score.accuracy)
     return found
-
-
-def _entry(cell: Cell, to_run: Sequence[Cell], sizes: Mapping[str, Size]) -> dict[str, object]:
-    return {
-        "key": cell.key,
-        "task": cell.task,
-        "method": cell.method,
-        "settings": dict(cell.settings),
-        "seed": cell.seed,
-        "to_run": cell in to_run,
-        "test_tokens": sizes[cell.task].prompts,
-    }

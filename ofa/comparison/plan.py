@@ -143,9 +143,7 @@ def asked_chats(tasks: Mapping[str, TaskPlan], tokenizer: Tokenizer, grid: Grid)
     """
     from ofa.evaluation.chat import asked_chat
 
-    shown = [f"the method {row.method}" for row in grid.methods if row.method in DEMONSTRATING]
-    shown += ["demonstrated_steps"] if any(row.settings.get("demonstrated_steps") for row in grid.methods) else []
-    shown += ["the context demonstrations"] if "demonstrations" in grid.contexts else []
+    shown = _showing_demonstrations(grid)
     return {
         name: _with_task(plan, asked_chat(plan.task, tokenizer, grid.chat, grid.system, demonstrations=shown))
         for name, plan in tasks.items()
@@ -157,60 +155,39 @@ def _with_task(plan: TaskPlan, task: Task) -> TaskPlan:
     return replace(plan, data=data, sha256=_digest(data))
 
 
-@dataclass(frozen=True)
-class Size:
-    """Token counts of a task: all test prompts, the longest one, the longest label word, the shots by seed.
-
-    A chat shows no shots.
-    """
-
-    prompts: int
-    longest: int
-    label: int
-    demonstrations: Mapping[int, int]
-
-
-def sizes(tasks: Mapping[str, TaskPlan], tokenizer: Tokenizer) -> dict[str, Size]:
-    """The size of every task.
-
-    Raises:
-        InputError: the labels of a task cannot be told apart under this tokenizer.
-    """
-    return {name: _size(task, tokenizer) for name, task in tasks.items()}
-
-
-def check_window(sizes: Mapping[str, Size], window: int | None) -> None:
+def check_window(tasks: Mapping[str, TaskPlan], tokenizer: Tokenizer, window: int | None, grid: Grid) -> None:
     """Check that the demonstrations of every task and seed fit the model's window with the longest test prompt.
 
     As in `Encoder`, a prompt counts as at most half the window.
 
     Raises:
-        InputError: they do not fit.
+        InputError: they do not fit, and the grid has methods or contexts with demonstrations; or the labels of a task
+            cannot be told apart under this tokenizer.
     """
-    if window is None:
-        return
-    for name, size in sizes.items():
-        for seed, taken in size.demonstrations.items():
-            if taken + min(size.longest, window // 2) + size.label > window:
+    from ofa.evaluation.encoding import Encoder
+
+    shown = _showing_demonstrations(grid)
+    for name, plan in tasks.items():
+        encoder = Encoder(tokenizer, plan.task, None)
+        if window is None or not shown:
+            continue
+        longest = max(map(len, encoder.encode_prompts([example.text for example in plan.tested])))
+        room = window - min(longest, window // 2) - max(map(len, encoder.labels.values()))
+        for seed, shots in plan.drawn.items():
+            taken = len(encoder.encode_demonstrations(shots.examples))
+            if taken > room:
                 raise InputError(
                     f"the demonstrations of {name} with seed {seed} take {taken} tokens and its longest prompt "
-                    f"{size.longest}, but the model's window is {window}: ask for fewer --shots, or pass "
-                    "--drop-demonstrations to leave out the first ones that do not fit"
+                    f"{longest}, but the model's window is {window}: ask for fewer --shots, or leave out "
+                    f"{', '.join(shown)}"
                 )
 
 
-def _size(task: TaskPlan, tokenizer: Tokenizer) -> Size:
-    from ofa.evaluation.encoding import Encoder
-
-    encoder = Encoder(tokenizer, task.task, None)
-    drawn = {} if task.task.chat else task.drawn
-    prompts = [len(ids) for ids in encoder.encode_prompts([example.text for example in task.tested])]
-    return Size(
-        prompts=sum(prompts),
-        longest=max(prompts),
-        label=max(len(ids) for ids in encoder.labels.values()),
-        demonstrations={seed: len(encoder.encode_demonstrations(shots.examples)) for seed, shots in drawn.items()},
-    )
+def _showing_demonstrations(grid: Grid) -> list[str]:
+    """What puts demonstrations in front of a prompt."""
+    shown = [f"the method {row.method}" for row in grid.methods if row.method in DEMONSTRATING]
+    shown += ["demonstrated_steps"] if any(row.settings.get("demonstrated_steps") for row in grid.methods) else []
+    return shown + (["the context demonstrations"] if "demonstrations" in grid.contexts else [])
 
 
 def _task_plan(name: str, grid: Grid, offline: bool) -> TaskPlan:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import kernels, plot_kernels
+from benchmarks import kernels
 from benchmarks.implementations import Case, Implementation, passes
 
 CPU = torch.device("cpu")
@@ -25,8 +25,8 @@ def read(file):
 
 
 def test_a_cpu_times_the_reference_of_every_operation(tmp_path):
-    out, figure = tmp_path / "results" / "kernels.csv", tmp_path / "kernels.png"
-    kernels.main(f"--out {out} --plot {figure} --widths 64 --rows 8 --samples 1 2 --repeats 2".split())
+    out = tmp_path / "results" / "kernels.csv"
+    kernels.main(f"--out {out} --widths 64 --rows 8 --samples 1 2 --repeats 2".split())
     assert out.read_text().startswith(HEADER + "\n")
     copied, *rows = read(out)
     assert (copied["benchmark"], copied["metric"]) == ("copy", "bandwidth")
@@ -37,7 +37,6 @@ def test_a_cpu_times_the_reference_of_every_operation(tmp_path):
         assert {(row["variant"], row["metric"]) for row in found} == {(v, m) for v in variants for m in METRICS}
     assert {(row["benchmark"], row["samples"]) for row in rows} == wanted
     assert all(float(row["value"]) > 0 for row in rows)
-    assert not figure.exists(), "there is no kernel to draw"
 
 
 def test_only_what_is_asked_for_is_timed(tmp_path):
@@ -106,23 +105,3 @@ def timed_with(library, monkeypatch, folder):
 def test_a_prepared_pass_can_be_called_again(one):
     call = Implementation(one.operation.eager).prepare(*one.draw(Case(3, 32, torch.float32, CPU)))
     assert all(torch.equal(before, after) for before, after in zip(call(), call(), strict=True))
-
-
-def test_a_table_with_kernels_is_drawn(tmp_path):
-    table, figure = tmp_path / "kernels.csv", tmp_path / "figures" / "kernels.png"
-    with kernels.writing(table, kernels.Row) as write:
-        write(shares())
-    assert plot_kernels.draw(table, figure)
-    assert figure.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_figure_shows_the_most_rows_of_each_width():
-    (found,) = plot_kernels.curves({k: str(v) for k, v in vars(row).items()} for row in shares()).values()
-    assert found == {"eager": [(64, 0.2)], "triton": [(64, 0.8), (128, 0.9)]}
-
-
-def shares():
-    timed = [("eager", 8, 64, 0.1), ("eager", 16, 64, 0.2), ("triton", 16, 64, 0.8), ("triton", 8, 128, 0.9)]
-    for variant, rows, width, share in timed:
-        size, where = (rows, width, 1, "bf16"), ("gpu", "2", "3", "abc")
-        yield kernels.Row("contract_forward", variant, *size, "copy_share", share, "1", *where)

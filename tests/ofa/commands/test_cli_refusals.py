@@ -534,7 +534,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
             9,
             "--shots",
             1,
-            "--drop-demonstrations",
+            *("--methods", "zero-shot", "--contexts", "prompt"),
             "--model",
             b.model,
             "--out",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ofa.comparison.plan import check_window, sizes
+from ofa.comparison.plan import check_window
 from ofa.comparison.records import Record
 from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
@@ -139,32 +139,24 @@ def test_the_window_is_refused_exactly_where_demonstrations_would_be_dropped(
     """Oracle: the encoder, which drops demonstrations with a warning; at every window around the limit."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     plan = make_plan(tasks=[tasks["kind"]], shots=shots, test_size=6, seeds="1-2")
-    measured = sizes(plan.tasks, tokenizer)
-    size, task = measured["kind"], plan.tasks["kind"]
-    limit = max(size.demonstrations.values()) + size.longest + size.label
+    task = plan.tasks["kind"]
+    whole = Encoder(tokenizer, task.task, None)
+    limit = max(len(whole.encode_demonstrations(drawn.examples)) for drawn in task.drawn.values())
+    limit += max(len(whole.encode_prompt(example.text)) for example in task.tested)
+    limit += max(map(len, whole.labels.values()))
     for window in (limit - 30, *range(limit - 3, limit + 3)):
         caplog.clear()
         for drawn in task.drawn.values():
             texts = [example.text for example in task.tested]
             Encoder(tokenizer, task.task, window).encode_demonstrations(drawn.examples, texts=texts)
         if any(record.levelno >= logging.WARNING for record in caplog.records):
-            with pytest.raises(InputError, match=rf"kind with seed \d take .* window is {window}.*--drop"):
-                check_window(measured, window)
+            with pytest.raises(InputError, match=rf"seed \d take .* window is {window}.*leave out the context"):
+                check_window(plan.tasks, tokenizer, window, plan.grid)
         else:
-            check_window(measured, window)
-    check_window(measured, None)
-
-
-def test_sizes_count_the_tokens_of_prompts_and_demonstrations(make_plan, tiny_folder):
-    """Against the tokenizer itself, which adds no special tokens here."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    plan = make_plan(shots=1, test_size=4)
-    task = plan.tasks["mood"]
-    prompts = [len(tokenizer(task.task.prompt(e.text))["input_ids"]) for e in task.tested]
-    block = "".join(task.task.demonstration(e) for e in task.drawn[1].examples)
-    size = sizes(plan.tasks, tokenizer)["mood"]
-    assert (size.prompts, size.longest) == (sum(prompts), max(prompts))
-    assert size.demonstrations == {1: len(tokenizer(block)["input_ids"])}
+            check_window(plan.tasks, tokenizer, window, plan.grid)
+    check_window(plan.tasks, tokenizer, None, plan.grid)
+    alone = plan.grid.model_copy(update={"contexts": ("prompt",)})
+    check_window(plan.tasks, tokenizer, limit - 30, alone)
 
 
 def test_a_model_is_known_before_its_weights_are_read(tiny_folder):
