@@ -34,7 +34,8 @@ def classifier(tiny_folder):
 
 
 def shared(classifier):
-    return ofa.sklearn._shared(classifier.model, classifier.dtype, classifier.device).loaded.model
+    loaded, _ = ofa.sklearn._shared(classifier.model, classifier.dtype, classifier.device)
+    return loaded.model
 
 
 def test_it_predicts_as_adapt_does_and_gives_the_model_back(classifier, tiny_model):
