@@ -77,6 +77,20 @@ def test_the_reference_leaves_nothing_out() -> None:
     }
 
 
+def test_options_that_the_pages_name_exist() -> None:
+    """In commands of `ofa`, and alone in backticks; a page outlives an option easily."""
+    group = typer.main.get_command(app)
+    parts = [part for command in (group, *group.commands.values()) for part in command.params]  # type: ignore[attr-defined]
+    known = {flag for part in parts for flag in (*part.opts, *part.secondary_opts)} | {"--help"}
+    named = {
+        (page.name, flag)
+        for page in PAGES
+        for code in re.findall(r"(?:`|^(?:\$ )?)((?:ofa |--)[^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+    }
+    assert {(page, flag) for page, flag in named if flag not in known} == set()
+
+
 def _options(command: typer.core.TyperCommand) -> set[str]:
     return {
         next(flag for flag in part.opts if flag.startswith("--")) for part in command.params if "--" in str(part.opts)
