@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import shutil
@@ -89,6 +90,14 @@ def test_options_that_the_pages_name_exist() -> None:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
     assert {(page, flag) for page, flag in named if flag not in known} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_of_the_packages_on_a_page_exist(page: Path) -> None:
+    """Such as `ofa.regularizers.attached`; files are checked above."""
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"(?<![\w./-])ofa(?:_kernels)?(?:\.[A-Za-z_]\w*)+", text)):
+        pkgutil.resolve_name(name)
 
 
 def _options(command: typer.core.TyperCommand) -> set[str]:
