@@ -42,7 +42,6 @@ def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
 
     check_base(model, adapter)
     config = PeftConfig.from_pretrained(adapter.folder)
-    targets = sorted(getattr(config, "target_modules", ()))
     norms = without_norms(config, model, adapter)
     if norms:
         undo.callback(restore_norms, model)
@@ -51,8 +50,7 @@ def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
     if adapter.labels:
         head = ReplacedHead(model, adapter.labels)
         undo.callback(head.remove)
-        targets += head.paths
-    attached = attach_adapter(model, config, targets, 0, undo)
+    attached = attach_adapter(model, config, 0, undo)
     # Without PEFT's wrapper the keys lack the path of the model in it.
     own = {key.removeprefix(PREFIX): value for key, value in adapter.parameters.items()}
     with fitting(adapter):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ofa.adapters.attach_peft import without_deprecations
 from ofa.adapters.base_norms import fingerprints
 from ofa.adapters.base_weights import weight_digests
 from ofa.adapters.folder import KINDS
@@ -179,7 +180,7 @@ def _opened(model: nn.Module, adapter: Adapter, *, keep_dtype: bool) -> CausalLM
     put_norms(model, norms)
     if adapter.labels:
         ReplacedHead(model, adapter.labels)
-    with fitting(adapter):
+    with fitting(adapter), without_deprecations():
         opened = PeftModel.from_pretrained(model, adapter.folder, config=config)
     check_tensors(opened, adapter, norms)
     return opened.eval()

@@ -87,7 +87,7 @@ def fit_adapter(
             undo.callback(head.remove)
             peft_config.modules_to_save = list(head.paths)
             targets += head.paths
-        adapted = attach_adapter(model, peft_config, targets, config.seed, undo)
+        adapted = attach_adapter(model, peft_config, config.seed, undo)
         for scale in scales.values():
             scale.requires_grad_(True)
         scorer = scored_by(adapted, tokenizer, task)

@@ -68,6 +68,19 @@ def test_it_opens_again_with_equal_probabilities(saved, tiny_model, method):
     torch.testing.assert_close(Scorer(opened, tokenizer, TASK).predict_proba(TEXTS), trained, rtol=0, atol=1e-6)
 
 
+def test_short_names_of_targets_are_taken_out_again(saved, tiny_model, monkeypatch):
+    """PEFT shortens the names of twenty targets and more, as larger models have them, to their common ends."""
+    monkeypatch.setattr("peft.tuners.tuners_utils.MIN_TARGET_MODULES_FOR_OPTIMIZATION", 1)
+    model, tokenizer = tiny_model
+    folder, _, trained = saved("lora")
+    targets = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["target_modules"]
+    assert targets == ["q_proj", "v_proj"]
+    before = state(model)
+    with opened_adapter(model, read_any_adapter(folder)) as opened:
+        torch.testing.assert_close(Scorer(opened, tokenizer, TASK).predict_proba(TEXTS), trained, rtol=0, atol=1e-6)
+    assert state(model) == before
+
+
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_the_folder_says_how_it_was_made(saved, method):
     """The method's own defaults too, which differ from those of norm tuning."""
