@@ -51,3 +51,10 @@ def test_a_fused_layer_launches_less_and_its_step_ratio_nothing_more(monkeypatch
     assert fused.nbytes <= measured.nbytes <= 0.8 * own.nbytes
     stream = 64 * 64 * 2
     assert measured.nbytes - fused.nbytes == pytest.approx(4 * stream, rel=0.2)
+
+
+def test_probes_launch_a_branch_again_and_three_kernels_for_any_number_of_them(monkeypatch):
+    """Copies, their contraction and its last sum; the branch's own launches are fewer than a layer's."""
+    monkeypatch.setattr(launches, "TOKENS", 64)
+    fused, one, four = map(of_a_layer, ("fused layers", "fused layers, one probe", "fused layers, four probes"))
+    assert four.launches == one.launches <= 2 * fused.launches
