@@ -74,7 +74,7 @@ def evaluate(
     completions and by the likelihood of the true completions.
 
     Returns:
-        The predictions and what they are worth.
+        The predictions and their metrics.
 
     Raises:
         InputError: no examples, an empty text, or a label that the task does not have.
