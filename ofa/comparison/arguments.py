@@ -1,41 +1,28 @@
 """Read a method's arguments from the signature of its `fit`: settings from the grid, and examples besides the shots.
 
-An argument named like a field of `MethodInputs` receives it. Every other one is a setting, and `**settings` stands for
-the fields of `TrainingConfig`.
+An argument `pool` receives all training examples of the task, the shots among them. Every other one is a setting, and
+`**settings` stands for the fields of `TrainingConfig`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 
 from ofa.errors import InputError
 from ofa.files import Json
 from ofa.methods import SPECIAL_CASES, method
 from ofa.methods.options import special_case
-from ofa.tasks import Example, Task, did_you_mean
+from ofa.tasks import Example, did_you_mean
 
 _COMMON = {"model", "tokenizer", "task", "shots", "seed"}
 _OF_SINGLE_RUNS = {"folder", "resume", "validation", "progress"}
+_POOL = "pool"
 
 
-@dataclass(frozen=True)
-class MethodInputs:
-    """Optional inputs of a method besides the shots of its task."""
-
-    pool: Sequence[Example]
-    """All training examples of the task, including the shots."""
-    other_tasks: Sequence[tuple[Task, Sequence[Example]]]
-    """The other tasks of the grid, each with its shots of the same seed."""
-
-
-_INPUTS = frozenset(field.name for field in fields(MethodInputs))
-
-
-def inputs_for(name: str, inputs: MethodInputs) -> dict[str, object]:
-    """The inputs that the signature of this method names, by argument."""
-    return {part: getattr(inputs, part) for part in sorted(_INPUTS & _parameters(method(name)).keys())}
+def inputs_for(name: str, pool: Sequence[Example]) -> dict[str, object]:
+    """The inputs that the signature of this method names besides the shots: the training examples of the task."""
+    return {_POOL: pool} if _POOL in _parameters(method(name)) else {}
 
 
 def check_settings(name: str, settings: Json) -> None:
@@ -70,7 +57,7 @@ def _own_settings(fit: Callable[..., object]) -> set[str]:
     named = {
         name for name, parameter in _parameters(fit).items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
-    return named - _COMMON - _OF_SINGLE_RUNS - _INPUTS
+    return named - _COMMON - _OF_SINGLE_RUNS - {_POOL}
 
 
 def _training_settings(fit: Callable[..., object]) -> set[str]:

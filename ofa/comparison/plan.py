@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
+from ofa.comparison.arguments import check_settings, inputs_for
 from ofa.comparison.grid import Grid
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError
@@ -83,8 +83,7 @@ class Plan:
     def job(self, cell: Cell) -> Job:
         """The inputs of a worker for a cell."""
         plan = self.tasks[cell.task]
-        others = [(other.task, other.drawn[cell.seed].examples) for other in self._others(cell)]
-        inputs = inputs_for(cell.method, MethodInputs(plan.data.train, others))
+        inputs = inputs_for(cell.method, plan.data.train)
         return Job(cell, plan.task, plan.drawn[cell.seed], plan.tested, inputs, self.grid.contexts)
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
@@ -106,15 +105,9 @@ class Plan:
                     "changed since, or whether it is a chat; choose another output folder"
                 )
 
-    def _others(self, cell: Cell) -> list[TaskPlan]:
-        return [plan for name, plan in self.tasks.items() if name != cell.task]
-
     def _is_outdated(self, record: Record) -> bool:
-        """True if a context of this grid was not tested, or the method learned from other tasks than this grid's."""
-        if set(record.notes.get("untested", ())) & set(self.grid.contexts):
-            return True
-        told = record.notes.get("other_tasks")
-        return told is not None and told != [other.task.name for other in self._others(record.cell)]
+        """True if a context of this grid was not tested."""
+        return bool(set(record.notes.get("untested", ())) & set(self.grid.contexts))
 
 
 def read_tasks(grid: Grid, *, offline: bool = False) -> dict[str, TaskPlan]:

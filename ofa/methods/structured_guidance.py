@@ -1,10 +1,10 @@
-"""Structured gradient guidance: consistent direction, controlled magnitude and cross-task alignment of the gradient.
+"""Structured gradient guidance: consistent direction and controlled magnitude of the gradient.
 
-The abstract of arXiv 2506.00726 names these three; its equations are not public, and the formulation here is ours
-(docs/theory.md, "Structured gradient guidance"). With the tuned parameters θ, g = ∇CE(θ), ĝ = g/‖g‖ and the constants
-r, τ, s of a `Reference`,
+The abstract of arXiv 2506.00726 names these two, and an alignment with other tasks; its equations are not public, and
+the formulation here is ours (docs/theory.md, "Structured gradient guidance"). With the tuned parameters θ, g = ∇CE(θ),
+ĝ = g/‖g‖ and the constants r, τ of a `Reference`,
 
-    L = CE + λ_d (1 − ⟨ĝ, r̂⟩) + λ_m max(0, ‖g‖ − τ)² − λ_a ⟨ĝ, ŝ⟩
+    L = CE + λ_d (1 − ⟨ĝ, r̂⟩) + λ_m max(0, ‖g‖ − τ)²
 
 The added terms depend on θ only through g. So ∇L = g + H u, with H the Hessian of CE and u their gradient in g.
 The gradient of all parameters is one vector (n,), in float64 on the CPU: n is small, but 1/‖g‖ may be large.
@@ -36,7 +36,7 @@ TWICE_DIFFERENTIABLE = ("sdpa", "eager")
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the terms λ_d, λ_m, λ_a, at least 0; for the first-order variant, shares between 0 and 1.
+    """Weights of the terms λ_d, λ_m, at least 0; for the first-order variant, shares between 0 and 1.
 
     Raises:
         InputError: a weight is negative or not finite.
@@ -44,7 +44,6 @@ class Weights:
 
     direction: float
     magnitude: float
-    alignment: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the weights."""
@@ -55,11 +54,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Reference:
-    """The constants that a gradient is compared with: r (n,), τ and s (n,); None if not known yet."""
+    """The constants that a gradient is compared with: r (n,), and τ, or None if not known yet."""
 
     average: Tensor
     threshold: float | None = None
-    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class GuidedStep:
 def outer_gradient(gradient: Tensor, reference: Reference, weights: Weights) -> Tensor:
     """u, the gradient of the added terms in g, (n,).
 
-    u = 2 λ_m max(0, ‖g‖ − τ) ĝ − (λ_d/‖g‖)(r̂ − ⟨ĝ, r̂⟩ ĝ) − (λ_a/‖g‖)(ŝ − ⟨ĝ, ŝ⟩ ĝ)
+    u = 2 λ_m max(0, ‖g‖ − τ) ĝ − (λ_d/‖g‖)(r̂ − ⟨ĝ, r̂⟩ ĝ)
 
     It is 0 if g is 0: then g has no direction, and its length does not exceed τ.
     """
@@ -85,24 +83,18 @@ def outer_gradient(gradient: Tensor, reference: Reference, weights: Weights) -> 
     unit = gradient / norm
     if reference.threshold is not None:
         result += 2 * weights.magnitude * max(0.0, norm - reference.threshold) * unit
-    result -= weights.direction / norm * _beside(_unit(reference.average), unit)
-    if reference.source is not None:
-        result -= weights.alignment / norm * _beside(_unit(reference.source), unit)
-    return result
+    average = _unit(reference.average)
+    return result - weights.direction / norm * (average - (unit @ average) * unit)
 
 
 def first_order_gradient(gradient: Tensor, reference: Reference, shares: Weights) -> Tensor:
     """The gradient (n,) changed in the direction of the terms' goals, without a second derivative.
 
     1. direction a > 0: if ⟨g, r⟩ < 0, r is projected out of g; else g becomes (1 − a) g + a ‖g‖ r̂, rescaled to ‖g‖.
-    2. alignment: if ⟨g, s⟩ < 0, that share of g's component along s is removed.
-    3. magnitude: if ‖g‖ > τ, that share of the excess is removed.
+    2. magnitude: if ‖g‖ > τ, that share of the excess is removed.
     """
     if shares.direction > 0:
         gradient = _turned(gradient, _unit(reference.average), shares.direction)
-    if reference.source is not None:
-        source = _unit(reference.source)
-        gradient = gradient - shares.alignment * (gradient @ source).clamp(max=0) * source
     if reference.threshold is not None and (norm := float(gradient.norm())) > reference.threshold:
         gradient = gradient * (1 - shares.magnitude * (1 - reference.threshold / norm))
     return gradient
@@ -113,19 +105,10 @@ class StructuredGuidance(ABC):
 
     - r starts as the gradient on all shots and is updated with g after each step.
     - τ is the median of ‖g‖ over the first epoch, during which there is no magnitude term.
-    - s is the gradient of the source loss at the start of each epoch.
-
-    `source` are losses whose sum is the loss of the source tasks; they are computed only if alignment has a weight.
     """
 
-    def __init__(self, weights: Weights, source: Sequence[Loss] = ()) -> None:
-        if weights.alignment > 0 and not source:
-            raise InputError(
-                f"alignment={weights.alignment} aligns with other tasks, and there are none: give some or leave it out"
-            )
+    def __init__(self, weights: Weights) -> None:
         self.weights, self.steps = weights, list[GuidedStep]()
-        self._source_losses = source
-        self._source: Tensor | None = None
         self._previous: Tensor | None = None
         self._threshold: float | None = None
 
@@ -136,9 +119,7 @@ class StructuredGuidance(ABC):
 
     def backward(self, loss: Loss) -> float:
         """Fill the gradients of one step, and return its loss in nats."""
-        if self.weights.alignment > 0 and len(self.steps) % self._steps_per_epoch == 0:
-            self._source = _gradient(self._source_losses, self._parameters)
-        reference = Reference(self._average, self._threshold, self._source)
+        reference = Reference(self._average, self._threshold)
         value, gradient, guided = self._guide(loss, reference)
         for parameter, part in zip(self._parameters, _split(guided, self._parameters), strict=True):
             parameter.grad = part
@@ -197,8 +178,8 @@ class FirstOrderGuidance(StructuredGuidance):
         InputError: a weight is larger than 1.
     """
 
-    def __init__(self, weights: Weights, source: Sequence[Loss] = ()) -> None:
-        super().__init__(weights, source)
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
         for name, value in vars(weights).items():
             if value > 1:
                 raise InputError(f"the setting {name}={value!r} is not usable: here it is a share, at most 1")
@@ -226,7 +207,7 @@ def check_attention(model: nn.Module) -> None:
 
 def _has_terms(weights: Weights, reference: Reference) -> bool:
     magnitude = 0.0 if reference.threshold is None else weights.magnitude
-    return weights.direction > 0 or weights.alignment > 0 or magnitude > 0
+    return weights.direction > 0 or magnitude > 0
 
 
 def _turned(gradient: Tensor, average: Tensor, share: float) -> Tensor:
@@ -241,11 +222,6 @@ def _unit(vector: Tensor) -> Tensor:
     """The normalized vector; 0 stays 0."""
     norm = vector.norm()
     return vector if norm == 0 else vector / norm
-
-
-def _beside(vector: Tensor, unit: Tensor) -> Tensor:
-    """The part of the vector that is orthogonal to a unit vector."""
-    return vector - (unit @ vector) * unit
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from ofa.comparison.arguments import MethodInputs, check_settings, inputs_for
+from ofa.comparison.arguments import check_settings, inputs_for
 from ofa.comparison.grid import Grid, checked_part
 from ofa.errors import InputError
 from ofa.methods import METHODS
-from ofa.tasks import Example, Task
+from ofa.tasks import Example
 
 
 def grid(**values):
@@ -115,7 +115,7 @@ def test_invalid_grids_are_refused(values, words):
 # Settings and inputs of methods
 
 
-def takes_all(model, tokenizer, task, shots, seed, *, pool=(), other_tasks=(), rank=8, validation=(), **settings): ...
+def takes_all(model, tokenizer, task, shots, seed, *, pool=(), rank=8, validation=(), **settings): ...
 
 
 def takes_one(model, tokenizer, task, shots, seed, *, layer=0, pool=()): ...
@@ -165,9 +165,5 @@ def test_settings_that_a_method_does_not_take_are_refused_before_anything_runs(n
 
 def test_a_method_gets_the_inputs_that_its_signature_names():
     pool = (Example("a", "b"),)
-    others = ((Task("t"), pool),)
-    inputs = MethodInputs(pool, others)
-    assert inputs_for("takes-all", inputs) == {"pool": pool, "other_tasks": others}
-    assert inputs_for("takes-one", inputs) == {"pool": pool}
-    assert inputs_for("takes-none", inputs) == {}
-    assert inputs_for("zero-shot", inputs) == {}
+    assert inputs_for("takes-all", pool) == inputs_for("takes-one", pool) == {"pool": pool}
+    assert inputs_for("takes-none", pool) == inputs_for("zero-shot", pool) == {}

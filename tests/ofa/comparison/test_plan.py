@@ -45,16 +45,14 @@ def test_all_methods_of_a_seed_get_the_same_shots_and_all_cells_the_same_test_ex
     assert Counter(example.label for example in jobs[0].tested) == {"negative": 2, "positive": 2}
 
 
-def test_inputs_are_the_training_split_and_the_shots_of_the_other_tasks(make_plan, tasks, register):
-    def fit(model, tokenizer, task, shots, seed, *, pool, other_tasks): ...
+def test_a_method_that_asks_for_the_training_split_gets_it(make_plan, tasks, register):
+    def fit(model, tokenizer, task, shots, seed, *, pool): ...
 
     register("asks", fit)
     plan = make_plan(tasks=[tasks["mood"], tasks["kind"]], methods="asks,icl", seeds="1-2")
     by_cell = {(cell.task, cell.method, cell.seed): plan.job(cell) for cell in plan.cells}
-    own, other = by_cell["mood", "asks", 2], by_cell["kind", "icl", 2]
-    assert own.inputs["pool"] == load_task(tasks["mood"]).train
-    assert own.inputs["other_tasks"] == [(other.task, other.shots.examples)]
-    assert other.inputs == {}
+    assert by_cell["mood", "asks", 2].inputs == {"pool": load_task(tasks["mood"]).train}
+    assert by_cell["kind", "icl", 2].inputs == {}
 
 
 @pytest.mark.parametrize("changed", ["task.json", "train.jsonl", "test.jsonl"])
@@ -79,13 +77,6 @@ def test_cells_without_a_record_are_missing(make_plan):
     assert plan.missing(records) == tuple(others)
     assert plan.missing(records, retry_failed=True) == (second, *others)
     assert plan.missing([Record(cell) for cell in plan.cells], retry_failed=True) == ()
-
-
-def test_a_cell_that_learned_from_other_tasks_is_run_again_when_these_are_others(make_plan, tasks):
-    plan = make_plan(tasks=[tasks["mood"], tasks["kind"]])
-    mood, kind = plan.cells
-    records = [Record(mood, notes={"other_tasks": ["kind"]}), Record(kind, notes={"other_tasks": []})]
-    assert plan.missing(records) == (kind,)
 
 
 # Refusals

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 from ofa.errors import InputError
-from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.scorer import Scorer
 from ofa.methods import method
-from ofa.methods.guided import source_losses
-from ofa.methods.structured_guidance import ExactGuidance, Weights
-from ofa.models.introspection import model_window
-from ofa.tasks import few_shot, load_demo_task
 from ofa.training.loop import Diverged, Interrupted
-from ofa.training.loss import cross_entropy, encode_example
-from ofa.tuning.norms import restore_norms, tune_norms
+from ofa.tuning.norms import restore_norms
 from tests.ofa.given_back import SHOTS, TASK, TEXTS, at_step_2, state
 
 EXACT, FIRST_ORDER = VARIANTS = ("guided", "guided-first-order")
@@ -49,20 +43,14 @@ def trained(loaded, fit, **options):
         return scales, predictor.training.records, predictor.notes
 
 
-def demo_shots(name, seed=1):
-    data = load_demo_task(name)
-    return data.task, few_shot(data.train, data.task.labels, 2, seed).examples
-
-
 # Training
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("off", [OFF, {**OFF, "other_tasks": [(TASK, SHOTS)]}], ids=["alone", "with another task"])
-def test_without_weights_it_is_norm_tuning_bit_for_bit(unchanged, name, off):
+def test_without_weights_it_is_norm_tuning_bit_for_bit(unchanged, name):
     """Scales after four epochs and the loss of every step."""
     expected, records, _ = trained(unchanged, method("norm-tuning"))
-    scales, own, _ = trained(unchanged, method(name), **off)
+    scales, own, _ = trained(unchanged, method(name), **OFF)
     assert scales.keys() == expected.keys()
     assert all(torch.equal(scales[path], value) for path, value in expected.items())
     assert [record.loss for record in own] == [record.loss for record in records]
@@ -74,11 +62,8 @@ def test_every_term_changes_the_result(unchanged, name):
     """Each term alone differs from norm tuning. The rate is high, so that some ‖g‖ exceed the first epoch's."""
     fast = {"learning_rate": 0.1}
     plain, _, _ = trained(unchanged, method("norm-tuning"), **fast)
-    other_tasks = [demo_shots("tickets")]
-    for setting in ("direction", "magnitude", "alignment"):
-        weight = {setting: 0.5, "other_tasks": other_tasks}
-        scales, _, notes = trained(unchanged, method(name), **{**fast, **OFF, **weight})
-        assert notes.get("other_tasks") == (["tickets"] if setting == "alignment" else None)
+    for setting in ("direction", "magnitude"):
+        scales, _, notes = trained(unchanged, method(name), **{**fast, **OFF, setting: 0.5})
         assert any(not torch.equal(scales[path], value) for path, value in plain.items()), setting
         if setting == "magnitude":
             assert max(notes["gradient_norm"][2:]) > notes["gradient_norm_threshold"]
@@ -131,26 +116,6 @@ def test_a_bfloat16_model_is_guided(tiny_model, name):
     assert len(records) == 8
 
 
-# Other tasks
-
-
-def test_the_source_gradient_is_that_of_the_other_tasks_mean_loss(tiny_model):
-    """Two demo tasks in parts of 3 shots, each task with its own template and labels, against their losses at once."""
-    model, tokenizer = tiny_model
-    other_tasks = [demo_shots("tickets"), demo_shots("questions")]
-    parameters = tune_norms(model)
-    guidance = ExactGuidance(Weights(0, 0, 0.5), source_losses(model, tokenizer, other_tasks, 3))
-    guidance.begin(parameters, [lambda: parameters[0].sum()])
-    guidance.backward(lambda: (parameters[0] ** 2).sum())
-    whole = []
-    for task, shots in other_tasks:
-        encoder = Encoder(tokenizer, task, model_window(model))
-        whole.append(cross_entropy(model, [encode_example(encoder, shot) for shot in shots]))
-    expected = torch.cat([part.flatten() for part in torch.autograd.grad(sum(whole) / 2, parameters)]).cpu()
-    # The same sums in another order, float32.
-    torch.testing.assert_close(guidance._source.float(), expected, rtol=1e-4, atol=1e-5 * float(expected.norm()))
-
-
 # Refusals and failures
 
 
@@ -159,8 +124,6 @@ def test_the_source_gradient_is_that_of_the_other_tasks_mean_loss(tiny_model):
     [
         (EXACT, {"direction": -1.0}, r"direction=-1.0 .* at least 0"),
         (FIRST_ORDER, {"magnitude": 2.0}, r"magnitude=2.0 .* at most 1"),
-        (EXACT, {"alignment": 0.1}, r"alignment=0.1 aligns with other tasks"),
-        (EXACT, {"alignment": 0.1, "other_tasks": [(TASK, ())]}, r'other task "mood" has no shots'),
         (EXACT, {"sharpness": 0.1}, r"guided means sharpness=0.0"),
         (EXACT, {"accumulation": 2}, r"takes neither accumulation"),
         (FIRST_ORDER, {"speed": 2}, r"no setting speed"),

@@ -25,7 +25,7 @@ from ofa.methods.structured_guidance import (
 from ofa.tuning.norms import tune_norms
 from tests.device import DEVICE
 
-ALL = Weights(direction=0.3, magnitude=0.02, alignment=0.2)
+ALL = Weights(direction=1.0, magnitude=0.5)
 VARIANTS = (ExactGuidance, FirstOrderGuidance)
 
 
@@ -73,13 +73,9 @@ class Problem:
         return torch.cat([scale.grad.flatten() for scale in self.parameters])
 
     def reference(self):
-        """r, τ and s of that second step, recomputed."""
+        """r and τ of that second step, recomputed."""
         average = DECAY * self.gradient(slice(0, 9)) + (1 - DECAY) * self.gradient(slice(4, 8))
-        return Reference(average, 0.7 * float(self.gradient().norm()), self.gradient(slice(6, 9)))
-
-    @property
-    def source(self):
-        return [lambda: self.loss(slice(6, 9))]
+        return Reference(average, 0.7 * float(self.gradient().norm()))
 
 
 def gpt2():
@@ -102,44 +98,39 @@ def problem():
 
 def written_out(gradient, reference, weights):
     """The added terms, directly from the formula."""
-    unit, average, source = (v / v.norm() for v in (gradient, reference.average, reference.source))
+    unit, average = (v / v.norm() for v in (gradient, reference.average))
     excess = torch.relu(gradient.norm() - reference.threshold)
-    return (
-        weights.direction * (1 - (unit * average).sum())
-        + weights.magnitude * excess**2
-        - weights.alignment * (unit * source).sum()
-    )
+    return weights.direction * (1 - (unit * average).sum()) + weights.magnitude * excess**2
 
 
 # The terms and u
 
 
 @pytest.mark.parametrize("threshold", [1.0, 100.0], ids=["above τ", "below τ"])
-@pytest.mark.parametrize("weights", [ALL, Weights(0.3, 0), Weights(0, 0.02), Weights(0, 0, 0.2)])
+@pytest.mark.parametrize("weights", [ALL, Weights(0.3, 0), Weights(0, 0.02)])
 def test_u_is_the_gradient_of_the_terms(weights, threshold):
     """The closed form against autograd of the formula; both are float64."""
-    gradient, average, source = vectors(3)
-    reference = Reference(average, threshold, source)
+    gradient, average = vectors(2)
+    reference = Reference(average, threshold)
     leaf = gradient.clone().requires_grad_()
     value = written_out(leaf, reference, weights)
     (expected,) = torch.autograd.grad(value, leaf)
     torch.testing.assert_close(outer_gradient(gradient, reference, weights), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_direction_and_alignment_are_orthogonal_to_the_gradient_and_magnitude_is_parallel():
-    gradient, average, source = vectors(3, size=1000)
+def test_direction_is_orthogonal_to_the_gradient_and_magnitude_is_parallel():
+    gradient, average = vectors(2, size=1000)
     unit = gradient / gradient.norm()
-    for weights in (Weights(1, 0), Weights(0, 0, 1)):
-        u = outer_gradient(gradient, Reference(average, None, source), weights)
-        # A projection is orthogonal up to the rounding of its own dot product.
-        assert abs(u @ unit) < 1e-14 * u.norm() * math.sqrt(1000)
-        assert u.norm() > 0
+    u = outer_gradient(gradient, Reference(average), Weights(1, 0))
+    # A projection is orthogonal up to the rounding of its own dot product.
+    assert abs(u @ unit) < 1e-14 * u.norm() * math.sqrt(1000)
+    assert u.norm() > 0
     u = outer_gradient(gradient, Reference(average, 1.0), Weights(0, 1))
     torch.testing.assert_close(u, 2 * (gradient.norm() - 1) * unit)
 
 
 def test_terms_without_reference_are_left_out():
-    """No τ yet, no source: only the direction."""
+    """No τ yet: only the direction."""
     gradient, average = vectors(2)
     only = outer_gradient(gradient, Reference(average), ALL)
     assert torch.equal(only, outer_gradient(gradient, Reference(average), Weights(ALL.direction, 0)))
@@ -147,11 +138,11 @@ def test_terms_without_reference_are_left_out():
 
 @pytest.mark.parametrize("change", [outer_gradient, first_order_gradient])
 def test_a_zero_gradient_stays_zero(change):
-    """It has no direction; neither has a zero average or source."""
+    """It has no direction; neither has a zero average."""
     (average,) = vectors(1)
     zero = torch.zeros_like(average)
-    assert torch.equal(change(zero, Reference(average, 1.0, average), Weights(0.5, 1, 1)), zero)
-    assert change(average, Reference(zero, None, zero), Weights(0.5, 1, 1)).isfinite().all()
+    assert torch.equal(change(zero, Reference(average, 1.0), Weights(0.5, 1)), zero)
+    assert change(average, Reference(zero), Weights(0.5, 1)).isfinite().all()
 
 
 # The gradient of the whole objective
@@ -163,7 +154,7 @@ def test_exact_guidance_is_autograd_of_the_objective(problem):
     gradient = problem.gradient(create_graph=True)
     whole = problem.loss() + written_out(gradient, reference, ALL)
     expected = torch.cat([p.flatten() for p in torch.autograd.grad(whole, problem.parameters)])
-    guided = problem.guided(ExactGuidance(ALL, problem.source))
+    guided = problem.guided(ExactGuidance(ALL))
     torch.testing.assert_close(guided, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
     # The terms must not be negligible, or the check above would be vacuous.
     assert (guided - gradient.detach()).norm() > 0.1 * gradient.norm()
@@ -175,7 +166,7 @@ def test_exact_guidance_is_the_slope_of_the_objective(problem):
     At h = 1e-4 their truncation is h² times a third derivative of about the size of L' (1e-8), and rounding 1e-16/h.
     """
     reference = problem.reference()
-    guided = problem.guided(ExactGuidance(ALL, problem.source))
+    guided = problem.guided(ExactGuidance(ALL))
     for direction in (guided / guided.norm(), *vectors(2, size=guided.numel()).to(DEVICE) / math.sqrt(guided.numel())):
         values = []
         for step in (1e-4, -2e-4):
@@ -191,10 +182,10 @@ def test_fused_attention_is_differentiated_twice_by_its_plain_path(tiny_model, f
     model = tiny_model[0] if family == "llama" else gpt2()
     problem = Problem(model)
     model.set_attn_implementation("sdpa")
-    guided = problem.guided(ExactGuidance(ALL, problem.source))
+    guided = problem.guided(ExactGuidance(ALL))
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
-    expected = problem.guided(ExactGuidance(ALL, problem.source))
+    expected = problem.guided(ExactGuidance(ALL))
     # Two ways to compute the same, in float64, but for a Llama's float32 norms and softmax.
     assert (guided - expected).norm() < (1e-5 if family == "llama" else 1e-12) * expected.norm()
 
@@ -223,16 +214,12 @@ def plane(*values):
         ((3.0, 4.0), Reference(plane(0, 7)), Weights(0.5, 1), (1.5 / math.sqrt(22.5) * 5, 4.5 / math.sqrt(22.5) * 5)),
         # Share 0 is no mixing, and no projection either.
         ((-3.0, 4.0), Reference(plane(2, 0)), Weights(0, 1), (-3.0, 4.0)),
-        # A conflict with s is projected out, half of it with share ½; agreement is left alone.
-        ((3.0, -4.0), Reference(plane(1, 0), None, plane(0, 9)), Weights(0, 1, 1), (3.0, 0.0)),
-        ((3.0, -4.0), Reference(plane(1, 0), None, plane(0, 9)), Weights(0, 1, 0.5), (3.0, -2.0)),
-        ((3.0, 4.0), Reference(plane(1, 0), None, plane(0, 9)), Weights(0, 1, 1), (3.0, 4.0)),
         # Clipped to τ = 2.5, or half of the way; below τ nothing happens.
         ((3.0, 4.0), Reference(plane(1, 0), 2.5), Weights(0, 1), (1.5, 2.0)),
         ((3.0, 4.0), Reference(plane(1, 0), 2.5), Weights(0, 0.5), (2.25, 3.0)),
         ((3.0, 4.0), Reference(plane(1, 0), 6.0), Weights(0, 1), (3.0, 4.0)),
-        # In this order: r out of g leaves (0, -4), s out of that leaves 0.
-        ((-3.0, -4.0), Reference(plane(2, 0), 1.0, plane(0, 1)), Weights(0.5, 1, 1), (0.0, 0.0)),
+        # In this order: r out of g leaves (0, -4), which is clipped.
+        ((-3.0, -4.0), Reference(plane(2, 0), 1.0), Weights(0.5, 1), (0.0, -1.0)),
     ],
 )
 def test_first_order_changes_by_hand(gradient, reference, shares, expected):
@@ -244,26 +231,20 @@ def test_first_order_changes_by_hand(gradient, reference, shares, expected):
 
 
 class Bowl:
-    """½ Σ k θ², whose gradient is kθ and whose Hessian is diag(k); counts its gradients."""
+    """½ Σ k θ², whose gradient is kθ and whose Hessian is diag(k)."""
 
     def __init__(self):
         self.theta = torch.nn.Parameter(plane(1, 2))
-        self.calls = 0
 
     def loss(self, *curvature):
-        def value():
-            self.calls += 1
-            return 0.5 * (plane(*curvature) * self.theta**2).sum()
-
-        return value
+        return lambda: 0.5 * (plane(*curvature) * self.theta**2).sum()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_references_follow_their_definitions(variant):
-    """r: EMA from the gradient on all shots; τ: median of ‖g‖ over the first epoch; s: at each epoch's start."""
-    bowl, source = Bowl(), Bowl()
-    source.theta = bowl.theta
-    guidance = variant(Weights(0.1, 0.1, 0.1), [source.loss(1, 0), source.loss(0, 3)])
+    """r: EMA from the gradient on all shots; τ: median of ‖g‖ over the first epoch."""
+    bowl = Bowl()
+    guidance = variant(Weights(0.1, 0.1))
     guidance.begin([bowl.theta], [bowl.loss(1, 0), bowl.loss(0, 2)])
     assert torch.equal(guidance._average, plane(1, 4))
     seen = []
@@ -281,14 +262,10 @@ def test_references_follow_their_definitions(variant):
         gradients.append(plane(*curvature) * theta)
         torch.testing.assert_close(seen[index].average, average, rtol=1e-14, atol=0)
         average = 0.9 * average + 0.1 * gradients[-1]
-        if index % 2 == 0:
-            expected_source = plane(1, 3) * theta
-        torch.testing.assert_close(seen[index].source, expected_source, rtol=1e-14, atol=0)
         with torch.no_grad():
             bowl.theta += 0.25
     threshold = statistics.median(float(g.norm()) for g in gradients[:2])
     assert [reference.threshold for reference in seen] == [None, None, threshold, threshold]
-    assert source.calls == 4
     notes = guidance.notes
     assert notes["gradient_norm"] == pytest.approx([float(g.norm()) for g in gradients], rel=1e-3)
     assert notes["gradient_norm_std"] == pytest.approx(statistics.pstdev(float(g.norm()) for g in gradients), rel=1e-3)
@@ -319,12 +296,9 @@ def test_weights_must_be_numbers_from_0(value):
         Weights(0.1, value)
 
 
-def test_shares_are_at_most_1_and_alignment_needs_other_tasks():
+def test_shares_are_at_most_1():
     with pytest.raises(InputError, match=r"direction=1.5 .* at most 1"):
         FirstOrderGuidance(Weights(1.5, 0))
-    for variant in VARIANTS:
-        with pytest.raises(InputError, match=r"alignment=0.5 aligns with other tasks"):
-            variant(Weights(0, 0, 0.5))
 
 
 # What it costs
