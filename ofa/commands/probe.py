@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +44,7 @@ def probe(
     data: Annotated[
         str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for probe.png, probe.csv and probe.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for probe.png and probe.json.")],
     how: DataOptions,
     turns: ChatOptions,
     source: ModelOptions,
@@ -126,7 +123,7 @@ def probe(
         show_json(document)
     else:
         _show(document, title)
-        notice(f"figure and data: {folder / 'probe.png'}, probe.csv, probe.json")
+        notice(f"figure and data: {folder / 'probe.png'}, probe.json")
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -214,28 +211,16 @@ def _model(name: str, probe: Probe, folder: Path | None) -> dict[str, object]:
 
 
 def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[str, object]) -> None:
-    from ofa.files import json_writer, text_writer, write_together
+    from ofa.files import json_writer, write_together
     from ofa.probing.figures import probe_figure
 
     figure = probe_figure(probes, title)
     write_together(
         {
-            folder / "probe.csv": text_writer(_long_form(probes)),
             folder / "probe.json": json_writer(document),
             folder / "probe.png": lambda path: figure.savefig(path, format="png", dpi=150),
         }
     )
-
-
-def _long_form(probes: dict[str, Probe]) -> str:
-    from ofa.probing.results import Value
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["model", *(field.name for field in fields(Value))], lineterminator="\n")
-    writer.writeheader()
-    for name, probe in probes.items():
-        writer.writerows({"model": name, **asdict(value)} for value in probe.values())
-    return text.getvalue()
 
 
 def _show(document: Json, title: str) -> None:

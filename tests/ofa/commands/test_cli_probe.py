@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from ofa.commands.probe import BASE
 from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, Finished, done, names, ofa, write_rows
 
 PAIRS = ("prompt", "completion")
-FILES = {"probe.csv", "probe.json", "probe.png"}
+FILES = {"probe.json", "probe.png"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,6 @@ class Probed:
     @property
     def test(self) -> Path:
         return self.here / "test.jsonl"
-
-    def rows(self) -> list[dict[str, str]]:
-        with (self.here / "out" / "probe.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +57,7 @@ def test_adapters_may_stand_in_a_configuration_file(probed: Probed, tmp_path: Pa
 
 
 def test_it_writes_a_figure_and_its_data(probed: Probed) -> None:
-    """Three complete files; the JSON document on standard output equals the file."""
+    """Two complete files; the JSON document on standard output equals the file."""
     assert names(probed.here / "out") == FILES
     assert (probed.here / "out" / "probe.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((probed.here / "out" / "probe.json").read_text()) == probed.finished.json
@@ -76,19 +71,20 @@ def test_it_writes_a_figure_and_its_data(probed: Probed) -> None:
     assert document["scored"] in ("first token", "whole word")
 
 
-def test_the_long_form_holds_every_point_of_every_curve(probed: Probed) -> None:
-    """A line per model, step and metric; the same numbers as in the JSON document."""
-    rows = probed.rows()
-    counts = {model: sum(row["model"] == model for row in rows) for model in (BASE, "norm-tuning", "ofa")}
-    # Two probes of two metrics on 3 layers; norms and traces of 3 and 6 steps, ratios of 2 and 5.
-    assert counts == dict.fromkeys(counts, 2 * 2 * 3 + (3 + 3 + 2) + (6 + 6 + 5))
-    assert list(rows[0]) == ["model", "granularity", "step", "layer", "branch", "metric", "value", "standard_error"]
+def test_the_curves_have_every_point(probed: Probed) -> None:
+    """Of 3 layers and 6 sublayers, ratios from the second step."""
     for model in probed.finished.json["models"]:
-        curve = model["curves"]["sublayer"]["step_ratio"]
-        own = [row for row in rows if (row["model"], row["metric"]) == (model["name"], "step_ratio")]
-        own = [row for row in own if row["granularity"] == "sublayer"]
-        assert [int(row["step"]) for row in own] == curve["step"] == [2, 3, 4, 5, 6]
-        assert [float(row["value"]) for row in own] == curve["value"]
+        curves = model["curves"]
+        assert {metric: curve["step"] for metric, curve in curves["sublayer"].items()} == {
+            "step_norm": [1, 2, 3, 4, 5, 6],
+            "step_ratio": [2, 3, 4, 5, 6],
+            "trace": [1, 2, 3, 4, 5, 6],
+        }
+        assert set(curves["layer"]) == {
+            *("lens_accuracy", "lens_loss", "linear_accuracy", "linear_loss"),
+            *("step_norm", "step_ratio", "trace"),
+        }
+        assert curves["layer"]["lens_loss"]["layer"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", [BASE, "norm-tuning", "ofa"])
@@ -234,7 +230,7 @@ def test_bad_input_is_refused_in_one_sentence(probed: Probed, tmp_path: Path, ca
 def test_results_are_not_written_over_by_accident(probed: Probed) -> None:
     finished = ofa("probe", probed.adapters[0], "--data", probed.test, "--out", probed.here / "out")
     assert finished.status == 2
-    assert "already holds probe.csv and more; choose another one or pass --overwrite" in finished.err
+    assert "already holds probe.json and more; choose another one or pass --overwrite" in finished.err
 
 
 def test_a_disk_that_fills_leaves_the_old_files(probed: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
