@@ -1,10 +1,8 @@
-"""Query the Hugging Face hub: one short request for a repository, valid names, a quiet client."""
+"""Query the Hugging Face hub: one short request for a repository, and valid names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,16 +61,3 @@ def is_switched_off() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-@contextmanager
-def quiet_client() -> Iterator[None]:
-    """Silence the client's warnings: our own message replaces them."""
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -108,12 +108,14 @@ def _datasets_offline(offline: bool) -> Iterator[None]:
 @contextmanager
 def _without_library_lines() -> Iterator[None]:
     """Silence the warnings of the libraries: our own message replaces them."""
-    from datasets.utils import logging
+    from datasets.utils import logging as of_datasets
+    from huggingface_hub.utils import logging as of_hub
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    before = [(library, library.get_verbosity()) for library in (of_datasets, of_hub)]
+    for library, _ in before:
+        library.set_verbosity_error()
     try:
-        with hub.quiet_client():
-            yield
+        yield
     finally:
-        logging.set_verbosity(before)
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
