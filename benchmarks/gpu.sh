@@ -16,7 +16,7 @@
 #   kernels    Are the norms as fast as a copy? norm_step forward >= 0.90 (0.94 before), backward >= 0.80 (0.66 before).
 #   launches   Which kernels does a step launch? With the exact sharpness 8 more per layer, none in the backward pass.
 #   curvature  How fast are the kernels of the curvature, beside eager, flash attention and a copy of the weights?
-#   probes     Those of the probes: perturb without the scale >= 0.55, probed_diagonal >= 0.65, contract N = 4 >= 0.65
+#   probes     Those of the probes, N = 4: perturb without the scale >= 0.40, probed_diagonal >= 0.65, contract >= 0.65
 #              (0.69 before), perturb backward >= 0.25 (0.15 before).
 #   tests      Does everything else that computes on a device? No test fails.
 #   memcheck   Does a kernel touch memory that is not its own? No error; where compute-sanitizer is installed.

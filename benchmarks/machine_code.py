@@ -20,7 +20,7 @@ from ofa_kernels import aot, workload
 from ofa_kernels.resources import cuobjdump
 
 WIDTH, SAMPLES = 4096, 4
-OVER_ROWS = ("norm_step_backward", "perturb_backward")
+OVER_ROWS = ("norm_step_backward", "perturb_backward", "probed_diagonal_rows")
 """Kernels whose programs loop over rows; programs of the others have one row."""
 KERNELS = (
     *("norm_step_forward", "perturb_forward", "contract_forward", "contract_backward"),
