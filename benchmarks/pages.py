@@ -133,10 +133,6 @@ def _found(name: str) -> Any:
 
 def _entry(name: str, value: Any) -> str:
     heading = f"### `{name}`\n"
-    if name.startswith("ofa_kernels."):  # the specification knows the arguments, the dispatched function the example
-        specification = getattr(import_module("ofa_kernels.reference"), name.rpartition(".")[2])
-        _, head, example = _markdown(value).partition("**Example**")
-        return "\n".join([heading, _signature(name, specification), _markdown(specification), head + example])
     if not inspect.isclass(value):
         return "\n".join([heading, _signature(name, value), _markdown(value)])
     return "\n".join([heading, *_constructor(name, value), _markdown(value), *_members(name, value)])

@@ -35,13 +35,11 @@ def found(name: str) -> Any:
 
 
 def documents(name: str) -> dict[str, str]:
-    """The docstrings that tell of a name: its own, those of its methods, and that of an operation's specification."""
+    """The docstrings that tell of a name: its own, and those of its methods."""
     value = found(name)
     own = {name: inspect.getdoc(value) or ""}
     if inspect.isclass(value):
         return own | {f"{name}.{member}": inspect.getdoc(part) or "" for member, part in pages.members(value)}
-    if name.startswith("ofa_kernels."):
-        own["reference"] = inspect.getdoc(getattr(ofa_kernels.reference, name.rpartition(".")[2])) or ""
     return own
 
 

@@ -105,6 +105,14 @@ def attention_curvature(
 
     Raises:
         ValueError: shapes that do not match.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4)  # one sequence, two heads, five tokens
+        >>> attends = ofa_kernels.reference.Attends(scale=0.5, causal=True)
+        >>> output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+        >>> sums = ofa_kernels.attention_curvature(query, key, value, output, torch.full((1, 5), 0.2), attends)
+        >>> sums.query.shape, sums.key.shape, sums.value.shape
+        (torch.Size([1, 2, 4, 4]), torch.Size([1, 2, 4, 4]), torch.Size([1, 2]))
     """
     check_heads(query, key, value, output)
     check_window(attends.window)

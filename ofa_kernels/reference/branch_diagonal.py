@@ -35,6 +35,11 @@ def mlp_diagonal(
 
     Raises:
         ValueError: shapes that do not match.
+
+    Example:
+        >>> weight, down, sums = torch.randn(16, 8), torch.randn(8, 16), torch.randn(1, 16)
+        >>> diagonal, _ = ofa_kernels.mlp_diagonal([weight], down, [sums])
+        >>> torch.testing.assert_close(diagonal[0], (down @ torch.diag(sums[0]) @ weight).diagonal())
     """
     check_mlp_weights(weights, down, sums)
     (inner, width), dtype = weights[0].shape, sums[0].dtype
@@ -77,6 +82,15 @@ def attention_trace(
 
     Raises:
         ValueError: shapes that do not match.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4)  # one sequence, two heads, five tokens
+        >>> attends = ofa_kernels.reference.Attends(scale=0.5, causal=True)
+        >>> output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+        >>> sums = ofa_kernels.attention_curvature(query, key, value, output, torch.full((1, 5), 0.2), attends)
+        >>> inputs, outputs = torch.randn(2, 4, 8), torch.randn(2, 8, 4)  # projections of both heads, width 8
+        >>> ofa_kernels.attention_trace(inputs, inputs, inputs, outputs, sums[:3], torch.ones(8)).shape
+        torch.Size([1])
     """
     check_attention_weights(query, key, value, output, factor)
     to_query, to_key, to_value = sums
@@ -112,6 +126,17 @@ def attention_diagonal(
 
     Raises:
         ValueError: shapes that do not match.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4)  # one sequence, two heads, five tokens
+        >>> attends = ofa_kernels.reference.Attends(scale=0.5, causal=True)
+        >>> output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+        >>> sums = ofa_kernels.attention_curvature(query, key, value, output, torch.full((1, 5), 0.2), attends)
+        >>> inputs, outputs = torch.randn(2, 4, 8), torch.randn(2, 8, 4)  # projections of both heads, width 8
+        >>> of_one = tuple(part[0] for part in sums[:3])
+        >>> diagonal, _ = ofa_kernels.attention_diagonal(inputs, inputs, inputs, outputs, of_one)
+        >>> trace = ofa_kernels.attention_trace(inputs, inputs, inputs, outputs, sums[:3], torch.ones(8))
+        >>> torch.testing.assert_close(diagonal.sum(), trace[0], rtol=1e-4, atol=1e-5)
     """
     check_attention_weights(query, key, value, output, scale)
     to_query, to_key, to_value = sums

@@ -49,6 +49,13 @@ def mlp_curvature(
 
     Raises:
         ValueError: unknown `activation`, or shapes that do not match.
+
+    Example:
+        >>> gate, up, weights = torch.randn(1, 5, 16), torch.randn(1, 5, 16), torch.full((1, 5), 0.2)
+        >>> gate_sums, up_sums, moved = ofa_kernels.mlp_curvature(gate, up, weights, activation="silu")
+        >>> torch.testing.assert_close(up_sums, 0.2 * torch.nn.functional.silu(gate).sum(1))
+        >>> gate_sums.shape, moved
+        (torch.Size([1, 16]), None)
     """
     check_mlp(gate, up, weights, activation, limit)
     sums: list[tuple[Tensor, ...]] = []

@@ -41,6 +41,12 @@ def norm_step(
 
     Raises:
         ValueError: unknown `kind`, or shapes that do not match.
+
+    Example:
+        >>> stream, update, scale = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(8)
+        >>> stream, normalized, sqnorm, rstd = ofa_kernels.norm_step(stream, update, scale, eps=1e-6)
+        >>> torch.testing.assert_close(sqnorm, update.square().sum(-1))
+        >>> torch.testing.assert_close(normalized, stream * rstd[..., None])
     """
     check_norm(residual, weight, bias, kind)
     if update is None:
@@ -109,6 +115,11 @@ def perturb(
 
     Raises:
         ValueError: unknown `kind` or `probe`, or shapes that do not match.
+
+    Example:
+        >>> stream, scale = torch.randn(2, 5, 8), torch.ones(8)
+        >>> ofa_kernels.perturb(stream, scale, eps=1e-6, samples=3, epsilon=1e-2, seed=0).shape
+        torch.Size([3, 2, 5, 8])
     """
     check_norm(stream, weight, bias, kind)
     if unperturbed is not None:
@@ -160,6 +171,13 @@ def contract(
 
     Raises:
         ValueError: `copies` is not a stack of tensors shaped like `base`, or unknown `probe`.
+
+    Example:
+        >>> base = torch.randn(5, 8)
+        >>> copies = torch.stack([base, 2 * base])
+        >>> products, sqnorm = ofa_kernels.contract(base, copies, seed=0)
+        >>> products.shape, products[0].abs().max()  # a copy that did not move has none
+        (torch.Size([2, 5]), tensor(0.))
     """
     check_stack(base, copies)
     nu = _probes_like(base, copies.shape[0], seed, step, probe)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.eager_traffic import Ledger
 from ofa_kernels import dispatch, launch, reference
@@ -409,17 +408,6 @@ def test_a_layer_compiles_into_one_graph():
     given = query, key, draw(2, 9, 70, dtype=torch.float32), draw(2, 9, dtype=torch.float32).abs()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(run(*given), compiled(*given), strict=True))
-
-
-def test_gradients_are_left_to_the_reference(monkeypatch):
-    """`gradient="full"` differentiates through everything, which no kernel supports."""
-    monkeypatch.delenv("OFA_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
-    with FakeTensorMode():
-        tensor = torch.empty(1, 2, 3, 4, device="cuda")
-    for enabled, expected in ((True, "reference"), (False, "triton")):
-        with torch.set_grad_enabled(enabled):
-            assert {dispatch.choose(name, tensor).name for name in dispatch._HELD_KERNELS} == {expected}
 
 
 @pytest.mark.parametrize(

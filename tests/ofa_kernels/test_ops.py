@@ -93,7 +93,11 @@ def test_kernels_run_for_the_gpu_tensors_that_they_accept(device, dtype, width, 
     with FakeTensorMode():
         tensor = torch.empty(2, width, dtype=dtype, device=device)
     for operation in dispatch.OPERATIONS:
-        wanted = "triton" if expected == "triton" and operation in dispatch._KERNELS else "reference"
+        wanted = (
+            "triton"
+            if expected == "triton" and not operation.startswith(("mlp", "attention", "probed"))
+            else "reference"
+        )
         assert dispatch.choose(operation, tensor).name == wanted, operation
 
 

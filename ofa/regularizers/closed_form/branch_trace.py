@@ -35,7 +35,7 @@ from ofa.regularizers.closed_form.recognize import (
 )
 from ofa.regularizers.closed_form.taps import AttentionSeen, ExpertsSeen, MlpSeen
 from ofa.regularizers.objectives import BranchTrace
-from ofa_kernels import dispatch
+from ofa_kernels import dispatch, reference
 from ofa_kernels.reference import AttentionSums, HeadNorm, Move, Rotary, per_query_head
 from ofa_kernels.reference.stream import moments, thin_product, upcast
 
@@ -249,7 +249,7 @@ class MlpBody:
         seen = self._seen
         pulled = rows @ upcast(self._modules.down.weight())
         up = None if seen.up is None else seen.up.view(pulled.shape)
-        slopes = dispatch.mlp_slopes(seen.gate.view(pulled.shape), up, self._spec.activation)
+        slopes = reference.mlp_slopes(seen.gate.view(pulled.shape), up, self._spec.activation)
         given = zip(slopes, self._inputs(), strict=False)
         parts = [(slope * pulled) @ upcast(weight) for slope, weight in given if slope is not None]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -292,7 +292,7 @@ class ExpertsBody:
             tokens, place = (seen.chosen == expert).nonzero(as_tuple=True)
             gate, up, out = expert_rows(modules, self._spec, entering[tokens], expert)
             share = gates[tokens, place].unsqueeze(-1)
-            to_gate, to_up = dispatch.mlp_slopes(gate, up, self._spec.activation, self._spec.limit)
+            to_gate, to_up = reference.mlp_slopes(gate, up, self._spec.activation, self._spec.limit)
             assert to_up is not None
             *inputs, down = modules.weights(expert)
             rows = flat[tokens].unsqueeze(-1) * share
@@ -375,7 +375,7 @@ class AttentionBody:
     def adjoint(self, rows: Tensor) -> Tensor:
         call, shape = self._call, self._spec.shape
         pulled = (rows @ upcast(self._modules.output.weight())).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
-        query, key, value = dispatch.attention_adjoint(
+        query, key, value = reference.attention_adjoint(
             call.query, call.key, call.value, self._output(), pulled, call.attends
         )
         groups = shape.heads // shape.shared

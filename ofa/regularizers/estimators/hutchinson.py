@@ -40,7 +40,7 @@ from ofa.anatomy.steps import Branch, NormView, Step
 from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
 from ofa.regularizers.estimators.replay import Replay
 from ofa.regularizers.objectives import BranchTrace, token_shares
-from ofa_kernels import dispatch
+from ofa_kernels import dispatch, reference
 from ofa_kernels.reference.stream import upcast
 
 DELTA = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -168,7 +168,7 @@ class Hutchinson(_Differences):
             replay.stop()
             weights = token_shares(probe.of_pass.mask, stream) / (self.samples * keys["epsilon"])
             if normed is not None:
-                weights = weights * dispatch.rstd(normed.view(stream.shape), eps=norm.eps, kind=norm.kind)
+                weights = weights * reference.rstd(normed.view(stream.shape), eps=norm.eps, kind=norm.kind)
             drawn = {name: keys[name] for name in ("seed", "step", "probe")}
             real, copies = leaving.detach().view(stream.shape), copies.view(inputs.shape)
             diagonal = dispatch.probed_diagonal(real, copies, weights, **drawn)
@@ -182,7 +182,7 @@ class Hutchinson(_Differences):
         """The factor of the probes: 1/σ, or 1 if the branch's norm comes after it."""
         if normed is not None:
             return torch.ones((), dtype=upcast(stream[:0]).dtype, device=stream.device)
-        rstd = dispatch.rstd(stream, eps=norm.eps, kind=norm.kind) if norm.rstd is None else norm.rstd
+        rstd = reference.rstd(stream, eps=norm.eps, kind=norm.kind) if norm.rstd is None else norm.rstd
         return rstd.view(stream.shape[:-1]).unsqueeze(-1)
 
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
@@ -243,7 +243,7 @@ class FullHutchinson(_Differences):
     def _preconditioner(self, branch: Branch, norm: NormView, stream: Tensor) -> Tensor:
         if not branch.norm_reads_stream:
             return norm.scale
-        return norm.scale * dispatch.rstd(stream, eps=norm.eps, kind=norm.kind).unsqueeze(-1)
+        return norm.scale * reference.rstd(stream, eps=norm.eps, kind=norm.kind).unsqueeze(-1)
 
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
         if self.epsilon is not None:
@@ -257,7 +257,7 @@ def token_mean(
 ) -> Tensor:
     """Mean of one value per token over the real tokens, (B,); divided by σ if the norm comes after the branch."""
     if normed is not None:
-        rows = rows * dispatch.rstd(normed, eps=norm.eps, kind=norm.kind).view(rows.shape)
+        rows = rows * reference.rstd(normed, eps=norm.eps, kind=norm.kind).view(rows.shape)
     shares = token_shares(probe.of_pass.mask, stream)
     return (rows.view(shares.shape) * shares).sum(1)
 
@@ -363,7 +363,7 @@ def _many_tokens(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, A
 def _length(branch: Branch, weight: Tensor, stream: Tensor) -> float:
     """The median length of a token, relative to the length of Pν."""
     norm = branch.norm
-    lengths = 1.0 / dispatch.rstd(stream, eps=norm.eps, kind=norm.kind)
+    lengths = 1.0 / reference.rstd(stream, eps=norm.eps, kind=norm.kind)
     # The median, since attention sinks are longer by orders of magnitude.
     length = float((lengths.square() if branch.norm_reads_stream else lengths).median()) / _scale(branch, weight)
     return length if length > 0 else 1.0
