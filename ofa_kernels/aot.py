@@ -1,12 +1,11 @@
 """Compiles every kernel for the named GPUs, without needing one, and prints registers, spills and shared memory.
 
-python -m ofa_kernels.aot --arch sm_90 --arch gfx942 [--out FOLDER]
+python -m ofa_kernels.aot --arch sm_90 --arch gfx942 [--csv FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ofa_kernels import binaries, launch, workload
+from ofa_kernels import launch, workload
 from ofa_kernels.ops.launching import Kernel, launching_by
 from ofa_kernels.resources import Usage, usage
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from triton.backends.compiler import GPUTarget
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -45,7 +45,6 @@ class Built:
     architecture: str
     num_warps: int
     usage: Usage
-    entry: binaries.Entry
 
     @property
     def complaint(self) -> str | None:
@@ -84,12 +83,12 @@ def build(architecture: str, cases: Iterable[AnyCase]) -> Iterator[Built]:
         for kernel, compiled in _compile(case, architecture):
             if compiled.hash not in seen:
                 seen.add(compiled.hash)
-                warps, entry = compiled.metadata.num_warps, binaries.entry(compiled)
-                yield Built(kernel, case.label, case.width, architecture, warps, usage(compiled), entry)
+                warps = compiled.metadata.num_warps
+                yield Built(kernel, case.label, case.width, architecture, warps, usage(compiled))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print the table, write `--out` and `--csv`; returns 1 if a kernel fails, 2 if the call is wrong."""
+    """Compile, print the table, write `--csv`; returns 1 if a kernel fails, 2 if the call is wrong."""
     options = _parser().parse_args(arguments)
     cases: list[AnyCase] = [*workload.cases(options.width, options.dtype, options.norm, options.samples)]
     cases += workload.curvature_cases(options.head, options.dtype, options.variant)
@@ -105,12 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DoesNotCompile, RuntimeError, ValueError) as error:
         print(f"ofa_kernels.aot: {error}", file=sys.stderr)
         return 1 if isinstance(error, DoesNotCompile) else 2
-    _print(built)
-    if options.out:
-        binaries.write(options.out, [(one.architecture, one.entry) for one in built])
-        print(f"{len(built)} binaries in {options.out}")
+    table = _table(built)
+    print(table.to_string(index=False))
     if options.csv:
-        _write_csv(options.csv, built)
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(options.csv, index=False)
     failed = [one for one in built if one.complaint]
     for one in failed:
         print(f"{one.kernel} for {one.architecture} ({one.case}) {one.complaint}", file=sys.stderr)
@@ -181,30 +179,13 @@ def _target(architecture: str) -> GPUTarget:
     raise ValueError(f"unknown architecture {architecture!r}; name it like {', '.join(ARCHITECTURES)}")
 
 
-def _print(built: Sequence[Built]) -> None:
-    header = ("kernel", "case", "arch", "warps", "registers", "spills", "shared", "16-byte", "narrower", "float64")
-    rows: list[tuple[str, ...]] = [header]
-    for one in built:
-        used = one.usage
-        numbers = one.num_warps, used.registers, used.spills, used.shared, used.wide, used.narrow, used.float64
-        rows.append((one.kernel, one.case, one.architecture, *map(str, numbers)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for row in rows:
-        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False))
-        print(left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)), sep="  ")
-
-
-def _write_csv(file: Path, built: Sequence[Built]) -> None:
+def _table(built: Sequence[Built]) -> DataFrame:
+    """A row per compiled kernel."""
+    from pandas import DataFrame
     from triton import __version__
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        names = list(asdict(built[0].usage)) if built else []
-        writer.writerow(["kernel", "case", "width", "architecture", "num_warps", *names, "triton"])
-        for one in built:
-            used = asdict(one.usage).values()
-            writer.writerow([one.kernel, one.case, one.width, one.architecture, one.num_warps, *used, __version__])
+    rows = [asdict(one) for one in built]
+    return DataFrame([{**row, **row.pop("usage"), "triton": __version__} for row in rows])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,7 +202,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant", nargs="+", choices=workload.VARIANTS, default=workload.VARIANTS, help="of attention"
     )
-    parser.add_argument("--out", type=Path, help="folder to put the binaries in, as an installation ships them")
     parser.add_argument("--csv", type=Path, help="file to write the table to")
     return parser
 

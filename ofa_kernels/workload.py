@@ -146,9 +146,8 @@ class CurvatureCase:
         gate = self._empty(sequences, _ROWS, inner)
         up, activation = (None, "gelu_tanh") if shifted else (gate, "silu")
         shift = _numbers(inner) if shifted else None
-        limit = 7.0 if self.variant == "capped" else None
         weights, read = _numbers(sequences, _ROWS), self._empty(sequences, 8, inner)
-        p_g, p_u, _ = mlp_curvature.forward(gate, up, weights, read, shift, None, activation, limit)
+        p_g, p_u, _ = mlp_curvature.forward(gate, up, weights, read, shift, None, activation)
         weight = self._empty(inner, width)
         other, p_u = (None, None) if shifted else (weight, p_u)  # type: ignore[assignment]
         down, scale = self._empty(width, inner), _numbers(width) if shifted else None
@@ -186,8 +185,7 @@ def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], b
     contract.backward(z, products, _row(z), samples, *_PROBE)
     # `squared_norm` is a contraction without copies.
     contract.forward(z, stack[:0], *_PROBE)
-    for passed in (None, z):
-        contract.backward(z, None, _row(z), 0, *_PROBE, passed)
+    contract.backward(z, None, _row(z), 0, *_PROBE)
 
 
 def _row(z: Tensor) -> Tensor:

@@ -133,12 +133,11 @@ class Anatomy:
         return sum(norm.width for norm in self.norms)
 
 
-def find(model: nn.Module, *, verify: bool = True) -> Anatomy:
-    """The anatomy of a Hugging Face model.
+def find(model: nn.Module) -> Anatomy:
+    """The anatomy of a Hugging Face model, confirmed by running one layer on a few tokens.
 
     Args:
         model: any model whose decoder (or encoder) layers are in a `ModuleList`.
-        verify: run one layer on a few tokens to confirm the wiring; False is only for models that cannot run yet.
 
     Raises:
         InputError: no family fits, a step's norm has no weight, or the norm computes something else.
@@ -151,7 +150,7 @@ def find(model: nn.Module, *, verify: bool = True) -> Anatomy:
     reasons = []
     for family in candidates(model_type):
         for wiring in family.wirings:
-            anatomy, reason = _try_wiring(model, model_type, layers, first, norms, family, wiring, verify)
+            anatomy, reason = _try_wiring(model, model_type, layers, first, norms, family, wiring)
             if anatomy is not None:
                 return anatomy
             reasons.append(f"{wiring.name}: {reason}")
@@ -179,7 +178,6 @@ def _try_wiring(
     norms: tuple[Norm, ...],
     family: Family,
     wiring: Wiring,
-    verify: bool,
 ) -> tuple[Anatomy | None, str]:
     missing = [path for path in _paths(wiring) if not _has(first, path)]
     if missing:
@@ -191,14 +189,13 @@ def _try_wiring(
         _require_weights(model, layer, wiring, by_path)
     sublayer = tuple(step for i, layer in enumerate(layers) for step in _steps(model, i, layer, wiring, by_path))
     steps_of = [[step for step in sublayer if step.layer == i] for i in range(len(layers))]
-    if verify:
-        tried = next(i for i, own in enumerate(steps_of) if len(own) == len(wiring.steps))
-        seen = _run_layer(model, layers[tried], _paths(wiring))
-        reason = _contradiction(seen, layers[tried], steps_of[tried])
-        if reason and family.layer_only and _norm_comes_after(seen, layers[0], sublayer):
-            return _post_norm_layers(model_type, layers, norms, family.layer_only, by_path), ""
-        if reason:
-            return None, reason
+    tried = next(i for i, own in enumerate(steps_of) if len(own) == len(wiring.steps))
+    seen = _run_layer(model, layers[tried], _paths(wiring))
+    reason = _contradiction(seen, layers[tried], steps_of[tried])
+    if reason and family.layer_only and _norm_comes_after(seen, layers[0], sublayer):
+        return _post_norm_layers(model_type, layers, norms, family.layer_only, by_path), ""
+    if reason:
+        return None, reason
     whole = tuple(_layer_step(i, layer, steps_of[i][0]) for i, layer in enumerate(layers))
     return Anatomy(model_type, wiring.name, layers, norms, sublayer, whole), ""
 

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ofa import sharding
-from ofa.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+_one_thread = threading.RLock()
+"""Held during a trial run, since the stance of `torch.compile` is global."""
 
 
 class _Done(Exception):
@@ -79,35 +82,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     if training:
         model.eval()
     try:
-        with force_eager():
+        with _one_thread, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:
             module.training = True
-
-
-PATIENCE = 60.0
-"""Seconds that a thread waits for the lock; an interrupted thread may never release it."""
-
-
-_one_thread = threading.RLock()
-
-
-@contextmanager
-def force_eager() -> Iterator[None]:
-    """Run without `torch.compile`; only one thread at a time, since the stance is global.
-
-    Raises:
-        InputError: another thread held the lock for too long.
-        RuntimeError: the caller is itself compiled.
-    """
-    if not _one_thread.acquire(timeout=PATIENCE):
-        raise InputError(
-            f"another thread has been running a model uncompiled for {PATIENCE:.0f} s; close() its regularizers if it "
-            "was interrupted, or let the threads take turns"
-        )
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        _one_thread.release()

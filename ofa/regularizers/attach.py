@@ -199,8 +199,6 @@ class Regularizers:
         self._thread = ThreadGuard()
         self.schedule = Schedule(options.every)
         self._reminders = Reminders()
-        self._preparing = False
-        """True while a hook runs the model to prepare the estimator."""
         active = options.step_ratio > 0 or options.sharpness > 0
         self._layers = {step.layer: RecomputeTracker() for step in steps}
         firsts = {step.layer: index for index, step in reversed(list(enumerate(steps)))}
@@ -219,9 +217,9 @@ class Regularizers:
             for branch in step.branches
         ]
         self._handles: list[Handle] = [handle for meter in self._meters for handle in meter.handles]
-        if options.sharpness > 0:
-            self._handles += estimator.attach()
         branches = [meter.branch for meter in self._meters]
+        if options.sharpness > 0:
+            self._handles += estimator.attach(model, branches)
         ends = {path for branch in branches for path in (branch.entry, branch.exit)}
         if active:
             # A recomputed layer may raise in the backward pass, outside the model's own hook.
@@ -338,8 +336,6 @@ class Regularizers:
 
     @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if self._preparing:
-            return None
         self._thread.check()
         self._set_pass(None)
         if not torch.is_grad_enabled() and not self._without_grad:
@@ -355,8 +351,6 @@ class Regularizers:
         traced = self._options.sharpness > 0 and self.schedule.measures(self._weights())
         self._refuse_dropout(traced)
         self._places.check()
-        if traced:
-            self._prepare()
         self._thread.begin()
         options = self._options
         self._set_pass(
@@ -392,14 +386,6 @@ class Regularizers:
 
     def _weights(self) -> list[Tensor]:
         return [meter.norm_module.weight for meter in self._meters]  # type: ignore[misc]
-
-    def _prepare(self) -> None:
-        branches = [branch for step in self.steps for branch in step.branches]
-        self._preparing = True
-        try:
-            self._trace_estimator.begin(branches)
-        finally:
-            self._preparing = False
 
     def _abandon(self) -> None:
         """Release the state of branches that were entered and not left."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,14 +26,6 @@ class BranchEnd:
     weight: Tensor
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Values per row of the stream, all to be multiplied by `factor`."""
-
-    values: Tensor
-    factor: float
-
-
 @dataclass
 class MeasuredPass:
     """Settings of one measured forward pass, and the measurements so far.
@@ -56,7 +47,8 @@ class MeasuredPass:
     starts: Tensor | None = None
     keep: bool = True
     shape: tuple[int, int] | None = None
-    squared_norms: dict[int, Rows] = field(default_factory=dict)
+    squared_norms: dict[int, Tensor] = field(default_factory=dict)
+    """‖update‖² per row of the stream, by step."""
     traces: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     """∂H/∂γ of the branches of a step, with the curvature held fixed."""
@@ -99,7 +91,7 @@ class MeasuredPass:
         if sqnorm is None:
             update, sqnorm = with_length(update)
         if self.keep:
-            self.squared_norms[index] = Rows(sqnorm, 1.0)
+            self.squared_norms[index] = sqnorm
         return update
 
     def finish_branches(self, index: int, step: Step, ends: dict[str, BranchEnd], *, at_sum: bool = False) -> None:
@@ -115,7 +107,7 @@ class MeasuredPass:
         if not self.keep:
             return
         if squared is not None:
-            self.squared_norms[index] = Rows(squared, step.scale**2)
+            self.squared_norms[index] = squared if step.scale == 1 else squared * step.scale**2
         if self.traced:
             self._finish_traces(index, self.sign * step.scale, parts)
 
@@ -133,22 +125,14 @@ class MeasuredPass:
             ]
 
     def _squared_lengths(self) -> Tensor:
-        """‖update‖² of every token, (steps, B, T), on one device.
-
-        Nothing is built from Python scalars: the copy would sync, and break graph capture.
-        """
+        """‖update‖² of every token, (steps, B, T), on one device."""
         assert self.shape is not None
         rows = [self.squared_norms[index] for index in sorted(self.squared_norms)]
-        device = rows[0].values.device
-        values = torch.stack([row.values.to(device).reshape(self.shape) for row in rows])
+        values = torch.stack([row.to(rows[0].device).reshape(self.shape) for row in rows])
         if values.requires_grad:
             # The gradient of a sum is an expanded scalar: make it dense once, not once per step's kernel.
             values.register_hook(Tensor.contiguous)
-        factors = tuple(row.factor for row in rows)
-        factor: Tensor | float = factors[0]
-        if len(set(factors)) > 1:
-            factor = _column(factors, values)
-        return values * factor
+        return values
 
     def measurements(self, steps: int) -> objectives.Measurements:
         """Everything measured, as one record.
@@ -176,19 +160,6 @@ class MeasuredPass:
             traces = torch.stack([self.traces[index].to(device) for index in range(steps)])
             sharpness = objectives.sharpness(traces, self.real)
         return objectives.Measurements(norms, ratios, traces, step_ratio, sharpness, squared, counted)
-
-
-def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """Numbers along the first dimension, on the device of a tensor, cached: every copy to the device would sync."""
-    # Do not cache columns for fake tensors: real tensors would receive them.
-    build = _kept_column if type(like) is Tensor else _kept_column.__wrapped__
-    return build(numbers, like.dtype, like.device)
-
-
-@lru_cache(maxsize=256)
-def _kept_column(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _squared_length(ends: tuple[BranchEnd, ...]) -> Tensor:

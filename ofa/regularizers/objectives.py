@@ -57,32 +57,6 @@ class Measurements:
     token_squares: Tensor | None = None
     counted: Tensor | None = None
 
-    def __str__(self) -> str:
-        """Six lines: what was measured, with minimum, maximum and mean."""
-        known = next((value for value in (self.step_norms, self.traces) if value is not None), None)
-        size = "nothing" if known is None else f"{known.shape[0]} steps of {known.shape[1]} sequences"
-        lines = {
-            "measured": size,
-            "step norms": _range(self.step_norms),
-            "ratios": _range(self.ratios),
-            "traces h": _range(self.traces),
-            "step ratio J": _range(self.step_ratio),
-            "sharpness H": _range(self.sharpness),
-        }
-        return "\n".join(f"{name:14}{value}" for name, value in lines.items())
-
-
-def _range(value: Tensor | None) -> str:
-    if value is None:
-        return "not measured"
-    value = value.detach().float()
-    if value.dim() == 0:
-        return f"{value.item():.4g}"
-    measured = value[~value.isnan()]
-    if not measured.numel():
-        return "none"
-    return f"{measured.min().item():.4g} to {measured.max().item():.4g}, mean {measured.mean().item():.4g}"
-
 
 def step_norms(squared_norms: Tensor) -> Tensor:
     """Lengths from squared lengths; the smallest normal number keeps the gradient finite at a zero update."""

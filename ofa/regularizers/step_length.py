@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import dispatch
-from ofa_kernels.ops import contract
 from ofa_kernels.ops.launching import Context
 
 
 def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
     """The update, to use instead of the argument, and its squared length per row, float32 or wider."""
-    if dispatch.choose("squared_norm", update).name == "triton":
-        return contract.with_length(update)
     narrow = update.dtype.itemsize < torch.float32.itemsize
     if torch.compiler.is_compiling() or narrow:
         return update, dispatch.squared_norm(update)

@@ -55,12 +55,10 @@ def contract_backward(
     base,
     grad_products,
     grad_sqnorm,
-    passed,
     grad_base,
     grad_copies,
     width,
     stride_base,
-    stride_passed,
     step,
     seed_low,
     seed_high,
@@ -69,10 +67,7 @@ def contract_backward(
     TILES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
 ):
-    """∂copies[i] = ν_i g_i and ∂base = passed + 2 grad_sqnorm · base − Σ_i ν_i g_i; a missing gradient is None.
-
-    `passed` is a gradient of the base from elsewhere, added to it.
-    """
+    """∂copies[i] = ν_i g_i and ∂base = 2 grad_sqnorm · base − Σ_i ν_i g_i; a missing gradient is None."""
     row, tile = row_and_tile(TILES)
     rows = tl.num_programs(0).to(tl.int64) // TILES
     channel = channels(tile, GROUPS)
@@ -81,8 +76,6 @@ def contract_backward(
         grad = 2.0 * tl.load(grad_sqnorm + row) * load(base + row * stride_base, channel, inside)
     else:
         grad = tl.zeros((GROUPS, 32), tl.float32)
-    if passed is not None:
-        grad += load(passed + row * stride_passed, channel, inside)
     if grad_products is not None:
         for sample in range(SAMPLES):
             own = tl.load(grad_products + sample * rows + row)

@@ -29,7 +29,6 @@ def mlp_curvature_tokens(
     tokens,
     width,
     runs,
-    limit,
     ACTIVATION: tl.constexpr,
     EMULATED: tl.constexpr,
     READ: tl.constexpr,
@@ -44,7 +43,7 @@ def mlp_curvature_tokens(
 
     Inputs: gate = g and up = u (or None: u = 1), groups (pointer, stride of a sequence, of a token); weights = w, the
     group (pointer, stride of a sequence); read, the group (pointer, stride of a sequence, of a row), or None; the
-    shifts b_g and b_u (width,), or None; limit of φ(min(g, limit)) ⊙ (clamp(u, ±limit) + 1), or None.
+    shifts b_g and b_u (width,), or None.
     Outputs: sums, (runs, 1 or 2, B, width), and moved, (tiles, B, tokens, READ), in float32.
     """
     STREAM: tl.constexpr = tl.bfloat16 if gate[0].dtype.element_ty == tl.bfloat16 else tl.float32
@@ -68,22 +67,12 @@ def mlp_curvature_tokens(
         at, within = row.to(tl.int64)[:, None], (row < tokens)[:, None]
         w = load(weights[0] + sequence * weights[1], at, within)
         g = load(gate[0] + sequence * gate[1], at * gate[2] + channel, within & inside)
-        clamped = g
-        if limit is not None:
-            clamped = tl.minimum(g, tl.cast(limit, tl.float32))
-        phi, slope = curve(clamped, ACTIVATION)
-        if limit is not None:
-            slope = tl.where(g <= tl.cast(limit, tl.float32), slope, 0.0)
+        phi, slope = curve(g, ACTIVATION)
         change = slope * (g - b_g)
         if up is not None:
             u = load(up[0] + sequence * up[1], at * up[2] + channel, within & inside)
-            beside = u - b_u
-            if limit is not None:
-                bound = tl.cast(limit, tl.float32)
-                phi = tl.where(tl.abs(u) <= bound, phi, 0.0)
-                u = tl.minimum(tl.maximum(u, -bound), bound) + 1.0
             slope *= u
-            change = change * u + phi * beside
+            change = change * u + phi * (u - b_u)
             up_sum += w * phi
         gate_sum += w * slope
         if read is not None:

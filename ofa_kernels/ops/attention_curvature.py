@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch, reference
-from ofa_kernels.ops.launching import library, multiprocessors, operation, start_by_names, tiles_of
+from ofa_kernels.ops.launching import multiprocessors, operation, start_by_names, tiles_of
 from ofa_kernels.reference.attention_heads import Attends, HeadNorm, Rotary, check_heads, check_shapes, check_window
-
-library.define(
-    "attention_curvature(Tensor query, Tensor key, Tensor value, Tensor output, Tensor weights, Tensor? mask, "
-    "Tensor? sinks, Tensor? cosine, Tensor? sine, Tensor? query_entering, Tensor? query_scale, Tensor? key_entering, "
-    "Tensor? key_scale, Tensor? move_query, Tensor? move_key, Tensor? move_value, Tensor? read_value, "
-    "Tensor? read_output, float scale, bool causal, SymInt? window, float? softcap, bool interleaved, float query_eps, "
-    "float key_eps) -> (Tensor query_sum, Tensor key_sum, Tensor value_sum, Tensor moved)"
-)
 
 
 def attention_curvature(

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch
-from ofa_kernels.ops.launching import library, multiprocessors, operation, start_by_names, tiles_of
+from ofa_kernels.ops.launching import multiprocessors, operation, start_by_names, tiles_of
 from ofa_kernels.reference.branch_diagonal import check_attention_weights, check_mlp_weights
-
-_WEIGHTS = "Tensor query, Tensor key, Tensor value, Tensor output"
-_SUMS = "Tensor query_sum, Tensor key_sum, Tensor value_sum"
-library.define(
-    "mlp_diagonal(Tensor gate, Tensor? up, Tensor down, Tensor gate_sum, Tensor? up_sum, Tensor? scale) "
-    "-> (Tensor diagonal, Tensor image)"
-)
-library.define(f"attention_trace({_WEIGHTS}, {_SUMS}, Tensor factor, Tensor? scale) -> Tensor")
-library.define(f"attention_diagonal({_WEIGHTS}, {_SUMS}, Tensor? scale) -> (Tensor diagonal, Tensor image)")
 
 
 def mlp_diagonal(

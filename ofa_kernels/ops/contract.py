@@ -13,21 +13,11 @@ from ofa_kernels.ops.launching import (
     as_rows,
     as_stack,
     configuration,
-    is_direct,
     key,
-    library,
     operation,
     run,
 )
 from ofa_kernels.philox import check_probe
-
-library.define(
-    "contract(Tensor base, Tensor copies, SymInt seed, SymInt step, bool gaussian) -> (Tensor products, Tensor sqnorm)"
-)
-library.define(
-    "contract_backward(Tensor base, Tensor? grad_products, Tensor? grad_sqnorm, SymInt samples, SymInt seed, "
-    "SymInt step, bool gaussian, Tensor? passed=None) -> (Tensor grad_base, Tensor grad_copies)"
-)
 
 
 def contract(
@@ -43,29 +33,6 @@ def squared_norm(update: Tensor) -> Tensor:
     """As `reference.squared_norm`."""
     none = update.new_empty((0, *update.shape))
     return call(update, none, 0, 0, False)[1]
-
-
-def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
-    """The update, to use instead of the argument, and its `squared_norm`; one launch computes both gradients."""
-    if torch.compiler.is_compiling() or not (is_direct((update,)) and torch.is_grad_enabled() and update.requires_grad):
-        return update, squared_norm(update)
-    passed, squared = _WithLength.apply(update)
-    return passed, squared
-
-
-class _WithLength(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, update: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(update)
-        ctx.set_materialize_grads(False)
-        return update.view_as(update), forward(update, update.new_empty((0, *update.shape)), 0, 0, False)[1]
-
-    @staticmethod
-    def backward(ctx: Context, passed: Tensor | None, grad_sqnorm: Tensor | None) -> Tensor | None:
-        if grad_sqnorm is None:
-            return passed
-        grad: Tensor = call_backward(*ctx.saved_tensors, None, grad_sqnorm, 0, 0, 0, False, passed)[0]
-        return grad
 
 
 def forward(base: Tensor, copies: Tensor, seed: int, step: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -108,17 +75,13 @@ def backward(
     seed: int,
     step: int,
     gaussian: bool,
-    passed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; the copies' gradient is empty if the products have none.
-
-    `passed` is a gradient of the base from elsewhere, shaped like it; the kernel adds it.
-    """
+    """Launch the backward kernel; the copies' gradient is empty if the products have none."""
     from ofa_kernels.kernels.contract import contract_backward
 
     grad_base, grad_copies = empty_gradients(base, grad_products, grad_sqnorm, samples, seed, step, gaussian)
     width = base.shape[-1]
-    b, other = as_rows(base, width), None if passed is None else as_rows(passed, width)
+    b = as_rows(base, width)
     run(
         contract_backward,
         b.shape[0] * configuration(contract_backward, base, width).tiles,
@@ -127,12 +90,10 @@ def backward(
         b,
         None if grad_products is None else grad_products.contiguous(),
         None if grad_sqnorm is None else grad_sqnorm.contiguous(),
-        other,
         grad_base,
         None if grad_products is None else grad_copies,
         width,
         b.stride(0),
-        None if other is None else other.stride(0),
         *key(seed, step),
         SAMPLES=samples,
         GAUSSIAN=gaussian,

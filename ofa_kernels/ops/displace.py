@@ -13,20 +13,10 @@ from ofa_kernels.ops.launching import (
     as_stack,
     configuration,
     key,
-    library,
     operation,
     run,
 )
 from ofa_kernels.philox import check_probe
-
-library.define(
-    "displace(Tensor stream, Tensor preconditioner, SymInt samples, float epsilon, SymInt seed, SymInt step, "
-    "bool gaussian) -> Tensor"
-)
-library.define(
-    "displace_backward(Tensor grad_copies, float epsilon, SymInt seed, SymInt step, bool gaussian, "
-    "bool preconditioned) -> (Tensor grad_stream, Tensor grad_preconditioner)"
-)
 
 
 def displace(

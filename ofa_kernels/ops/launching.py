@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ofa_kernels import binaries, launch
+from ofa_kernels import launch
 
 library = torch.library.Library("ofa_kernels", "DEF")
 """The library of all operations, `torch.ops.ofa_kernels`."""
@@ -50,24 +50,6 @@ class Kernel(Hashable, Protocol):
     def warmup(self, *args: object, grid: tuple[int, ...], **keywords: object) -> Any: ...
 
 
-def implement(name: str, function: Callable[..., object], fake: Callable[..., object]) -> None:
-    """Register an operation's implementation for every device, and its output shapes for tensors without data."""
-    torch.library.impl(f"ofa_kernels::{name}", "default", function, lib=library)
-    torch.library.register_fake(f"ofa_kernels::{name}", fake, lib=library)
-
-
-def differentiable_once(name: str) -> None:
-    """Make differentiating an operation an error; PyTorch would only warn and treat it as a constant."""
-
-    def refuse(ctx: object, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            f"{name} has no derivative: kernels are differentiable at most once; set OFA_KERNELS=reference in the "
-            "environment"
-        )
-
-    torch.library.register_autograd(f"ofa_kernels::{name}", refuse, lib=library)
-
-
 @dataclass(frozen=True)
 class Derivative:
     """The gradient of an operation: `setup_context` and `backward` of `torch.library.register_autograd`."""
@@ -79,18 +61,21 @@ class Derivative:
 def operation(
     name: str, function: Callable[..., R], fake: Callable[..., R], derivative: Derivative | None = None
 ) -> Callable[..., R]:
-    """Implement a defined operation, differentiable by `derivative` or not at all; returns a function that calls it.
+    """Define an operation, differentiable by `derivative` or not at all; returns a function that calls it.
 
-    `torch.compile`, fake tensors and dispatch modes get the registered operation. All other calls bypass PyTorch's
-    dispatcher, which takes several times as long as a launch: they go to `function`, or a plain autograd function.
+    `function` runs on every device, and its annotations are the schema; `fake` makes the outputs' shapes for tensors
+    without data. `torch.compile`, fake tensors and dispatch modes get the registered operation. All other calls bypass
+    PyTorch's dispatcher, which takes several times as long as a launch: they go to `function`, or a plain autograd
+    function.
     """
-    implement(name, _without_aliases(function), fake)
+    full_name = f"ofa_kernels::{name}"
+    library.define(torch.library.infer_schema(function, mutates_args=(), op_name=name))
+    torch.library.impl(full_name, "default", _without_aliases(function), lib=library)
+    torch.library.register_fake(full_name, fake, lib=library)
     if derivative is None:
-        differentiable_once(name)
+        torch.library.register_autograd(full_name, partial(_refuse_derivative, name), lib=library)
     else:
-        torch.library.register_autograd(
-            f"ofa_kernels::{name}", derivative.differentiate, setup_context=derivative.save, lib=library
-        )
+        torch.library.register_autograd(full_name, derivative.differentiate, setup_context=derivative.save, lib=library)
     registered: Callable[..., R] = getattr(torch.ops.ofa_kernels, name).default
     # Without a derivative: the registered operation, whose backward raises.
     tracked: Callable[..., R] = registered if derivative is None else _autograd_function(function, derivative).apply
@@ -101,6 +86,14 @@ def operation(
         return tracked(*args) if torch.is_grad_enabled() and _any_requires_grad(args) else function(*args)
 
     return call
+
+
+def _refuse_derivative(name: str, ctx: object, *grads: Tensor | None) -> None:
+    """The backward pass of an operation without one; PyTorch would only warn and treat it as a constant."""
+    raise RuntimeError(
+        f"{name} has no derivative: kernels are differentiable at most once; set OFA_KERNELS=reference in the "
+        "environment"
+    )
 
 
 def _without_aliases(function: Callable[..., Any]) -> Callable[..., object]:
@@ -180,7 +173,6 @@ def start(
     if not tensor.is_cuda:
         _launcher(kernel, grid, args, keywords)
         return
-    binaries.offer(architecture(tensor.device))
     index = tensor.get_device()
     # Triton launches on the current device; switch only if needed, since that takes half as long as a launch.
     if index == torch.cuda.current_device():

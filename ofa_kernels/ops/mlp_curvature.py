@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch, reference
-from ofa_kernels.ops.launching import library, multiprocessors, operation, start, start_by_names, tiles_of
+from ofa_kernels.ops.launching import multiprocessors, operation, start, start_by_names, tiles_of
 from ofa_kernels.reference.mlp_curvature import check_mlp
-
-library.define(
-    "mlp_curvature(Tensor gate, Tensor? up, Tensor weights, Tensor? read, Tensor? gate_shift, Tensor? up_shift, "
-    "str activation, float? limit) -> (Tensor gate_sum, Tensor up_sum, Tensor moved)"
-)
 
 _BLOCK = 1024
 """Elements per program of `add_partials`."""
@@ -24,7 +19,6 @@ def mlp_curvature(
     weights: Tensor,
     *,
     activation: str,
-    limit: float | None = None,
     read: Tensor | None = None,
     gate_shift: Tensor | None = None,
     up_shift: Tensor | None = None,
@@ -33,10 +27,10 @@ def mlp_curvature(
     # Projecting the change onto all rows is a full matrix product, which PyTorch does better.
     if read is not None and read.shape[1] > launch.WIDEST_READ:
         return reference.mlp_curvature(
-            gate, up, weights, activation=activation, limit=limit, read=read, gate_shift=gate_shift, up_shift=up_shift
+            gate, up, weights, activation=activation, read=read, gate_shift=gate_shift, up_shift=up_shift
         )
-    check_mlp(gate, up, weights, activation, limit)
-    gate_sum, up_sum, moved = call(gate, up, weights, read, gate_shift, up_shift, activation, limit)
+    check_mlp(gate, up, weights, activation)
+    gate_sum, up_sum, moved = call(gate, up, weights, read, gate_shift, up_shift, activation)
     return gate_sum, None if up is None else up_sum, None if read is None else moved
 
 
@@ -48,7 +42,6 @@ def forward(
     gate_shift: Tensor | None,
     up_shift: Tensor | None,
     activation: str,
-    limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the sweep over the tokens, and add up the programs' sums."""
     from ofa_kernels.kernels.mlp_curvature import add_partials, mlp_curvature_tokens
@@ -72,7 +65,6 @@ def forward(
         "tokens": tokens,
         "width": width,
         "runs": runs,
-        "limit": limit,
     }
     constants = {
         "ACTIVATION": activation,

@@ -10,19 +10,8 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import Arguments, Context, Derivative, ScaleGradients, as_rows, library, operation, run
+from ofa_kernels.ops.launching import Arguments, Context, Derivative, ScaleGradients, as_rows, operation, run
 from ofa_kernels.reference.stream import moments, upcast
-
-library.define(
-    "norm_step(Tensor residual, Tensor? update, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
-    "bool measured) "
-    "-> (Tensor stream, Tensor normalized, Tensor update_sqnorm, Tensor rstd, Tensor mean)"
-)
-library.define(
-    "norm_step_backward(Tensor stream, Tensor? update, Tensor weight, Tensor rstd, Tensor mean, Tensor? grad_stream, "
-    "Tensor? grad_normalized, Tensor? grad_sqnorm, Tensor? grad_rstd, bool centred, float offset, bool biased) "
-    "-> (Tensor grad_residual, Tensor grad_update, Tensor grad_weight, Tensor grad_bias)"
-)
 
 
 def norm_step(

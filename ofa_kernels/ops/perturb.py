@@ -13,21 +13,11 @@ from ofa_kernels.ops.launching import (
     as_rows,
     as_stack,
     key,
-    library,
     operation,
     run,
     slots,
 )
 from ofa_kernels.philox import check_probe
-
-library.define(
-    "perturb(Tensor stream, Tensor? unperturbed, Tensor weight, Tensor? bias, float eps, bool centred, float offset, "
-    "bool scaled, SymInt samples, float epsilon, SymInt seed, SymInt step, bool gaussian) -> Tensor"
-)
-library.define(
-    "perturb_backward(Tensor stream, Tensor weight, Tensor grad_copies, float eps, bool centred, float offset, "
-    "float epsilon, SymInt seed, SymInt step, bool gaussian, bool biased) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def perturb(

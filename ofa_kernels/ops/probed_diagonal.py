@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch, reference
-from ofa_kernels.ops.launching import as_rows, as_stack, configuration, key, library, multiprocessors, operation, run
+from ofa_kernels.ops.launching import as_rows, as_stack, configuration, key, multiprocessors, operation, run
 from ofa_kernels.philox import check_probe
-
-library.define(
-    "probed_diagonal(Tensor base, Tensor copies, Tensor weights, SymInt seed, SymInt step, bool gaussian) -> Tensor"
-)
 
 
 def probed_diagonal(

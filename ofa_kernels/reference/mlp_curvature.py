@@ -22,7 +22,6 @@ def mlp_curvature(
     weights: Tensor,
     *,
     activation: str,
-    limit: float | None = None,
     read: Tensor | None = None,
     gate_shift: Tensor | None = None,
     up_shift: Tensor | None = None,
@@ -39,7 +38,6 @@ def mlp_curvature(
         up: u = W_u n + bias, same shape, or None.
         weights: w, (B, T); 0 at padding.
         activation: φ, one of `ACTIVATIONS`.
-        limit: gpt-oss' clamp: φ(min(g, limit)) ⊙ (clamp(u, ±limit) + 1).
         read: rows of W_d, (B or 1, m, f), onto which the change is projected; None to leave it out.
         gate_shift, up_shift: b_g and b_u, the parts of g and u that do not depend on n − β, (f,); None for 0.
 
@@ -57,18 +55,16 @@ def mlp_curvature(
         >>> gate_sums.shape, moved
         (torch.Size([1, 16]), None)
     """
-    check_mlp(gate, up, weights, activation, limit)
+    check_mlp(gate, up, weights, activation)
     sums: list[tuple[Tensor, ...]] = []
     moved: list[Tensor] = []
     for tokens in _blocks(gate):
         w = upcast(weights[:, tokens]).unsqueeze(1)
-        slope, phi, change = _slopes(
-            gate[:, tokens], None if up is None else up[:, tokens], activation, limit, gate_shift, up_shift, read
-        )
-        sums.append(tuple((w @ part).squeeze(1) for part in (slope, phi) if part is not None))
+        g, u = gate[:, tokens], None if up is None else up[:, tokens]
+        slopes = mlp_slopes(g, u, activation)
+        sums.append(tuple((w @ part).squeeze(1) for part in slopes if part is not None))
         if read is not None:
-            assert change is not None
-            moved.append(thin_product(change, upcast(read).mT))
+            moved.append(thin_product(_change(slopes, g, u, gate_shift, up_shift), upcast(read).mT))
     totals = [torch.stack(parts).sum(0) if len(sums) > 1 else parts[0] for parts in zip(*sums, strict=True)]
     return totals[0], totals[1] if up is not None else None, torch.cat(moved, 1) if read is not None else None
 
@@ -76,47 +72,47 @@ def mlp_curvature(
 def mlp_slopes(
     gate: Tensor, up: Tensor | None, activation: str, limit: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The factors of δg and δu in the change of φ(g) ⊙ u: φ'(g) ⊙ u, and φ(g) for a gated MLP."""
-    return _slopes(gate, up, activation, limit, None, None, None)[:2]
+    """The factors of δg and δu in the change of φ(g) ⊙ u: φ'(g) ⊙ u, and φ(g) for a gated MLP.
+
+    With gpt-oss' `limit`, of φ(min(g, limit)) ⊙ (clamp(u, ±limit) + 1).
+    """
+    g, phi = upcast(gate), ACTIVATIONS[activation]
+    if up is None:
+        return phi.backward(torch.ones_like(g), g), None
+    u = upcast(up)
+    if limit is None:
+        return phi.backward(u, g), phi.forward(g)
+    clamped = g.clamp(max=limit)
+    slope = phi.backward(u.clamp(-limit, limit) + 1, clamped) * (g <= limit)
+    return slope, phi.forward(clamped) * (u.abs() <= limit)
 
 
-def check_mlp(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, limit: float | None) -> None:
+def check_mlp(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str) -> None:
     """Raise a ValueError for an unknown activation or shapes that are not of one MLP."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if up is not None:
         check_same_shape("up", up, "gate", gate)
-    elif limit is not None:
-        raise ValueError("limit needs up, since only a gated MLP is clamped; leave it out")
     if gate.dim() != 3 or weights.shape != gate.shape[:2]:
         raise ValueError(f"weights {tuple(weights.shape)} are not one number per token of gate {tuple(gate.shape)}")
 
 
-def _slopes(
+def _change(
+    slopes: tuple[Tensor, Tensor | None],
     gate: Tensor,
     up: Tensor | None,
-    activation: str,
-    limit: float | None,
     gate_shift: Tensor | None,
     up_shift: Tensor | None,
-    read: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """φ'(g) ⊙ u, φ(g) and the change along the input, with the clamp's derivative."""
-    g, phi = upcast(gate), ACTIVATIONS[activation]
-    from_gate = g if gate_shift is None else g - upcast(gate_shift)
-    clamped = g if limit is None else g.clamp(max=limit)
-    if up is None:
-        slope = phi.backward(torch.ones_like(g), clamped)
-        return slope, None, slope * from_gate if read is not None else None
-    u = upcast(up)
-    from_up = u if up_shift is None else u - upcast(up_shift)
-    if limit is not None:
-        u = u.clamp(-limit, limit) + 1
-    slope, factor = phi.backward(u, clamped), phi.forward(clamped)
-    if limit is not None:
-        slope, factor = slope * (g <= limit), factor * (upcast(up).abs() <= limit)
-    change = torch.addcmul(slope * from_gate, factor, from_up) if read is not None else None
-    return slope, factor, change
+) -> Tensor:
+    """The change of φ(g) ⊙ u along the branch's input."""
+    change = slopes[0] * _unshifted(gate, gate_shift)
+    if up is None or slopes[1] is None:
+        return change
+    return torch.addcmul(change, slopes[1], _unshifted(up, up_shift))
+
+
+def _unshifted(rows: Tensor, shift: Tensor | None) -> Tensor:
+    return upcast(rows) if shift is None else upcast(rows) - upcast(shift)
 
 
 def _blocks(gate: Tensor) -> Iterator[slice]:

@@ -218,7 +218,6 @@ class Mlp:
     gated: bool = True
     activation: str = "silu"
     shape: tuple[int, int, int] = (2, 21, 70)
-    limit: float | None = None
     read: int = 3
     one_read: bool = False
     shifted: bool = False
@@ -235,7 +234,7 @@ class Mlp:
         shifts = {"gate_shift": given(inner, seed=3)} if self.shifted else {}
         shifts |= {"up_shift": given(inner, seed=4)} if self.shifted and self.gated else {}
         weights = given(sequences, tokens, seed=5).abs()
-        found = function(gate, up, weights, activation=self.activation, limit=self.limit, read=read, **shifts)
+        found = function(gate, up, weights, activation=self.activation, read=read, **shifts)
         return {name: x for name, x in zip(("gate", "up", "moved"), found, strict=True) if x is not None}
 
 
@@ -244,7 +243,6 @@ MLPS = {
     "plain": Mlp(gated=False, activation="gelu"),
     "plain with a shift": Mlp(gated=False, activation="gelu_tanh", shifted=True),
     "shifts": Mlp(shifted=True),
-    "clamped": Mlp(activation="quick_gelu", limit=0.8, shifted=True),
     "nothing read": Mlp(read=0),
     "the same rows for all": Mlp(one_read=True, read=16),
     "one token, one channel": Mlp(shape=(1, 1, 1)),
@@ -476,8 +474,8 @@ OPERATIONS = {
         0.0,
         0.0,
     ),
-    "mlp_curvature": (draw(2, 5, 9), draw(2, 5, 9), draw(2, 5), draw(1, 3, 9), draw(9), draw(9), "silu", 1.0),
-    "mlp_curvature plain": (draw(2, 5, 9), None, draw(2, 5), None, None, None, "gelu", None),
+    "mlp_curvature": (draw(2, 5, 9), draw(2, 5, 9), draw(2, 5), draw(1, 3, 9), draw(9), draw(9), "silu"),
+    "mlp_curvature plain": (draw(2, 5, 9), None, draw(2, 5), None, None, None, "gelu"),
     "mlp_diagonal": (draw(9, 7), draw(9, 7), draw(7, 9), draw(2, 9), draw(2, 9), draw(7)),
     "mlp_diagonal plain": (draw(9, 7), None, draw(7, 9), draw(2, 9), None, None),
     "attention_trace": (*(draw(2, 4, 7),) * 3, draw(2, 7, 4), *(draw(3, 2, 4, 4),) * 2, draw(3, 2), draw(7), draw(7)),

@@ -8,8 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ofa_kernels import dispatch
-from ofa_kernels.launch import MAX_WIDTH
-from ofa_kernels.ops import contract, launching, norm_step
+from ofa_kernels.ops import launching, norm_step
 from tests.ofa_kernels.calls import DEVICE, OPERATIONS, as_tuple, call, draw
 
 Z, STACK, SCALE, ROW = draw(3, 20), draw(2, 3, 20, seed=1), draw(20, seed=2), draw(3, seed=3)
@@ -26,7 +25,7 @@ ARGUMENTS = {
     "displace_backward": (STACK, 0.1, *PROBE, True),
     "contract": (Z, STACK, *PROBE),
     "contract_backward": (Z, STACK[..., 0], ROW, 2, *PROBE),
-    "contract_backward of what is passed on": (Z, None, ROW, 0, *PROBE, Z),
+    "contract_backward of a length": (Z, None, ROW, 0, *PROBE),
     "probed_diagonal": (Z[None], STACK.unsqueeze(1), ROW[None], *PROBE),
 }
 
@@ -73,32 +72,6 @@ def test_the_dispatched_operation_compiles_into_one_graph():
     inputs = [draw(2, 20).float(), draw(2, 20, seed=1).float(), draw(20, seed=2).float()]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(step(*inputs), compiled(*inputs), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "width", "expected"),
-    [
-        ("cuda", torch.bfloat16, 64, "triton"),
-        ("cuda", torch.float16, 64, "triton"),
-        ("cuda", torch.float32, MAX_WIDTH, "triton"),
-        ("cuda", torch.float64, 64, "reference"),
-        ("cuda", torch.float32, MAX_WIDTH + 1, "reference"),
-        ("cpu", torch.float32, 64, "reference"),
-        ("meta", torch.float32, 64, "reference"),
-    ],
-)
-def test_kernels_run_for_the_gpu_tensors_that_they_accept(device, dtype, width, expected, monkeypatch):
-    """With fake GPU tensors, so that no GPU is needed."""
-    monkeypatch.delenv("OFA_KERNELS", raising=False)
-    with FakeTensorMode():
-        tensor = torch.empty(2, width, dtype=dtype, device=device)
-    for operation in dispatch.OPERATIONS:
-        wanted = (
-            "triton"
-            if expected == "triton" and not operation.startswith(("mlp", "attention", "probed"))
-            else "reference"
-        )
-        assert dispatch.choose(operation, tensor).name == wanted, operation
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -182,37 +155,3 @@ def test_without_a_gradient_nothing_is_kept():
         with torch.set_grad_enabled(enabled):
             outputs = norm_step.norm_step(Z.float(), update, SCALE.float(), eps=1e-5)
         assert not any(output.requires_grad for output in outputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("expanded", [False, True])
-def test_an_update_and_its_length_have_one_gradient(dtype, expanded, monkeypatch):
-    """The gradients of stream and length are added in float32 and rounded once, in one launch."""
-    update = Z.to(DEVICE, dtype).requires_grad_()
-    weight, of_length = Z.flip(0).to(DEVICE, dtype), ROW.float().to(DEVICE)
-    if expanded:
-        weight = weight[:1].expand(update.shape)
-    calls = []
-    own = contract.run
-    monkeypatch.setattr(contract, "run", lambda kernel, *args, **kw: calls.append(kernel) or own(kernel, *args, **kw))
-    passed, squared = contract.with_length(update)
-    torch.autograd.backward((passed, squared), (weight, of_length))
-    wide = update.detach().float()
-    expected = (weight.float() + 2 * of_length.unsqueeze(-1) * wide).to(dtype)
-    assert len(calls) == 2
-    assert torch.equal(passed, update)
-    torch.testing.assert_close(squared, wide.square().sum(-1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(update.grad, expected)
-
-
-def test_an_update_without_a_length_and_a_length_alone():
-    """If only one of the two is used; the length is differentiable once."""
-    update = Z.float().to(DEVICE).requires_grad_()
-    passed, squared = contract.with_length(update)
-    ones = torch.ones_like(update)
-    assert torch.equal(torch.autograd.grad(passed, update, ones, retain_graph=True)[0], ones)
-    (gradient,) = torch.autograd.grad(squared.sum(), update, create_graph=True)
-    torch.testing.assert_close(gradient, 2 * update)
-    with pytest.raises(RuntimeError, match="contract_backward has no derivative"):
-        gradient.sum().backward()
-    assert not contract.with_length(update.detach())[1].requires_grad

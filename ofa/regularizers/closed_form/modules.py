@@ -191,6 +191,10 @@ class ExpertsModules:
         """The function between the projections, if the module has it under a known name."""
         return _activation(self.experts)
 
+    def linears(self) -> Iterator[Linear]:
+        """None: the experts' weights are stacked in parameters."""
+        yield from ()
+
     def router_weight(self) -> Tensor:
         """W_r, (E, d)."""
         return sharding.full_tensor(self.router.weight).detach()  # type: ignore[arg-type]

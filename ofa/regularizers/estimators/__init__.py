@@ -6,29 +6,22 @@ instead; `leave` gets the output and returns the branch's own output and the tra
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa.anatomy.steps import Branch, NormView
+from ofa.regularizers.measured_pass import MeasuredPass
 from ofa.regularizers.objectives import BranchTrace
-
-
-class ProbedPass(Protocol):
-    """The part of a measured forward pass that estimators read: key of the probes, padding mask, grad mode."""
-
-    seed: int
-    with_grad: bool
-    mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class Probe:
     """The random numbers of a step: its pass's 64-bit Philox key, and the step's counter word."""
 
-    of_pass: ProbedPass
+    of_pass: MeasuredPass
     step: int
 
     @property
@@ -88,12 +81,8 @@ class TraceEstimator(Protocol):
         """Paths of modules inside the branches that must not be replaced after attaching."""
         ...
 
-    def attach(self) -> Sequence[Handle]:
-        """Attach the estimator's own hooks to the model, after those that call `enter` and `leave`."""
-        ...
-
-    def begin(self, branches: Collection[Branch]) -> None:
-        """A forward pass of the model starts that measures these branches."""
+    def attach(self, model: nn.Module, branches: Sequence[Branch]) -> Sequence[Handle]:
+        """Attach the estimator's own hooks to these branches, after those that call `enter` and `leave`."""
         ...
 
     def abandon(self) -> None:

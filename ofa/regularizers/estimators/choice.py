@@ -11,7 +11,7 @@ from ofa.errors import InputError
 from ofa.regularizers.closed_form.modules import NoClosedForm
 from ofa.regularizers.estimators import TraceEstimator
 from ofa.regularizers.estimators.exact import Exact
-from ofa.regularizers.estimators.hutchinson import FullHutchinson, Hutchinson, epsilon_scales_of
+from ofa.regularizers.estimators.hutchinson import FullHutchinson, Hutchinson, epsilon_scales
 from ofa.regularizers.options import RegularizerOptions
 
 # The package's logger, which users filter by, not this module's.
@@ -48,9 +48,6 @@ def choose(options: RegularizerOptions, model: nn.Module, anatomy: Anatomy) -> T
 
 def _differences(options: RegularizerOptions, model: nn.Module, anatomy: Anatomy) -> TraceEstimator:
     steps = anatomy.steps(options.granularity)
-    norms = (norm.path for norm in anatomy.norms)
-    scales = epsilon_scales_of(model, norms, steps) if options.epsilon is None else {}
-    settings = options.samples, options.epsilon, options.probe, scales
-    if options.gradient == "full":
-        return FullHutchinson(*settings)
-    return Hutchinson(*settings, _subject=[(model, [branch for step in steps for branch in step.branches])])
+    scales = epsilon_scales(model, steps) if options.epsilon is None else {}
+    kind = FullHutchinson if options.gradient == "full" else Hutchinson
+    return kind(options.samples, options.epsilon, options.probe, scales)

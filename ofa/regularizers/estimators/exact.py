@@ -9,7 +9,7 @@ held fixed. The derivation is in docs/theory.md. Works for the branches that `of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from ofa.anatomy.module_io import hidden_input
 from ofa.anatomy.steps import Anatomy, Branch, NormView, view_norm
 from ofa.regularizers.closed_form.attention_interface import AttentionCapture
 from ofa.regularizers.closed_form.branch_trace import NormAt, body_of, branch_trace
-from ofa.regularizers.closed_form.modules import AttentionModules, ExpertsModules, Linear, NoClosedForm, check_frozen
+from ofa.regularizers.closed_form.modules import AttentionModules, NoClosedForm, check_frozen
 from ofa.regularizers.closed_form.recognize import recognize, tap_of
 from ofa.regularizers.closed_form.taps import Tap
 from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
@@ -58,15 +58,9 @@ class Exact:
         self._taps: dict[Branch, Tap] = {}
         self._after: dict[Branch, Tensor] = {}
         """Inputs of the norms after branches, until the branch is left."""
-        self._linears: list[Linear] = [
-            linear
-            for one in self._recognized.values()
-            if not isinstance(one.modules, ExpertsModules)
-            for linear in one.modules.linears()
-        ]
-        self.relies_on = [linear.path for linear in self._linears]
+        self.relies_on = [linear.path for one in self._recognized.values() for linear in one.modules.linears()]
 
-    def attach(self) -> list[Handle]:
+    def attach(self, model: nn.Module, branches: Sequence[Branch]) -> list[Handle]:
         """Attach the hooks inside the branches, and redirect the model's attention functions."""
         modules = [one.modules for one in self._recognized.values()]
         handles: list[Handle] = [AttentionCapture(one.module for one in modules if isinstance(one, AttentionModules))]
@@ -75,13 +69,14 @@ class Exact:
             handles += tap.handles
         return handles + [self._watch(branch) for branch in self._norms_after]
 
-    def begin(self, branches: Collection[Branch]) -> None:
-        """Refuse trained weights with the full gradient: their part of it would be missing."""
-        if not self.held:
-            check_frozen(self._linears)
-
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
-        """The branch's input unchanged; the tap starts to collect."""
+        """The branch's input unchanged; the tap starts to collect.
+
+        Raises:
+            InputError: a projection is trained, and its part of the full gradient would be missing.
+        """
+        if not self.held:
+            check_frozen(self._recognized[branch].modules.linears())
         self._taps[branch].start(entering)
         return entering
 

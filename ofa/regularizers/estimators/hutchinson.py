@@ -21,16 +21,13 @@ default ε is δ times the branch's `EpsilonScale`, the ε that displaces a toke
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ofa import sharding
@@ -76,7 +73,7 @@ class EpsilonScale:
     at_least: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Differences:
     """N probes by finite differences.
 
@@ -88,14 +85,9 @@ class _Differences:
     epsilon: float | None = None
     probe: str = "rademacher"
     scales: Mapping[Branch, EpsilonScale] = field(default_factory=dict)
-    name: str = "hutchinson"
 
+    name: ClassVar[str] = "hutchinson"
     relies_on: ClassVar[tuple[str, ...]] = ()
-
-    def begin(self, branches: Collection[Branch]) -> None:
-        """Find the epsilon scales of the branches before the first pass."""
-        if isinstance(self.scales, LazyEpsilonScales):
-            self.scales.find()
 
     def _keys(self, branch: Branch, stream: Tensor, probe: Probe) -> dict[str, Any]:
         return {
@@ -106,40 +98,30 @@ class _Differences:
             "probe": self.probe,
         }
 
-    def _delta(self, branch: Branch, stream: Tensor) -> float:
-        delta, scale = DELTA[_branch_dtype(stream)], self.scales.get(branch)
-        return delta if scale is None else max(delta, scale.at_least)
-
     def _epsilon(self, branch: Branch, stream: Tensor) -> float:
-        raise NotImplementedError
+        if self.epsilon is not None:
+            return self.epsilon
+        delta, scale = DELTA[_branch_dtype(stream)], self.scales.get(branch)
+        return delta if scale is None else max(delta, scale.at_least) * self._unit(scale)
+
+    def _unit(self, scale: EpsilonScale) -> float:
+        """The ε that displaces a token by its own length."""
+        return scale.epsilon
 
 
-@dataclass(frozen=True)
 class Hutchinson(_Differences):
     """Finite differences with the gradient in P alone: the copies run after the branch, without a graph."""
 
-    held: ClassVar[bool] = True
-    copies: ClassVar[int] = 0
+    held, copies, busy = True, 0, False
 
-    _subject: list[tuple[nn.Module, list[Branch]]] = field(default_factory=list, compare=False, repr=False)
-    """The model and its branches, until hooks are attached to them."""
-    _replays: dict[Branch, Replay] = field(default_factory=dict, compare=False, repr=False)
-    _running: list[Branch] = field(default_factory=list, compare=False, repr=False)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a branch is being run on copies."""
-        return bool(self._running)
-
-    def attach(self) -> list[Handle]:
+    def attach(self, model: nn.Module, branches: Sequence[Branch]) -> list[Handle]:
         """Attach the hooks that record the arguments of the branches."""
-        model, branches = self._subject.pop()
-        self._replays.update({branch: Replay(model, branch) for branch in branches})
+        self._replays = {branch: Replay(model, branch) for branch in branches}
         return [handle for replay in self._replays.values() for handle in replay.handles]
 
     def abandon(self) -> None:
         """Release the arguments of branches that were entered and not left."""
-        self._running.clear()
+        self.busy = False
         for replay in self._replays.values():
             replay.stop()
 
@@ -160,11 +142,11 @@ class Hutchinson(_Differences):
                 inputs = dispatch.perturb(stream, norm.weight, norm.bias, **settings, scaled=False)
             else:
                 inputs = dispatch.displace(stream, self._direction(norm, stream, normed), **keys)
-            self._running.append(branch)
+            self.busy = True
             try:
                 copies = replay.run(inputs.flatten(0, 1), self.samples)
             finally:
-                self._running.clear()
+                self.busy = False
             replay.stop()
             weights = token_shares(probe.of_pass.mask, stream) / (self.samples * keys["epsilon"])
             if normed is not None:
@@ -185,27 +167,22 @@ class Hutchinson(_Differences):
         rstd = reference.rstd(stream, eps=norm.eps, kind=norm.kind) if norm.rstd is None else norm.rstd
         return rstd.view(stream.shape[:-1]).unsqueeze(-1)
 
-    def _epsilon(self, branch: Branch, stream: Tensor) -> float:
-        if self.epsilon is not None:
-            return self.epsilon
-        scale = self.scales.get(branch)
+    def _unit(self, scale: EpsilonScale) -> float:
         # The displacement ν/σ is shorter than Pν by the root mean square of γ.
-        return self._delta(branch, stream) * (1.0 if scale is None else scale.epsilon * scale.scale)
+        return scale.epsilon * scale.scale
 
 
-@dataclass(frozen=True)
 class FullHutchinson(_Differences):
     """Finite differences with the gradient through everything: the copies are in the batch of the real pass."""
 
-    held: ClassVar[bool] = False
-    busy: ClassVar[bool] = False
+    held, busy = False, False
 
     @property
     def copies(self) -> int:
         """Copies of the branch's input in the batch."""
         return self.samples
 
-    def attach(self) -> tuple[Handle, ...]:
+    def attach(self, model: nn.Module, branches: Sequence[Branch]) -> tuple[Handle, ...]:
         """No hooks."""
         return ()
 
@@ -245,12 +222,6 @@ class FullHutchinson(_Differences):
             return norm.scale
         return norm.scale * reference.rstd(stream, eps=norm.eps, kind=norm.kind).unsqueeze(-1)
 
-    def _epsilon(self, branch: Branch, stream: Tensor) -> float:
-        if self.epsilon is not None:
-            return self.epsilon
-        scale = self.scales.get(branch)
-        return self._delta(branch, stream) * (1.0 if scale is None else scale.epsilon)
-
 
 def token_mean(
     rows: Tensor, branch: Branch, norm: NormView, stream: Tensor, probe: Probe, normed: Tensor | None
@@ -262,70 +233,12 @@ def token_mean(
     return (rows.view(shares.shape) * shares).sum(1)
 
 
-class LazyEpsilonScales(Mapping[Branch, EpsilonScale]):
-    """`epsilon_scales` for the norm scales at attaching, computed by the first pass, so that attaching runs no model.
-
-    The scales at attaching are put back for that run: a resumed training run then finds the same values.
-    """
-
-    def __init__(self, model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> None:
-        self._model = weakref.ref(model)
-        self._steps = steps
-        self._scales = {f"{path}.weight": model.get_parameter(f"{path}.weight").detach().clone() for path in norms}
-        self._found: dict[Branch, EpsilonScale] | None = None
-
-    def find(self) -> None:
-        """Run the model on a few tokens, without dispatch modes and autocast; a second call does nothing."""
-        model = self._model()
-        if self._found is not None or model is None:
-            return
-        device = next(model.parameters()).device.type
-        try:
-            with _disable_current_modes(), torch.autocast(device, enabled=False), _use_params(model, self._scales):
-                self._found = epsilon_scales(model, self._steps)
-        except AttributeError:  # layers were removed; the next pass raises the error
-            self._found = {}
-        self._scales = {}
-
-    def __getitem__(self, branch: Branch) -> EpsilonScale:
-        return (self._found or {})[branch]
-
-    def __iter__(self) -> Iterator[Branch]:
-        return iter(self._found or {})
-
-    def __len__(self) -> int:
-        return len(self._found or {})
-
-
-def epsilon_scales_of(model: nn.Module, norms: Iterable[str], steps: Sequence[Step]) -> Mapping[Branch, EpsilonScale]:
-    """The epsilon scales of every branch, computed now or by the first pass.
-
-    Now for distributed models: all ranks must run the model together, and `fully_shard` allows no run inside a pass.
-    """
-    if sharding.is_sharded(model) or (distributed.is_available() and distributed.is_initialized()):
-        return epsilon_scales(model, steps)
-    return LazyEpsilonScales(model, norms, steps)
-
-
-@contextmanager
-def _use_params(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Use other values for some parameters in this context, without changing version counters."""
-    parameters = {name: model.get_parameter(name) for name in values}
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name].to(parameter)
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
-
-
 def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, EpsilonScale]:
     """The epsilon scale of every branch, from a trial run on a few tokens.
 
-    Not from the batch: a sequence's trace then does not depend on the other sequences or the rank, and no pass syncs. A
-    factor of two matters little, see docs/theory.md, "Choosing ε".
+    At attaching and not from the batch: a sequence's trace then does not depend on the other sequences or the rank, no
+    pass syncs, and a resumed run finds the same values. A factor of two matters little, see docs/theory.md, "Choosing
+    ε".
     """
     found: dict[Branch, EpsilonScale] = {}
     branches = [branch for step in steps for branch in step.branches]
@@ -342,8 +255,10 @@ def epsilon_scales(model: nn.Module, steps: Iterable[Step]) -> dict[Branch, Epsi
 
     handles = [model.register_forward_pre_hook(_many_tokens, with_kwargs=True)]
     handles += [watch(branch) for branch in branches]
+    device = next(model.parameters()).device.type
     try:
-        trial.run(model, until=branches[-1].exit)
+        with torch.autocast(device, enabled=False):
+            trial.run(model, until=branches[-1].exit)
     finally:
         for handle in handles:
             handle.remove()

@@ -411,24 +411,3 @@ def test_regularizers_that_are_not_closed_are_freed_with_their_model(kind: str) 
     for _ in range(2):  # first the model, then the objects that its graph kept alive
         gc.collect()
     assert gone() is reg() is None
-
-
-def test_the_default_epsilon_is_that_of_the_model_at_attaching() -> None:
-    """Attaching runs no pass; training or resuming before the first pass still does not change ε."""
-    model, runs = tuned(), []
-    model.register_forward_pre_hook(lambda module, args: runs.append(args))
-    scales = {}
-    for moved in (False, True):
-        with attach(model, "hutchinson") as reg:
-            runs.clear()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad and moved:
-                        parameter.mul_(3.0)
-            attached_without = len(runs)
-            model(**inputs("llama"))
-            assert (attached_without, len(runs)) == (0, 2)
-            model(**inputs("llama"))
-            assert len(runs) == 3
-            scales[moved] = dict(reg._trace_estimator.scales)  # type: ignore[attr-defined]
-    assert scales[False] == scales[True]

@@ -182,7 +182,7 @@ def test_the_default_step_suits_streams_of_any_length(
     """In each dtype the error is of order δ, for tokens as short as after the embeddings and as long as at the end."""
     model, given = of_length(factor), families.inputs("llama")
     scales = epsilon_scales(model, steps_of(model))
-    monkeypatch.setattr(choice, "epsilon_scales_of", lambda *_: scales)
+    monkeypatch.setattr(choice, "epsilon_scales", lambda *_: scales)
     narrow = copy.deepcopy(model).to(dtype)
     options = {"estimator": "hutchinson", "gradient": gradient, "samples": 4}
     found = traces_of(narrow, given, **options).double()

@@ -76,19 +76,3 @@ def test_passes_without_gradients_warn_of_nothing(tiny_model, batch, caplog):
         with reg.measuring():
             model(**batch)
     assert told(caplog) == []
-
-
-@pytest.mark.parametrize("options", [{}, {"sharpness": 0.0}], ids=["both", "one"])
-def test_measurements_print_as_six_lines(tiny_model, batch, options):
-    """Sizes and ranges, not tensors."""
-    model = tiny_model[0].cpu()
-    ofa.tune_norms(model)
-    with ofa.fused_regularizers(model, estimator="exact", **options) as reg:
-        model(**batch)
-        lines = str(reg.measurements).splitlines()
-    assert len(lines) == 6
-    assert lines[0] == "measured      6 steps of 2 sequences"
-    assert lines[4] == f"step ratio J  {reg.measurements.step_ratio.item():.4g}"
-    assert lines[3].endswith("not measured") == (options == {"sharpness": 0.0})
-    assert "nan" not in " ".join(lines)
-    assert "tensor" not in " ".join(lines)
