@@ -17,7 +17,7 @@ WAITING = ("equal", "_local_scalar_dense", "is_nonzero", "item", "nonzero", "all
 
 
 class Recorder:
-    """Stands for `CudaCapture`: as there, nothing of Python runs in a replay, and a recording changes no tensor."""
+    """Stands for `Capture`: as there, nothing of Python runs in a replay, and a recording changes no tensor."""
 
     def __init__(self) -> None:
         self.recorded = 0

@@ -28,6 +28,13 @@ def replace_tensors(
     )
 
 
+def repeat_batch(name: str, tensor: Tensor, batch: int, copies: int) -> Tensor:
+    """A module's argument for `copies` copies of its batch; unchanged if it broadcasts over the batch."""
+    # Falcon's alibi is (batch · heads, …); other tensors begin with the batch or broadcast over it.
+    batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
+    return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if batched else tensor
+
+
 def hidden_output(output: Any) -> Tensor:
     """The hidden states a module returns: the tensor itself, or the first item of a tuple."""
     return output if isinstance(output, Tensor) else output[0]

@@ -13,7 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from ofa import sharding
 from ofa.anatomy import fused_norms
 from ofa.anatomy.fused_layers import measure_next
-from ofa.anatomy.module_io import Arguments, hidden_input, hidden_output, replace_hidden_output, replace_tensors
+from ofa.anatomy.module_io import (
+    Arguments,
+    hidden_input,
+    hidden_output,
+    repeat_batch,
+    replace_hidden_output,
+    replace_tensors,
+)
 from ofa.anatomy.steps import Branch, NormView, Step, view_norm
 from ofa.errors import InputError
 from ofa.regularizers.estimators import Probe, TraceEstimator
@@ -32,7 +39,7 @@ class BranchHooks:
         index: int,
         step: Step,
         branch: Branch,
-        estimator: TraceEstimator | None,
+        estimator: TraceEstimator,
         layer_path: str,
         layer: RecomputeTracker,
         *,
@@ -82,12 +89,8 @@ class BranchHooks:
     def _traced(self) -> bool:
         return self.current is not None and self.current.traced
 
-    @property
-    def _busy(self) -> bool:
-        return self.estimator is not None and self.estimator.busy
-
     def _at_norm(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._busy:
+        if self.estimator.busy:
             return
         if self.branch.reads == "normalized":
             self._see(hidden_input(args, kwargs))
@@ -95,14 +98,13 @@ class BranchHooks:
             self._norm_input = hidden_input(args, kwargs)
 
     def _at_entry(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
-        if self._busy:
+        if self.estimator.busy:
             return None
         entering = hidden_input(args, kwargs)
         if self.branch.reads == "stream":
             self._see(entering)
         if not self._traced:
             return None
-        assert self.estimator is not None
         assert self._stream is not None
         fed = self.estimator.enter(self.branch, self._norm(), self._stream, entering, self._probe())
         self._fed = fed
@@ -113,21 +115,17 @@ class BranchHooks:
         def repeated(name: str, tensor: Tensor) -> Tensor:
             if tensor is entering:
                 return fed
-            if not copies:
-                return tensor
-            # Falcon's alibi is (batch · heads, …); other tensors begin with the batch or broadcast over it.
-            batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
-            return tensor.repeat(1 + copies, *[1] * (tensor.dim() - 1)) if batched else tensor
+            return repeat_batch(name, tensor, batch, 1 + copies) if copies else tensor
 
         return replace_tensors(args, kwargs, repeated)
 
     def _at_residual(self, module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
-        if self._busy or not self._traced or self._fed is None:
+        if self.estimator.busy or not self._traced or self._fed is None:
             return None
         return (args[0], self._fed, *args[2:])
 
     def _at_exit(self, module: nn.Module, args: object, output: Any) -> object:
-        if self._busy or self.current is None or not self.current.measures:
+        if self.estimator.busy or self.current is None or not self.current.measures:
             return None
         stream, norm_input, leaving = self._stream, self._norm_input, hidden_output(output)
         norm = replace(self._norm(), rstd=self._rstd) if self.current.traced else None
@@ -181,7 +179,6 @@ class BranchHooks:
         assert self.current is not None
         if norm is None:
             return leaving, None, None
-        assert self.estimator is not None
         if norm_input is not None and self.estimator.copies:
             norm_input = norm_input[: stream.shape[0]]
         assert self.current.shape is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,36 +21,22 @@ class CannotCaptureError(Exception):
     """The computation cannot be captured; the message says why."""
 
 
-class Capture(Protocol):
-    """Records computations whose inputs and outputs stay where they are in memory."""
+class Capture:
+    """Records computations whose inputs and outputs stay where they are in memory, by `torch.cuda.graph`.
 
-    def rehearse(self, run: Run) -> None:
-        """Run once, as it will be captured.
-
-        Raises:
-            CannotCaptureError: the computation waits for the device, or fails.
-        """
-        ...
-
-    def record(self, run: Run) -> Run:
-        """Record `run` and return its replay, which computes the same tensors in place from what its inputs hold then.
-
-        Raises:
-            CannotCaptureError: the computation cannot be recorded.
-        """
-        ...
-
-
-class CudaCapture:
-    """Records by `torch.cuda.graph`; all graphs share one pool of memory, since they run one after another."""
+    All graphs share one pool of memory, since they run one after another.
+    """
 
     def __init__(self) -> None:
         self._pool: object = None
 
     def rehearse(self, run: Run) -> None:
-        """Run once on a side stream, refusing what waits for the device.
+        """Run once on a side stream, as it will be captured.
 
         A capture that fails leaves PyTorch's random numbers and allocator in the middle of it, so it must not fail.
+
+        Raises:
+            CannotCaptureError: the computation waits for the device, or fails.
         """
         aside, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         aside.wait_stream(torch.cuda.current_stream())
@@ -65,7 +51,13 @@ class CudaCapture:
             torch.cuda.current_stream().wait_stream(aside)
 
     def record(self, run: Run) -> Run:
-        """Capture `run`, which computes nothing yet."""
+        """Capture `run`, which computes nothing yet, and return its replay.
+
+        A replay computes the same tensors in place from what the inputs hold then.
+
+        Raises:
+            CannotCaptureError: the computation cannot be recorded.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[arg-type]
@@ -87,7 +79,7 @@ def capture_for(device: torch.device) -> Capture:
         raise CannotCaptureError(f"{SWITCH}=off in the environment")
     if device.type != "cuda":
         raise CannotCaptureError(f"the model is on {device.type}, and CUDA graphs need a CUDA GPU")
-    return CudaCapture()
+    return Capture()
 
 
 @contextmanager

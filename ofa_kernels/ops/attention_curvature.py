@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch, reference
-from ofa_kernels.ops.launching import multiprocessors, operation, start_by_names, tiles_of
+from ofa_kernels.ops.launching import dense, multiprocessors, operation, start_by_names, tiles_of
 from ofa_kernels.reference.attention_heads import Attends, HeadNorm, Rotary, check_heads, check_shapes, check_window
 
 
@@ -123,7 +123,7 @@ def forward(
     mean_key, turned = rows(width), rows(width)
     pull = None if query_entering is None else rows(depth)
     moved = rows(read, torch.float32)
-    spread = _spread(mask, (sequences, heads, tokens, tokens))
+    weights, spread = dense(weights), _spread(mask, (sequences, heads, tokens, tokens))
     columns = {
         "query": query,
         "key": key,
@@ -145,7 +145,7 @@ def forward(
         **{name: None if x is None else _rows_of(x) for name, x in columns.items()},
         "cosine": None if cosine is None else _angles_of(cosine),
         "sine": None if sine is None else _angles_of(sine),
-        "weights": _weights_of(weights),
+        "weights": (weights, weights.stride(0)),
         "mask": None if spread is None else (spread, *spread.stride()),
         "sinks": None if sinks is None else sinks.contiguous(),
         "query_scale": None if query_scale is None else query_scale.contiguous(),
@@ -214,19 +214,14 @@ def empty(query: Tensor, key: Tensor, value: Tensor, *more: Any) -> tuple[Tensor
 
 def _rows_of(tensor: Tensor) -> tuple[object, ...]:
     """(B, heads, T, channels) with dense channels."""
-    tensor = tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+    tensor = dense(tensor)
     return tensor, *tensor.stride()[:3]
 
 
 def _angles_of(angle: Tensor) -> tuple[object, ...]:
     """(B or 1, T, pairs) with strides that broadcast over heads, and over sequences if there is one row."""
-    angle = angle if angle.shape[-1] <= 1 or angle.stride(-1) == 1 else angle.contiguous()
+    angle = dense(angle)
     return angle, angle.stride(0) if angle.shape[0] > 1 else 0, 0, angle.stride(1)
-
-
-def _weights_of(weights: Tensor) -> tuple[object, ...]:
-    weights = weights if weights.shape[1] <= 1 or weights.stride(1) == 1 else weights.contiguous()
-    return weights, weights.stride(0)
 
 
 def _spread(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -145,13 +145,8 @@ def run(kernel: Kernel, grid: int, tensor: Tensor, width: int, *args: object, **
     if grid == 0 or width == 0:
         return
     config = configuration(kernel, tensor, width)
-    names = kernel.arg_names
-    if "GROUPS" in names:
-        constants["GROUPS"] = config.groups
-    if "TILES" in names:
-        constants["TILES"] = config.tiles
-    if "STAGES" in names:
-        constants["STAGES"] = config.stages
+    tiling = {"GROUPS": config.groups, "TILES": config.tiles, "STAGES": config.stages}
+    constants |= {name: value for name, value in tiling.items() if name in kernel.arg_names}
     start(kernel, grid, tensor, args, constants, config.max_registers, num_warps=config.num_warps)
 
 
@@ -298,16 +293,17 @@ class ScaleGradients:
 
 def as_rows(tensor: Tensor, width: int) -> Tensor:
     """(…, width) as (rows, width) with dense columns: a view if the strides allow it, else a copy."""
-    return _dense_columns(tensor, width).reshape(tensor.shape[:-1].numel(), width)
+    return dense(tensor).reshape(tensor.shape[:-1].numel(), width)
 
 
 def as_stack(tensor: Tensor, width: int) -> Tensor:
     """(samples, …, width) as (samples, rows, width) with dense columns: a view or a copy."""
-    return _dense_columns(tensor, width).reshape(tensor.shape[0], tensor.shape[1:-1].numel(), width)
+    return dense(tensor).reshape(tensor.shape[0], tensor.shape[1:-1].numel(), width)
 
 
-def _dense_columns(tensor: Tensor, width: int) -> Tensor:
-    return tensor if width <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its last dimension is dense."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def key(seed: int, step: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import launch, reference
-from ofa_kernels.ops.launching import multiprocessors, operation, start, start_by_names, tiles_of
+from ofa_kernels.ops.launching import dense, multiprocessors, operation, start, start_by_names, tiles_of
 from ofa_kernels.reference.mlp_curvature import check_mlp
 
 _BLOCK = 1024
@@ -48,6 +48,7 @@ def forward(
 
     (sequences, tokens, width), parts = gate.shape, 1 if up is None else 2
     lines = 0 if read is None else read.shape[1]
+    weights = dense(weights)
     config = tiles_of(mlp_curvature_tokens, gate)
     tiles = -(-width // config.block_columns)
     runs = launch.shares(sequences * tiles, -(-tokens // config.block_rows), 4 * multiprocessors(gate.device))
@@ -56,7 +57,7 @@ def forward(
     arguments: dict[str, object] = {
         "gate": _tokens_of(gate),
         "up": None if up is None else _tokens_of(up),
-        "weights": _tokens_of(weights.unsqueeze(-1))[:2],
+        "weights": (weights, weights.stride(0)),
         "read": None if read is None else _lines_of(read),
         "gate_shift": None if gate_shift is None else gate_shift.contiguous(),
         "up_shift": None if up_shift is None else up_shift.contiguous(),
@@ -95,16 +96,13 @@ def empty(
 
 
 def _tokens_of(tensor: Tensor) -> tuple[object, ...]:
-    """The group of (B, T, channels), made dense in the channels, or with one channel in the tokens."""
-    if tensor.shape[-1] == 1:
-        tensor = tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
-    elif tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
+    """The group of (B, T, channels) with dense channels."""
+    tensor = dense(tensor)
     return tensor, tensor.stride(0), tensor.stride(1)
 
 
 def _lines_of(read: Tensor) -> tuple[object, ...]:
-    read = read if read.shape[-1] <= 1 or read.stride(-1) == 1 else read.contiguous()
+    read = dense(read)
     return read, read.stride(0) if read.shape[0] > 1 else 0, read.stride(1)
 
 

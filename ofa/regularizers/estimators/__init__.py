@@ -6,6 +6,7 @@ instead; `leave` gets the output and returns the branch's own output and the tra
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,48 +54,33 @@ class Handle(Protocol):
         ...
 
 
-class TraceEstimator(Protocol):
+class TraceEstimator(ABC):
     """One way to measure tr(J P) of a branch."""
 
-    @property
-    def name(self) -> str:
-        """The name that the option `estimator` has for it."""
-        ...
-
-    @property
-    def held(self) -> bool:
-        """Whether the gradient is in P alone and computed in the forward pass; else traces have a graph."""
-        ...
-
-    @property
-    def copies(self) -> int:
-        """Number of copies of the branch's input in the batch, besides the real one."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether the estimator is itself running a branch; such a run is not measured."""
-        ...
-
-    @property
-    def relies_on(self) -> Sequence[str]:
-        """Paths of modules inside the branches that must not be replaced after attaching."""
-        ...
+    name: str
+    """The name that the option `estimator` has for it."""
+    held: bool = True
+    """Whether the gradient is in P alone and computed in the forward pass; else traces have a graph."""
+    copies: int = 0
+    """Number of copies of the branch's input in the batch, besides the real one."""
+    busy: bool = False
+    """Whether the estimator is itself running a branch; such a run is not measured."""
+    relies_on: Sequence[str] = ()
+    """Paths of modules inside the branches that must not be replaced after attaching."""
 
     def attach(self, model: nn.Module, branches: Sequence[Branch]) -> Sequence[Handle]:
         """Attach the estimator's own hooks to these branches, after those that call `enter` and `leave`."""
-        ...
+        return ()
 
-    def abandon(self) -> None:
+    def abandon(self) -> None:  # noqa: B027 - not every estimator has state
         """Release all state: after an exception a branch that was entered may never be left."""
-        ...
 
+    @abstractmethod
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
         """The input to use instead of `entering`, with 1 + `copies` times its leading dimension."""
-        ...
 
+    @abstractmethod
     def leave(
         self, branch: Branch, norm: NormView, stream: Tensor, leaving: Tensor, probe: Probe, normed: Tensor | None
     ) -> BranchMeasurement:
         """The branch's own output and measurements; `normed` is the norm's input if that is not the stream."""
-        ...

@@ -23,16 +23,14 @@ from ofa.regularizers.closed_form.branch_trace import NormAt, body_of, branch_tr
 from ofa.regularizers.closed_form.modules import AttentionModules, NoClosedForm, check_frozen
 from ofa.regularizers.closed_form.recognize import recognize, tap_of
 from ofa.regularizers.closed_form.taps import Tap
-from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
+from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe, TraceEstimator
 from ofa.regularizers.objectives import BranchTrace, token_shares
 
 
-class Exact:
+class Exact(TraceEstimator):
     """The closed form of every branch of a model's steps."""
 
     name = "exact"
-    copies = 0
-    busy = False
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, granularity: str, radial: str, *, full: bool) -> None:
         """Recognize every branch.

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ofa import sharding
 from ofa.anatomy import trial_run as trial
 from ofa.anatomy.module_io import Arguments, hidden_input
 from ofa.anatomy.steps import Branch, NormView, Step
-from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe
+from ofa.regularizers.estimators import BranchMeasurement, Handle, Probe, TraceEstimator
 from ofa.regularizers.estimators.replay import Replay
 from ofa.regularizers.objectives import BranchTrace, token_shares
 from ofa_kernels import dispatch, reference
@@ -74,7 +74,7 @@ class EpsilonScale:
 
 
 @dataclass(eq=False)
-class _Differences:
+class _Differences(TraceEstimator):
     """N probes by finite differences.
 
     `epsilon` is the same for all branches; None chooses one per branch by the dtype and by `scales`, the branch's
@@ -86,8 +86,7 @@ class _Differences:
     probe: str = "rademacher"
     scales: Mapping[Branch, EpsilonScale] = field(default_factory=dict)
 
-    name: ClassVar[str] = "hutchinson"
-    relies_on: ClassVar[tuple[str, ...]] = ()
+    name = "hutchinson"
 
     def _keys(self, branch: Branch, stream: Tensor, probe: Probe) -> dict[str, Any]:
         return {
@@ -109,10 +108,9 @@ class _Differences:
         return scale.epsilon
 
 
+@dataclass(eq=False)
 class Hutchinson(_Differences):
     """Finite differences with the gradient in P alone: the copies run after the branch, without a graph."""
-
-    held, copies, busy = True, 0, False
 
     def attach(self, model: nn.Module, branches: Sequence[Branch]) -> list[Handle]:
         """Attach the hooks that record the arguments of the branches."""
@@ -172,22 +170,15 @@ class Hutchinson(_Differences):
         return scale.epsilon * scale.scale
 
 
+@dataclass(eq=False)
 class FullHutchinson(_Differences):
     """Finite differences with the gradient through everything: the copies are in the batch of the real pass."""
 
-    held, busy = False, False
+    held = False
 
-    @property
-    def copies(self) -> int:
-        """Copies of the branch's input in the batch."""
-        return self.samples
-
-    def attach(self, model: nn.Module, branches: Sequence[Branch]) -> tuple[Handle, ...]:
-        """No hooks."""
-        return ()
-
-    def abandon(self) -> None:
-        """Nothing to release."""
+    def __post_init__(self) -> None:
+        """All copies are in the batch."""
+        self.copies = self.samples
 
     def enter(self, branch: Branch, norm: NormView, stream: Tensor, entering: Tensor, probe: Probe) -> Tensor:
         """The branch's input with `copies` perturbed inputs after it, (1 + copies)·B along the first dimension."""

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from ofa.anatomy import trial_run as trial
-from ofa.anatomy.module_io import hidden_input, hidden_output, replace_tensors
+from ofa.anatomy.module_io import hidden_input, hidden_output, repeat_batch, replace_tensors
 from ofa.anatomy.module_names import ACTIVATION_NAMES
 from ofa.anatomy.steps import Branch
 from ofa.errors import InputError
@@ -80,9 +80,7 @@ class Replay:
                 and tensor.shape == own.shape[:-1] + inputs.shape[-1:]
             ):
                 return inputs.to(tensor.dtype)  # this branch reads the stream
-            # Falcon's alibi is (batch · heads, …); other tensors begin with the batch or broadcast over it.
-            batched = name == "alibi" or (tensor.dim() >= 2 and tensor.shape[0] == batch)
-            return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if batched else tensor
+            return repeat_batch(name, tensor, batch, copies)
 
         args, kwargs = replace_tensors(call.args, call.kwargs, other)
         # The copies must not be added to a key-value cache.
