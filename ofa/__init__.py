@@ -9,34 +9,21 @@ from ofa._version import __version__ as __version__
 from ofa.errors import InputError
 
 _LAZY = {
-    "fused_regularizers": "ofa.regularizers.attach",
-    "tune_norms": "ofa.tuning.norms",
-    "restore_norms": "ofa.tuning.norms",
-    "fuse_layers": "ofa.anatomy.fused_layers",
-    "unfuse_layers": "ofa.anatomy.fused_layers",
-    "relative_steps": "ofa.tuning.relative_steps",
-    "graphed_step": "ofa.training.graphed_step",
-    "save_adapter": "ofa.adapters.save_and_load",
-    "load_adapter": "ofa.adapters.save_and_load",
-    "merge": "ofa.adapters.save_and_load",
-    "merge_gguf": "ofa.adapters.gguf_norms",
-    "AdapterPool": "ofa.adapters.pool",
-    "adapt": "ofa.adaptation",
-    "Adaptation": "ofa.adaptation",
-    "evaluate": "ofa.evaluation.scorer",
-    "probe": "ofa.probing.layerwise",
-    "Evaluation": "ofa.evaluation.scorer",
-    "Scorer": "ofa.evaluation.scorer",
-    "Task": "ofa.tasks",
-    "TaskData": "ofa.tasks",
-    "Example": "ofa.tasks",
-    "FewShot": "ofa.tasks",
-    "few_shot": "ofa.tasks",
-    "class_balanced": "ofa.tasks",
-    "load_task": "ofa.tasks",
-    "load_model": "ofa.models.load",
+    "ofa.regularizers.attach": "fused_regularizers",
+    "ofa.tuning.norms": "tune_norms restore_norms",
+    "ofa.anatomy.fused_layers": "fuse_layers unfuse_layers",
+    "ofa.tuning.relative_steps": "relative_steps",
+    "ofa.training.graphed_step": "graphed_step",
+    "ofa.adapters.save_and_load": "save_adapter load_adapter merge",
+    "ofa.adapters.gguf_norms": "merge_gguf",
+    "ofa.adapters.pool": "AdapterPool",
+    "ofa.adaptation": "adapt Adaptation",
+    "ofa.evaluation.scorer": "evaluate Evaluation Scorer",
+    "ofa.probing.layerwise": "probe",
+    "ofa.tasks": "Task TaskData Example FewShot few_shot class_balanced load_task",
+    "ofa.models.load": "load_model",
 }
-"""Public name → module; loaded on first use, so that `import ofa` costs neither torch nor transformers."""
+"""The public names of every module; loaded on first use, so that `import ofa` costs neither torch nor transformers."""
 
 _names, __getattr__, __dir__ = on_first_use(__name__, _LAZY)
 __all__ = ["InputError", *_names]

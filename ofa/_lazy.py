@@ -8,9 +8,10 @@ from importlib import import_module
 
 
 def on_first_use(
-    package: str, modules: Mapping[str, str]
+    package: str, exports: Mapping[str, str]
 ) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
-    """`__all__`, `__getattr__` and `__dir__` of a package, from the module of every public name."""
+    """`__all__`, `__getattr__` and `__dir__` of a package, from the public names of its modules (space-separated)."""
+    modules = {name: module for module, names in exports.items() for name in names.split()}
 
     def get(name: str) -> object:
         if name not in modules:

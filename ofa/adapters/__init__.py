@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
     {
-        "merge_gguf": "ofa.adapters.gguf_norms",
-        "AdapterPool": "ofa.adapters.pool",
-        "Adapter": "ofa.adapters.read",
-        "fingerprints": "ofa.adapters.base_norms",
-        "load_adapter": "ofa.adapters.save_and_load",
-        "merge": "ofa.adapters.save_and_load",
-        "read_adapter": "ofa.adapters.read",
-        "save_adapter": "ofa.adapters.save_and_load",
-        "versions": "ofa.adapters.write",
+        "ofa.adapters.gguf_norms": "merge_gguf",
+        "ofa.adapters.pool": "AdapterPool",
+        "ofa.adapters.read": "Adapter read_adapter",
+        "ofa.adapters.base_norms": "fingerprints",
+        "ofa.adapters.save_and_load": "load_adapter merge save_adapter",
+        "ofa.adapters.write": "versions",
     },
 )

@@ -19,15 +19,5 @@ if TYPE_CHECKING:
 
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
-    {
-        "Anatomy": "ofa.anatomy.steps",
-        "Branch": "ofa.anatomy.steps",
-        "GRANULARITIES": "ofa.anatomy.steps",
-        "Norm": "ofa.anatomy.steps",
-        "NormView": "ofa.anatomy.steps",
-        "Step": "ofa.anatomy.steps",
-        "find": "ofa.anatomy.steps",
-        "tuned_norms": "ofa.anatomy.steps",
-        "view_norm": "ofa.anatomy.steps",
-    },
+    {"ofa.anatomy.steps": "Anatomy Branch GRANULARITIES Norm NormView Step find tuned_norms view_norm"},
 )

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
     {
-        "Regularizers": "ofa.regularizers.attach",
-        "attached": "ofa.regularizers.attach",
-        "fused_regularizers": "ofa.regularizers.attach",
-        "CONVENTIONS": "ofa.regularizers.options",
-        "RegularizerOptions": "ofa.regularizers.options",
+        "ofa.regularizers.attach": "Regularizers attached fused_regularizers",
+        "ofa.regularizers.options": "CONVENTIONS RegularizerOptions",
     },
 )

@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = on_first_use(
     __name__,
     {
-        "TrainingConfig": "ofa.training.config",
-        "Diverged": "ofa.training.loop",
-        "Guidance": "ofa.training.loop",
-        "Interrupted": "ofa.training.loop",
-        "learning_rate": "ofa.training.loop",
-        "seed_everything": "ofa.training.loop",
-        "train": "ofa.training.loop",
-        "StepRecord": "ofa.training.records",
-        "TrainingResult": "ofa.training.records",
-        "read_metrics": "ofa.training.records",
+        "ofa.training.config": "TrainingConfig",
+        "ofa.training.loop": "Diverged Guidance Interrupted learning_rate seed_everything train",
+        "ofa.training.records": "StepRecord TrainingResult read_metrics",
     },
 )
