@@ -1,4 +1,4 @@
-"""`attention_curvature` on a GPU: schema, shapes and launches; see `reference.attention_curvature`."""
+"""`attention_curvature` on a GPU: shapes and launches; see `reference.attention_curvature`."""
 
 from __future__ import annotations
 

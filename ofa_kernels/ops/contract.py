@@ -1,4 +1,4 @@
-"""`contract` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.contract`."""
+"""`contract` on a GPU: shapes, autograd and launches; what it computes is in `reference.contract`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`displace` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.displace`."""
+"""`displace` on a GPU: shapes, autograd and launches; what it computes is in `reference.displace`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlp_curvature` on a GPU: schema, shapes and launches; what it computes is in `reference.mlp_curvature`."""
+"""`mlp_curvature` on a GPU: shapes and launches; what it computes is in `reference.mlp_curvature`."""
 
 from __future__ import annotations
 

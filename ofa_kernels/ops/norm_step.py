@@ -1,4 +1,4 @@
-"""`norm_step` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.norm_step`."""
+"""`norm_step` on a GPU: shapes, autograd and launches; what it computes is in `reference.norm_step`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`perturb` on a GPU: schema, shapes, autograd and launches; what it computes is in `reference.perturb`."""
+"""`perturb` on a GPU: shapes, autograd and launches; what it computes is in `reference.perturb`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`probed_diagonal` on a GPU: schema, shapes and launches; what it computes is in `reference.probed_diagonal`."""
+"""`probed_diagonal` on a GPU: shapes and launches; what it computes is in `reference.probed_diagonal`."""
 
 from __future__ import annotations
 
