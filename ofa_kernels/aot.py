@@ -184,8 +184,8 @@ def _table(built: Sequence[Built]) -> DataFrame:
     from pandas import DataFrame
     from triton import __version__
 
-    rows = [asdict(one) for one in built]
-    return DataFrame([{**row, **row.pop("usage"), "triton": __version__} for row in rows])
+    rows = [vars(one) | asdict(one.usage) | {"triton": __version__} for one in built]
+    return DataFrame(rows).drop(columns="usage", errors="ignore")
 
 
 def _parser() -> argparse.ArgumentParser:
