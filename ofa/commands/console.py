@@ -54,7 +54,13 @@ def warn(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    _plain(stderr=True).print(text, soft_wrap=True)
+    _stderr().print(text, soft_wrap=True)
+
+
+@functools.cache
+def _stderr() -> Console:
+    """The console of messages and of progress: only the one that draws a bar can print above it."""
+    return _plain(stderr=True)
 
 
 def tell_truncated(count: int, of: str = "texts") -> None:
@@ -131,7 +137,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on standard error, or a line every half minute without a terminal: update(done, total, remark)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = _stderr()
     in_log = _quiet or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(

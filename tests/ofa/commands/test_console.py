@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ofa.commands import console
 from ofa.commands.console import was_interrupted
 
 
@@ -23,3 +24,16 @@ def test_an_interrupt_is_found_through_any_chain(link: str) -> None:
     setattr(third, link, second)
     assert was_interrupted(first)
     assert was_interrupted(third)
+
+
+def test_a_notice_goes_above_the_bar(monkeypatch, capsys):
+    """Not behind it on its line, where the next drawing would leave half of both."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console._stderr.cache_clear()
+    with console.progress_bar("comparing") as update:
+        update(1, 2, "")
+        console.notice("one is done")
+    console._stderr.cache_clear()
+    (line,) = (line for line in capsys.readouterr().err.split("\n") if "one is done" in line)
+    assert "comparing" not in line.rpartition("\x1b[2K")[2]
