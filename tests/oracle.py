@@ -49,8 +49,22 @@ ONE_PLUS_WEIGHT = ("gemma", "gemma2", "gemma3")
 RMS = (*SANDWICH, *BRANCH_NORM, "llama", *LIKE_LLAMA)
 
 CASES = [(name, "sublayer") for name in families.BUILDERS if name not in POST_NORM_LAYER]
-CASES += [(name, "layer") for name in families.BUILDERS]
-"""Every family at every granularity it has: each pair is another row of the table of wirings."""
+CASES += [
+    (name, "layer")
+    for name in (
+        "llama",
+        "granite",
+        "gemma3",
+        "olmo2",
+        "phi",
+        "gpt2",
+        "opt_post_norm",
+        "falcon_two_norms",
+        "bert",
+        "vit",
+    )
+]
+"""Every family by sublayers, and a family of each wiring by layers, whose steps are the layers' inputs and outputs."""
 
 
 class Float64(TorchFunctionMode):

@@ -15,7 +15,7 @@ from ofa_kernels.philox import PROBES, probes
 from tests.cases import over_pairs
 
 EPS = 1e-5
-SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129)]
+SHAPES = [(2, 3, 17), (7,), (2, 0, 5), (1, 1), (3, 1, 129)]
 OUTPUTS = ("residual", "normalized", "update_sqnorm", "rstd")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -62,8 +62,12 @@ def pool_of(model: nn.Module, folders: dict[str, Path]) -> ofa.AdapterPool:
     return pool
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", BUILDERS)
+# Every family in bfloat16, where a scale is wider than the rows.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in BUILDERS), *((name, torch.float32) for name in ("qwen3", "gpt2", "gemma2"))],
+    ids=str,
+)
 def test_each_row_is_what_its_adapter_alone_answers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = base(name, dtype)
     given = batch(name)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ofa
 from tests import families, oracle
+from tests.cases import over_pairs
 from tests.ofa.traces import frozen, own_token_trace, probes_of, spread, trace_gradients, traces_of
 
 EPSILON = 1e-7
@@ -110,9 +111,7 @@ def test_the_dense_oracle_is_causal_and_agrees_with_its_own_products(name: str) 
             torch.testing.assert_close(product, step.quadratic(nu)[1], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
-@pytest.mark.parametrize("name", DENSE)
+@over_pairs(name=DENSE, probe=["rademacher", "gaussian"], gradient=GRADIENTS)
 def test_the_mean_over_many_probes_is_the_dense_trace(name: str, probe: str, gradient: str) -> None:
     """Unbiased: 400 probes of either distribution are within 3.5 standard errors of −tr(J P)/n."""
     samples = 400

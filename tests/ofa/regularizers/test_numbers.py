@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ofa
 from ofa.regularizers import objectives
 from tests import oracle
+from tests.cases import over_pairs
 from tests.ofa.traces import DENSE, assert_gradient
 
 GRADIENTS = [(name, "sublayer") for name in ("llama", "gpt2", "gemma3", "olmo2", "phi", "bert")]
@@ -53,9 +54,11 @@ def padded(name: str, side: str, pad_id: int = 0) -> tuple[dict[str, Tensor], li
     return whole, alone
 
 
-@pytest.mark.parametrize("tokens", ["no-sinks", "all", "last"])
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon_two_norms", "bert"])
+@over_pairs(
+    name=["llama", "gpt2", "opt", "falcon_two_norms", "bert"],
+    side=["right", "left"],
+    tokens=["no-sinks", "all", "last"],
+)
 def test_padding_changes_nothing(name: str, side: str, tokens: str) -> None:
     """A padded batch has the step lengths and traces of its sequences, with padding on either side."""
     if name == "bert" and side == "left":

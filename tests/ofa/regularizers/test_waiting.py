@@ -72,9 +72,7 @@ CASES = {
 
 
 # Full product: each case takes another path through the estimators, and so does each kind of mask and norm.
-@pytest.mark.parametrize(
-    ("name", "padded"), [("llama", False), ("llama", True), ("gpt2", True), ("granite", False), ("gemma2", True)]
-)
+@pytest.mark.parametrize(("name", "padded"), [("llama", True), ("gpt2", True), ("granite", False), ("gemma2", True)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_measured_step_does_not_sync(name: str, padded: bool, case: str) -> None:
     """After an optimizer step, which changes the scales; only the model's own syncs are allowed."""
