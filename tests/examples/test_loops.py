@@ -121,7 +121,7 @@ def test_a_compiled_loop_ends_where_the_plain_loop_ends(tiny_folder: Path, tmp_p
     """Up to 2 % of a step: AdamW divides by the gradient, which amplifies the rounding of small ones."""
     plain = run("plain_loop", tiny_folder, tmp_path / "plain", "--batch-size", "10")
     try:
-        compiled = run("plain_loop", tiny_folder, tmp_path / "again", "--batch-size", "10", "--compile", "aot_eager")
+        compiled = run("plain_loop", tiny_folder, tmp_path / "again", "--batch-size", "10", "--compile", "eager")
     finally:
         torch.compiler.reset()
     assert all(torch.allclose(compiled[path], scale, rtol=0, atol=2e-5) for path, scale in plain.items())
