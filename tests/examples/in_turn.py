@@ -1,6 +1,6 @@
 """Examples one after another in the processes of one launch, whose imports take longer than the examples.
 
-python -m torch.distributed.run … in_turn.py NAMES FOLDER OPTION… saves the adapter of each example in FOLDER/NAME.
+python -m accelerate.commands.launch … in_turn.py NAMES FOLDER OPTION… saves the adapter of each example in FOLDER/NAME.
 """
 
 from __future__ import annotations
@@ -23,6 +23,6 @@ def join_once(*given: Any, **options: Any) -> None:
 
 if __name__ == "__main__":
     names, folder, *options = sys.argv[1:]
-    distributed.init_process_group, distributed.destroy_process_group = join_once, lambda: None
+    distributed.init_process_group, distributed.destroy_process_group = join_once, lambda *given: None
     for name in names.split(","):
         example(name).main([*options, "--out", f"{folder}/{name}"])

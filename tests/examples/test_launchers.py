@@ -17,9 +17,9 @@ from tests.once import made_once
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-TOGETHER = ["ddp", "fsdp", "trainer"]
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+NAMES = ["ddp", "fsdp", "trainer", "accelerate_loop"]
+LAUNCH = ["accelerate.commands.launch", "--config_file", "accelerate_ddp.yaml", "--main_process_port", "0"]
+"""accelerate starts its processes by torchrun, so that this launch is both."""
 SECONDS = 240
 """Seconds until a hanging rank is killed: ten times what the slowest launch takes on one idle core."""
 
@@ -57,15 +57,13 @@ def launched(request: pytest.FixtureRequest, tiny_folder: Path) -> Path:
 
     def launch_all(folder: Path) -> None:
         options = ["--model", str(tiny_folder), "--epochs", "3", "--batch-size", "5"]
-        in_turn = [str(ROOT / "tests" / "examples" / "in_turn.py"), ",".join(TOGETHER), str(folder)]
-        accelerate = ["--config_file", "accelerate_ddp.yaml", "accelerate_loop.py", "--out", str(folder / "accelerate")]
-        printed = launch(*TORCHRUN, *in_turn, *options) + launch(*ACCELERATE, *accelerate, *options)
-        (folder / "printed").write_text(printed)
+        in_turn = [str(ROOT / "tests" / "examples" / "in_turn.py"), ",".join(NAMES), str(folder)]
+        (folder / "printed").write_text(launch(*LAUNCH, *in_turn, *options))
 
     return made_once(request, "launchers", launch_all)
 
 
-@pytest.mark.parametrize("name", [*TOGETHER, "accelerate"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_end_where_the_plain_loop_ends(
     name: str, launched: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
