@@ -13,7 +13,9 @@ from ofa_kernels import launch
 from tests.cases import over_pairs
 from tests.ofa_kernels.calls import DEVICE, NORMED, NORMS, OPERATIONS, PROBED, Call, as_tuple, call, draw, weights_like
 
-SHAPES = [(5, 32), (2, 3, 17), (1, 64), (7,), (0, 8), (2, 0, 5), (1, 1), (3, 1, 129), (2, 300)]
+SHAPES = [(2, 3, 17), (7,), (2, 0, 5), (1, 1), (3, 1, 129)]
+"""Several dimensions and a ragged tile, one row, no row, one element, and one column more than a counter has."""
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 OUTPUTS = {
@@ -76,17 +78,17 @@ def test_outputs_and_gradients(operation, shape, dtype):
     assert_close(call(operation, shape, dtype), shape[-1], dtype)
 
 
-@over_pairs(operation=NORMED, norm=NORMS, shape=[(3, 40), (2, 513)])
-def test_every_norm(operation, norm, shape):
+@pytest.mark.parametrize("operation", NORMED)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm(operation, norm):
     """RMSNorm, LayerNorm with its shift, and 1+w, by the compile-time flags of one kernel."""
-    assert_close(call(operation, shape, torch.float32, norm), shape[-1], torch.float32)
+    assert_close(call(operation, (2, 40), torch.float32, norm), 40, torch.float32)
 
 
 @pytest.mark.parametrize("operation", PROBED)
-@pytest.mark.parametrize("shape", [(3, 40), (2, 513)], ids=str)
-def test_gaussian_probes(operation, shape):
+def test_gaussian_probes(operation):
     """log, sin and cos differ between devices: errors up to 2π·2⁻²⁴, times a radius of at most 6.8."""
-    case = call(operation, shape, torch.float32, probe="gaussian")
+    case = call(operation, (2, 130), torch.float32, probe="gaussian")
     actual, oracle = case.run(case.kernel).tensors(), case.run(case.reference, dtype=torch.float64).tensors()
     for name, value in actual.items():
         assert relative_error(value, oracle[name]) <= 3e-6, name
@@ -103,20 +105,29 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(launch, "configure", configure_small)
 
 
+# A row without a norm has one kind of loop.
 @pytest.mark.usefixtures("small_tiles")
-@over_pairs(operation=OPERATIONS, norm=["rms", "layer"], dtype=[torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("operation", "norm", "dtype"),
+    [
+        *((operation, "rms", torch.float16) for operation in NORMED),
+        *((operation, "layer", torch.float32) for operation in OPERATIONS),
+    ],
+)
 def test_rows_of_several_tiles(operation, norm, dtype):
-    assert_close(call(operation, (3, 300), dtype, norm), 300, dtype)
+    assert_close(call(operation, (2, 300), dtype, norm), 300, dtype)
 
 
-@pytest.mark.parametrize("operation", ["norm_step", "norm", "displace", "contract"])
-@pytest.mark.parametrize("width", [65535, 65536])
+@pytest.mark.parametrize(
+    ("operation", "width"),
+    [("norm_step", 65536), ("norm", 65535), ("displace", 65535), ("contract", 65535)],
+)
 def test_the_widest_row(operation, width):
     """65,536 columns with the real launch settings, which need several tiles."""
     assert_close(call(operation, (1, width), torch.float32, "layer"), width, torch.float32)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     operation=strategies.sampled_from(OPERATIONS),
     norm=strategies.sampled_from(sorted(NORMS)),
@@ -132,7 +143,7 @@ def test_any_shape_and_stride(operation, norm, leading, width, dtype, gap):
     assert_close(Call(case.kernel, case.reference, inputs, case.outputs, case.settings), width, dtype)
 
 
-@over_operations
+@pytest.mark.parametrize("operation", NORMED)
 @pytest.mark.parametrize("tiles", ["one tile", "several tiles"])
 def test_a_mean_far_from_zero_cancels_no_digits(operation, tiles, request):
     """A LayerNorm of rows 100 ± 1: E[z²] − E[z]² in float32 would keep three digits of the variance."""
@@ -147,10 +158,9 @@ def test_a_mean_far_from_zero_cancels_no_digits(operation, tiles, request):
 @pytest.mark.parametrize(
     ("operation", "output"), [(name, i) for name, outputs in OUTPUTS.items() for i in range(outputs)]
 )
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_gradients_that_arrive_for_one_output_alone(operation, output, norm):
+def test_gradients_that_arrive_for_one_output_alone(operation, output):
     """Missing gradients count as zero."""
-    case = call(operation, (3, 70), torch.float32, norm)
+    case = call(operation, (2, 70), torch.float32, "rms" if operation == "norm" else "layer")
     found = []
     for function, dtype in ((case.kernel, torch.float32), (case.reference, torch.float64)):
         inputs = [None if x is None else x.to(dtype).requires_grad_() for x in case.inputs]
@@ -163,10 +173,12 @@ def test_gradients_that_arrive_for_one_output_alone(operation, output, norm):
 
 
 @over_operations
-def test_two_runs_give_the_same_bits(operation):
-    case = call(operation, (5, 130), torch.float16, "layer")
+def test_two_runs_give_the_same_bits_and_leave_the_inputs_as_they_were(operation):
+    case = call(operation, (3, 130), torch.float16, "layer")
+    before = [None if x is None else x.clone() for x in case.inputs]
     first, second = case.run(case.kernel).tensors(), case.run(case.kernel).tensors()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(x is None or torch.equal(x, copy) for x, copy in zip(case.inputs, before, strict=True))
 
 
 def strided(tensor, how):
@@ -187,7 +199,7 @@ ORDERS = ["rows apart", "rows in reverse blocks", "columns apart"]
 @over_operations
 def test_strides_of_inputs(operation):
     """Results do not depend on strides; NaN between rows is never read."""
-    case = call(operation, (2, 3, 20), torch.float32)
+    case = call(operation, (2, 2, 20), torch.float32)
     dense = as_tuple(case.kernel(*case.inputs, **case.settings))
     for how in ORDERS:
         inputs = [x if x is None or x.dim() < 3 else strided(x, how) for x in case.inputs]
@@ -197,7 +209,7 @@ def test_strides_of_inputs(operation):
 
 @over_operations
 def test_strides_of_gradients(operation):
-    case = call(operation, (2, 3, 20), torch.float32)
+    case = call(operation, (2, 2, 20), torch.float32)
     inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
     given = [x for x in inputs if x is not None]
     outputs = as_tuple(case.kernel(*inputs, **case.settings))
@@ -213,7 +225,7 @@ def test_strides_of_gradients(operation):
 @over_operations
 def test_expanded_gradients(operation):
     """The gradient of a sum has stride 0 in every dimension, that of a broadcast in one."""
-    case = call(operation, (2, 3, 20), torch.float32)
+    case = call(operation, (2, 2, 20), torch.float32)
     found = []
     for dense in (True, False):
         inputs = [None if x is None else x.detach().requires_grad_() for x in case.inputs]
@@ -232,14 +244,6 @@ def test_expanded_inputs(operation):
     dense = [x if x is None else x.contiguous() for x in inputs]
     results = (as_tuple(case.kernel(*given, **case.settings)) for given in (inputs, dense))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@over_operations
-def test_inputs_are_left_as_they_were(operation):
-    case = call(operation, (4, 40), torch.float32, "layer")
-    before = [None if x is None else x.clone() for x in case.inputs]
-    case.run(case.kernel)
-    assert all(x is None or torch.equal(x, copy) for x, copy in zip(case.inputs, before, strict=True))
 
 
 def test_a_float32_scale_of_a_narrow_stream_is_not_rounded():

@@ -14,6 +14,7 @@ from ofa.evaluation.encoding import Encoder
 from ofa.tasks.task import Example, Task
 from tests.ofa.command_line import LABELS, TEMPLATE, TEST, TRAIN, done, write_rows
 from tests.ofa.command_line import ofa as run
+from tests.ofa.comparison.conftest import here  # noqa: F401
 from tests.ofa.evaluation.test_plain_text import ATTACKS, chatml_tokenizer, controls, sentencepiece_tokenizer
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -250,6 +251,7 @@ def test_probe_and_suggest_take_a_chat_of_the_bare_model(chat_folder, tmp_path):
     assert asked[0][0]["probability"] != asked[1][0]["probability"]
 
 
+@pytest.mark.usefixtures("here")
 def test_compare_runs_a_grid_in_the_chat(chat_folder, tmp_path):
     """Methods and contexts with demonstrations are refused before anything runs."""
     folder = tmp_path / "task"

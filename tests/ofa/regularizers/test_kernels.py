@@ -16,9 +16,10 @@ from ofa_kernels.ops import launching
 from tests import families
 from tests.device import DEVICE
 
-CASES = [(name, "rademacher") for name in ("llama", "gpt2", "gemma", "phi", "olmo2", "bert", "opt", "granite")]
-CASES += [("llama", "gaussian")]
-"""RMSNorm, LayerNorm with a shift, 1+w, parallel branches, norms after the branch, flattened rows, scaled steps."""
+CASES = [(name, "rademacher", 1) for name in ("gemma", "phi", "olmo2", "bert", "opt", "granite")]
+CASES += [("llama", "gaussian", 2)]
+"""1+w, parallel branches, norms after the branch and after the sum, LayerNorm of flattened rows, scaled steps,
+several probes."""
 
 EPSILON = 0.05
 """Large, so that float32 differences are not divided by a small number."""
@@ -72,10 +73,10 @@ def measure(name, granularity="sublayer", dtype=torch.float32, change=lambda mod
     return measured.traces.detach(), measured.step_norms.detach(), torch.cat([grad.flatten() for grad in gradient])
 
 
-@pytest.mark.parametrize(("name", "probe"), CASES)
-def test_the_numbers_are_those_of_the_reference(name, probe, request, monkeypatch):
+@pytest.mark.parametrize(("name", "probe", "samples"), CASES)
+def test_the_numbers_are_those_of_the_reference(name, probe, samples, request, monkeypatch):
     monkeypatch.setenv("OFA_KERNELS", "reference")
-    options = {"samples": 2, "probe": probe, "change": shallow}
+    options = {"samples": samples, "probe": probe, "change": shallow}
     expected = measure(name, **options)
     request.getfixturevalue("on_kernels")
     # A float32 copy has an error of a few units of 1.2e-7, its branch too; a product adds 32 of them with signs, and
@@ -85,8 +86,14 @@ def test_the_numbers_are_those_of_the_reference(name, probe, request, monkeypatc
         assert float(gap) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "olmo2"])
-@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        *((name, "exact") for name in ("llama", "gpt2", "qwen3", "olmo2")),
+        ("qwen3", "hutchinson"),
+        ("gpt2", "hutchinson"),
+    ],
+)
 def test_held_curvature_has_the_numbers_of_the_reference(name, estimator, request, monkeypatch):
     """RMSNorm, LayerNorm with biases, norms on heads, and norms after branches, for which half of the kernels run."""
     options = {"estimator": estimator, "gradient": "preconditioner", "change": shallow}
