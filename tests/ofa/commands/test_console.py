@@ -27,7 +27,7 @@ def test_an_interrupt_is_found_through_any_chain(link: str) -> None:
 
 
 def test_a_notice_goes_above_the_bar(monkeypatch, capsys):
-    """Not behind it on its line, where the next drawing would leave half of both."""
+    """Not after it on its line, where the next drawing would leave half of both."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     console._stderr.cache_clear()
