@@ -111,28 +111,31 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_compilers_error():
 
 
 @pytest.mark.parametrize(
-    ("error", "sentence"),
+    ("error", "sentence", "status"),
     [
-        (aot.DoesNotCompile("a_kernel does not compile"), "a_kernel does not compile"),
-        (BrokenProcessPool(), "the compiler crashed; does Triton know all of sm_90?"),
+        (aot.DoesNotCompile("a_kernel does not compile"), "a_kernel does not compile", 1),
+        (BrokenProcessPool(), "the compiler crashed; does Triton know all of sm_90?", 1),
+        (RuntimeError("TRITON_INTERPRET is set"), "TRITON_INTERPRET is set", 2),
     ],
-    ids=["refused", "crashed"],
+    ids=["refused", "crashed", "interpreted"],
 )
-def test_what_does_not_compile_is_one_sentence_and_status_1(error, sentence, monkeypatch, capsys):
+def test_what_does_not_compile_is_one_sentence(error, sentence, status, monkeypatch, capsys):
     """LLVM ends the process for an unknown processor."""
 
     def fail(architectures, cases):
         raise error
 
     monkeypatch.setattr(aot, "_build_all", fail)
-    assert aot.main(["--arch", "sm_90"]) == 1
+    assert aot.main(["--arch", "sm_90"]) == status
     assert capsys.readouterr().err == f"ofa_kernels.aot: {sentence}\n"
 
 
-def test_an_interpreter_is_refused():
-    result = run("-m", "ofa_kernels.aot", "--arch", "sm_90", *FEW, TRITON_INTERPRET=1)
-    assert result.returncode == 2
-    assert result.stderr.startswith("ofa_kernels.aot: TRITON_INTERPRET is set")
+def test_an_interpreter_is_refused(monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        next(aot.build("sm_90", []))
 
 
 @pytest.mark.parametrize(
