@@ -33,6 +33,7 @@ class Batches:
             encoder.encode_demonstrations(examples[:1])  # refuses a chat before the first step
         self.size = config.batch_size * config.accumulation
         self.per_epoch = math.ceil(len(self.data) / self.size)
+        self.shots_per_class = len(self.data) / max(1, len(encoder.labels))
 
     def of(self, step: int) -> list[EncodedExample]:
         """The examples of one optimizer step, which counts from 0."""

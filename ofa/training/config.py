@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from ofa.regularizers.options import RegularizerOptions, step_ratio_field
 
-STEPS, EPOCHS = 60, 7
-"""The default length of a run: at least `STEPS` steps and `EPOCHS` epochs (chosen in docs/studies.md)."""
+STEPS, STEPS_PER_SHOT, EPOCHS = 60, 24, 7
+"""The default length of a run: `STEPS_PER_SHOT` for each shot of a class, at most `STEPS`, and at least `EPOCHS` epochs
+(chosen in docs/studies.md)."""
 
 HEAD_RATE = 1e-3
 """The default learning rate of an encoder's head (docs/encoders.md)."""
@@ -39,7 +41,8 @@ class TrainingConfig(RegularizerOptions):
     epochs: int | None = Field(
         default=None,
         ge=1,
-        description=f"Passes over the shots. Without it {STEPS} optimizer steps, or {EPOCHS} passes if that is more.",
+        description=f"Passes over the shots. Without it {STEPS_PER_SHOT} optimizer steps per shot of a class, at most "
+        f"{STEPS}, or {EPOCHS} passes if that is more.",
     )
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; overrides --epochs.")
     learning_rate: float | None = Field(
@@ -90,11 +93,13 @@ class TrainingConfig(RegularizerOptions):
             return self.learning_rate
         return RELATIVE_RATE if self.relative else ABSOLUTE_RATE
 
-    def total_steps(self, steps_per_epoch: int) -> int:
+    def total_steps(self, steps_per_epoch: int, shots_per_class: float = math.inf) -> int:
         """Optimizer steps of a run with `steps_per_epoch`: as set by `max_steps` or `epochs`, else the default."""
         if self.max_steps is not None:
             return self.max_steps
-        return max(STEPS, EPOCHS * steps_per_epoch) if self.epochs is None else self.epochs * steps_per_epoch
+        if self.epochs is not None:
+            return self.epochs * steps_per_epoch
+        return max(math.ceil(min(STEPS, STEPS_PER_SHOT * shots_per_class)), EPOCHS * steps_per_epoch)
 
     @property
     def regularizer_options(self) -> dict[str, Any]:

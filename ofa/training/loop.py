@@ -196,13 +196,13 @@ class _Run:
         self.guidance, self.scales, parameters = guidance, dict(scales), list(scales.values())
         self.still = set(self.scales)
         self.origin = [parameter.detach().clone() for parameter in parameters]
-        self.optimizer = torch.optim.AdamW(
-            _groups(model, self.scales, config), lr=config.peak_rate, weight_decay=config.weight_decay
-        )
+        groups = _groups(model, self.scales, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.peak_rate, weight_decay=config.weight_decay)
         sizes = relative_steps(self.optimizer, model).sizes if config.relative else {}
         self.auto = AutoWeight(parameters, sizes) if config.sharpness == "auto" else None
         self.steps_per_epoch = batches.per_epoch
-        self.total = config.total_steps(self.steps_per_epoch)
+        has_head = len(groups) > 1  # It starts from random numbers, and needs all of the steps.
+        self.total = config.total_steps(self.steps_per_epoch, math.inf if has_head else batches.shots_per_class)
         self.step = 0
         self.passes = 0
         self.seconds = 0.0

@@ -106,10 +106,10 @@ def test_a_fit_learns_its_shots_and_close_brings_the_model_back(unchanged, name)
 
 
 @pytest.mark.parametrize(
-    ("name", "rate", "epochs"), [("lora", 1e-3, 60), ("lora-r1", 1e-3, 60), ("ia3", 3e-3, 60), ("soft-prompt", 0.1, 50)]
+    ("name", "rate", "steps"), [("lora", 1e-3, 48), ("lora-r1", 1e-3, 48), ("ia3", 3e-3, 48), ("soft-prompt", 0.1, 50)]
 )
-def test_each_method_has_the_settings_of_its_source(unchanged, name, rate, epochs):
-    """Learning rate at the end of the warm-up, number of epochs, and batches of 4: as many steps as epochs here."""
+def test_each_method_has_the_settings_of_its_source(unchanged, name, rate, steps):
+    """Learning rate at the end of the warm-up, and the number of steps: an epoch is one step here."""
     seen = []
 
     def progress(record, total):
@@ -119,7 +119,7 @@ def test_each_method_has_the_settings_of_its_source(unchanged, name, rate, epoch
 
     with pytest.raises(Broken):
         method(name)(*unchanged, TASK, SHOTS, 5, progress=progress)
-    assert seen[-1] == (pytest.approx(rate), epochs)
+    assert seen[-1] == (pytest.approx(rate), steps)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -199,18 +199,18 @@ def test_every_step_is_adamw_with_the_scheduled_rate(tiny_model, weight_decay, r
 
 
 @pytest.mark.parametrize(
-    ("settings", "steps_per_epoch", "steps"),
+    ("settings", "steps_per_epoch", "shots_per_class", "steps"),
     [
-        ({}, 1, 60),
-        ({}, 8, 60),
-        ({}, 10, 70),  # every example is seen at least seven times
-        ({"epochs": 2}, 8, 16),
-        ({"max_steps": 5}, 8, 5),
-        ({"max_steps": 5, "epochs": 2}, 8, 5),
+        ({}, 8, 16, 60),
+        ({}, 1, 1, 24),  # more steps on one shot of each class cost likelihood
+        ({}, 2, 1.3, 32),
+        ({}, 10, 4, 70),  # every example is seen at least seven times
+        ({"epochs": 2}, 8, 1, 16),
+        ({"max_steps": 5, "epochs": 2}, 8, 1, 5),
     ],
 )
-def test_the_length_of_a_run_is_as_set_or_sixty_steps(settings, steps_per_epoch, steps):
-    assert TrainingConfig(**settings).total_steps(steps_per_epoch) == steps
+def test_the_length_of_a_run_is_as_set_or_follows_the_shots(settings, steps_per_epoch, shots_per_class, steps):
+    assert TrainingConfig(**settings).total_steps(steps_per_epoch, shots_per_class) == steps
 
 
 def test_max_steps_overrides_epochs(tiny_model):
