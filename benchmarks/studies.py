@@ -1,4 +1,4 @@
-"""Tables and figures of docs/studies.md, from the records of the studies.
+"""Tables and figures of docs/results.md and docs/studies.md, from the records of the studies.
 
 A study is a grid, `studies/NAME.yaml`, and the folder `studies/records/NAME` that `ofa compare --config
 studies/NAME.yaml --out studies/records/NAME` fills, or `python -m benchmarks.screen` if the grid says `screened: true`.
@@ -26,7 +26,8 @@ from ofa.comparison.store import RESULTS, read_records
 from ofa.report.formatting import NOTHING, percent, points, points_interval, seconds
 from ofa.report.statistics import FEWEST_PAIRS, Difference, Interval, paired_difference
 
-STUDIES, RECORDS, PAGE = Path("studies"), Path("studies/records"), Path("docs/studies.md")
+STUDIES, RECORDS = Path("studies"), Path("studies/records")
+PAGES = (Path("docs/results.md"), Path("docs/studies.md"))
 FIGURES = Path("docs/figures")
 _PLACE = re.compile(r"<!-- study (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HEAD = (
@@ -49,8 +50,9 @@ class Line:
 
 
 def main() -> None:
-    """Fill the page and draw the figures, also the one of README.md."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    """Fill the pages and draw the figures, also the one of README.md."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     overview.main()
 
 
@@ -148,8 +150,8 @@ def _section(name: str) -> str:
             figure(tables[shots[0]], path)
         words = "Nothing in front of a text" if context == "prompt" else "Demonstrations in front of every text"
         for number, lines in tables.items():
-            draws = len({draw for part in with_shots(chosen, number).values() for draw in part})
-            each = f", {number} shots per class" if len(shots) > 1 else ""
+            draws = sum(draw.problem.shots == number for draw in chosen[base])
+            each = f", {number} shot{'s' * (number > 1)} per class" if len(shots) > 1 else ""
             parts += ["", f"{words}{each}, {draws} draws:", "", table(lines)]
         parts += ["", f"![Differences](figures/{path.name})"]
     command = f"ofa compare --config studies/{name}.yaml --out studies/records/{name}"
