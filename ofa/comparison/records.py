@@ -10,8 +10,14 @@ from dataclasses import asdict, dataclass, field
 from ofa.errors import InputError
 from ofa.files import Json
 
-PROTOCOL = 1
-"""Version of the measurements: incremented whenever the same cell would give another result."""
+PROTOCOL = 2
+"""Version of the measurements: incremented whenever the same cell would give another result.
+
+Since 2, runs on one or two shots per class are shorter by default.
+"""
+
+READABLE = (1, PROTOCOL)
+"""Versions whose lines can be read; a folder holds one of them, and a run adds only to the newest."""
 
 CONTEXTS = ("prompt", "demonstrations")
 """In front of a tested text: nothing, or the cell's shots."""
@@ -102,18 +108,15 @@ class Record:
         """Parse a line of `to_line`; `where` names file and line in errors.
 
         Raises:
-            InputError: the line is of another version of the protocol, or damaged.
+            InputError: the line is of an unknown version of the protocol, or damaged.
         """
         try:
             values = json.loads(line)
             protocol = values["protocol"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{where} is no record of a comparison ({error}): remove the line") from error
-        if protocol != PROTOCOL:
-            raise InputError(
-                f"{where} has version {protocol} of the protocol, which must not be mixed with this version, "
-                f"{PROTOCOL}: choose another output folder"
-            )
+        if protocol not in READABLE:
+            raise other_protocol(where, protocol, PROTOCOL)
         try:
             values.pop("key")
             cell = Cell(**values.pop("cell"))
@@ -121,6 +124,14 @@ class Record:
             return cls(cell=cell, scores=scores, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where} is no record of a comparison ({error}): remove the line") from error
+
+
+def other_protocol(where: str, found: object, wanted: int) -> InputError:
+    """The refusal of a line of another version of the protocol."""
+    return InputError(
+        f"{where} has version {found} of the protocol, which must not be mixed with version {wanted}: choose another "
+        "output folder"
+    )
 
 
 def _score(values: Json) -> Score:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ofa.comparison.records import PROTOCOL, Record
+from ofa.comparison.records import PROTOCOL, Record, other_protocol
 from ofa.errors import InputError
 from ofa.files import at_home, claim_folder, reason, sole_writer, write_json
 
@@ -25,7 +25,7 @@ def read_records(folder: str | Path) -> list[Record]:
     The folder is not modified, and another run may be writing to it.
 
     Raises:
-        InputError: there are no results, or a line is damaged or of another version of the protocol.
+        InputError: there are no results, or a line is damaged or of another version of the protocol than the first.
     """
     path = at_home(folder) / RESULTS
     try:
@@ -120,7 +120,7 @@ def _opened_for_appending(path: Path) -> Iterator[int]:
 
 def _mended(path: Path, descriptor: int) -> list[Record]:
     whole, torn = _whole_lines(path.read_bytes())
-    records = _parsed(whole, path)
+    records = _parsed(whole, path, PROTOCOL)
     if torn:
         os.ftruncate(descriptor, len(whole))
         os.fsync(descriptor)
@@ -134,10 +134,15 @@ def _whole_lines(content: bytes) -> tuple[bytes, bytes]:
     return content[:end], content[end:]
 
 
-def _parsed(content: bytes, path: Path) -> list[Record]:
+def _parsed(content: bytes, path: Path, protocol: int | None = None) -> list[Record]:
+    """The last record of each cell; all must be of one version of the protocol, by default that of the first."""
     last: dict[str, Record] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        record = Record.from_line(line.decode("utf-8", "replace"), f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        record = Record.from_line(line.decode("utf-8", "replace"), where)
+        protocol = protocol or record.protocol
+        if record.protocol != protocol:
+            raise other_protocol(where, record.protocol, protocol)
         last.pop(record.cell.key, None)
         last[record.cell.key] = record
     return list(last.values())

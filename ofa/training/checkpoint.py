@@ -144,6 +144,12 @@ def _check_same_run(path: Path, saved: Json, wanted: Json) -> None:
             f"the checkpoint {path} was made with other training examples; resume with the same data, shots and "
             "seed or start over with --overwrite"
         )
+    made = saved.get("schedule", "the defaults of an earlier version")
+    if made != wanted["schedule"]:
+        raise InputError(
+            f"the checkpoint {path} was made with {made}, not {wanted['schedule']}: the defaults have changed since; "
+            "start over with --overwrite"
+        )
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -214,6 +214,8 @@ class _Run:
         # A checkpoint continues this run only if all of these are the same.
         self.identity = {
             "config": config.model_dump(),
+            # The configuration does not name the defaults, which another version may change.
+            "schedule": f"{self.total} steps at a learning rate of {config.peak_rate:g}",
             "data": checkpoint.digest([asdict(item) for item in batches.data]),
             "model": checkpoint.model_digest(model),
             # The rounding of sums depends on how threads split them.

@@ -203,14 +203,18 @@ def spoil(folder: Path, change: Callable[[str], str]) -> None:
     [
         (
             lambda line: line.replace(f'"protocol": {PROTOCOL}', '"protocol": 0'),
-            r"results.jsonl, line 2 has version 0 of the protocol, .* this version, \d+: choose another output",
+            r"results.jsonl, line 2 has version 0 of the protocol, .* with version \d+: choose another output",
+        ),
+        (
+            lambda line: line.replace(f'"protocol": {PROTOCOL}', '"protocol": 1'),
+            rf"line 2 has version 1 of the protocol, which must not be mixed with version {PROTOCOL}",
         ),
         (lambda line: line[:40] + "\n", "line 2 is no record of a comparison .*remove the line"),
         (lambda line: "\n", "line 2 is no record"),
         (lambda line: "[]\n", "line 2 is no record"),
         (lambda line: line.replace('"seed"', '"seeds"'), "line 2 is no record"),
     ],
-    ids=["protocol", "cut", "empty", "list", "field"],
+    ids=["protocol", "earlier protocol", "cut", "empty", "list", "field"],
 )
 def test_other_versions_and_damage_in_the_middle_are_refused_and_kept(tmp_path, change, words):
     """By readers and by runs, which would mix incompatible results."""
@@ -222,6 +226,15 @@ def test_other_versions_and_damage_in_the_middle_are_refused_and_kept(tmp_path, 
     with pytest.raises(InputError, match=words), opened(tmp_path):
         pass
     assert (tmp_path / RESULTS).read_bytes() == before
+
+
+def test_records_of_an_earlier_version_are_read_and_get_no_newer_ones(tmp_path):
+    """The cells have the same keys as today's, whose defaults are others: a run that continued would mix them."""
+    written = [replace(record(number), protocol=1) for number in range(2)]
+    (tmp_path / RESULTS).write_text("".join(one.to_line() + "\n" for one in written), encoding="utf-8")
+    assert read_records(tmp_path) == written
+    with pytest.raises(InputError, match=r"line 1 has version 1 of the protocol, .* choose another"), opened(tmp_path):
+        pass
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):

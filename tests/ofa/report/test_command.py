@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from ofa.commands.report import report
+from ofa.comparison.records import PROTOCOL
 from ofa.report import MARKDOWN, PAGE
 from tests.ofa.report.synthetic import RESULTS, record, with_accuracy, write
 
@@ -84,7 +85,8 @@ def spoiled(folder: Path, content: str) -> Path:
     return folder
 
 
-OTHER_PROTOCOL = record("ofa", {"prompt": with_accuracy(5)}).to_line().replace('"protocol": 1', '"protocol": 0') + "\n"
+WRITTEN = record("ofa", {"prompt": with_accuracy(5)}).to_line() + "\n"
+OTHER_PROTOCOL = WRITTEN.replace(f'"protocol": {PROTOCOL}', '"protocol": 0')
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,18 @@ def test_other_training_examples_are_refused(tiny_model, stopped, examples):
         run(tiny_model, stopped, PLAIN, examples=examples, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("default", "value"), [("STEPS_PER_SHOT", 1), ("RELATIVE_RATE", 0.5)], ids=["steps", "learning rate"]
+)
+def test_a_run_made_with_other_defaults_is_refused(tiny_model, tmp_path, monkeypatch, default, value):
+    """The configuration leaves them out; the rest of the run would follow another schedule than its begin."""
+    settings = {"batch_size": 5}
+    cut_before(tiny_model, 2, tmp_path, settings)
+    monkeypatch.setattr(f"ofa.training.config.{default}", value)
+    with pytest.raises(InputError, match=r"made with 60 steps at a learning rate of 0\.01, not .*have changed"):
+        run(tiny_model, tmp_path, settings, resume=True)
+
+
 @pytest.mark.parametrize("change", ["values", "width", "dtype"])
 def test_another_model_is_refused(tiny_model, stopped, change):
     """Also one of the same shapes, such as an instruction-tuned version of the base."""
