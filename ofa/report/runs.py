@@ -24,8 +24,8 @@ def read_runs(folder: Path) -> Runs:
     """The notes of `ofa compare` in a folder; empty if missing or damaged, since a report needs only records."""
     try:
         newest = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        noted = [newest, *newest["earlier"]]
+        commands = dict.fromkeys(run["command"] for run in reversed(noted))
+        return Runs(tuple(commands), frozenset(key for run in noted for key in run["cells"]))
+    except (OSError, ValueError, KeyError, TypeError):
         return NO_RUNS
-    noted = [newest, *newest["earlier"]]
-    commands = dict.fromkeys(run["command"] for run in reversed(noted))
-    return Runs(tuple(commands), frozenset(key for run in noted for key in run["cells"]))

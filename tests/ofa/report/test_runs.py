@@ -20,7 +20,7 @@ def test_commands_come_in_their_order_and_once(tmp_path):
     assert read_runs(tmp_path) == Runs(("ofa compare", "ofa compare --out 'my results'"), frozenset("abc"))
 
 
-@pytest.mark.parametrize("note", [None, "{"])
+@pytest.mark.parametrize("note", [None, "{", "[]", "{}"])
 def test_a_damaged_note_is_ignored(tmp_path, note):
     if note is not None:
         (tmp_path / RUN).write_text(note, encoding="utf-8")
