@@ -108,7 +108,7 @@ def fit(
     encoder = Encoder(tokenizer, task, model_window(model))
     data = [encode_example(encoder, example) for example in shots]
     order = balanced(shots, config) if batches == "balanced" else None
-    guidance = WithTerm(model, term, data, config, order, how)
+    guidance = WithTerm(model, term, data, config, order, how, len(task.labels))
     try:
         predictor = fit_norm_scales(model, tokenizer, task, shots, config, guidance=guidance)
     finally:
@@ -127,6 +127,7 @@ class WithTerm:
         config: TrainingConfig,
         order: Callable[[int, int], list[int]] | None,
         how: Mapping[str, Any],
+        classes: int,
     ) -> None:
         self._model, self._term, self._data, self._config, self._order, self._how = (
             model,
@@ -142,6 +143,7 @@ class WithTerm:
         """|γ₀| with relative steps, else 1: the unit in which a gradient's length is measured."""
         self._step = 0
         self._steps_per_epoch = math.ceil(len(data) / config.batch_size)
+        self._total = config.total_steps(self._steps_per_epoch, len(data) / classes)
         self._weight = term.number
         self._pretrained: Tensor | None = None
         self._pending: list[Tensor] = []
@@ -199,8 +201,7 @@ class WithTerm:
             steps = [size**2 * gradient for size, gradient in zip(self._sizes, other, strict=True)]
             relative = torch.cat([step / size for step, size in zip(steps, self._sizes, strict=True)])
             self._first_rms = self._first_rms or float(relative.square().mean().sqrt())
-            total = self._config.total_steps(self._steps_per_epoch)
-            rate = learning_rate(self._step - 1, total, self._config) * number / self._first_rms
+            rate = learning_rate(self._step - 1, self._total, self._config) * number / self._first_rms
             self._pending = [rate * step for step in steps]
             number = 0.0
         for parameter, a, b in zip(self._parameters, own, other, strict=True):

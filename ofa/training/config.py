@@ -93,7 +93,7 @@ class TrainingConfig(RegularizerOptions):
             return self.learning_rate
         return RELATIVE_RATE if self.relative else ABSOLUTE_RATE
 
-    def total_steps(self, steps_per_epoch: int, shots_per_class: float = math.inf) -> int:
+    def total_steps(self, steps_per_epoch: int, shots_per_class: float) -> int:
         """Optimizer steps of a run with `steps_per_epoch`: as set by `max_steps` or `epochs`, else the default."""
         if self.max_steps is not None:
             return self.max_steps

@@ -60,7 +60,7 @@ def test_a_share_of_the_gradient_has_its_length(tiny_model, way, name, aggregate
     term = Term.parse(f"0.3 {way}", name=name, aggregate=aggregate, permuted=control is not None)
     parameters = ofa.tune_norms(model)
     sizes = torch.cat([parameter.detach().abs() for parameter in parameters])
-    guidance = WithTerm(model, term, data, config, None, {})
+    guidance = WithTerm(model, term, data, config, None, {}, len(TASK.labels))
     try:
         own = torch.cat(torch.autograd.grad(cross_entropy(model, data), parameters)) * sizes
         guidance.begin(parameters, ())
