@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 
 
 _CALIBRATED = ("accuracy", "expected_calibration_error", "negative_log_likelihood", "brier_score")
+_HEADINGS = {
+    "expected_calibration_error": "calibration error",
+    "negative_log_likelihood": "log loss",
+    "brier_score": "Brier score",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+}
 """The metrics that a calibration changes."""
 
 
@@ -178,7 +185,7 @@ def _show(result: Evaluation, document: Json, evaluated: str) -> None:
     if before:
         summary.add_column("")
     for name in shown:
-        summary.add_column(name.replace("_", " "), justify="right")
+        summary.add_column(_HEADINGS.get(name, name), justify="right")
     if before:
         summary.add_row("before calibration", *(f"{before[name]:.4f}" if name in before else "" for name in shown))
     label = [f"temperature {document['calibration']['temperature']:.2f}"] if before else []
@@ -187,8 +194,8 @@ def _show(result: Evaluation, document: Json, evaluated: str) -> None:
     if "confusion" not in document:
         return
     show(_classes(document))
-    confusion = Table(title="confusion: rows are true, columns predicted")
-    confusion.add_column("")
+    confusion = Table(title="confusion")
+    confusion.add_column("true ↓ predicted →")
     for label in document["labels"]:
         confusion.add_column(label, justify="right")
     for label, row in zip(document["labels"], document["confusion"], strict=True):
