@@ -156,6 +156,7 @@ def test_a_stopped_run_continues_to_the_same_file(
     assert out.read_bytes() == whole.read_bytes()
     assert names(bench.here) == {data.name, out.name, whole.name}
     assert "exists already" in ofa(*command, "--out", out, "--resume").err
+    assert names(bench.here) == {data.name, out.name, whole.name}
     done(*command, "--out", out, "--overwrite")
 
 
