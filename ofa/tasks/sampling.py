@@ -82,7 +82,7 @@ def few_shot(examples: Sequence[Example], labels: Sequence[str], shots: Shots, s
             continue
         if len(pool) < shots:
             raise InputError(
-                f"{name} has {len(pool)} training examples but {shots} shots were asked for: "
+                f"{name} has {len(pool)} training example{'s' * (len(pool) != 1)} but {shots} shots were asked for: "
                 "add examples or ask for fewer shots"
             )
         drawn.extend(pool[:shots])

@@ -86,7 +86,7 @@ def test_more_shots_contain_the_fewer():
 
 def test_a_class_that_is_too_small_is_named_with_both_numbers():
     examples = [*EXAMPLES, Example("one", "black")]
-    with pytest.raises(InputError, match='class "black" has 1 training examples but 5 shots'):
+    with pytest.raises(InputError, match='class "black" has 1 training example but 5 shots'):
         few_shot(examples, (*LABELS, "black"), 5, 42)
     with pytest.raises(InputError, match='class "white" has 0'):
         few_shot(examples, (*LABELS, "white"), 5, 42)
