@@ -102,8 +102,8 @@ def fit(
 
     An encoder such as BERT is tuned with a classification head. It reads the text without the rest of the template.
 
-    Ctrl-C stops after the current step, and the same command with --resume continues to the same result. The guided
-    methods cannot be resumed.
+    Ctrl-C stops after the current step, and the same command with --resume continues to the same result.
+    The guided methods cannot be resumed.
     """
     from ofa.commands.adapted import asked_chat, open_model, with_base
     from ofa.commands.data import data_origin, training_data

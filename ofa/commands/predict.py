@@ -84,8 +84,8 @@ def predict(
 
     For a file: ofa predict adapter --data films.csv --out labelled.csv
 
-    Rows keep their order; a row without text gets no label. Ctrl-C stops a run with --out, and the same command with
-    --resume continues it.
+    Rows keep their order; a row without text gets no label.
+    Ctrl-C stops a run with --out, and the same command with --resume continues it.
     """
     from ofa.commands.adapted import adapter_digest, open_merged, open_model, read_task, task_of_texts, with_base
     from ofa.commands.predictions import Naming, PredictionFile, check_out, survey

@@ -74,11 +74,11 @@ def suggest(
 
     Example: ofa suggest --data unlabelled.jsonl --adapter adapter -n 20 --out to_label.csv
 
-    The candidates are the ten times N texts with the smallest margin between the two most probable labels. The first
-    suggestion has the smallest margin; each next one is farthest from the others by the model's hidden states.
+    The candidates are the ten times N texts with the smallest margin between the two most probable labels.
+    The first suggestion has the smallest margin; each next one is the farthest from the others in hidden states.
 
-    Fill in the column of labels, add the rows to your training file, and run `ofa fit` again. Measured on the embedded
-    tasks, ten such texts taught no more than ten random ones (docs/choosing.md).
+    Fill in the column of labels, add the rows to your training file, and run `ofa fit` again.
+    Measured on the embedded tasks, ten such texts taught no more than ten random ones (docs/choosing.md).
     """
     from ofa.adapters.folder import read_details
     from ofa.commands.adapted import asked_chat, check_chat, open_model, with_base
