@@ -46,7 +46,7 @@ def gains(rows: Rows) -> dict[str, Difference]:
 
 
 def figure(gained: Mapping[str, Difference], path: Path) -> None:
-    """A point for every method, with its interval where there are enough draws."""
+    """A point for every method with its interval, hollow and alone where there are too few draws for one."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 0.8 + 0.32 * len(gained)), layout="constrained")
