@@ -240,7 +240,7 @@ def state(step=3, best=True):
         step=step,
         passes=11,
         seconds=0.1 + 0.2,
-        run={"config": {"seed": 1, "epsilon": None, "learning_rate": 0.1}, "data": "d", "model": "m"},
+        run={"config": {"seed": 1, "epsilon": None, "learning_rate": 0.1}, "data": "d", "model": "m", "schedule": "s"},
         scales=tensors(),
         moments={"exp_avg": tensors(), "exp_avg_sq": tensors()} if step else {},
         best=(2, 0.1, tensors()) if best else None,
