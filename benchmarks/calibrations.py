@@ -11,13 +11,12 @@ the file, and a second run computes only the missing ones. Then the table betwee
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.draws import completed, fill
 from benchmarks.table import commit
 from ofa.adaptation import adapt
 from ofa.comparison.outcomes import Draw, Problem
@@ -34,7 +33,6 @@ BASE = "fixed"
 """The default, which the other kinds are set against."""
 
 MEASURED = ("accuracy", "negative_log_likelihood", "expected_calibration_error", "brier_score")
-_PLACE = re.compile(r"(<!-- calibrations -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -62,27 +60,16 @@ class Line:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the missing draws, and write the table into the page."""
     options = _parser().parse_args(arguments)
-    done = {(line.task, line.seed) for line in read(options.out)}
     loaded = load_model(options.model, dtype=options.dtype, device="cpu")
     settings = {"max_steps": options.max_steps} if options.max_steps else {}
-    for seed in options.seeds:
-        for task in options.tasks:
-            if (task, seed) not in done:
-                line = measured(loaded, task, seed, options.shots, options.test_size, settings)
-                with options.out.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(asdict(line)) + "\n")
-    text = table(read(options.out))
-    print(text)
+
+    def one(task: str, seed: int) -> Line:
+        return measured(loaded, task, seed, options.shots, options.test_size, settings)
+
+    lines = completed(options.out, Line, options.tasks, options.seeds, one)
+    print(table(lines))
     if options.page:
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(_PLACE.sub(lambda found: found[1] + text + found[2], page), encoding="utf-8")
-
-
-def read(file: Path) -> list[Line]:
-    """The finished draws of a file; none if it does not exist."""
-    if not file.exists():
-        return []
-    return [Line(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        fill(options.page, "calibrations", table(lines))
 
 
 def measured(

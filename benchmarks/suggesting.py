@@ -11,16 +11,15 @@ the table between `<!-- suggesting -->` and `<!-- end -->` in docs/choosing.md i
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import ofa
+from benchmarks.draws import completed, fill
 from benchmarks.table import commit
 from ofa.adaptation import Adaptation
 from ofa.comparison.outcomes import Draw, Problem
@@ -30,9 +29,7 @@ from ofa.report.formatting import percent, plural, points, points_interval
 from ofa.report.statistics import Difference, paired_difference
 from ofa.tasks import DEMO_TASKS, Example, TaskData, class_balanced, few_shot, load_demo_task, unused
 
-PAGE = Path("docs/choosing.md")
 SHOTS, SUGGESTED, RANDOM = "shots", "suggested", "random"
-_PLACE = re.compile(r"(<!-- suggesting -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,16 @@ class Line:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the missing draws, and write the table into the page."""
     options = _parser().parse_args(arguments)
-    file = options.out
-    done = {(line.task, line.seed) for line in read(file)}
     loaded = load_model(options.model, device="cpu")
     settings = {"max_steps": options.max_steps} if options.max_steps else {}
-    for seed in options.seeds:
-        for task in options.tasks:
-            if (task, seed) not in done:
-                line = measured(loaded, task, seed, options.shots, options.add, options.test_size, settings)
-                with file.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(asdict(line)) + "\n")
-    text = table(read(file))
-    print(text)
+
+    def one(task: str, seed: int) -> Line:
+        return measured(loaded, task, seed, options.shots, options.add, options.test_size, settings)
+
+    lines = completed(options.out, Line, options.tasks, options.seeds, one)
+    print(table(lines))
     if options.page:
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(filled(page, text), encoding="utf-8")
-
-
-def read(file: Path) -> list[Line]:
-    """The finished draws of a file; none if it does not exist."""
-    if not file.exists():
-        return []
-    return [Line(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        fill(options.page, "suggesting", table(lines))
 
 
 def measured(
@@ -142,11 +127,6 @@ def gained(lines: Sequence[Line]) -> Difference | None:
     """The accuracy of the suggested texts minus that of random ones, paired by draw."""
     by_arm = [{line.draw: line.accuracy[arm] for line in lines} for arm in (SUGGESTED, RANDOM)]
     return paired_difference(*by_arm)
-
-
-def filled(page: str, text: str) -> str:
-    """The page with the table in its place."""
-    return _PLACE.sub(lambda found: found[1] + text + found[2], page)
 
 
 def _row(name: str, lines: Sequence[Line]) -> str:
