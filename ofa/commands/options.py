@@ -99,10 +99,8 @@ ChatOption = Annotated[
     ),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System prompt of a chat. Without it the chat template's own.")]
-DATA_FILES = (
-    "a file with columns text and label, or those of the template (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, each "
-    "also as .gz)"
-)
+FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, each also as .gz"
+DATA_FILES = f"a file with columns text and label, or those of the template ({FORMATS})"
 
 
 @dataclass(frozen=True)

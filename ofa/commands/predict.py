@@ -12,6 +12,7 @@ import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated, warn
 from ofa.commands.options import (
+    FORMATS,
     BatchOption,
     ConfigOption,
     JsonOption,
@@ -46,8 +47,8 @@ def predict(
         typer.Option(
             "--data",
             "--file",
-            help="A file with the columns of the adapter's template (.jsonl, .ndjson, .json, .csv, .tsv, "
-            ".parquet, each also as .gz), or a .txt file with one text per line; - reads lines from standard input.",
+            help=f"A file with the columns of the adapter's template ({FORMATS}), or a .txt file with one text per "
+            "line; - reads lines from standard input.",
         ),
     ] = None,
     out: Annotated[

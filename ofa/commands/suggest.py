@@ -12,6 +12,7 @@ import typer
 
 from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
+    FORMATS,
     BatchOption,
     ChatOptions,
     ConfigOption,
@@ -40,8 +41,8 @@ def suggest(
     data: Annotated[
         str,
         typer.Option(
-            help="Texts without labels: a file with the columns of the template (.jsonl, .ndjson, .json, .csv, .tsv, "
-            ".parquet, each also as .gz), or a .txt file with one text per line; - reads lines from standard input. "
+            help=f"Texts without labels: a file with the columns of the template ({FORMATS}), or a .txt file with one "
+            "text per line; - reads lines from standard input. "
             "A row with a label is left out."
         ),
     ],
