@@ -18,6 +18,7 @@ from ofa.comparison.environment import library_versions, now
 from ofa.comparison.placement import Placement
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError, in_words
+from ofa.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from ofa.comparison.cell import CellRunner, Outcome
@@ -256,6 +257,7 @@ def _work(connection: Connection, source: Source, placement: Placement) -> None:
     """Main function of a worker process: load the model, then run the cells it receives."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)  # standard output is for results
+    quiet_libraries()  # a spawned process has none of its parent's logging
     # Before torch is imported, which reads them.
     if placement.visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_gpus
