@@ -40,7 +40,6 @@ METHODS = {
     "ofa": "ofa.methods.norm_tuning:fit_ofa",
     "ofa-paper": "ofa.methods.norm_tuning:fit_ofa_paper",
     "ofa-step-ratio": "ofa.methods.norm_tuning:fit_ofa",
-    "ofa-sharpness": "ofa.methods.norm_tuning:fit_ofa",
     "guided": "ofa.methods.guided",
     "guided-first-order": "ofa.methods.guided",
 }
@@ -56,7 +55,6 @@ SPECIAL_CASES: dict[str, Json] = {
     "norm-tuning": _UNREGULARIZED,
     "ofa": {"defaults": _SHARPNESS},
     "ofa-step-ratio": {"term": "step_ratio", "defaults": {"step_ratio": 1e-2}, "sharpness": 0.0},
-    "ofa-sharpness": {"term": "sharpness", "defaults": _SHARPNESS, "step_ratio": 0.0},
     "guided": {"variant": "guided", **_UNREGULARIZED},
     "guided-first-order": {"variant": "guided-first-order", **_UNREGULARIZED},
 }

@@ -38,8 +38,6 @@ from ofa.report.statistics import (
 )
 
 NORM_TUNING, OFA = "norm-tuning", "ofa"
-TERMS = {"ofa-step-ratio": "J alone", "ofa-sharpness": "H alone", OFA: "J and H"}
-"""The terms that each method adds to norm tuning."""
 
 _TIMED_ON = ("device", "threads")
 

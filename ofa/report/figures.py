@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ofa.comparison.outcomes import Row
 from ofa.comparison.records import CONTEXTS
-from ofa.report.content import NORM_TUNING, OFA, TERMS, Comparison, Line
+from ofa.report.content import NORM_TUNING, OFA, Comparison, Line
 from ofa.report.labels import label_points
 from ofa.report.statistics import Interval
 from ofa.report.svg import COLORS, themed_svg
@@ -42,10 +42,9 @@ class Drawn:
 
 
 def role(row: Row) -> str:
-    """The role that sets a row's color: ofa, term (J or H alone), norm or other."""
-    if row.method == NORM_TUNING:
-        return "norm"
-    return ("ofa" if row.method == OFA else "term") if row.method in TERMS else "other"
+    """The role that sets a row's color: ofa, term (another objective of OFA), norm or other."""
+    roles = {NORM_TUNING: "norm", OFA: "ofa"}
+    return roles.get(row.method, "term" if row.method.startswith(f"{OFA}-") else "other")
 
 
 def figures(comparison: Comparison, prefix: str) -> list[Drawn]:

@@ -34,7 +34,7 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
         if comparison.in_context(context):
             yield f"**{context_title(context)}**"
             yield _table(tables.glance(comparison, context))
-    yield "### What J and H add to norm tuning"
+    yield "### What OFA's terms add to norm tuning"
     yield _list(verdicts.terms(comparison))
     yield "### All results"
     yield _table(tables.results(comparison))

@@ -1,4 +1,4 @@
-"""Summarize a comparison in sentences: the best row and its significance, and the effect of J and H on norm tuning."""
+"""Summarize a comparison in sentences: the best row and its significance, and the effect of OFA's terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ofa.report.table import WITH
 
 NOT_IN_PAPER = "The paper has no known results for this model."
 NOTHING_TO_COMPARE = "There are no two rows with a pair of task and seed in common."
-NO_TERMS = f"The effect of J and H is unknown: {NORM_TUNING} and {OFA} have no pair of task and seed in common."
+NO_TERMS = f"The effect of OFA's terms is unknown: {NORM_TUNING} and {OFA} have no pair of task and seed in common."
 NO_COMMAND = "The folder does not record its command."
 
 _MOST_NAMES = 4
@@ -63,13 +63,13 @@ def best(comparison: Comparison) -> list[str]:
 
 
 def terms(comparison: Comparison) -> list[str]:
-    """The effect of J and H together, by context and in time; or the reason why it is unknown."""
+    """The effect of `ofa` against norm tuning, by context and in time; or the reason why it is unknown."""
     lines = [line for line in comparison.lines if line.row.method == OFA and NORM_TUNING in line.contrasts]
     contrasts = {line.row.context: line.contrasts[NORM_TUNING] for line in lines if not line.row.settings}
     if not contrasts:
         return [_settings(lines) if lines else NO_TERMS]
     told = [_term(contrasts[context], context) for context in CONTEXTS if context in contrasts]
-    sentences = [f"With J and H, norm tuning {shown.listed(told)}."]
+    sentences = [f"With OFA's terms, norm tuning {shown.listed(told)}."]
     time = next((contrast.fit_time for contrast in contrasts.values() if contrast.fit_time), None)
     if time is not None:
         sentences.append(f"Fitting takes {time:.2f} times as long.")

@@ -37,7 +37,7 @@ def test_both_files_are_written_beside_the_results(results):
     assert done.exit_code == 0
     assert {file.name for file in results.iterdir()} == {RESULTS, MARKDOWN, PAGE}
     assert "Highest without demonstrations: norm-tuning, 70.0 ± 0.0 %" in done.stdout
-    assert "With J and H, norm tuning changes by −10.0 points" in done.stdout
+    assert "With OFA's terms, norm tuning changes by −10.0 points" in done.stdout
     assert str(results / PAGE) in done.stderr
 
 

@@ -57,7 +57,7 @@ def test_names_are_written_as_they_are():
 
 @pytest.mark.parametrize(
     ("method", "color"),
-    [("norm-tuning", "norm"), ("ofa", "ofa"), ("ofa-step-ratio", "term"), ("ofa-sharpness", "term"), ("lora", "other")],
+    [("norm-tuning", "norm"), ("ofa", "ofa"), ("ofa-step-ratio", "term"), ("ofa-paper", "term"), ("lora", "other")],
 )
 def test_rows_are_colored_by_method(method, color):
     (line,) = build(rows(method)).comparisons[0].lines

@@ -92,7 +92,7 @@ def test_figures_take_their_colors_from_the_page(document):
     "told",
     [
         "Which method, at what cost",
-        "What J and H add to norm tuning",
+        "What OFA's terms add to norm tuning",
         "label-anchor",
         "failed: the demonstrations take 2,113 tokens and the model's window holds 2,048: ask for fewer shots",
         "not run",

@@ -55,12 +55,13 @@ def test_without_an_average_there_is_no_best_row():
 @pytest.mark.parametrize(
     ("norm_tuning", "ofa", "told"),
     [
-        (7, 5, "With J and H, norm tuning loses 20.0 points [−20.0, −20.0] without demonstrations."),
-        (5, 7, "With J and H, norm tuning gains 20.0 points [+20.0, +20.0] without demonstrations."),
+        (7, 5, "With OFA's terms, norm tuning loses 20.0 points [−20.0, −20.0] without demonstrations."),
+        (5, 7, "With OFA's terms, norm tuning gains 20.0 points [+20.0, +20.0] without demonstrations."),
         (
             7,
             [8, 6, 8, 6, 8, 6],
-            "With J and H, norm tuning changes by 0.0 points [−10.0, +6.7] without demonstrations (not significant).",
+            "With OFA's terms, norm tuning changes by 0.0 points [−10.0, +6.7] without demonstrations "
+            "(not significant).",
         ),
     ],
 )
@@ -72,7 +73,7 @@ def test_the_effect_of_the_terms_is_a_sentence(norm_tuning, ofa, told):
 
 def test_the_effect_of_terms_that_were_not_run_is_unknown():
     assert verdicts.terms(comparison(rows(ofa=5))) == [
-        "The effect of J and H is unknown: norm-tuning and ofa have no pair of task and seed in common."
+        "The effect of OFA's terms is unknown: norm-tuning and ofa have no pair of task and seed in common."
     ]
 
 
