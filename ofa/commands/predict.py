@@ -93,7 +93,7 @@ def predict(
     from ofa.tasks.tables import TEXT_SUFFIXES, Table, suffix_of
 
     if out is not None:
-        check_out(out)
+        check_out(out, overwrite=overwrite)
     named = str(gguf) if gguf else source.model
     if gguf is None:
         source = with_base(source, adapter)
@@ -106,9 +106,6 @@ def predict(
     found = survey(rows, task)
     if not found.rows:
         raise InputError(f"there is no text to label{f' in {data}' if data else ''}; give --text or --data")
-    for position, one in enumerate(text or [], start=1):
-        if not one.strip():
-            raise InputError(f"--text number {position} is blank: give it some words, or leave it out")
     if abstain_below and task.open_ended:
         raise InputError("the adapter's task has no labels to abstain from: leave out --abstain-below")
     from ofa.adapters.folder import read_details

@@ -95,7 +95,7 @@ def find_column(name: str, columns: Iterable[str], where: str, flag: str | None 
         raise InputError(
             f'{where} has no column "{name}", and both {" and ".join(alike)} may be meant: write one exactly'
         )
-    remedy = f": name the right one with {flag}"
+    remedy = f": name the right one with {flag}, or write a header line if these are values"
     if flag is None:
         remedy = did_you_mean(name, known) or ": correct the template, in which {{ and }} are braces"
     raise InputError(f'{where} has no column "{name}" (columns found: {found}){remedy}')
@@ -105,7 +105,7 @@ def value_text(value: object, column: str, where: str) -> str:
     """A value of a column as text; empty if missing.
 
     Raises:
-        InputError: it is not a text, number or boolean, or cannot be encoded as UTF-8.
+        InputError: it is not a text, number or boolean, holds a NUL character, or cannot be encoded as UTF-8.
     """
     if value is None or value != value:  # NaN marks a missing value in pandas
         return ""
@@ -114,6 +114,8 @@ def value_text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str | int | float):
         raise InputError(f'{where}: the {column} is {_shown(value)}, which is not text: write it as "..." in quotes')
     text = str(value)
+    if "\0" in text:
+        raise InputError(f"{where}: the {column} holds a NUL character, a sign of damage: correct or remove the row")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -97,22 +97,22 @@ class Task:
             return " " if self.template.endswith(" ") else ""
         return "" if self.open_ended else " "
 
-    def text_of(self, row: str | Mapping[str, object], where: str = "the row") -> str:
-        """The text of a row of data; with a single column in the template, `row` may be the text itself.
+    def text_of(self, row: object, where: str = "the row") -> str:
+        """The text of a row of data, values by column; with a single column in the template, `row` may be its value.
 
         With several columns, the text is their values joined by the template's literals between them.
 
         Raises:
             InputError: the row lacks a column of the template, or has no text.
         """
-        if not isinstance(row, str):
+        if isinstance(row, Mapping):
             return self.columns.text(row, where)
         if len(self.parts.slots) > 1:
             raise InputError(
                 f"{where} is one text, but the template has the columns {', '.join(self.columns.names)}: give a value "
                 "of each by its name"
             )
-        return row
+        return self.columns.text({self.columns.names[0]: row}, where)
 
     def prompt(self, text: str) -> str:
         """The template around a text from `text_of`; braces in the text are literal."""

@@ -262,7 +262,7 @@ DATA: dict[str, Case] = {
         lambda b: b.fit(data=b.full(), template=None),
         ("task.json does not exist", '"name", "template" and "labels"'),
     ),
-    "blank text to predict": (lambda b: ["predict", b.good, "--text", " "], ("--text number 1", "give it some words")),
+    "blank text to predict": (lambda b: ["predict", b.good, "--text", " "], ("--text number 1", "the text is empty")),
     "nothing to predict": (lambda b: ["predict", b.good], ("no text to label", "--text or --data")),
     "empty file to predict": (
         lambda b: ["predict", b.good, "--file", b.file("none.txt", "\n\n")],

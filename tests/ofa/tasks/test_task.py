@@ -51,6 +51,14 @@ def test_a_row_that_does_not_fill_the_template_is_refused(row, complaint):
         NLI.text_of(row)
 
 
+def test_a_single_value_follows_the_rules_of_a_row():
+    task = Task("t", "{text}:", ("yes", "no"))
+    assert [task.text_of(value) for value in (" a joy ", 3, True)] == ["a joy", "3", "true"]
+    for value, complaint in ((None, "row 1: the text is empty"), (" ", "the text is empty"), (["a"], "is not text")):
+        with pytest.raises(InputError, match=complaint):
+            task.text_of(value, "row 1")
+
+
 @pytest.mark.parametrize(
     ("template", "prompt"),
     [
