@@ -9,11 +9,13 @@ steps by the size of a parameter for the same reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ofa.errors import InputError
 from ofa.tuning.norms import pretrained_scales
 
 SMALLEST = 1e-3
@@ -23,21 +25,31 @@ SMALLEST = 1e-3
 def relative_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> RelativeSteps:
     """Make the steps of `optimizer` on the tuned norm scales of `model` relative: Δγ = |γ₀| · (the optimizer's step).
 
-    Call it once, after `tune_norms` and after the optimizer is made; other parameters keep their steps. The learning
-    rate is then a relative change per step: 1e-2 moves a channel by about 1 % of itself.
+    Call it after `tune_norms` and after the optimizer is made; a second call replaces the first. Other parameters keep
+    their steps. The learning rate is then a relative change per step: 1e-2 moves a channel by about 1 % of itself.
 
     Returns:
         The attached hooks; `remove()` takes them off.
 
     Raises:
-        InputError: the norms of the model are not tuned.
+        InputError: the norms of the model are not tuned, or the optimizer holds none of them.
 
     Example:
         >>> optimizer = torch.optim.AdamW(ofa.tune_norms(model), lr=1e-2)
         >>> steps = ofa.relative_steps(optimizer, model)
         >>> steps.remove()
     """
-    return RelativeSteps(optimizer, {scale: _size(value) for scale, value in pretrained_scales(model).items()})
+    sizes = {scale: _size(value) for scale, value in pretrained_scales(model).items()}
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if held.isdisjoint(sizes):
+        raise InputError(
+            "the optimizer holds none of the tuned norm scales: make it after tune_norms, of what that returns"
+        )
+    earlier = _latest.get(optimizer)
+    if earlier is not None and not earlier.sizes.keys().isdisjoint(sizes):
+        earlier.remove()
+    _latest[optimizer] = RelativeSteps(optimizer, sizes)
+    return _latest[optimizer]
 
 
 class RelativeSteps:
@@ -64,6 +76,9 @@ class RelativeSteps:
     def _scale(self, *_: object) -> None:
         for before, (scale, size) in zip(self._before, self.sizes.items(), strict=True):
             scale.copy_(before + size * (scale - before))
+
+
+_latest: WeakKeyDictionary[torch.optim.Optimizer, RelativeSteps] = WeakKeyDictionary()
 
 
 def _size(pretrained: Tensor) -> Tensor:

@@ -61,6 +61,31 @@ def test_the_steps_are_those_of_adam_on_the_relative_change(name, offset):
         torch.testing.assert_close(got, value + size * change.detach(), rtol=1e-9, atol=1e-13)
 
 
+def test_a_second_call_changes_no_step():
+    """Run twice, as a cell of a notebook is, it does not scale the steps twice."""
+    moved = []
+    for calls in (1, 2):
+        model = build("llama")
+        spread(model)
+        scales = ofa.tune_norms(model)
+        optimizer = torch.optim.SGD(scales, lr=0.5)
+        for _ in range(calls):
+            ofa.relative_steps(optimizer, model)
+        loss(model, "llama").backward()
+        optimizer.step()
+        moved.append(scales[0].detach().clone())
+    assert torch.equal(*moved)
+
+
+def test_an_optimizer_made_before_tune_norms_is_refused():
+    """It would train nothing: `tune_norms` makes new parameters."""
+    model = build("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    ofa.tune_norms(model)
+    with pytest.raises(InputError, match="the optimizer holds none of the tuned norm scales: make it after tune_norms"):
+        ofa.relative_steps(optimizer, model)
+
+
 def test_other_parameters_keep_their_steps_and_remove_ends_it():
     model = build("llama")
     with torch.no_grad():
