@@ -33,11 +33,12 @@ def read_config(folder: str | Path, kinds: Collection[str] = tuple(KINDS)) -> Js
     """
     path = at_home(folder)
     config = _read_json(path / CONFIG, f"{path} is not an adapter folder")
-    if config.get("peft_type") not in kinds:
-        raise InputError(
-            f"{path} holds a {config.get('peft_type')} adapter, which cannot be loaded here; give an adapter of the "
-            f"kind {' or '.join(kinds)}"
-        )
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        remedy = f"give an adapter of the kind {' or '.join(KINDS[one] for one in kinds)}"
+        if kind in ("LORA", "IA3"):
+            remedy += f", or make a checkpoint of this one with `ofa merge {path} --out FOLDER` and use that"
+        raise InputError(f"{path} holds a {KINDS.get(str(kind), kind)} adapter, which cannot be used here; {remedy}")
     return config
 
 

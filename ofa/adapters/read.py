@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ofa.adapters.folder import KINDS, NORMS, WEIGHTS, read_config, read_details, read_labels
+from ofa.adapters.folder import DETAILS, KINDS, NORMS, WEIGHTS, read_config, read_details, read_labels
 from ofa.errors import InputError
 from ofa.files import Json, at_home
 
@@ -69,8 +69,15 @@ def read_any_adapter(folder: str | Path) -> Adapter:
     if config["peft_type"] == NORMS:
         head = {plain_key(key): value for key, value in parameters.items() if heads and key.startswith(heads)}
         parameters = _by_norm(path, {key: value for key, value in parameters.items() if plain_key(key) not in head})
+    details = read_details(path)
+    scales = sum(value.numel() for name, value in parameters.items() if name.endswith(".weight"))
+    if config["peft_type"] == NORMS and scales < details.get("parameters", 0):
+        raise InputError(
+            f"{path / WEIGHTS} is damaged: it holds {scales:,} of the {details['parameters']:,} scales that {DETAILS} "
+            "counts; copy or save the adapter again"
+        )
     base, labels = config.get("base_model_name_or_path"), read_labels(path) if heads else ()
-    return Adapter(path, base, parameters, read_details(path), config["peft_type"], head, labels)
+    return Adapter(path, base, parameters, details, config["peft_type"], head, labels)
 
 
 def refuse_head(adapter: Adapter, what: str) -> None:

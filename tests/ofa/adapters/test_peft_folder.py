@@ -153,7 +153,8 @@ def test_what_holds_norm_scales_alone_refuses_it(saved, tiny_model, tmp_path, pl
         "load_adapter": lambda: ofa.load_adapter(tiny_model[0], folder),
         "a GGUF file": lambda: ofa.merge_gguf(folder, tmp_path / "base.gguf", tmp_path / "out.gguf"),
     }
-    with pytest.raises(InputError, match=r"holds a LORA adapter, .*; give an adapter of the kind LN_TUNING"):
+    remedy = "of the kind LN-tuning, or make a checkpoint of this one with `ofa merge .* --out FOLDER` and use that"
+    with pytest.raises(InputError, match=f"holds a LoRA adapter, .* {remedy}"):
         into[place]()
 
 
