@@ -34,8 +34,9 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
         if comparison.in_context(context):
             yield f"**{context_title(context)}**"
             yield _table(tables.glance(comparison, context))
-    yield "### What OFA's terms add to norm tuning"
-    yield _list(verdicts.terms(comparison))
+    if terms := verdicts.terms(comparison):
+        yield "### What OFA's terms add to norm tuning"
+        yield _list(terms)
     yield "### All results"
     yield _table(tables.results(comparison))
     yield "### What they cost"

@@ -63,11 +63,12 @@ def best(comparison: Comparison) -> list[str]:
 
 
 def terms(comparison: Comparison) -> list[str]:
-    """The effect of `ofa` against norm tuning, by context and in time; or the reason why it is unknown."""
+    """The effect of `ofa` against norm tuning, by context and in time, or why it is unknown; empty if one was not run."""
     lines = [line for line in comparison.lines if line.row.method == OFA and NORM_TUNING in line.contrasts]
     contrasts = {line.row.context: line.contrasts[NORM_TUNING] for line in lines if not line.row.settings}
     if not contrasts:
-        return [_settings(lines) if lines else NO_TERMS]
+        compared = {NORM_TUNING, OFA} <= {line.row.method for line in comparison.lines}
+        return [_settings(lines)] if lines else [NO_TERMS] if compared else []
     told = [_term(contrasts[context], context) for context in CONTEXTS if context in contrasts]
     sentences = [f"With OFA's terms, norm tuning {shown.listed(told)}."]
     time = next((contrast.fit_time for contrast in contrasts.values() if contrast.fit_time), None)

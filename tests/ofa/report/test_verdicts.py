@@ -6,6 +6,8 @@ import pytest
 
 from ofa.report import verdicts
 from ofa.report.content import build
+from ofa.report.markdown import markdown
+from ofa.report.page import page
 from ofa.report.runs import Runs
 from tests.ofa.report.synthetic import record, with_accuracy
 
@@ -71,10 +73,16 @@ def test_the_effect_of_the_terms_is_a_sentence(norm_tuning, ofa, told):
     assert sentence.split("]")[1] == told.split("]")[1]
 
 
-def test_the_effect_of_terms_that_were_not_run_is_unknown():
-    assert verdicts.terms(comparison(rows(ofa=5))) == [
+def test_the_effect_of_terms_without_a_common_draw_is_unknown():
+    assert verdicts.terms(comparison(rows(range(2), ofa=5) + rows(range(2, 4), norm_tuning=5))) == [
         "The effect of OFA's terms is unknown: norm-tuning and ofa have no pair of task and seed in common."
     ]
+
+
+def test_nothing_is_said_of_terms_that_were_not_compared():
+    content = build(rows(lora=5, norm_tuning=5))
+    assert verdicts.terms(content.comparisons[0]) == []
+    assert "OFA's terms" not in markdown(content) + page(content).replace("&#39;", "'")
 
 
 def test_a_grid_of_settings_is_counted_and_none_of_them_chosen():
