@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     ChatOptions,
@@ -259,7 +259,7 @@ def _tell(summary: Json, *, several: bool) -> None:
         count, left = summary["scores"]["count"], summary["scores"].get("unused")
         which = "all" if count == left else f"{count:,}"
         where = "the test examples" if left is None else f"{which} of the {left:,} examples that were not used"
-        notice(f"accuracy {accuracy:.3f} on {where}")
+        show(f"accuracy {accuracy:.3f} on {where}")
     notice(f"adapter: {summary['folder']} ({summary['adapter_bytes'] / 1000:.0f} kB)")
     how = "--data FILE --out LABELLED.csv" if several else '--text "…"'
     notice(f"try: ofa predict {summary['folder']} {how}")

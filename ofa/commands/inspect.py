@@ -151,11 +151,12 @@ def _show(document: Json) -> None:
     remark = f" ({fused['remark']})" if fused["remark"] else ""
     facts.add_row("fused layers", f"{fused['count']} of {document['layers']}{remark}")
     show(facts)
-    steps = Table(title="steps of the first layer")
+    layer = document["first_layer"][0]["branches"][0]["norm"].partition(".0.")[0] + ".0"
+    steps = Table(title=f"steps of {layer}")
     for name in ("step", "branch", "preconditioned by", "starts at", "ends at", "reads", "scale"):
         steps.add_column(name)
     for number, step in enumerate(document["first_layer"], start=1):
         for branch in step["branches"]:
-            cells = (branch["role"], branch["norm"], branch["from"], branch["to"], branch["reads"])
-            steps.add_row(str(number), *cells, f"{step['scale']:g}")
+            places = (branch[name].removeprefix(f"{layer}.") for name in ("norm", "from", "to"))
+            steps.add_row(str(number), branch["role"], *places, branch["reads"], f"{step['scale']:g}")
     show(steps)

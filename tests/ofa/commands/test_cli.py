@@ -443,7 +443,7 @@ def test_the_number_of_used_examples_is_shown_and_the_others_are_scored(
     document = done("evaluate", tmp_path / "out", "--data", write_rows(tmp_path / "others.jsonl", others), "--json")
     assert known["scores"]["accuracy"] == document.json["accuracy"]
     assert (known["scores"]["count"], known["scores"]["unused"]) == (4, 4)
-    assert scored.format(document.json["accuracy"]) in finished.err.splitlines()
+    assert scored.format(document.json["accuracy"]) in finished.out.splitlines()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "On 4 examples of the 4 training examples that were not used." in card
     assert "| examples used | 2 of 6 |" in card
@@ -502,10 +502,11 @@ def test_inspect_describes_an_encoder_too(tiny_folder: Path, tmp_path: Path) -> 
 
 
 def test_inspect_shows_tables(tiny_folder: Path) -> None:
-    """For a reader: the same facts, module paths in full."""
+    """For a reader: the same facts. The layer is named once, so that the widest table fits into a terminal."""
     shown = done("inspect", tiny_folder).out
-    for words in ("448", "7 × RMSNorm", "6 per sublayer", "hutchinson: applies", "model.layers.0.input_layernorm"):
+    for words in ("448", "7 × RMSNorm", "6 per sublayer", "hutchinson: applies", "steps of model.layers.0", " mlp "):
         assert words in shown
+    assert max(map(len, shown.splitlines())) <= 100
 
 
 @pytest.fixture

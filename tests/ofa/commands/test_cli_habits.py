@@ -58,6 +58,7 @@ def test_quiet_leaves_results_and_warnings(tiny_folder, tmp_path, monkeypatch):
     assert "were cut" in quiet.err
     assert "adapter: " not in quiet.err
     assert "training: " not in quiet.err
+    assert quiet.out.startswith("accuracy ")
     predict = ["predict", tmp_path / "quiet", "--text", "a film"]
     assert done(*predict, "-q").out == done(*predict).out != ""
 
