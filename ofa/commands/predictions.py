@@ -93,12 +93,14 @@ class Naming:
         return name
 
 
-def check_out(path: Path) -> None:
-    """Raise `InputError` for an unknown suffix, or a folder that does not exist."""
+def check_out(path: Path, *, overwrite: bool) -> None:
+    """Raise `InputError` for an unknown suffix, a file that exists unless `overwrite`, or a folder that is no place."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path} has no suffix for predictions: end it in {' or '.join(SUFFIXES)}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{path} cannot be written: give the name of a file in an existing folder")
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"{path} cannot be written: give the name of a file in an existing folder that can be written")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another --out, or pass --overwrite")
 
 
 def survey(rows: Iterable[tuple[str, Row]], task: Task) -> Survey:
@@ -184,8 +186,7 @@ class PredictionFile:
     def _continued(self, resume: bool, overwrite: bool) -> Json:
         """The state of an earlier run, or the initial state."""
         start = {"rows": 0, "withheld": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
-        if self.path.exists() and not overwrite:
-            raise InputError(f"{self.path} exists already: choose another --out, or pass --overwrite")
+        check_out(self.path, overwrite=overwrite)  # again: another run may have finished since the command checked
         if overwrite or not self._state.exists():
             return start
         if not resume:

@@ -86,9 +86,7 @@ def suggest(
     from ofa.commands.predictions import check_out, write_rows
 
     if out is not None:
-        check_out(out)
-        if out.exists() and not overwrite:
-            raise InputError(f"{out} exists already: choose another --out, or pass --overwrite")
+        check_out(out, overwrite=overwrite)
     adapters = [adapter] if adapter else []
     check_chat(turns, adapters)
     source = with_base(source, adapter)

@@ -173,9 +173,15 @@ def test_a_run_resumes_only_with_the_same_settings_and_data(bench: Bench, monkey
 
 @pytest.mark.parametrize(
     ("out", "words"),
-    [("out.txt", "end it in .csv or .jsonl"), ("none/out.csv", "in an existing folder"), (".", "end it in")],
+    [
+        ("out.txt", "end it in .csv or .jsonl"),
+        ("none/out.csv", "in an existing folder"),
+        (".", "end it in"),
+        ("there.csv", "exists already"),
+    ],
 )
 def test_a_file_that_cannot_be_written_is_refused_first(bench: Bench, out: str, words: str) -> None:
+    (bench.here / "there.csv").touch()
     refused = ofa("predict", bench.here / "no adapter", "--data", "none.csv", "--out", bench.here / out)
     assert refused.status == 2
     assert words in refused.err
