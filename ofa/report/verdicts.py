@@ -63,7 +63,7 @@ def best(comparison: Comparison) -> list[str]:
 
 
 def terms(comparison: Comparison) -> list[str]:
-    """The effect of `ofa` against norm tuning, by context and in time, or why it is unknown; empty if one was not run."""
+    """The effect of `ofa` against norm tuning, by context and in time, or why it is unknown; empty without both."""
     lines = [line for line in comparison.lines if line.row.method == OFA and NORM_TUNING in line.contrasts]
     contrasts = {line.row.context: line.contrasts[NORM_TUNING] for line in lines if not line.row.settings}
     if not contrasts:

@@ -225,7 +225,7 @@ def test_other_commands_refuse_an_encoder(bert, tiny_gguf, tmp_path):
         ("reads one text at a time", "evaluate", adapter, "--data", test, "--demonstrations", tmp_path / "train.jsonl"),
         ("answers LABEL_0, LABEL_1 and not 'business'", "evaluate", *data),
         ("culture", "evaluate", adapter, "--data", unknown),
-        ("blank", "predict", adapter, "--text", " "),
+        ("--text number 1: the text is empty", "predict", adapter, "--text", " "),
     ):
         finished = run(*arguments)
         assert finished.status != 0, arguments
