@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -105,6 +106,8 @@ class Adaptation:
         }
 
     def _texts(self, rows: Sequence[str | Mapping[str, object]]) -> list[str]:
+        if isinstance(rows, str | Mapping):
+            raise InputError("the texts are a single one: put it into a list")
         return [self.data.task.text_of(row, f"text {number}") for number, row in enumerate(rows, start=1)]
 
     def close(self) -> None:
@@ -158,7 +161,8 @@ def adapt(
         The adaptation, which predicts, saves the scales and restores the model.
 
     Raises:
-        InputError: the task, the method, the number of shots, a setting or the model's chat template cannot be used.
+        InputError: the task, the method, the number of shots, a setting or the model's chat template cannot be used; or
+            an earlier adaptation of the model is not closed.
 
     Example:
         >>> rows = [("a joy", "good"), ("warm and funny", "good"), ("far too long", "bad"), ("a bore", "bad")]
@@ -168,6 +172,11 @@ def adapt(
         torch.Size([1, 2])
         >>> adaptation.close()
     """
+    if model in _adapted:
+        raise InputError(
+            "this model holds an earlier adaptation, from which training would go on: close() that first, or load the "
+            "model again"
+        )
     method = method or default_method(settings)
     fit = adapter_method(method)
     if "with_norms" in settings:
@@ -210,10 +219,21 @@ def adapt(
     if holds_out(kind) and chosen_by:
         held_out = held_out_by_validation(predictor.scorer, chosen_by)
     predictor.scorer.calibration = calibration(predictor.scorer, kind, held_out)
+    _adapted.add(model)
+    predictor = replace(predictor, release=functools.partial(_release, model, predictor.release))
     adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
     if metrics is not None:
         write_metrics(metrics, adaptation.training.records)
     return adaptation
+
+
+_adapted: WeakSet[CausalLM] = WeakSet()
+"""Models with an adaptation that is not closed."""
+
+
+def _release(model: CausalLM, restore: Callable[[], None]) -> None:
+    restore()
+    _adapted.discard(model)
 
 
 def _fold(

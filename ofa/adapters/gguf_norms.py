@@ -96,7 +96,7 @@ def check_merged(adapter: Adapter, file: str | Path) -> None:
     if not all(np.array_equal(norm.tensor.data, norm.tuned) for norm in _norms_in(path, adapter)):
         raise InputError(
             f"{path} does not hold the scales of {adapter.folder}; make it with `ofa merge {adapter.folder} --gguf "
-            f"BASE.gguf --out {path}`"
+            f"{path} --out TUNED.gguf` if it is the base's"
         )
 
 

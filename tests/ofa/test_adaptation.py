@@ -58,6 +58,25 @@ def test_a_label_whose_tokens_begin_another_one_s_can_be_told_from_it(tiny_model
     assert adaptation.predictor.evaluate(data.train).metrics.accuracy == 1.0
 
 
+def test_a_model_with_an_open_adaptation_is_refused(tiny_model):
+    """A second run would start from the scales of the first, and change its predictions."""
+    adaptation = adapted(tiny_model)
+    first = adaptation.predict_proba(TEXTS)
+    with pytest.raises(InputError, match=r"holds an earlier adaptation, .*: close\(\) that first"):
+        adapted(tiny_model)
+    assert torch.equal(adaptation.predict_proba(TEXTS), first)
+    adaptation.close()
+    assert torch.equal(adapted(tiny_model).predict_proba(TEXTS), first)
+
+
+def test_a_text_instead_of_a_list_is_refused(tiny_model):
+    """Its characters are no texts."""
+    adaptation = adapted(tiny_model)
+    for one in ("warm", {"text": "warm"}):
+        with pytest.raises(InputError, match="the texts are a single one: put it into a list"):
+            adaptation.predict(one)
+
+
 def test_rows_of_several_columns_are_predicted_by_name(tiny_model):
     """A template of several columns predicts the same rows that it is trained on; a bare text is refused."""
     task = Task("nli", "{premise} / {text}:", ("yes", "no"))
