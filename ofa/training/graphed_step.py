@@ -28,6 +28,9 @@ from ofa.training.capture import CannotCaptureError, Capture, as_captured, captu
 EAGER = 2
 """Eager steps of a shape before it is captured; a shape that comes once or twice is not worth a capture."""
 
+KEPT = 8
+"""Graphs that are kept, those used last."""
+
 Batch = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,6 @@ def graphed_step(
     *,
     loss: Callable[[dict[str, Any]], Tensor] | None = None,
     pad: Callable[[Batch], dict[str, Any]] | None = None,
-    keep: int = 8,
 ) -> GraphedStep:
     """A training step, forward and backward pass with the penalty of attached regularizers, as replayed CUDA graphs.
 
@@ -53,13 +55,12 @@ def graphed_step(
 
     Args:
         model: the model, with `fused_regularizers` attached or without.
-        optimizer: steps after every backward pass, and its gradients are zeroed before; as a part of the graph if it is
-            `capturable` and its learning rate is a tensor. None leaves both to the caller: gradients are added up.
+        optimizer: steps after every backward pass, and its gradients are zeroed before. None leaves both to the caller:
+            gradients are added up.
         loss: the loss of a batch of tensors on the model's device; None is the model's own, `model(**batch).loss`. It
             must be the same for a batch padded on the right; without that, pass `pad=dict`.
         pad: gives a batch one of few shapes, without changing its loss; None pads sequences to multiples of 16 tokens,
             and from 128 tokens on to four lengths per octave.
-        keep: most graphs that are kept, those used last.
 
     Returns:
         The step: called with a batch, it returns the loss and the terms of the penalty.
@@ -77,7 +78,7 @@ def graphed_step(
         >>> step.reason
         'the model is on cpu, and CUDA graphs need a CUDA GPU'
     """
-    return GraphedStep(model, optimizer, loss or _own_loss(model), pad or _to_buckets(model), keep)
+    return GraphedStep(model, optimizer, loss or _own_loss(model), pad or _to_buckets(model))
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,8 @@ class GraphedStep:
         optimizer: torch.optim.Optimizer | None,
         loss: Callable[[dict[str, Any]], Tensor],
         pad: Callable[[Batch], dict[str, Any]],
-        keep: int,
     ) -> None:
-        self._model, self._optimizer, self._loss, self._pad, self._keep = model, optimizer, loss, pad, keep
+        self._model, self._optimizer, self._loss, self._pad = model, optimizer, loss, pad
         self.replays = 0
         self._start_over()
 
@@ -128,8 +128,8 @@ class GraphedStep:
         if self._state != self._snapshot():
             self._start_over()
         with torch.enable_grad():
-            values, stepped = (self._eager(batch, weight), False) if self.reason else self._step(batch, weight)
-        if self._optimizer is not None and not stepped:
+            values = self._eager(batch, weight) if self.reason else self._step(batch, weight)
+        if self._optimizer is not None:
             self._optimizer.step()
         return values
 
@@ -166,10 +166,9 @@ class GraphedStep:
             return [self._model.training, _measuring(self._model)]
         device = self._device.type
         cast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return [cast, *self._watched.now(), *_settings(self._optimizer)]
+        return [cast, *self._watched.now()]
 
-    def _step(self, batch: Batch, weight: float) -> tuple[StepValues, bool]:
-        """The values of a batch, and whether the optimizer has stepped."""
+    def _step(self, batch: Batch, weight: float) -> StepValues:
         given = self._pad(batch)
         key = _shapes(given)
         graph = self._graphs.get(key)
@@ -178,7 +177,7 @@ class GraphedStep:
             self._seen[key] += 1
             if self._seen[key] >= EAGER and key not in self.refused:
                 self._record(key, given)
-            return values, False
+            return values
         self._graphs.move_to_end(key)
         graph.load(given, weight)
         stretched = key != _shapes(batch)
@@ -212,8 +211,7 @@ class GraphedStep:
             try:
                 self._capture.rehearse(lambda: self._fill(graph))
                 self._clear()
-                inside = self._optimizer is not None and _is_capturable(self._optimizer)
-                graph.replay = self._capture.record(lambda: self._fill(graph, steps=inside))
+                graph.replay = self._capture.record(lambda: self._fill(graph))
             except CannotCaptureError as error:
                 self.reason, self._capture, self._watched = str(error), None, None
                 self._graphs.clear()
@@ -221,39 +219,28 @@ class GraphedStep:
                 self._tell()
                 return
         self._graphs[key] = graph
-        if len(self._graphs) > self._keep:
+        if len(self._graphs) > KEPT:
             old, _ = self._graphs.popitem(last=False)
             self._seen[old] = 0
 
-    def _fill(self, graph: _Graph, *, steps: bool = False) -> None:
+    def _fill(self, graph: _Graph) -> None:
         """Compute the results that a graph holds."""
         graph.values = self._forward_backward(graph.batch, graph.weight)
         graph.gradients = [parameter.grad for parameter in self._parameters]
         graph.measured = None if self._regularizers is None else self._regularizers.measurements
-        graph.steps = steps
-        if steps:
-            assert self._optimizer is not None
-            self._optimizer.step()
 
     def _replay(self, graph: _Graph) -> None:
         graph.replay()
         self.replays += 1
-        if graph.steps:
-            # A replay writes into the parameters without Python's knowledge, and caches go by the version.
-            for parameter in self._parameters:
-                torch.autograd.graph.increment_version(parameter)
         if self._regularizers is not None:
             self._regularizers.replayed(self._regularizers.passes + 1, graph.measured)
 
-    def _check(
-        self, key: object, graph: _Graph, batch: Batch, weight: float, stretched: bool
-    ) -> tuple[StepValues, bool]:
+    def _check(self, key: object, graph: _Graph, batch: Batch, weight: float, stretched: bool) -> StepValues:
         """Compare a replay with the eager step of the same batch, and take the replay's results if they agree."""
         with self._undisturbed():
             expected = self._eager(batch, weight)
             gradients = [parameter.grad for parameter in self._parameters]
             measured = None if self._regularizers is None else self._regularizers.measurements
-        before = _copies(self._parameters, self._optimizer) if graph.steps else []
         self._replay(graph)
         error, most = _largest_error(graph, expected, gradients), _tolerance(self._model)
         if error <= most:
@@ -263,18 +250,16 @@ class GraphedStep:
         self.replays -= 1
         self.refused[key] = f"a replayed step differs from an eager one by {error:.1e}, and {most:.1e} is allowed"
         logger.warning("batches of shape %s are not replayed: %s", key, self.refused[key])
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
         if self._regularizers is not None:
             self._regularizers.replayed(self._regularizers.passes, measured)
         _add(self._parameters, gradients)
-        return expected, False
+        return expected
 
-    def _deliver(self, graph: _Graph) -> tuple[StepValues, bool]:
+    def _deliver(self, graph: _Graph) -> StepValues:
         _add(self._parameters, graph.gradients)
         assert graph.values is not None
-        return _mapped(graph.values, Tensor.clone), graph.steps
+        values: StepValues = _mapped(graph.values, Tensor.clone)
+        return values
 
     def _clear(self) -> None:
         for parameter in self._parameters:
@@ -305,8 +290,6 @@ class _Graph:
     values: StepValues | None = None
     gradients: Sequence[Tensor | None] = ()
     measured: Measurements | None = None
-    steps: bool = False
-    """Whether the optimizer's step is a part of it."""
     checked: set[bool] = field(default_factory=set)
     """Whether it was compared with eager steps for batches that had its shape, and for those padded to it."""
     replay: Callable[[], None] = lambda: None
@@ -394,21 +377,6 @@ def _is_checkpointing(module: nn.Module) -> bool:
     return own or sharding.is_a(module, wrapper, "CheckpointWrapper")
 
 
-def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's step can be replayed: no hooks, and a learning rate that is read when it runs."""
-    hooked = bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-    groups = optimizer.param_groups
-    return not hooked and all(group.get("capturable") and isinstance(group["lr"], Tensor) for group in groups)
-
-
-def _settings(optimizer: torch.optim.Optimizer | None) -> list[object]:
-    """The numbers of an optimizer that a captured step would keep as they were."""
-    if optimizer is None or not _is_capturable(optimizer):
-        return []
-    groups = [{**group, "lr": id(group["lr"]), "params": len(group["params"])} for group in optimizer.param_groups]
-    return [group[name] for group in groups for name in sorted(group)]
-
-
 def _shapes(batch: Batch) -> object:
     """What a graph is made for: shapes and dtypes of the tensors, and the other values."""
     return tuple(
@@ -442,13 +410,6 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
     copies = torch._foreach_mul([grad for _, grad in new], 1) if new else []
     for (parameter, _), copied in zip(new, copies, strict=True):
         parameter.grad = copied
-
-
-def _copies(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[tuple[Tensor, Tensor]]:
-    """What an optimizer's step changes, each with a copy."""
-    moments = [] if optimizer is None else [value for of in optimizer.state.values() for value in of.values()]
-    changed = [*parameters, *(value for value in moments if isinstance(value, Tensor))]
-    return [(tensor, tensor.detach().clone()) for tensor in changed]
 
 
 def _largest_error(graph: _Graph, expected: StepValues, gradients: Sequence[Tensor | None]) -> float:
