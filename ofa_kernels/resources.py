@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,8 @@ class Usage:
     float64: int
 
 
-class Compiled(Protocol):
-    """A kernel that Triton has compiled: its stages by name, and what it says about them."""
-
-    asm: Mapping[str, Any]
-    metadata: Any
-
-
-def usage(compiled: Compiled) -> Usage:
-    """Read a kernel that Triton has compiled.
+def usage(compiled: Any) -> Usage:
+    """Read a kernel that Triton has compiled, by its stages `asm` and its `metadata`.
 
     Raises:
         RuntimeError: cuobjdump, which comes with Triton, failed.
@@ -48,7 +40,7 @@ def usage(compiled: Compiled) -> Usage:
     return _of_cubin(compiled) if "cubin" in compiled.asm else _of_amdgcn(compiled)
 
 
-def _of_cubin(compiled: Compiled) -> Usage:
+def _of_cubin(compiled: Any) -> Usage:
     """Registers and stack from the binary, instructions from the PTX.
 
     The assembler keeps the width of every access and adds no float64; disassembling takes as long as compiling.
@@ -85,7 +77,7 @@ def cuobjdump(cubin: bytes, *options: str) -> str:
     return result.stdout + result.stderr
 
 
-def _of_amdgcn(compiled: Compiled) -> Usage:
+def _of_amdgcn(compiled: Any) -> Usage:
     code = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ofa_kernels.ops.launching import Context
 from ofa_kernels.reference.stream import opmath_dtype
 
 LOWEST = -30.0
@@ -118,13 +118,13 @@ def with_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) ->
 
 class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, value: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *((grad.to(g.device) * g) for g in ctx.gradients)
 
 

@@ -6,11 +6,12 @@ sweep.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ofa_kernels import dispatch
-from ofa_kernels.ops.launching import Context
 
 
 def with_length(update: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,12 +29,12 @@ class _WithLength(torch.autograd.Function):
         return update.view_as(update), dispatch.squared_norm(update)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor | None, squared_grad: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad: Tensor | None, squared_grad: Tensor | None) -> Tensor | None:
         if squared_grad is None:
             return grad
         (update,) = ctx.saved_tensors

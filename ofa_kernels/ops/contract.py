@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops.launching import (
     Arguments,
-    Context,
     Derivative,
     as_rows,
     as_stack,
@@ -110,14 +111,14 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
     base, copies, ctx.seed, ctx.step, ctx.gaussian = inputs
     ctx.samples = copies.shape[0]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(base)
 
 
-def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (base,) = ctx.saved_tensors
     grad_base, grad_copies = call_backward(base, *grads, ctx.samples, ctx.seed, ctx.step, ctx.gaussian)
     return grad_base, None if grads[0] is None else grad_copies, None, None, None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ofa_kernels.ops.launching import (
     Arguments,
-    Context,
     Derivative,
     as_rows,
     as_stack,
@@ -40,7 +41,7 @@ def forward(
     """Launch the forward kernel."""
     from ofa_kernels.kernels.displace import displace_forward
 
-    copies = stream.new_empty((samples, *stream.shape))
+    copies = empty(stream, preconditioner, samples)
     width = stream.shape[-1]
     z, per_row = as_rows(stream, width), width > 1 and preconditioner.stride(-1) == 0
     # 1/σ is one number per row: as a diagonal it would be twice as many bytes as a bfloat16 row, written and read.
@@ -75,19 +76,18 @@ def backward(
     """Launch the backward kernel; the second gradient is float32, empty unless `preconditioned`."""
     from ofa_kernels.kernels.displace import displace_backward
 
-    shape = grad_copies.shape[1:]
-    grad_stream = grad_copies.new_empty(shape)
-    grad_preconditioner = grad_copies.new_empty(shape if preconditioned else (0,), dtype=torch.float32)
-    grads = as_stack(grad_copies, shape[-1])
+    grad_stream, grad_preconditioner = empty_gradients(grad_copies, preconditioned)
+    width = grad_copies.shape[-1]
+    grads = as_stack(grad_copies, width)
     run(
         displace_backward,
-        grads.shape[1] * configuration(displace_backward, grad_copies, shape[-1]).tiles,
+        grads.shape[1] * configuration(displace_backward, grad_copies, width).tiles,
         grad_copies,
-        shape[-1],
+        width,
         grads,
         grad_stream,
         grad_preconditioner if preconditioned else None,
-        shape[-1],
+        width,
         grads.stride(0),
         grads.stride(1),
         epsilon,
@@ -106,11 +106,11 @@ def empty_gradients(grad_copies: Tensor, *settings: object) -> tuple[Tensor, Ten
     )
 
 
-def _save(ctx: Context, inputs: Arguments, output: Tensor) -> None:
+def _save(ctx: Any, inputs: Arguments, output: Tensor) -> None:
     _, _, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = inputs
 
 
-def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     preconditioned = ctx.needs_input_grad[1]
     grad_stream, grad_preconditioner = call_backward(
         grad, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, preconditioned

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,37 +24,15 @@ Arguments = tuple[Any, ...]
 """Tensors, numbers and flags, in the order of an operation's schema."""
 
 
-class Context(Protocol):
-    """What an operation's derivative keeps from the forward pass; its attributes are of the operation's choice."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-    def __getattr__(self, name: str) -> Any: ...
-
-    def __setattr__(self, name: str, value: object) -> None: ...
-
-
-class Kernel(Hashable, Protocol):
-    """A function that Triton compiles."""
-
-    @property
-    def fn(self) -> Callable[..., object]: ...
-
-    @property
-    def arg_names(self) -> Sequence[str]: ...
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
-
-    def warmup(self, *args: object, grid: tuple[int, ...], **keywords: object) -> Any: ...
+Kernel = Any
+"""A function that Triton compiles: a `triton.JITFunction`."""
 
 
 @dataclass(frozen=True)
 class Derivative:
     """The gradient of an operation: `setup_context` and `backward` of `torch.library.register_autograd`."""
 
-    save: Callable[[Context, Arguments, Any], None]
+    save: Callable[[Any, Arguments, Any], None]
     differentiate: Callable[..., tuple[Tensor | None, ...]]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ofa_kernels import reference
-from ofa_kernels.ops.launching import Arguments, Context, Derivative, ScaleGradients, as_rows, operation, run
+from ofa_kernels.ops.launching import Arguments, Derivative, ScaleGradients, as_rows, operation, run
 from ofa_kernels.reference.stream import moments, upcast
 
 
@@ -91,18 +91,9 @@ def forward(
     return outputs
 
 
-def empty(
-    residual: Tensor,
-    update: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool,
-    offset: float,
-    measured: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def empty(residual: Tensor, update: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of the forward pass, uninitialized."""
-    rows = residual.shape[:-1]
+    rows, centred = residual.shape[:-1], others[3]
 
     def scalars(wanted: bool) -> Tensor:
         return torch.empty(rows if wanted else (0,), dtype=torch.float32, device=residual.device)
@@ -170,20 +161,10 @@ def backward(
 
 
 def empty_gradients(
-    stream: Tensor,
-    update: Tensor | None,
-    weight: Tensor,
-    rstd: Tensor,
-    mean: Tensor,
-    grad_stream: Tensor | None,
-    grad_normalized: Tensor | None,
-    grad_sqnorm: Tensor | None,
-    grad_rstd: Tensor | None,
-    centred: bool,
-    offset: float,
-    biased: bool,
+    stream: Tensor, update: Tensor | None, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of the backward pass, uninitialized."""
+    grad_sqnorm, biased = others[4], others[-1]
     return (
         stream.new_empty(stream.shape),
         stream.new_empty(stream.shape if grad_sqnorm is not None else (0,)),
@@ -192,7 +173,7 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: Arguments, output: tuple[Tensor, ...]) -> None:
     residual, update, weight, bias, ctx.eps, ctx.centred, ctx.offset, measured = inputs
     stream, _, sqnorm, rstd, mean = output
     ctx.biased, ctx.adds = bias is not None, update is not None
@@ -202,7 +183,7 @@ def _save(ctx: Context, inputs: Arguments, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(stream if ctx.adds else residual, update if measured else None, weight, rstd, mean)
 
 
-def _differentiate(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_stream, grad_normalized, grad_sqnorm, grad_rstd, _ = grads
     saved = ctx.saved_tensors
     gradients: Callable[..., Any] = call_backward

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ofa_kernels import reference
 from ofa_kernels.ops.launching import (
     Arguments,
-    Context,
     Derivative,
     ScaleGradients,
     as_rows,
@@ -63,8 +64,7 @@ def forward(
     """Launch the forward kernel."""
     from ofa_kernels.kernels.perturb import perturb_forward
 
-    first = stream if unperturbed is None else unperturbed
-    copies = first.new_empty((samples + (unperturbed is not None), *stream.shape))
+    copies = empty(stream, unperturbed, weight, bias, eps, centred, offset, scaled, samples)
     width = stream.shape[-1]
     z, front = as_rows(stream, width), None if unperturbed is None else as_rows(unperturbed, width)
     run(
@@ -92,21 +92,10 @@ def forward(
     return copies
 
 
-def empty(
-    stream: Tensor,
-    unperturbed: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool,
-    offset: float,
-    scaled: bool,
-    samples: int,
-    *probe: object,
-) -> Tensor:
-    if unperturbed is None:
-        return stream.new_empty((samples, *stream.shape))
-    return unperturbed.new_empty((1 + samples, *stream.shape))
+def empty(stream: Tensor, unperturbed: Tensor | None, *others: Any) -> Tensor:
+    """The copies, uninitialized."""
+    first, samples = stream if unperturbed is None else unperturbed, others[6]
+    return first.new_empty((samples + (unperturbed is not None), *stream.shape))
 
 
 def backward(
@@ -168,14 +157,14 @@ def empty_gradients(
     )
 
 
-def _save(ctx: Context, inputs: Arguments, output: Tensor) -> None:
+def _save(ctx: Any, inputs: Arguments, output: Tensor) -> None:
     stream, unperturbed, weight, bias, *settings = inputs
     ctx.eps, ctx.centred, ctx.offset, ctx.scaled, _, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian = settings
     ctx.front, ctx.biased = unperturbed is not None, bias is not None
     ctx.save_for_backward(stream, weight)
 
 
-def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.scaled:
         raise RuntimeError("perturb has no derivative unless scaled; set OFA_KERNELS=reference in the environment")
     settings = ctx.eps, ctx.centred, ctx.offset, ctx.epsilon, ctx.seed, ctx.step, ctx.gaussian, ctx.biased
