@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ofa import hub
 from ofa.errors import InputError, first_sentence
 from ofa.tasks.demo import DEMO_TASKS
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 _WAYS = (
-    "work offline with a local copy of the repository as the source, with a folder of task.json and train.jsonl, or "
-    f"with an embedded demo task ({', '.join(DEMO_TASKS)})"
+    f"work offline with a folder of task.json and train.jsonl, or with an embedded demo task ({', '.join(DEMO_TASKS)})"
 )
 
 
@@ -29,47 +27,41 @@ class HubDataset:
     hub_id: str
     config: str | None = None
     revision: str | None = None
+    data_files: str | None = None
     unreachable: str | None = None
 
-    def split(self, split: str) -> object:
+    def split(self, split: str) -> Any:
         """One split as a `datasets.Dataset`. Raises `InputError` if neither hub nor cache has it."""
-        import datasets
-
-        def load() -> object:
-            return datasets.load_dataset(self.hub_id, name=self.config, revision=self.revision, split=split)
-
-        return self._loaded(load, f' (split "{split}")')
-
-    def folder(self, pattern: str) -> Path:
-        """A local copy of the files that match. Raises `InputError` if neither hub nor cache has them."""
-        from huggingface_hub import snapshot_download
-
-        def load() -> Path:
-            local = self.unreachable is not None
-            folder = snapshot_download(
-                self.hub_id,
-                repo_type="dataset",
-                revision=self.revision,
-                allow_patterns=pattern,
-                local_files_only=local,
-            )
-            return Path(folder)
-
-        return self._loaded(load, "")
-
-    def _loaded(self, load: Callable[[], _T], part: str) -> _T:
         try:
             with _without_library_lines(), _datasets_offline(self.unreachable is not None):
-                loaded = load()
+                loaded = self._load(split)
         except Exception as error:
             # The hub's client raises errors of several libraries: broken connection, no such split, no such file.
             raise InputError(
-                f"{self.hub_id}{part} could not be loaded from the Hugging Face hub ({self._reason(error)}): check its "
-                f"name and the network, or {_WAYS}"
+                f'{self.hub_id} (split "{split}") could not be loaded from the Hugging Face hub '
+                f"({self._reason(error)}): check its name and the network, or {_WAYS}"
             ) from error
         if self.unreachable is not None:
-            _log.info("%s%s comes from this machine's cache (%s)", self.hub_id, part, self.unreachable)
+            _log.info('%s (split "%s") comes from this machine\'s cache (%s)', self.hub_id, split, self.unreachable)
         return loaded
+
+    def _load(self, split: str) -> Any:
+        import datasets
+
+        if self.data_files is None:
+            return datasets.load_dataset(self.hub_id, name=self.config, revision=self.revision, split=split)
+        from huggingface_hub import snapshot_download
+
+        # `datasets` does not find individually named files in its cache again; the hub client's cache does.
+        pattern = self.data_files.format(split=split)
+        folder = snapshot_download(
+            self.hub_id,
+            repo_type="dataset",
+            revision=self.revision,
+            allow_patterns=pattern,
+            local_files_only=self.unreachable is not None,
+        )
+        return datasets.Dataset.from_parquet(sorted(map(str, Path(folder).glob(pattern))))
 
     def _reason(self, error: Exception) -> str:
         # The libraries report a cache miss as a connection error.
@@ -79,7 +71,12 @@ class HubDataset:
 
 
 def find_dataset(
-    hub_id: str, *, config: str | None = None, revision: str | None = None, offline: bool = False
+    hub_id: str,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    data_files: str | None = None,
+    offline: bool = False,
 ) -> HubDataset:
     """Ask the hub, once and for a few seconds at most, whether it has this data set; `datasets` would retry six times.
 
@@ -89,7 +86,7 @@ def find_dataset(
     import datasets
 
     answer = hub.ask("data set", hub_id, offline=offline or datasets.config.HF_HUB_OFFLINE, otherwise=_WAYS)
-    return HubDataset(hub_id, config, revision, answer.unreachable)
+    return HubDataset(hub_id, config, revision, data_files, answer.unreachable)
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections import Counter
 from types import SimpleNamespace
 
 import datasets
@@ -86,17 +83,6 @@ def numbered(names):
     return [(label, name, serial) for serial in range(PER_CLASS) for label, name in enumerate(names)]
 
 
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def setfit_rows(names, split):
     return [
         {"text": f"{split} {name} {serial}", "label": label, "label_text": name}
@@ -130,36 +116,17 @@ def parquet_split(name, split, *, names=True):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def write_repository(folder, name, suffix=".jsonl"):
-    """A small local copy of a task's hub repository: its files and columns, three rows per class and split."""
-    if name == "hatespeech18":
-        write_rows(folder / f"train{suffix}", setfit_rows(HATE_SPEECH, "all"))
-        return folder
-    for split in ("train", "test"):
-        if name == "trec":
-            write_rows(folder / f"{split}{suffix}", trec_rows(split))
-        elif name in SETFIT_NAMES:
-            write_rows(folder / f"{split}{suffix}", setfit_rows(SETFIT_NAMES[name], split))
-        else:
-            path = folder / PARQUET_FILES[name].format(split=split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parquet_split(name, split).to_parquet(path)
-    return folder
+def hub_split(name, split):
+    """A split of a task's repository: its columns, three rows per class."""
+    if name in CLASS_LABELS:
+        return parquet_split(name, split)
+    if name == "trec":
+        return datasets.Dataset.from_list(trec_rows(split))
+    return datasets.Dataset.from_list(setfit_rows(SETFIT_NAMES.get(name, HATE_SPEECH), split))
 
 
 def expected(name, split):
     return {Example(f"{split} {source} {n}", word) for source, word in WORDS[name].items() for n in range(PER_CLASS)}
-
-
-@every_task
-def test_a_local_copy_of_the_repository_is_read_with_its_labels_by_name(name, tmp_path):
-    data = load_hub_task(name, source=write_repository(tmp_path, name))
-    if name == "hatespeech18":
-        assert set(data.train) | set(data.test) == expected(name, "all")
-        return
-    assert set(data.train) == expected(name, "train")
-    assert set(data.test) == expected(name, "test")
-    assert len(data.train) == len(data.test) == PER_CLASS * len(WORDS[name])
 
 
 @every_task
@@ -177,83 +144,6 @@ def test_templates_and_label_words_are_the_paper_s(name):
     }
     task = HUB_TASKS[name].task
     assert (task.name, task.template, task.labels) == (name, templates[name], tuple(WORDS[name].values()))
-
-
-@pytest.mark.parametrize("name", [*SETFIT_NAMES, "trec", "hatespeech18"])
-def test_a_csv_copy_gives_the_same_as_the_json_lines(name, tmp_path):
-    json_lines = write_repository(tmp_path / "jsonl", name)
-    comma_separated = write_repository(tmp_path / "csv", name, suffix=".csv")
-    assert load_hub_task(name, json_lines) == load_hub_task(name, str(comma_separated))
-
-
-def test_hate_speech_keeps_two_labels_and_halves_the_rest_in_order(tmp_path):
-    data = load_hub_task("hatespeech18", write_repository(tmp_path, "hatespeech18"))
-    kept = [(n, source, word) for n in range(PER_CLASS) for source, word in (("noHate", "neutral"), ("hate", "hate"))]
-    examples = [Example(f"all {source} {n}", word) for n, source, word in kept]
-    assert list(data.train) == examples[:3]
-    assert list(data.test) == examples[3:]
-
-
-@pytest.mark.parametrize("name", list(CLASS_LABELS))
-def test_integers_without_names_follow_the_documented_order(name, tmp_path):
-    for split in ("train", "test"):
-        parquet_split(name, split, names=False).to_parquet(tmp_path / f"{split}.parquet")
-    assert set(load_hub_task(name, tmp_path).train) == expected(name, "train")
-
-
-@pytest.mark.parametrize("name", list(SETFIT_NAMES))
-def test_integers_are_used_where_the_label_text_is_missing(name, tmp_path):
-    for split in ("train", "test"):
-        rows = [{k: v for k, v in row.items() if k != "label_text"} for row in setfit_rows(SETFIT_NAMES[name], split)]
-        write_rows(tmp_path / f"{split}.jsonl", rows)
-    assert set(load_hub_task(name, tmp_path).test) == expected(name, "test")
-
-
-def test_names_win_over_the_integers_when_their_orders_differ(tmp_path):
-    names = ("pos", "neg")
-    for split in ("train", "test"):
-        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-        rows = {"text": ["good", "bad"], "label": ["pos", "neg"]}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    assert load_hub_task("mr", tmp_path).train == (Example("good", "positive"), Example("bad", "negative"))
-
-
-def test_trec_refuses_integers_because_their_order_is_another(tmp_path):
-    rows = [{"text": "who ?", "label_coarse_original": 3}]
-    for split in ("train", "test"):
-        write_rows(tmp_path / f"{split}.jsonl", rows)
-    with pytest.raises(InputError, match=r"row 1 of .*train\.jsonl: the label 3 is not one of SetFit/TREC-QC's"):
-        load_hub_task("trec", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
-        ([{"sentence": "a", "label": 0}], r'no column "text" \(columns found: "sentence", "label"\)'),
-        ([{"text": "a", "sentiment": 0}], r'no column "label_text" or "label" \(columns found: "text", "sentiment"\)'),
-        ([{"text": "a", "label": 2}], "the label 2 is not one of SetFit/sst2's"),
-        ([{"text": "a", "label": -1}], "the label -1 is not one of"),
-        ([{"text": "a", "label": [1]}], r"the label \[1\] is not one of"),
-        ([{"text": 5, "label": 1}], 'row 1 of .*"text" is 5, which is not text'),
-        ([{"text": "a", "label": 1}], 'has no example of "negative"'),
-        ([{"text": " ", "label": 1}], "has no row with"),
-    ],
-)
-def test_other_data_in_the_place_of_the_repository_is_refused(rows, complaint, tmp_path):
-    for split in ("train", "test"):
-        write_rows(tmp_path / f"{split}.jsonl", rows)
-    with pytest.raises(InputError, match=complaint):
-        load_hub_task("sst2", tmp_path)
-
-
-def test_incomplete_and_damaged_folders_are_refused(tmp_path):
-    with pytest.raises(InputError, match="is not a folder"):
-        load_hub_task("sst2", tmp_path / "none")
-    with pytest.raises(InputError, match='no parquet, jsonl or csv file of the split "train"'):
-        load_hub_task("sst2", tmp_path)
-    (tmp_path / "train.parquet").write_bytes(b"not parquet")
-    with pytest.raises(InputError, match=r"train\.parquet cannot be read as parquet"):
-        load_hub_task("mr", tmp_path)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
@@ -296,7 +186,7 @@ def hub(reachable, monkeypatch):
 
 
 @every_task
-def test_the_hub_is_asked_for_the_documented_repository_and_never_to_run_its_code(name, hub, tmp_path):
+def test_the_documented_repository_is_read_with_its_labels_by_name_and_its_code_is_never_run(name, hub, tmp_path):
     hub_ids = {
         "sst2": "SetFit/sst2",
         "sst5": "SetFit/sst5",
@@ -308,23 +198,62 @@ def test_the_hub_is_asked_for_the_documented_repository_and_never_to_run_its_cod
         "emo": "SemEvalWorkshop/emo",
         "mr": "cornell-movie-review-data/rotten_tomatoes",
     }
-    hub.folder = write_repository(tmp_path, name)
+    hub.folder = tmp_path
     for split in ("train", "test"):
-        if name in CLASS_LABELS:
-            hub.splits[split] = parquet_split(name, split)
-        elif name == "trec":
-            hub.splits[split] = datasets.Dataset.from_list(trec_rows(split))
-        else:
-            rows = setfit_rows(SETFIT_NAMES.get(name, HATE_SPEECH), split)
-            hub.splits[split] = datasets.Dataset.from_list(rows)
+        hub.splits[split] = hub_split(name, split)
+        (tmp_path / "emo2019" / split).mkdir(parents=True)
+        hub.splits[split].to_parquet(tmp_path / "emo2019" / split / "0000.parquet")
     data = load_hub_task(name)
-    assert Counter(example.label for example in data.train).keys() == set(WORDS[name].values())
+    if name == "hatespeech18":
+        kept = [Example(f"train {source} {n}", word) for n in range(PER_CLASS) for source, word in WORDS[name].items()]
+        assert (list(data.train), list(data.test)) == (kept[:3], kept[3:])
+    else:
+        assert set(data.train) == expected(name, "train")
+        assert set(data.test) == expected(name, "test")
+        assert len(data.train) == len(data.test) == PER_CLASS * len(WORDS[name])
     assert {path for path, _ in hub.requests} == {hub_ids[name]}
     assert all("trust_remote_code" not in options for _, options in hub.requests)
     if name == "emo":
-        [(_, request)] = hub.requests
-        assert (request["revision"], request["repo_type"]) == ("refs/convert/parquet", "dataset")
-        assert request["allow_patterns"] == "emo2019/*/*.parquet"
+        train, test = (request for _, request in hub.requests)
+        assert (train["revision"], train["repo_type"]) == ("refs/convert/parquet", "dataset")
+        assert (train["allow_patterns"], test["allow_patterns"]) == tuple(
+            f"emo2019/{split}/*.parquet" for split in ("train", "test")
+        )
+
+
+@pytest.mark.parametrize("name", ["agnews", "dbpedia", "mr"])
+def test_integers_without_names_follow_the_documented_order(name, hub):
+    hub.splits = {split: parquet_split(name, split, names=False) for split in ("train", "test")}
+    assert set(load_hub_task(name).train) == expected(name, "train")
+
+
+@pytest.mark.parametrize("name", list(SETFIT_NAMES))
+def test_integers_are_used_where_the_label_text_is_missing(name, hub):
+    hub.splits = {split: hub_split(name, split).remove_columns("label_text") for split in ("train", "test")}
+    assert set(load_hub_task(name).test) == expected(name, "test")
+
+
+def test_names_win_over_the_integers_when_their_orders_differ(hub):
+    hub.splits = dict.fromkeys(("train", "test"), classified(["pos", "neg"], [0, 1]))
+    assert load_hub_task("mr").train == (Example("t0", "positive"), Example("t1", "negative"))
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"sentence": "a", "label": 0}, r'no column "text" \(columns found: "sentence", "label"\)'),
+        ({"text": "a", "sentiment": 0}, r'no column "label" \(columns found: "text", "sentiment"\)'),
+        ({"text": "a", "label": 2}, 'row 1 of SetFit/sst2 .*the label "2" is not one of'),
+        ({"text": "a", "label": -1}, 'the label "-1" is not one of'),
+        ({"text": "a", "label": [1]}, r"the label is \[1\], which is not text"),
+        ({"text": "a", "label": 1}, 'has no example of "negative"'),
+        ({"text": " ", "label": 1}, 'has no example of "negative"'),
+    ],
+)
+def test_other_data_in_the_place_of_the_repository_is_refused(row, complaint, hub):
+    hub.splits = dict.fromkeys(("train", "test"), datasets.Dataset.from_list([row]))
+    with pytest.raises(InputError, match=complaint):
+        load_hub_task("sst2")
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it.\nMore."), OSError(""), RuntimeError("broken")])
@@ -337,7 +266,7 @@ def test_a_broken_connection_explains_how_to_work_offline(error, reachable, monk
         load_hub_task("sst2")
     message = str(caught.value)
     assert "\n" not in message
-    for way_out in ("SetFit/sst2", "local copy of the repository", "train.jsonl", "reviews, tickets, questions"):
+    for way_out in ("SetFit/sst2", "train.jsonl", "reviews, tickets, questions"):
         assert way_out in message
 
 
@@ -364,16 +293,15 @@ def test_any_data_set_brings_its_class_names_as_labels(hub):
 
 def test_label_words_replace_class_names_and_name_bare_integers(hub):
     for names in (["no", "yes"], None):
-        hub.splits = {"train": classified(names, [1, 0])}
-        data = load_hub_dataset("a/b", template=TEMPLATE, label_words=("bad", "good"), test_split=None)
-        assert data.train == (Example("t1", "good"), Example("t0", "bad"))
+        hub.splits = dict.fromkeys(("train", "test"), classified(names, [1, 0]))
+        data = load_hub_dataset("a/b", template=TEMPLATE, label_words=("bad", "good"))
+        assert data.train == data.test == (Example("t1", "good"), Example("t0", "bad"))
         assert data.task.labels == ("bad", "good")
-        assert data.test == ()
 
 
 def test_integers_without_names_are_labels_themselves_and_that_is_said(hub, caplog):
-    hub.splits = {"train": classified(None, [1, 0])}
-    assert load_hub_dataset("a/b", template=TEMPLATE, test_split=None).task.labels == ("0", "1")
+    hub.splits = dict.fromkeys(("train", "test"), classified(None, [1, 0]))
+    assert load_hub_dataset("a/b", template=TEMPLATE).task.labels == ("0", "1")
     assert "the labels of a/b are numbers (0, 1)" in caplog.text
 
 
@@ -403,10 +331,15 @@ def test_labels_written_as_text_are_collected_from_all_splits(hub):
         (classified(["a", "b"], [0, 1]), {"template": "{title} {text}:"}, 'no column "title"'),
         (classified(["a", "b"], [0, 1]), {"text_column": "body"}, 'no column "body"'),
         (classified(["a", "b"], [0, 1]), {"label_column": "y"}, r'no column "y" \(columns found: "text", "label"\)'),
-        (classified(["a", "b"], [0, 1]), {"test_split": "dev"}, 'split "dev".*could not be loaded'),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_refused(hub, split, options, complaint):
-    hub.splits = {"train": split}
+    hub.splits = dict.fromkeys(("train", "test"), split)
     with pytest.raises(InputError, match=complaint):
-        load_hub_dataset("a/b", **{"template": TEMPLATE, "test_split": None} | options)
+        load_hub_dataset("a/b", **{"template": TEMPLATE} | options)
+
+
+def test_a_data_set_without_a_test_split_is_refused(hub):
+    hub.splits = {"train": classified(["a", "b"], [0, 1])}
+    with pytest.raises(InputError, match=r'split "test".*could not be loaded'):
+        load_hub_dataset("a/b", template=TEMPLATE)
