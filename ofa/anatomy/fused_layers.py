@@ -17,9 +17,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,8 @@ WIRINGS = ("sequential", "parallel", "sandwich")
 """Wirings in which a norm follows a residual sum."""
 
 
-class Measure(Protocol):
-    """Takes the update of a step, and ‖update‖² per row if the sum computed it; returns the update to add."""
-
-    def __call__(self, update: Tensor, sqnorm: Tensor | None) -> Tensor: ...
+Measure = Callable[[Tensor, Tensor | None], Tensor]
+"""Takes the update of a step, and ‖update‖² per row if the sum computed it; returns the update to add."""
 
 
 def fuse_layers(model: nn.Module) -> dict[str, str]:
@@ -268,19 +266,8 @@ def _chain(model: nn.Module, anatomy: Anatomy, index: int) -> _Chain:
 
 def _next(model: nn.Module, norm: Norm, readers: tuple[nn.Module, ...]) -> _Next:
     parent, _, name = norm.path.rpartition(".")
-    return _Next(norm, _Child(model.get_submodule(parent), name), readers)
-
-
-@dataclass(frozen=True)
-class _Child:
-    """A module by its parent and name, since adapters replace modules."""
-
-    parent: nn.Module
-    name: str
-
-    def __call__(self) -> nn.Module:
-        child: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]
-        return child
+    # By its parent and name, since adapters replace modules.
+    return _Next(norm, partial(getattr, model.get_submodule(parent), name), readers)
 
 
 def _norm_after(anatomy: Anatomy, index: int) -> Norm | None:

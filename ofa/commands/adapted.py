@@ -16,7 +16,6 @@ from ofa.files import at_home
 from ofa.tasks import Task, with_columns
 
 if TYPE_CHECKING:
-    from ofa.models.llama_cpp import LlamaCpp
     from ofa.models.load import LoadedModel
     from ofa.models.types import Tokenizer
 
@@ -173,7 +172,7 @@ def open_model(options: ModelOptions, adapter: Path | None = None) -> LoadedMode
     return replace(loaded, model=open_peft_adapter(loaded.model, read))
 
 
-def open_merged(file: Path, adapter: Path) -> LlamaCpp:
+def open_merged(file: Path, adapter: Path) -> LoadedModel:
     """The GGUF file that the adapter was merged into, run by llama.cpp.
 
     Raises:

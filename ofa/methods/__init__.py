@@ -8,7 +8,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib import import_module
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ofa.errors import InputError
@@ -143,9 +142,7 @@ class Predictor:
     def __enter__(self) -> Predictor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

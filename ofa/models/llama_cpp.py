@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ofa.errors import InputError, first_sentence
 from ofa.models.embedded import check_gguf
+from ofa.models.load import LoadedModel
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from llama_cpp import Llama
 
 _LONGEST_CONTEXT = 8192
@@ -28,15 +30,7 @@ _LONGEST_CONTEXT = 8192
 _TOKENS_AT_ONCE = 512
 
 
-@dataclass(frozen=True)
-class LlamaCpp:
-    """A model in llama.cpp and its tokenizer, for `Scorer`."""
-
-    model: LlamaCppModel
-    tokenizer: LlamaCppTokenizer
-
-
-def load_llama_cpp(file: Path) -> LlamaCpp:
+def load_llama_cpp(file: Path) -> LoadedModel:
     """The model and the tokenizer in a GGUF file, on PyTorch's number of threads.
 
     Raises:
@@ -50,7 +44,11 @@ def load_llama_cpp(file: Path) -> LlamaCpp:
             "a GGUF file is run by llama.cpp, whose Python package is not installed; `pip install llama-cpp-python`"
         ) from error
     try:
-        window = min(_trained_context(file), _LONGEST_CONTEXT)
+        from gguf import GGUFReader
+
+        reader = GGUFReader(file)
+        architecture = reader.fields["general.architecture"].contents()
+        window = min(int(reader.fields[f"{architecture}.context_length"].contents()), _LONGEST_CONTEXT)
         llama = llama_cpp.Llama(
             str(file),
             n_ctx=window,
@@ -67,15 +65,17 @@ def load_llama_cpp(file: Path) -> LlamaCpp:
     # While Python still has what closing it calls.
     still = weakref.ref(llama)
     atexit.register(lambda: (one := still()) is not None and one.close())
-    return LlamaCpp(LlamaCppModel(llama, window), LlamaCppTokenizer(llama, added_tokens(file), _chat_template(file)))
+    chat = reader.get_field("tokenizer.chat_template")
+    template = None if chat is None else str(chat.contents())
+    tokenizer = LlamaCppTokenizer(llama, added_tokens(reader), template)
+    return LoadedModel(LlamaCppModel(llama, window), tokenizer, str(file), "gguf", file)
 
 
-def added_tokens(file: Path) -> dict[int, AddedToken]:
+def added_tokens(reader: GGUFReader) -> dict[int, AddedToken]:
     """The tokens of a GGUF file's vocabulary that llama.cpp looks for before it splits a text."""
-    from gguf import GGUFReader
     from gguf.constants import TokenType
 
-    fields = GGUFReader(file).fields
+    fields = reader.fields
     types, words = fields["tokenizer.ggml.token_type"].contents(), fields["tokenizer.ggml.tokens"]
     looked_for = {TokenType.UNKNOWN: True, TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
     return {
@@ -83,21 +83,6 @@ def added_tokens(file: Path) -> dict[int, AddedToken]:
         for number, kind in enumerate(types)
         if kind in looked_for
     }
-
-
-def _chat_template(file: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).get_field("tokenizer.chat_template")
-    return None if field is None else str(field.contents())
-
-
-def _trained_context(file: Path) -> int:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    architecture = reader.fields["general.architecture"].contents()
-    return int(reader.fields[f"{architecture}.context_length"].contents())
 
 
 @dataclass(frozen=True)

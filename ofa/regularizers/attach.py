@@ -9,7 +9,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import NoReturn
 
 import torch
@@ -329,9 +328,7 @@ class Regularizers:
     def __enter__(self) -> Regularizers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @torch.compiler.disable

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ofa.comparison.records import CONTEXTS
+from ofa.files import Json
 from ofa.report import background, tables, verdicts
 from ofa.report.content import NORM_TUNING, OFA, Comparison, Content
 from ofa.report.figures import figures, role
 from ofa.report.formatting import moment
 from ofa.report.statistics import Confusion
-from ofa.report.table import Table
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A confusion matrix for display: counts, and their shares of the row from 0 to 100, which set the shade."""
-
-    label: str
-    labels: tuple[str, ...]
-    rows: tuple[tuple[tuple[int, int], ...], ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One model's part of the page."""
-
-    id: str
-    comparison: Comparison
-    subject: str
-    best: Sequence[str]
-    glances: Sequence[Table]
-    terms_told: Sequence[str]
-    results: Table
-    costs: Table
-    differences: Sequence[Table]
-    figures: dict[str, dict[str, object]]
-    matrices: Sequence[tuple[str, Sequence[Matrix]]]
-    paper: Table | None
-    gaps: Table
-    remarks: Table
 
 
 def page(content: Content) -> str:
@@ -70,44 +38,36 @@ def page(content: Content) -> str:
     )
 
 
-def _section(comparison: Comparison, place: int) -> Section:
+def _section(comparison: Comparison, place: int) -> Json:
+    """What the template shows of one model."""
     key = f"model-{place}"
     contrasts = [tables.differences(comparison, method) for method in (NORM_TUNING, OFA)]
-    return Section(
-        id=key,
-        comparison=comparison,
-        subject=verdicts.subject(comparison),
-        best=verdicts.best(comparison),
-        glances=[tables.glance(comparison, context) for context in CONTEXTS if comparison.in_context(context)],
-        terms_told=verdicts.terms(comparison),
-        results=tables.results(comparison),
-        costs=tables.costs(comparison),
-        differences=[table for table in contrasts if table.rows],
-        figures={
+    return {
+        "id": key,
+        "comparison": comparison,
+        "subject": verdicts.subject(comparison),
+        "best": verdicts.best(comparison),
+        "glances": [tables.glance(comparison, context) for context in CONTEXTS if comparison.in_context(context)],
+        "terms_told": verdicts.terms(comparison),
+        "results": tables.results(comparison),
+        "costs": tables.costs(comparison),
+        "differences": [table for table in contrasts if table.rows],
+        "figures": {
             drawn.name: {"title": drawn.title, "caption": drawn.caption, "svg": Markup(drawn.svg)}
             for drawn in figures(comparison, key)
         },
-        matrices=_matrices(comparison),
-        paper=background.paper(comparison),
-        gaps=background.gaps(comparison),
-        remarks=background.remarks(comparison),
-    )
+        "matrices": _matrices(comparison),
+        "paper": background.paper(comparison),
+        "gaps": background.gaps(comparison),
+        "remarks": background.remarks(comparison),
+    }
 
 
-def _matrices(comparison: Comparison) -> list[tuple[str, list[Matrix]]]:
-    """Confusion matrices by task, the rows in the order of the tables."""
+def _matrices(comparison: Comparison) -> list[tuple[str, list[tuple[str, Confusion]]]]:
+    """Confusion matrices by task, each with its row's label, in the order of the tables."""
     by_task = []
     for problem in comparison.problems:
-        shown = [
-            _matrix(line.row.label, line.confusions[problem]) for line in comparison.lines if problem in line.confusions
-        ]
-        if shown:
-            by_task.append((comparison.names[problem], shown))
+        lines = [line for line in comparison.lines if problem in line.confusions]
+        if lines:
+            by_task.append((comparison.names[problem], [(line.row.label, line.confusions[problem]) for line in lines]))
     return by_task
-
-
-def _matrix(label: str, confusion: Confusion) -> Matrix:
-    rows = tuple(
-        tuple((count, round(100 * count / max(sum(counts), 1))) for count in counts) for counts in confusion.counts
-    )
-    return Matrix(label, confusion.labels, rows)

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import ofa
-from ofa import tuning
 from ofa.anatomy import fused_norms
+from ofa.tuning import norms as tuning
 from ofa_kernels import dispatch
 from ofa_kernels.ops import launching
 from tests import families
