@@ -11,22 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show_json, warn, was_interrupted
+from ofa.commands.console import notice, progress_bar, show_json, warn, was_interrupted
 from ofa.commands.options import (
-    ChatOption,
     ChatOptions,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     LabelColumnOption,
-    ModelOption,
-    OfflineOption,
-    QuietOption,
+    ModelOptions,
     SeparatorOption,
-    SystemOption,
     TextColumnOption,
-    TrustOption,
+    command,
 )
 
 if TYPE_CHECKING:
@@ -36,8 +29,9 @@ if TYPE_CHECKING:
     from ofa.comparison.records import Record
 
 
-@reports_errors
+@command
 def compare(
+    *,
     context: typer.Context,
     tasks: Annotated[
         str,
@@ -59,14 +53,11 @@ def compare(
         str,
         typer.Option(help="In front of a tested text: nothing (prompt), the shots (demonstrations), or both in turn."),
     ] = "prompt,demonstrations",
-    chat: ChatOption = None,
-    system: SystemOption = None,
+    turns: ChatOptions,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
     separator: SeparatorOption = None,
-    model: ModelOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
+    source: ModelOptions,
     device_map: Annotated[
         str | None,
         typer.Option(help="auto spreads a model that is too large for one GPU over all GPUs of its worker."),
@@ -85,11 +76,7 @@ def compare(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the cells again that failed in an earlier run.")
     ] = False,
-    offline: OfflineOption = False,
-    trust_remote_code: TrustOption = False,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Compare adaptation methods: every method on every task and every seed, the same shots for all of them.
 

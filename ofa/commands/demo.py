@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json
+from ofa.commands.console import notice, progress_bar, show, show_json
 from ofa.commands.options import (
     JsonOption,
     ModelOption,
     OfflineOption,
     OverwriteOption,
-    QuietOption,
     ShotsOption,
     ThreadsOption,
+    command,
     set_threads,
 )
 from ofa.files import Json
@@ -34,7 +34,7 @@ _PLAIN = {"step_ratio": 0.0, "sharpness": 0.0, "relative": False}
 """Norm tuning as PEFT users know it: one learning rate for every scale, and nothing but the loss."""
 
 
-@reports_errors
+@command
 def demo(
     task: Annotated[str, typer.Option(help="Embedded task: tickets, reviews or questions.")] = "tickets",
     shots: ShotsOption = 5,
@@ -48,7 +48,6 @@ def demo(
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Adapt a real model to an embedded task and compare: zero-shot, in-context learning, norm tuning, `ofa fit`.

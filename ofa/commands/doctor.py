@@ -7,20 +7,16 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from ofa.commands.console import reports_errors, show, show_json
-from ofa.commands.options import (
-    JsonOption,
-    QuietOption,
-)
+from ofa.commands.console import show, show_json
+from ofa.commands.options import JsonOption, command
 from ofa.files import Json
 
 _NEEDED = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "datasets", "gguf", "accelerate")
 _OPTIONAL = ("triton",)
 
 
-@reports_errors
+@command
 def doctor(
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show versions, devices, which kernels run where, the model cache, and advice where something is missing."""

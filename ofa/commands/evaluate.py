@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
     ChatOptions,
-    ConfigOption,
     DataOptions,
     JsonOption,
     ModelOptions,
-    QuietOption,
     ShotsOption,
     ThreadsOption,
-    grouped,
+    command,
     set_threads,
 )
 from ofa.errors import InputError
@@ -46,8 +44,7 @@ _HEADINGS = {
 """The metrics that a calibration changes."""
 
 
-@reports_errors
-@grouped
+@command
 def evaluate(
     data: Annotated[
         str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
@@ -69,9 +66,7 @@ def evaluate(
     ] = None,
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Score an adapter, or the bare model, on labelled examples: accuracy, macro-F1, confusion, calibration.
 

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     ChatOptions,
-    ConfigOption,
     DataOptions,
     JsonOption,
     ModelOptions,
     OverwriteOption,
-    QuietOption,
     ShotsOption,
     ThreadsOption,
-    grouped,
+    command,
     set_threads,
 )
 from ofa.errors import InputError
@@ -39,8 +37,7 @@ _UNUSED_TESTED = 200
 """Maximum number of unused examples to score an adapter on without --test; a standard error of about 3 points."""
 
 
-@reports_errors
-@grouped
+@command
 def fit(
     data: Annotated[
         str,
@@ -91,9 +88,7 @@ def fit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped in the folder.")] = False,
     overwrite: OverwriteOption = False,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Adapt a model to a few labelled examples, and write a PEFT adapter: norm scales (under a megabyte), LoRA or IA3.
 

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, reports_errors, show, show_json
-from ofa.commands.options import (
-    DtypeOption,
-    JsonOption,
-    OfflineOption,
-    QuietOption,
-    TrustOption,
-)
+from ofa.commands.console import notice, show, show_json
+from ofa.commands.options import DtypeOption, JsonOption, OfflineOption, TrustOption, command
 from ofa.files import Json
 from ofa.models.types import CausalLM
 
@@ -22,7 +16,7 @@ if TYPE_CHECKING:
     from ofa.anatomy.steps import Anatomy, Step
 
 
-@reports_errors
+@command
 def inspect(
     model: Annotated[
         str | None, typer.Argument(help="Hub id, model folder or GGUF file; the embedded default without it.")
@@ -30,7 +24,6 @@ def inspect(
     dtype: DtypeOption = "float32",
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's layers, steps, norms and wiring, what would be tuned, and which estimators apply.

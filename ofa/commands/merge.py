@@ -7,19 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ofa.commands.console import notice, reports_errors
-from ofa.commands.options import (
-    ConfigOption,
-    ModelOption,
-    OfflineOption,
-    OverwriteOption,
-    QuietOption,
-    TrustOption,
-)
+from ofa.commands.console import notice
+from ofa.commands.options import ModelOption, OfflineOption, OverwriteOption, TrustOption, command
 from ofa.errors import InputError
 
 
-@reports_errors
+@command
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the merged checkpoint, or with --gguf the new .gguf file.")],
@@ -40,8 +33,6 @@ def merge(
     overwrite: OverwriteOption = False,
     offline: OfflineOption = False,
     trust_remote_code: TrustOption = False,
-    quiet: QuietOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Write the base model with the adapter in it as one ordinary checkpoint, or norm scales into a GGUF file.
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
 
-from ofa.commands.console import notice, set_quiet
+from ofa.commands.console import notice, reports_errors, set_quiet
 from ofa.errors import InputError, first_sentence
 from ofa.files import Json, at_home
 from ofa.tasks.columns import did_you_mean
@@ -140,18 +140,17 @@ class Only:
     names: tuple[str, ...]
 
 
-_CONTEXT = "typer_context"
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+_CONTEXT = "context"
 
 
-def grouped(command: Command) -> Command:
-    """Expand a command's parameters that are dataclasses or pydantic configurations into one option per field.
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a command of a function: report its errors, and add --quiet and --config, whose callbacks do the work.
 
-    A dataclass field has its option in its annotation; a configuration field's description becomes the help text. A
-    configuration gets only the options that were given, so `model_fields_set` separates them from the defaults.
+    Parameters that are dataclasses or pydantic configurations become one option per field. A dataclass field has its
+    option in its annotation; a configuration field's description becomes the help text. A configuration gets only the
+    options that were given, so `model_fields_set` separates them from the defaults.
     """
-    signature = inspect.signature(command, eval_str=True)
+    signature = inspect.signature(function, eval_str=True)
     options: dict[str, Parameter] = {}
     groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     for name, parameter in signature.parameters.items():
@@ -160,21 +159,24 @@ def grouped(command: Command) -> Command:
         if own:
             groups[name] = (get_args(parameter.annotation) or (parameter.annotation,))[0], list(own)
 
-    @functools.wraps(command)
+    @functools.wraps(function)
     def run(**given: Any) -> Any:
-        context = given.pop(_CONTEXT)
+        context = given[_CONTEXT] if _CONTEXT in signature.parameters else given.pop(_CONTEXT)
+        del given["quiet"], given["config"]
         for name, (kind, names) in groups.items():
             values = {option: given.pop(option) for option in names}
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 values = {option: value for option, value in values.items() if _is_given(context, option)}
             given[name] = kind(**values)
-        return command(**given)
+        return function(**given)
 
+    options["quiet"] = Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption)
+    options["config"] = Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption)
     options[_CONTEXT] = Parameter(_CONTEXT, Parameter.KEYWORD_ONLY, annotation=typer.Context)
     by_name = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options.values()]
     run.__signature__ = signature.replace(parameters=by_name)  # type: ignore[attr-defined]
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
-    return run  # type: ignore[return-value]
+    return reports_errors(run)
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

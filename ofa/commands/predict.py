@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated, warn
+from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated, warn
 from ofa.commands.options import (
     FORMATS,
     BatchOption,
-    ConfigOption,
     JsonOption,
     ModelOptions,
-    QuietOption,
     SeparatorOption,
     TextColumnOption,
     ThreadsOption,
-    grouped,
+    command,
     set_threads,
 )
 from ofa.errors import InputError
@@ -36,8 +34,7 @@ _BATCHES = 64
 """Batches that are sorted by length and written together; a stopped run loses at most these."""
 
 
-@reports_errors
-@grouped
+@command
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that `ofa fit` wrote.")],
     source: ModelOptions,
@@ -75,9 +72,7 @@ def predict(
     ] = 0.0,
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Label new texts with an adapter, with a probability for each label.
 

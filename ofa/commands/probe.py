@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
     ChatOptions,
-    ConfigOption,
     DataOptions,
     JsonOption,
     ModelOptions,
     Only,
     OverwriteOption,
-    QuietOption,
     ShotsOption,
     ThreadsOption,
-    grouped,
+    command,
     set_threads,
 )
 from ofa.errors import InputError
@@ -38,8 +36,7 @@ BASE = "base model"
 """Name of the model without an adapter, in the figure and the data."""
 
 
-@reports_errors
-@grouped
+@command
 def probe(
     data: Annotated[
         str, typer.Option(help=f"Labelled examples: {DATA_FILES}, a folder with task.json, or a task's name.")
@@ -70,9 +67,7 @@ def probe(
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
     overwrite: OverwriteOption = False,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Draw accuracy, loss, step ratio and sharpness over the decoder layers, a line for each adapter and its base.
 

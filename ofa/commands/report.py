@@ -7,12 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, reports_errors, show, show_json
-from ofa.commands.options import (
-    ConfigOption,
-    JsonOption,
-    QuietOption,
-)
+from ofa.commands.console import notice, show, show_json
+from ofa.commands.options import JsonOption, command
 from ofa.comparison.records import CONTEXTS
 
 if TYPE_CHECKING:
@@ -20,15 +16,13 @@ if TYPE_CHECKING:
     from ofa.report.table import Table as Told
 
 
-@reports_errors
+@command
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `ofa compare --out` wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.md and report.html, instead of the comparison's own.")
     ] = None,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Write the results of a comparison, finished or not, as report.md and report.html, a self-contained page.
 

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, reports_errors, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
 from ofa.commands.options import (
     FORMATS,
     BatchOption,
     ChatOptions,
-    ConfigOption,
     DataOptions,
     JsonOption,
     ModelOptions,
-    QuietOption,
     ThreadsOption,
-    grouped,
+    command,
     set_threads,
 )
 from ofa.errors import InputError
@@ -35,8 +33,7 @@ if TYPE_CHECKING:
 _ADDED = ("predicted_label", "probability", "margin", "reason")
 
 
-@reports_errors
-@grouped
+@command
 def suggest(
     data: Annotated[
         str,
@@ -67,9 +64,7 @@ def suggest(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     threads: ThreadsOption = None,
     batch_size: BatchOption = 16,
-    quiet: QuietOption = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
 ) -> None:
     """Choose texts to label next: those that the model is least sure of, and unlike each other.
 
