@@ -6,9 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from rich.table import Table
-
-from ofa.commands.console import show
+from ofa.commands.console import show_table
 from ofa.comparison.plan import Plan
 from ofa.comparison.records import Record
 from ofa.report.formatting import seconds
@@ -26,15 +24,15 @@ def told(record: Record) -> str:
 def show_scores(records: Sequence[Record]) -> None:
     """Show the mean accuracy over the seeds, by row and task; `ofa report` adds the statistics."""
     tasks = list(dict.fromkeys(record.cell.task for record in records))
-    table = Table(title="accuracy, mean over seeds")
-    table.add_column("method")
-    table.add_column("in front of a text")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for (row, context), by_task in _accuracies(records).items():
-        shown = [f"{fmean(by_task[task]):.3f}" if task in by_task else "" for task in tasks]
-        table.add_row(row, "nothing" if context == "prompt" else context, *shown)
-    show(table)
+    rows = [
+        (
+            row,
+            "nothing" if context == "prompt" else context,
+            *(f"{fmean(by_task[task]):.3f}" if task in by_task else "" for task in tasks),
+        )
+        for (row, context), by_task in _accuracies(records).items()
+    ]
+    show_table(["method", "in front of a text", *tasks], rows, title="accuracy, mean over seeds", left=2)
 
 
 def summary(plan: Plan, records: Sequence[Record], folder: str) -> dict[str, object]:

@@ -8,13 +8,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ofa.errors import InputError, in_words
 from ofa.files import at_home
@@ -73,6 +74,18 @@ def show(value: Table | str) -> None:
     """Print a result on standard output; without a terminal, tables may be 160 columns wide."""
     width = None if sys.stdout.isatty() else 160
     _plain(width=width).print(value, soft_wrap=isinstance(value, str))
+
+
+def show_table(
+    columns: Sequence[str], rows: Iterable[Iterable[object]], *, title: str | None = None, left: int | None = None
+) -> None:
+    """Print a table; only the first `left` columns are aligned to the left, or all. Without columns it has no head."""
+    table = Table(title=title, show_header=bool(columns))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if left is None or place < left else "right")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    show(table)
 
 
 def show_json(value: object) -> None:

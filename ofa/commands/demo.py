@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show, show_json
+from ofa.commands.console import notice, progress_bar, show_json, show_table
 from ofa.commands.options import (
     JsonOption,
     ModelOption,
@@ -202,18 +202,8 @@ def _chance(better: int, worse: int) -> float:
 
 
 def _show(rows: list[Json]) -> None:
-    from rich.table import Table
-
-    table = Table()
-    for name in ("method", "accuracy", "macro-F1", "seconds to fit", "seconds to test", "trainable parameters"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['accuracy']:.3f}",
-            f"{row['macro_f1']:.3f}",
-            f"{row['fit_seconds']:.1f}",
-            f"{row['test_seconds']:.1f}",
-            f"{row['trainable_parameters']:,}",
-        )
-    show(table)
+    columns = ("method", "accuracy", "macro-F1", "seconds to fit", "seconds to test", "trainable parameters")
+    formats = {"accuracy": ".3f", "macro_f1": ".3f", "fit_seconds": ".1f", "test_seconds": ".1f"}
+    formats["trainable_parameters"] = ","
+    cells = [(row["method"], *(format(row[name], spec) for name, spec in formats.items())) for row in rows]
+    show_table(columns, cells, left=1)

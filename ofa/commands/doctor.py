@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from ofa.commands.console import show, show_json
+from ofa.commands.console import show, show_json, show_table
 from ofa.commands.options import JsonOption, command
 from ofa.files import Json
 
@@ -138,19 +138,13 @@ def _version(name: str) -> str | None:
 
 
 def _show(document: Json) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for name, version in document["versions"].items():
-        table.add_row(name, version or "not installed")
-    for device in document["devices"]:
-        table.add_row(f"device {device['name']}", device["remark"])
+    rows = [(name, version or "not installed") for name, version in document["versions"].items()]
+    rows += [(f"device {device['name']}", device["remark"]) for device in document["devices"]]
     for row in document["kernels"]:
         names = sorted({value for key, value in row.items() if key != "device"})
-        table.add_row(f"kernels on {row['device']}", ", ".join(names))
+        rows.append((f"kernels on {row['device']}", ", ".join(names)))
     cached = "in the cache" if document["cache"]["default_model"] else "not fetched yet"
-    table.add_row("default model", f"{cached} ({document['cache']['folder']})")
-    show(table)
+    show_table((), [*rows, ("default model", f"{cached} ({document['cache']['folder']})")])
     for line in document["advice"]:
         show(f"advice: {line}")
     if not document["advice"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show_json, show_table, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
@@ -26,8 +26,6 @@ from ofa.errors import InputError
 from ofa.files import Json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ofa.evaluation.calibration import Calibration
     from ofa.evaluation.scorer import Evaluation
     from ofa.tasks import Example, Shots, Task
@@ -125,7 +123,7 @@ def evaluate(
     if as_json:
         show_json(document)
     else:
-        _show(result, document, data_origin(data)["name"])
+        _show(document, data_origin(data)["name"])
 
 
 def _calibrated(
@@ -171,42 +169,25 @@ def _demonstrations(
     return drawn.examples
 
 
-def _show(result: Evaluation, document: Json, evaluated: str) -> None:
-    from rich.table import Table
-
-    summary = Table(title=f"{evaluated}: {document['count']} examples, {document['seconds']:.1f} s")
+def _show(document: Json, evaluated: str) -> None:
+    title = f"{evaluated}: {document['count']} examples, {document['seconds']:.1f} s"
     shown = [name for name in (*_CALIBRATED, "macro_f1", "exact_match") if name in document]
+    columns = [_HEADINGS.get(name, name) for name in shown]
+    scores = [f"{document[name]:.4f}" for name in shown]
     before = document["uncalibrated"]
     if before:
-        summary.add_column("")
-    for name in shown:
-        summary.add_column(_HEADINGS.get(name, name), justify="right")
-    if before:
-        summary.add_row("before calibration", *(f"{before[name]:.4f}" if name in before else "" for name in shown))
-    label = [f"temperature {document['calibration']['temperature']:.2f}"] if before else []
-    summary.add_row(*label, *(f"{document[name]:.4f}" for name in shown))
-    show(summary)
+        first = ("before calibration", *(f"{before[name]:.4f}" if name in before else "" for name in shown))
+        second = (f"temperature {document['calibration']['temperature']:.2f}", *scores)
+        show_table(["", *columns], [first, second], title=title, left=1)
+    else:
+        show_table(columns, [scores], title=title, left=0)
     if "confusion" not in document:
         return
-    show(_classes(document))
-    confusion = Table(title="confusion")
-    confusion.add_column("true ↓ predicted →")
-    for label in document["labels"]:
-        confusion.add_column(label, justify="right")
-    for label, row in zip(document["labels"], document["confusion"], strict=True):
-        confusion.add_row(label, *map(str, row))
-    show(confusion)
-
-
-def _classes(document: Json) -> Table:
-    """The classes with how often each occurs and is predicted."""
-    from rich.table import Table
-
-    table = Table(title="classes")
-    for name in ("", "examples", "predicted", "precision", "recall", "F1"):
-        table.add_column(name, justify="right" if name else "left")
-    predicted = [sum(row[index] for row in document["confusion"]) for index in range(len(document["labels"]))]
-    for one, count in zip(document["per_class"], predicted, strict=True):
-        scores = (f"{one[name]:.3f}" for name in ("precision", "recall", "f1"))
-        table.add_row(one["label"], str(one["support"]), str(count), *scores)
-    return table
+    labels, confusion = document["labels"], document["confusion"]
+    rows = [
+        (one["label"], one["support"], sum(predicted), *(f"{one[name]:.3f}" for name in ("precision", "recall", "f1")))
+        for one, predicted in zip(document["per_class"], zip(*confusion, strict=True), strict=True)
+    ]
+    show_table(("", "examples", "predicted", "precision", "recall", "F1"), rows, title="classes", left=1)
+    rows = [(label, *row) for label, row in zip(labels, confusion, strict=True)]
+    show_table(("true ↓ predicted →", *labels), rows, title="confusion", left=1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, show, show_json
+from ofa.commands.console import notice, show_json, show_table
 from ofa.commands.options import DtypeOption, JsonOption, OfflineOption, TrustOption, command
 from ofa.files import Json
 from ofa.models.types import CausalLM
@@ -124,32 +124,25 @@ def _estimators(model: CausalLM, anatomy: Anatomy) -> list[dict[str, object]]:
 
 
 def _show(document: Json) -> None:
-    from rich.table import Table
-
-    facts = Table(title=document["model"], show_header=False)
-    facts.add_row("family", document["family"])
-    facts.add_row("wiring", document["wiring"])
-    facts.add_row("layers", str(document["layers"]))
-    facts.add_row("steps", ", ".join(f"{count} per {name}" for name, count in document["steps"].items() if count))
-    facts.add_row("tuned parameters", f"{document['tuned_parameters']:,}")
+    facts = [(name, document[name]) for name in ("family", "wiring", "layers")]
+    facts.append(("steps", ", ".join(f"{count} per {name}" for name, count in document["steps"].items() if count)))
+    facts.append(("tuned parameters", f"{document['tuned_parameters']:,}"))
     for norm in document["norms"]:
-        facts.add_row(
-            "norms", f"{norm['count']} × {norm['kind']}, times {norm['multiplies_by']}, epsilon {norm['eps']:g}"
-        )
+        told = f"{norm['count']} × {norm['kind']}, times {norm['multiplies_by']}, epsilon {norm['eps']:g}"
+        facts.append(("norms", told))
     for estimator in document["estimators"]:
         verdict = "applies" if estimator["applies"] else "does not apply"
         remark = f" ({estimator['remark']})" if estimator["remark"] else ""
-        facts.add_row("estimator", f"{estimator['name']}: {verdict}{remark}")
+        facts.append(("estimator", f"{estimator['name']}: {verdict}{remark}"))
     fused = document["fused_layers"]
     remark = f" ({fused['remark']})" if fused["remark"] else ""
-    facts.add_row("fused layers", f"{fused['count']} of {document['layers']}{remark}")
-    show(facts)
+    facts.append(("fused layers", f"{fused['count']} of {document['layers']}{remark}"))
+    show_table((), facts, title=document["model"])
     layer = document["first_layer"][0]["branches"][0]["norm"].partition(".0.")[0] + ".0"
-    steps = Table(title=f"steps of {layer}")
-    for name in ("step", "branch", "preconditioned by", "starts at", "ends at", "reads", "scale"):
-        steps.add_column(name)
+    steps = []
     for number, step in enumerate(document["first_layer"], start=1):
         for branch in step["branches"]:
             places = (branch[name].removeprefix(f"{layer}.") for name in ("norm", "from", "to"))
-            steps.add_row(str(number), branch["role"], *places, branch["reads"], f"{step['scale']:g}")
-    show(steps)
+            steps.append((number, branch["role"], *places, branch["reads"], f"{step['scale']:g}"))
+    columns = ("step", "branch", "preconditioned by", "starts at", "ends at", "reads", "scale")
+    show_table(columns, steps, title=f"steps of {layer}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated, warn
+from ofa.commands.console import notice, progress_bar, show_json, show_table, tell_truncated, warn
 from ofa.commands.options import (
     FORMATS,
     BatchOption,
@@ -199,20 +199,14 @@ def _answers(
 
 
 def _show(answers: list[Row], naming: Naming, task: Task) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from ofa.tasks.columns import find_column
 
-    table = Table()
     columns = (naming.label, "probability") if task.labels else (naming.completion,)
-    for name in (*columns, *task.columns.names):
-        table.add_column(name)
+    rows = []
     for answer in answers:
         cells = [answer[columns[0]]]
         if task.labels:
             by_label: Any = answer[naming.probabilities]
             cells.append(by_label and f"{max(by_label.values()):.3f}")
-        own = (answer[find_column(name, answer, "the row")] for name in task.columns.names)
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in (*cells, *own)))
-    show(table)
+        rows.append([*cells, *(answer[find_column(name, answer, "the row")] for name in task.columns.names)])
+    show_table((*columns, *task.columns.names), rows)

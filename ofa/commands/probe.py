@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show_json, show_table, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     BatchOption,
@@ -219,14 +219,7 @@ def _write(folder: Path, title: str, probes: dict[str, Probe], document: dict[st
 
 
 def _show(document: Json, title: str) -> None:
-    from rich.table import Table
-
-    steps = next(iter(document["estimators"]))
-    table = Table(title=f"{title}; J and H by {steps}")
-    table.add_column("model")
-    for name in ("accuracy", "loss", "step ratio J", "sharpness H"):
-        table.add_column(name, justify="right")
-    for one in document["models"]:
-        row = one["accuracy"], one["loss"], one["step_ratio"], one["sharpness"]
-        table.add_row(one["name"], *(f"{value:.4g}" for value in row))
-    show(table)
+    names = ("accuracy", "loss", "step_ratio", "sharpness")
+    rows = [(one["name"], *(f"{one[name]:.4g}" for name in names)) for one in document["models"]]
+    columns = ("model", "accuracy", "loss", "step ratio J", "sharpness H")
+    show_table(columns, rows, title=f"{title}; J and H by {next(iter(document['estimators']))}", left=1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
+from ofa.commands.console import notice, progress_bar, show_json, show_table, tell_truncated
 from ofa.commands.options import (
     FORMATS,
     BatchOption,
@@ -220,17 +220,8 @@ def _free(name: str, taken: Collection[str]) -> str:
 
 
 def _show(rows: list[Row], task: Task) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from ofa.tasks.columns import find_column
 
-    added = list(rows[0])[-len(_ADDED) :]
-    own = [find_column(name, rows[0], "the row") for name in task.columns.names]
-    table = Table()
-    for name in (*added, *own):
-        table.add_column(name)
-    for row in rows:
-        cells = (row[name] for name in (*added, *own))
-        table.add_row(*(Text(f"{cell:.3f}" if isinstance(cell, float) else str(cell or "")) for cell in cells))
-    show(table)
+    columns = [*list(rows[0])[-len(_ADDED) :], *(find_column(name, rows[0], "the row") for name in task.columns.names)]
+    cells = ((row[name] for name in columns) for row in rows)
+    show_table(columns, ([f"{one:.3f}" if isinstance(one, float) else one for one in row] for row in cells))
