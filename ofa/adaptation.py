@@ -28,7 +28,7 @@ from ofa.methods.calibrating import (
     holds_out,
 )
 from ofa.models.types import CausalLM, Tokenizer
-from ofa.tasks import Data, Example, FewShot, Shots, Task, TaskData, examples_from, few_shot, load_task
+from ofa.tasks import Data, Example, FewShot, Shots, TaskData, examples_from, few_shot, load_task
 from ofa.training.records import StepRecord, TrainingResult, write_metrics
 
 
@@ -201,8 +201,11 @@ def adapt(
     if calibrate is not None:
         check_kind(calibrate, data.task)
     if calibrate is not None and holds_out(calibrate) and not chosen_by:
-        fold = functools.partial(_fold, fit, model, tokenizer, data.task, seed, settings)
-        held_out = held_out_by_folds(fold, data.task, drawn.examples)
+
+        def fit_fold(shots: Sequence[Example]) -> Predictor:
+            return fit(model, tokenizer, data.task, shots, seed, **settings)
+
+        held_out = held_out_by_folds(fit_fold, data.task, drawn.examples)
     predictor = fit(
         model,
         tokenizer,
@@ -220,7 +223,7 @@ def adapt(
         held_out = held_out_by_validation(predictor.scorer, chosen_by)
     predictor.scorer.calibration = calibration(predictor.scorer, kind, held_out)
     _adapted.add(model)
-    predictor = replace(predictor, release=functools.partial(_release, model, predictor.release))
+    predictor = replace(predictor, release=functools.partial(_release, model, predictor.close))
     adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
     if metrics is not None:
         write_metrics(metrics, adaptation.training.records)
@@ -234,15 +237,3 @@ _adapted: WeakSet[CausalLM] = WeakSet()
 def _release(model: CausalLM, restore: Callable[[], None]) -> None:
     restore()
     _adapted.discard(model)
-
-
-def _fold(
-    fit: Callable[..., Predictor],
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    task: Task,
-    seed: int,
-    settings: Mapping[str, Any],
-    shots: Sequence[Example],
-) -> Predictor:
-    return fit(model, tokenizer, task, shots, seed, **settings)

@@ -20,7 +20,7 @@ from ofa.commands.predict import predict
 from ofa.commands.probe import probe
 from ofa.commands.report import report
 from ofa.commands.suggest import suggest
-from ofa.errors import InputError
+from ofa.errors import InputError, refuse_surrogates
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +72,8 @@ def _options_of_all(
 def main() -> None:
     """Entry point of the console script; also prints usage errors as one sentence."""
     try:
-        _refuse_broken(sys.argv)
+        for argument in sys.argv:
+            refuse_surrogates(argument, f"the argument {argument}")
         status = app(prog_name="ofa", standalone_mode=False)
     except InputError as error:
         fail(error)
@@ -85,17 +86,6 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "ofa"
         fail(InputError(f"{message}; `{command} --help` lists the options"))
     raise SystemExit(status or 0)
-
-
-def _refuse_broken(arguments: list[str]) -> None:
-    """Raise `InputError` for an argument with bytes that are not UTF-8, which Python decodes to lone surrogates."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the argument {argument} holds bytes that are not UTF-8: write it in UTF-8, or rename the file"
-            ) from error
 
 
 def _message(error: Any) -> str:

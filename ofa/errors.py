@@ -28,6 +28,16 @@ class InputError(ValueError):
         super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
+def refuse_surrogates(text: str, where: str) -> None:
+    """Raise `InputError` for lone surrogates, which a JSON escape, or bytes that are not UTF-8, leave in a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} holds half of a surrogate pair or bytes that are not UTF-8: write the character itself, in UTF-8"
+        ) from error
+
+
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's text, without its full stop, for quoting inside another sentence."""
     lines = str(error).strip().splitlines()

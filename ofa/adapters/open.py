@@ -29,15 +29,15 @@ def opened_adapter(model: nn.Module, adapter: Adapter) -> Iterator[CausalLM]:
         InputError: the adapter belongs to another base.
     """
     with ExitStack() as undo:
-        if adapter.kind == NORMS:
-            undo.callback(restore_norms, model)
-            load_adapter(model, adapter)
-            yield model
-        else:
-            yield _attached(model, adapter, undo)
+        yield put_adapter(model, adapter, undo)
 
 
-def _attached(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
+def put_adapter(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
+    """As `opened_adapter`, until `undo` is closed, if ever."""
+    if adapter.kind == NORMS:
+        undo.callback(restore_norms, model)
+        load_adapter(model, adapter)
+        return model
     from peft import PeftConfig, set_peft_model_state_dict
 
     check_base(model, adapter)

@@ -22,7 +22,7 @@ from ofa.errors import InputError, first_sentence
 from ofa.models.introspection import head_modules
 from ofa.models.types import CausalLM
 from ofa.tuning.heads import ReplacedHead
-from ofa.tuning.norms import base_parameters, hold_norms, trained_norms
+from ofa.tuning.norms import base_parameters, trained_norms
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -82,18 +82,6 @@ def check_norm_names(model: nn.Module) -> None:
         )
 
 
-def open_peft_adapter(model: nn.Module, adapter: Adapter) -> CausalLM:
-    """Put an adapter into a base model, which is modified; norm scales are float32 in any model.
-
-    Returns:
-        PEFT's wrapper of the model.
-
-    Raises:
-        InputError: the adapter belongs to another base.
-    """
-    return _opened(model, adapter, keep_dtype=False)
-
-
 def merged_with_peft(model: nn.Module, adapter: Adapter) -> CausalLM:
     """A copy of the model with the adapter merged into its weights, in the model's own dtype.
 
@@ -101,7 +89,19 @@ def merged_with_peft(model: nn.Module, adapter: Adapter) -> CausalLM:
         InputError: the adapter belongs to another base, or is a soft prompt.
     """
     refuse_soft_prompt(adapter)
-    return _opened(copy.deepcopy(model), adapter, keep_dtype=True).merge_and_unload()
+    from peft import PeftConfig, PeftModel
+
+    check_base(model, adapter)
+    model = copy.deepcopy(model)
+    config = PeftConfig.from_pretrained(adapter.folder)
+    norms = without_norms(config, model, adapter)
+    put_norms(model, norms)
+    if adapter.labels:
+        ReplacedHead(model, adapter.labels)
+    with fitting(adapter), without_deprecations():
+        opened = PeftModel.from_pretrained(model, adapter.folder, config=config)
+    check_tensors(opened, adapter, norms)
+    return opened.eval().merge_and_unload()
 
 
 def refuse_soft_prompt(adapter: Adapter) -> None:
@@ -167,23 +167,6 @@ def check_tensors(opened: CausalLM, adapter: Adapter, norms: Mapping[str, Tensor
     )
     if differing := own ^ (saved - norms.keys()):
         raise _of_another_base(adapter, f"{min(differing)} is in one of them only")
-
-
-def _opened(model: nn.Module, adapter: Adapter, *, keep_dtype: bool) -> CausalLM:
-    from peft import PeftConfig, PeftModel
-
-    check_base(model, adapter)
-    config = PeftConfig.from_pretrained(adapter.folder)
-    norms = without_norms(config, model, adapter)
-    if norms and not keep_dtype:
-        hold_norms(model)
-    put_norms(model, norms)
-    if adapter.labels:
-        ReplacedHead(model, adapter.labels)
-    with fitting(adapter), without_deprecations():
-        opened = PeftModel.from_pretrained(model, adapter.folder, config=config)
-    check_tensors(opened, adapter, norms)
-    return opened.eval()
 
 
 def _of_another_base(adapter: Adapter, reason: str) -> InputError:

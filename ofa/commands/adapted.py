@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ofa.adapters.folder import NORMS, WEIGHTS, read_config, read_details
+from ofa.adapters.folder import WEIGHTS, read_config, read_details
 from ofa.commands.console import notice
 from ofa.commands.options import ChatOptions, DataOptions, ModelOptions
 from ofa.errors import InputError
@@ -157,19 +158,14 @@ def open_model(options: ModelOptions, adapter: Path | None = None) -> LoadedMode
     Raises:
         InputError: the folder is not an adapter of `ofa`, or does not fit the model.
     """
-    from ofa.adapters.peft_folder import open_peft_adapter
+    from ofa.adapters.open import put_adapter
     from ofa.adapters.read import read_any_adapter
-    from ofa.adapters.save_and_load import load_adapter
     from ofa.models.load import load_model
 
     read = read_any_adapter(adapter) if adapter else None  # fail before downloading the base
     loaded = load_model(progress=notice, **asdict(options))
-    if read is None:
-        return loaded
-    if read.kind == NORMS:
-        load_adapter(loaded.model, read)
-        return loaded
-    return replace(loaded, model=open_peft_adapter(loaded.model, read))
+    # The stack is never closed: the model keeps the adapter.
+    return loaded if read is None else replace(loaded, model=put_adapter(loaded.model, read, ExitStack()))
 
 
 def open_merged(file: Path, adapter: Path) -> LoadedModel:

@@ -18,7 +18,7 @@ import typer
 from pydantic import BaseModel
 
 from ofa.commands.console import notice, reports_errors, set_quiet
-from ofa.errors import InputError, first_sentence
+from ofa.errors import InputError, first_sentence, refuse_surrogates
 from ofa.files import Json, at_home
 from ofa.tasks.columns import did_you_mean
 from ofa.tasks.sampling import Shots
@@ -194,12 +194,8 @@ def _options_of(annotation: Any) -> Iterator[Parameter]:
             yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
     elif isinstance(kind, type) and issubclass(kind, BaseModel):
         only = next((mark.names for mark in marks if isinstance(mark, Only)), None)
-        yield from (_setting(kind, name) for name in _own_first(kind) if only is None or name in only)
-
-
-def _own_first(config: type[BaseModel]) -> dict[str, None]:
-    """The names of a configuration's fields, inherited ones last."""
-    return {name: None for kind in _kinds(config) for name in inspect.get_annotations(kind)}
+        own_first = dict.fromkeys(name for one in _kinds(kind) for name in inspect.get_annotations(one))
+        yield from (_setting(kind, name) for name in own_first if only is None or name in only)
 
 
 def _kinds(config: type[BaseModel]) -> list[type[BaseModel]]:
@@ -283,7 +279,7 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
         return None
     typed = [str(item) for item in items]
     for item in typed:
-        _refuse_surrogates(item, name, path)
+        refuse_surrogates(item, f"{name} in {path}")
     return typed if repeats else _joined(typed) if len(typed) > 1 else typed[0] if typed else None
 
 
@@ -292,15 +288,6 @@ def _joined(items: list[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(items)
     return line.getvalue()
-
-
-def _refuse_surrogates(typed: str, name: str, path: Path) -> None:
-    try:
-        typed.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{path} sets {name} to {typed!r}, half of a surrogate pair; write the character itself"
-        ) from error
 
 
 ConfigOption = Annotated[

@@ -7,22 +7,17 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from ofa._version import __version__
 from ofa.models.types import CausalLM
 
 if TYPE_CHECKING:
     import torch
 
-_LIBRARIES = ("torch", "transformers", "peft", "numpy")
-
 
 def library_versions() -> dict[str, str]:
     """Versions of this package, Python and the numerical libraries."""
-    return {
-        "ofa-adapt": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in _LIBRARIES},
-    }
+    from ofa.adapters.write import versions as packages  # it imports torch, which a worker must not do first
+
+    return packages() | {"python": platform.python_version(), "numpy": metadata.version("numpy")}
 
 
 def now() -> str:

@@ -40,7 +40,8 @@ class Encoder:
         _check_between_columns(self._plain, task)
         self.window = window
         self.labels = {} if task.open_ended else label_token_ids(tokenizer, task)
-        self.leading = _leading_ids(tokenizer, self._plain.ids(task.parts.head))
+        front, head = special_ids(tokenizer)[0], self._plain.ids(task.parts.head)
+        self.leading = () if tuple(head[: len(front)]) == front else front
         self.pad_id = _pad_id(tokenizer)
         self.truncated = 0
 
@@ -217,11 +218,12 @@ def _prompt(task: Task, text: str) -> tuple[str, str, str]:
     return task.parts.head, text, task.parts.tail
 
 
-def _leading_ids(tokenizer: Tokenizer, head: Sequence[int]) -> tuple[int, ...]:
+def special_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that the tokenizer puts in front of and after a text."""
     plain = list(tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"])
     full = list(tokenizer(_ANY_TEXT)["input_ids"])
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-    return () if head[:start] == full[:start] else tuple(full[:start])
+    return tuple(full[:start]), tuple(full[start + len(plain) :])
 
 
 def _pad_id(tokenizer: Tokenizer) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ofa.errors import InputError
-from ofa.evaluation.encoding import Encoder, collate
+from ofa.evaluation.encoding import Encoder, collate, special_ids
 from ofa.evaluation.plain_text import PlainText
 from ofa.models.introspection import model_window
 from ofa.models.types import CausalLM, Tokenizer
@@ -43,7 +43,7 @@ class HeadEncoder(Encoder):
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.truncated = 0
         self._plain = PlainText(tokenizer)
-        self.leading, self._trailing = _around(tokenizer)
+        self.leading, self._trailing = special_ids(tokenizer)
         most = int(tokenizer.model_max_length)
         window = model_window(model)
         self.window: int = most if window is None else min(most, window - _unused_positions(model))
@@ -79,14 +79,6 @@ class HeadLogits:
         ids, mask = (tensor.to(device) for tensor in collate(sequences, self._pad_id))
         logits: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
         return logits.float()
-
-
-def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that the tokenizer puts in front of and after a text."""
-    plain = list(tokenizer("text", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("text")["input_ids"])
-    start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
-    return tuple(full[:start]), tuple(full[start + len(plain) :])
 
 
 def _unused_positions(model: nn.Module) -> int:

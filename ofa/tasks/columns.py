@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ofa.errors import InputError
+from ofa.errors import InputError, refuse_surrogates
 from ofa.tasks.template import Template
 
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
@@ -116,10 +116,7 @@ def value_text(value: object, column: str, where: str) -> str:
     text = str(value)
     if "\0" in text:
         raise InputError(f"{where}: the {column} holds a NUL character, a sign of damage: correct or remove the row")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the {column} holds half of a surrogate pair: write the character itself") from error
+    refuse_surrogates(text, f"{where}: the {column}")
     return text
 
 

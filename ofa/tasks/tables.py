@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from ofa.errors import InputError, first_sentence
+from ofa.errors import InputError, first_sentence, refuse_surrogates
 from ofa.files import at_home
 
 FilePath = str | os.PathLike[str] | Traversable
@@ -135,7 +135,7 @@ def parse_json(content: str, file: object, first_line: int = 1) -> object:
         # Valid JSON that Python cannot represent: a number of thousands of digits, or nesting thousands deep.
         raise InputError(f"{file}, line {first_line} is JSON that cannot be read ({error}): simplify it") from error
     if "\\u" in content:
-        _refuse_surrogates(value, f"{file}, line {first_line}")
+        refuse_surrogates(json.dumps(value, ensure_ascii=False), f"{file}, line {first_line}")
     return value
 
 
@@ -265,13 +265,6 @@ def _object(pairs: list[tuple[str, object]]) -> Row:
         names = [name for name, _ in pairs]
         raise _Repeated(next(name for name in names if names.count(name) > 1))
     return row
-
-
-def _refuse_surrogates(value: object, where: str) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} holds half of a surrogate pair: write the character itself") from error
 
 
 def _csv_rows(file: Traversable, separator: str | None) -> Iterator[tuple[str, Row]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ofa.errors import InputError
+from ofa.errors import InputError, refuse_surrogates
 from ofa.tasks.columns import Columns
 from ofa.tasks.template import Template
 
@@ -176,13 +176,13 @@ class TaskData:
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"the name of a task must be a non-empty text, not {name!r}")
-    _check_encodable(name, "the name")
+    refuse_surrogates(name, f"the name of a task, {name!r},")
 
 
 def _check_template(template: object, *, blank_at_end: bool) -> None:
     if not isinstance(template, str):
         raise InputError(f"the template of a task must be a text with {TEXT_SLOT}, not {template!r}")
-    _check_encodable(template, "the template")
+    refuse_surrogates(template, f"the template of a task, {template!r},")
     slots = Template.parse(template).slots
     if not slots:
         raise InputError(
@@ -215,7 +215,7 @@ def _check_label(label: object) -> None:
         raise InputError(f"a label must be a text, not {label!r}: write label names, in quotes")
     if not label.strip():
         raise InputError("a label of the task is empty: write a word that answers the template")
-    _check_encodable(label, "a label")
+    refuse_surrogates(label, f"a label of a task, {label!r},")
     if label != label.strip() or "\n" in label:
         raise InputError(f"the label {label!r} has surrounding whitespace or a line break: remove it")
 
@@ -224,16 +224,6 @@ def _column(name: object, field: str) -> str:
     if not isinstance(name, str):
         raise InputError(f"the {field} of a task must be the name of a column, not {name!r}")
     return name.strip()
-
-
-def _check_encodable(text: str, what: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} of a task, {text!r}, holds half of a surrogate pair or a byte that is not UTF-8: write the "
-            "character itself"
-        ) from error
 
 
 def _quoted(words: list[str]) -> str:

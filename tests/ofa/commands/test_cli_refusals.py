@@ -205,11 +205,11 @@ DATA: dict[str, Case] = {
     ),
     "bytes that are not UTF-8 in a template": (
         lambda b: b.fit(template="{text}\udcff:"),
-        ("\\udcff", "bytes that are not UTF-8", "rename the file"),
+        ("\\udcff", "bytes that are not UTF-8", "write the character"),
     ),
     "bytes that are not UTF-8 in a text": (
         lambda b: ["predict", b.good, "--text", "caf\udce9"],
-        ("caf\\udce9", "bytes that are not UTF-8", "write it in UTF-8"),
+        ("caf\\udce9", "bytes that are not UTF-8", "write the character"),
     ),
     "half of a pair in the configuration": (
         lambda b: b.fit("--config", b.file("run.yaml", r'labels: ["\ud83d", b]')),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ofa.adapters.save_and_load import load_adapter
 from ofa.evaluation.scorer import Scorer
 from ofa.methods.active_learning import choose, farthest_first
 from ofa.methods.hidden_states import last_hidden_states
@@ -95,16 +94,15 @@ def test_lines_of_text_without_an_adapter(tiny_folder: Path) -> None:
 
 
 def test_hidden_states_are_those_of_the_adapted_model(adapter: Path, tiny_folder: Path) -> None:
-    """PEFT's wrapper of a LoRA adapter returns no hidden states itself."""
-    from ofa.adapters.peft_folder import open_peft_adapter
+    """Of norm scales and of LoRA."""
+    from ofa.adapters.open import opened_adapter
     from ofa.adapters.read import read_any_adapter
 
     loaded = load_model(str(tiny_folder))
     bare = last_hidden_states(scorer_of(loaded.model, loaded.tokenizer), POOL)
-    tuned = load_model(str(tiny_folder))
-    load_adapter(tuned.model, read_any_adapter(adapter))
-    for model in (tuned.model, open_peft_adapter(loaded.model, read_any_adapter(adapter.parent / "lora"))):
-        assert not torch.equal(last_hidden_states(scorer_of(model, loaded.tokenizer), POOL), bare)
+    for folder in (adapter, adapter.parent / "lora"):
+        with opened_adapter(loaded.model, read_any_adapter(folder)) as model:
+            assert not torch.equal(last_hidden_states(scorer_of(model, loaded.tokenizer), POOL), bare)
 
 
 @pytest.mark.parametrize(
