@@ -172,7 +172,7 @@ def _launch_norm_step(z: Tensor, weight: Tensor, norm: tuple[float, bool, float]
 
 
 def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], biased: bool, samples: int) -> None:
-    stack, products = _stack(z, samples), _row(z).expand(samples, _ROWS)
+    stack, products = z.new_empty(samples, *z.shape), _row(z).expand(samples, _ROWS)
     for front, scaled in ((z, True), (None, False)):
         perturb.forward(z, front, weight, weight if biased else None, *norm, scaled, samples, 0.1, *_PROBE)
     perturb.backward(z, weight, stack, *norm, 0.1, *_PROBE, biased)
@@ -190,10 +190,6 @@ def _launch_probes(z: Tensor, weight: Tensor, norm: tuple[float, bool, float], b
 
 def _row(z: Tensor) -> Tensor:
     return torch.empty(_ROWS, dtype=torch.float32, device=z.device)
-
-
-def _stack(z: Tensor, samples: int) -> Tensor:
-    return torch.empty(samples, *z.shape, dtype=z.dtype, device=z.device)
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +29,6 @@ from ofa.training.config import TrainingConfig
 if TYPE_CHECKING:
     from ofa.adaptation import Adaptation
     from ofa.tasks import Example
-    from ofa.training.records import StepRecord
 
 
 _UNUSED_TESTED = 200
@@ -144,7 +142,7 @@ def fit(
                 resume=resume,
                 validation=held_out,
                 calibrate=calibrate,
-                progress=_reporter(update),
+                progress=lambda record, total: update(record.step, total, f"loss {record.loss:.4f}"),
                 **settings,
             )
         tell_truncated(adaptation.training.truncated, "training texts")
@@ -192,10 +190,6 @@ def _refuse_stopped(folder: Path, decided: bool) -> None:
             f"{folder} holds a run that was stopped ({CHECKPOINT}); pass --resume to continue it, --overwrite to start "
             "again, or choose another folder"
         )
-
-
-def _reporter(update: Callable[[int, int, str], None]) -> Callable[[StepRecord, int], None]:
-    return lambda record, total: update(record.step, total, f"loss {record.loss:.4f}")
 
 
 def _scores(adaptation: Adaptation, tested: tuple[Example, ...]) -> dict[str, object]:

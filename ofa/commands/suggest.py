@@ -162,7 +162,7 @@ def _pool(data: str, labelled: str | None, task: Task, separator: str | None) ->
     rows: dict[str, Row] = {}
     left: Counter[str] = Counter()
     read = list(_texts_of(data, task, separator))
-    known |= {text for text, row in read if _has_label(row, task)}
+    known |= {text for text, row in read if str(row.get(_label_column(row, task)) or "").strip()}
     for text, row in read:
         columns.update(dict.fromkeys(row))
         why = "blank" if text is None else "with labels" if text in known else "repeated" if text in rows else None
@@ -182,10 +182,6 @@ def _texts_of(data: str, task: Task, separator: str | None) -> Iterator[tuple[st
     names = task.columns.names
     for where, row in Table(data, separator, texts=names[0] if len(names) == 1 else None):
         yield task.columns.text_or_none(row, where), row
-
-
-def _has_label(row: Row, task: Task) -> bool:
-    return bool(str(row.get(_label_column(row, task)) or "").strip())
 
 
 def _label_column(columns: Iterable[str], task: Task) -> str:

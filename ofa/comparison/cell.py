@@ -75,7 +75,8 @@ class CellRunner:
         started = time.perf_counter()
         fit = method(cell.method)
         with fit(self._model, self._tokenizer, job.task, shots, cell.seed, **cell.settings, **job.inputs) as predictor:
-            _wait_for_device()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             fit_seconds = time.perf_counter() - started
             scores, truncated = {}, 0
             tested = [context for context in predictor.contexts if context in job.contexts] or predictor.contexts
@@ -145,11 +146,6 @@ class _PeakMemory:
 
 def _gpus() -> range:
     return range(torch.cuda.device_count())
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextmanager

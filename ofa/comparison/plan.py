@@ -88,8 +88,13 @@ class Plan:
 
     def missing(self, records: Sequence[Record], *, retry_failed: bool = False) -> tuple[Cell, ...]:
         """The cells without a record; with `retry_failed` also failed ones."""
-        kept = {record.cell.key: record for record in records if record.done or not retry_failed}
-        return tuple(cell for cell in self.cells if cell.key not in kept or self._is_outdated(kept[cell.key]))
+        kept = {
+            record.cell.key
+            for record in records
+            if (record.done or not retry_failed)
+            and not set(record.notes.get("untested", ())) & set(self.grid.contexts)  # tested in every context
+        }
+        return tuple(cell for cell in self.cells if cell.key not in kept)
 
     def check_against(self, records: Sequence[Record]) -> None:
         """Check that the folder's results were made with the same tasks.
@@ -104,10 +109,6 @@ class Plan:
                     f'the results in the output folder are of another task "{record.cell.task}": its files have '
                     "changed since, or whether it is a chat; choose another output folder"
                 )
-
-    def _is_outdated(self, record: Record) -> bool:
-        """True if a context of this grid was not tested."""
-        return bool(set(record.notes.get("untested", ())) & set(self.grid.contexts))
 
 
 def read_tasks(grid: Grid, *, offline: bool = False) -> dict[str, TaskPlan]:

@@ -83,7 +83,10 @@ def probe(
     demonstrations = examples_from(demonstrations, task)
     _check_examples(task, examples, training)
     start = time.perf_counter()
-    anatomy = _anatomy(model)
+    try:
+        anatomy = anatomies.find(model)
+    except InputError as error:
+        raise InputError(f"{error}; a probe needs the steps, `ofa evaluate` does not") from error
     encoder = Encoder(tokenizer, task, model_window(model))
     truth, classes = (_class_indices(encoder, part) for part in (examples, training))
     texts, training_texts = ([example.text for example in part] for part in (examples, training))
@@ -100,7 +103,10 @@ def probe(
         steps = {name: _measured_steps(subject, prompts, name, estimator, **how) for name in granularities}
         log_probabilities, states = _read_words(subject, prompts, words)
         known = _last_states(subject, training_prompts) if training else None
-    linear = None if known is None else Readout(_linear_log_probabilities(known, classes, states), truth)
+    linear = None
+    if known is not None:
+        by_layer = [linear_probe(train, classes, test) for train, test in zip(known, states, strict=True)]
+        linear = Readout(torch.stack(by_layer), truth)
     result = Probe(
         lens=Readout(log_probabilities, truth),
         linear=linear,
@@ -205,11 +211,6 @@ def _last_states(subject: _Subject, prompts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat(parts, dim=1)[:, torch.tensor(order).argsort()]
 
 
-def _linear_log_probabilities(known: Tensor, classes: Tensor, tested: Tensor) -> Tensor:
-    """`linear_probe` of each layer: (L, n, number of labels)."""
-    return torch.stack([linear_probe(train, classes, test) for train, test in zip(known, tested, strict=True)])
-
-
 def _check_examples(task: Task, examples: Sequence[Example], training: Sequence[Example]) -> None:
     if task.open_ended:
         raise InputError(
@@ -224,13 +225,6 @@ def _check_examples(task: Task, examples: Sequence[Example], training: Sequence[
         raise InputError(
             f"the training examples of the linear probe have none of the label {absent!r}: give some of every label"
         )
-
-
-def _anatomy(model: CausalLM) -> anatomies.Anatomy:
-    try:
-        return anatomies.find(model)
-    except InputError as error:
-        raise InputError(f"{error}; a probe needs the steps, `ofa evaluate` does not") from error
 
 
 def _class_indices(encoder: Encoder, examples: Sequence[Example]) -> Tensor:

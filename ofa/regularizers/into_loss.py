@@ -48,7 +48,7 @@ def add_penalty(model: nn.Module, kwargs: Mapping[str, object], output: Any, pen
         output = (total, *output[1:])
     else:
         output["loss"] = total
-        if _has_label_log_probs(output):
+        if all(isinstance(output.get(name), Tensor) for name in ("log_probs", "label_mask")):
             output["log_probs"] = _lowered(output["log_probs"], output["label_mask"], penalty)
             carriers.append(output["log_probs"])
     if not torch.compiler.is_compiling():
@@ -75,10 +75,6 @@ def _loss_shifts_labels(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-
-
-def _has_label_log_probs(output: Mapping[str, object]) -> bool:
-    return all(isinstance(output.get(name), Tensor) for name in ("log_probs", "label_mask"))
 
 
 def _lowered(log_probs: Tensor, label_mask: Tensor, penalty: Tensor) -> Tensor:

@@ -136,9 +136,7 @@ def macro_average(values: Mapping[Draw, float], problems: Sequence[Problem]) -> 
     return spread(averages.values()) if averages else None
 
 
-def paired_difference(
-    values: Mapping[Draw, float], baseline: Mapping[Draw, float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Difference | None:
+def paired_difference(values: Mapping[Draw, float], baseline: Mapping[Draw, float]) -> Difference | None:
     """`values` − `baseline` over the draws both have, with a percentile bootstrap interval; None without a common draw.
 
     The bootstrap resamples pairs, one for each (task, seed). The interval asks whether the difference would recur with
@@ -154,11 +152,11 @@ def paired_difference(
     wins, losses = int((differences > _EQUAL).sum()), int((differences < -_EQUAL).sum())
     interval = None
     if len(common) > 1:
-        interval = _percentile_interval(_resampled_means(differences[:, None], resamples, seed)[:, 0])
+        interval = _percentile_interval(_resampled_means(differences[:, None])[:, 0])
     return Difference(float(differences.mean()), interval, wins, len(common) - wins - losses, losses)
 
 
-def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Ranks | None:
+def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]]) -> Ranks | None:
     """Mean rank of every row over the draws that all ranked rows finished, with a bootstrap interval over those draws.
 
     Rows that finished less than half of all draws are not ranked: they would leave too few common draws. None if there
@@ -172,7 +170,7 @@ def mean_ranks(rows: Mapping[Row, Mapping[Draw, float]], *, resamples: int = RES
     ranks = np.array([descending_ranks([rows[row][draw] for row in ranked]) for draw in common])
     intervals: list[Interval | None] = [None] * len(ranked)
     if len(common) > 1:
-        means = _resampled_means(ranks, resamples, seed)
+        means = _resampled_means(ranks)
         intervals = [_percentile_interval(means[:, index]) for index in range(len(ranked))]
     found = {row: Rank(float(ranks[:, index].mean()), intervals[index]) for index, row in enumerate(ranked)}
     return Ranks(found, len(common), tuple(row for row in rows if row not in found))
@@ -223,16 +221,16 @@ def confusion(outcomes: Mapping[Draw, Outcome], problem: Problem) -> Confusion |
     return Confusion(tuple(scores[0].metrics["labels"]), tuple(tuple(row) for row in summed.tolist()))
 
 
-def _resampled_means(columns: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Means (resamples, k) of the columns of an (n, k) array, rows drawn n times with replacement."""
-    means: NDArray[np.float64] = _weights(len(columns), resamples, seed) @ columns
+def _resampled_means(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means (RESAMPLES, k) of the columns of an (n, k) array, rows drawn n times with replacement."""
+    means: NDArray[np.float64] = _weights(len(columns)) @ columns
     return means
 
 
 @lru_cache(maxsize=4)
-def _weights(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
+def _weights(count: int) -> NDArray[np.float64]:
     """The weight of each of `count` rows in each resample; cached, since all rows of a table have the same pairs."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
 
 
 def _percentile_interval(means: NDArray[np.float64]) -> Interval:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ofa.files import Json
 from ofa.report import verdicts
-from ofa.report.content import Comparison, Content, Contrast, Line
+from ofa.report.content import Comparison, Content, Line
 
 
 def summary(content: Content) -> dict[str, object]:
@@ -56,15 +56,10 @@ def _line(line: Line, comparison: Comparison) -> dict[str, object]:
         "seeds": {str(seed): value for seed, value in line.by_seed.items()},
         "rank": _values(line.rank),
         "cost": _values(line.cost),
-        "against": {method: _contrast(contrast) for method, contrast in line.contrasts.items()},
-    }
-
-
-def _contrast(contrast: Contrast) -> dict[str, object]:
-    return {
-        "row": contrast.baseline.name,
-        **asdict(contrast.difference),
-        "fit_time": contrast.fit_time,
+        "against": {
+            method: {"row": contrast.baseline.name, **asdict(contrast.difference), "fit_time": contrast.fit_time}
+            for method, contrast in line.contrasts.items()
+        },
     }
 
 

@@ -9,7 +9,7 @@ from ofa.comparison.outcomes import Problem, Row
 from ofa.comparison.records import CONTEXTS
 from ofa.report import formatting as shown
 from ofa.report.content import NORM_TUNING, OFA, Comparison, Contrast, Line
-from ofa.report.statistics import FEWEST_PAIRS, Interval
+from ofa.report.statistics import FEWEST_PAIRS
 from ofa.report.table import METHOD, WITH, Column, Entry, Table, spread_entry
 
 _GLANCE = 5
@@ -153,22 +153,13 @@ def _costs(line: Line) -> tuple[Entry, ...]:
 
 
 def _difference(contrast: Contrast) -> tuple[Entry, ...]:
-    difference = contrast.difference
-    time = contrast.fit_time
+    difference, interval, time = contrast.difference, contrast.difference.interval, contrast.fit_time
     return (
-        Entry(shown.points(difference.mean), difference.mean, _tone(difference.sign)),
-        _interval(difference.interval),
+        Entry(shown.points(difference.mean), difference.mean, {1: "up", -1: "down", 0: "muted"}[difference.sign]),
+        Entry(shown.points_interval(interval), interval.low) if interval else Entry(shown.NOTHING),
         *(Entry(str(count), count) for count in (difference.wins, difference.ties, difference.losses)),
         Entry(shown.ratio(time), time) if time is not None else Entry(shown.NOTHING),
     )
-
-
-def _interval(interval: Interval | None) -> Entry:
-    return Entry(shown.points_interval(interval), interval.low) if interval else Entry(shown.NOTHING)
-
-
-def _tone(sign: int) -> str:
-    return {1: "up", -1: "down", 0: "muted"}[sign]
 
 
 def _few(comparison: Comparison) -> tuple[str, ...]:

@@ -18,17 +18,14 @@ from ofa.tasks.task import TEXT_SLOT, Example, Task, TaskData
 logger = logging.getLogger(__name__)
 
 
-def read_examples(
-    path: Data, *, open_ended: bool = False, task: Task | None = None, separator: str | None = None
-) -> list[Example]:
+def read_examples(path: Data, *, task: Task | None = None, separator: str | None = None) -> list[Example]:
     """Read the examples of a file that `Table` can read, or of rows in memory, in their order.
 
     The columns are those of the `task`, and every label must be one of its labels. Without a task they are text and
-    label, or prompt and completion if `open_ended`. Other columns are ignored, whitespace around a text is stripped,
-    and rows without any value are dropped. Raises `InputError`, with file and line, for data that cannot be used.
+    label. Other columns are ignored, whitespace around a text is stripped, and rows without any value are dropped.
+    Raises `InputError`, with file and line, for data that cannot be used.
     """
-    pairs = task.open_ended if task else open_ended
-    columns = task.columns if task else draft(TEXT_SLOT, pairs).columns
+    columns = task.columns if task else draft(TEXT_SLOT, False).columns
     table = table_of(path, columns, separator)
     where = path if is_path(path) else str(table)
     return _checked(examples_of(table, columns, task.labels if task else (), table.class_names), columns, where)

@@ -28,7 +28,7 @@ class ReplacedHead:
         self._model = model
         self.paths = head_modules(model)
         last = _last_layer(model, self.paths)
-        known = own_labels(model)
+        known = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
         self._own = {path: model.get_submodule(path) for path in self.paths}
         self._config = {name: getattr(model.config, name) for name in ("id2label", "label2id", "problem_type")}
         self._num_labels = model.num_labels
@@ -68,11 +68,6 @@ def trained_head(model: nn.Module) -> tuple[str, ...]:
         return ()
     heads = (path for path in head_modules(model))
     return tuple(path for path in heads if all(p.requires_grad for p in model.get_submodule(path).parameters()))
-
-
-def own_labels(model: Any) -> tuple[str, ...]:
-    """The labels of a classifier's logits, in order."""
-    return tuple(model.config.id2label[index] for index in range(model.config.num_labels))
 
 
 def tune_head(model: Any, labels: Sequence[str]) -> ReplacedHead:

@@ -133,7 +133,8 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     Gathers the parameters of a sharded model; call it on all ranks.
     """
     original = _originals.get(model)
-    held = original.parameters if original is not None else _norm_parameters(model)
+    norms = () if original is not None else anatomy.tuned_norms(model)
+    held = original.parameters if original is not None else {n.path: _own(model.get_submodule(n.path)) for n in norms}
     values = {f"{path}.{name}": value for path, own in held.items() for name, value in own.items()}
     return {path: sharding.full_tensor(value).detach() for path, value in values.items()}
 
@@ -161,10 +162,6 @@ def pretrained_scales(model: nn.Module) -> dict[nn.Parameter, Tensor]:
         value = original.parameters[norm.path]["weight"].detach().to(scale.device, scale.dtype)
         pairs[scale] = value + norm.offset
     return pairs
-
-
-def _norm_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    return {norm.path: dict(_own(model.get_submodule(norm.path))) for norm in anatomy.tuned_norms(model)}
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -96,7 +96,7 @@ class Replay:
             assert self._first.output is not None
             left, read = self._first.output, hidden_input(self._last.args, self._last.kwargs)
             found = (getattr(self._parent, name, None) for name in ACTIVATION_NAMES)
-            for between in (_same, *(one for one in found if callable(one))):
+            for between in (lambda tensor: tensor, *(one for one in found if callable(one))):
                 if left is read or trial.close(between(left), read):
                     self._between = between
                     break
@@ -118,7 +118,3 @@ class Replay:
     def _at_exit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._open:
             self._last = _Call(args, kwargs)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

@@ -84,7 +84,7 @@ def test_every_supported_form_reads_the_same(write, name, content):
 def test_prompt_and_completion_pairs_are_taken_as_written(write, name, content):
     """Also a completion that is a number, or that starts with significant blanks."""
     pairs = [Example("2 + 2 =", "4"), Example("def f():\n", "  pass\n")]
-    assert read_examples(write(name, content), open_ended=True) == pairs
+    assert read_examples(write(name, content), task=Task("pairs")) == pairs
     assert read_examples(write(name, content), task=Task("sums")) == pairs
 
 
@@ -158,9 +158,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 
 def test_pairs_without_a_prompt_column_are_refused(write):
-    assert 'no column "prompt"' in refusal(read_examples, write("a.jsonl", GOOD_LINE), open_ended=True)
+    assert 'no column "prompt"' in refusal(read_examples, write("a.jsonl", GOOD_LINE), task=Task("pairs"))
     file = write("b.jsonl", '{"prompt": "a", "completion": [4]}')
-    assert "not text" in refusal(read_examples, file, open_ended=True)
+    assert "not text" in refusal(read_examples, file, task=Task("pairs"))
 
 
 def test_an_unknown_label_is_refused_with_its_line_and_the_nearest_label(write):
