@@ -146,14 +146,8 @@ def _run(
         if cells:
             # A folder by its absolute path; a hub id or the default as typed.
             model = plan.model if Path(plan.model).is_absolute() else plan.grid.model
-            source = workers.Source(
-                model,
-                plan.grid.dtype,
-                machines.device_map,
-                machines.trust_remote_code,
-                machines.offline,
-                machines.batch_size,
-            )
+            options = machines.model_dump(include={"device_map", "trust_remote_code", "offline"})
+            source = workers.Source({"model": model, "dtype": plan.grid.dtype, **options}, machines.batch_size)
             events = workers.run_in_workers(cells, plan.job, source, placements)
             try:
                 with _progress(len(cells)) as finished:

@@ -8,7 +8,7 @@ from typing import cast
 
 from ofa.comparison.records import Record
 from ofa.comparison.store import ResultsFile
-from ofa.comparison.workers import Event, Finished, Notice, Ready
+from ofa.comparison.workers import Event, Ready
 from ofa.errors import InputError
 
 
@@ -40,11 +40,11 @@ def run_cells(
                 if not noted:
                     results.note_run(described)
                 noted = True
-            elif isinstance(event, Finished):
-                results.append(event.record)
-                finished(event.record)
-            elif isinstance(event, Notice):
-                say(event.text)
+            elif isinstance(event, Record):
+                results.append(event)
+                finished(event)
+            else:
+                say(event)
 
 
 def _weights_of(model: str, records: Sequence[Record]) -> str | None:

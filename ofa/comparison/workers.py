@@ -18,6 +18,7 @@ from ofa.comparison.environment import library_versions, now
 from ofa.comparison.placement import Placement
 from ofa.comparison.records import Cell, Record
 from ofa.errors import InputError, in_words
+from ofa.files import Json
 from ofa.logs import quiet_libraries
 
 if TYPE_CHECKING:
@@ -32,13 +33,9 @@ _SPAWN = multiprocessing.get_context("spawn")  # a forked process would share th
 
 @dataclass(frozen=True)
 class Source:
-    """The model that every worker loads, as the arguments of `load_model`, and the batch size of its tests."""
+    """The model that every worker loads, as arguments of `load_model`, and the batch size of its tests."""
 
-    model: str | None
-    dtype: str = "float32"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    offline: bool = False
+    arguments: Json
     batch_size: int = 16
 
 
@@ -49,21 +46,8 @@ class Ready:
     versions: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A cell is done or has failed finally."""
-
-    record: Record
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A message for the user."""
-
-    text: str
-
-
-Event = Ready | Finished | Notice
+Event = Ready | Record | str
+"""A worker has loaded the model; a cell is done, or has failed finally; or a message for the user."""
 
 
 class Refused(InputError):
@@ -118,7 +102,7 @@ class _Crew:
             yield message
             self._give_next(worker)
         else:
-            yield Finished(message.record)
+            yield message.record
             if message.intact:
                 self._give_next(worker)
             else:
@@ -135,7 +119,7 @@ class _Crew:
         """Replace a worker whose model was changed by a method."""
         self._retire(worker)
         if self._backlog:
-            yield Notice("a method did not restore the model; a new worker loads it again")
+            yield "a method did not restore the model; a new worker loads it again"
             self.add_worker(worker.placement)
 
     def _on_exit(self, worker: Worker) -> Iterator[Event]:
@@ -145,7 +129,7 @@ class _Crew:
         elif worker not in self._loaded:
             self._failed_starts += 1
             if self.workers:
-                yield Notice(f"a worker {why} while it loaded the model; {len(self.workers)} continue")
+                yield f"a worker {why} while it loaded the model; {len(self.workers)} continue"
                 return
             if self._failed_starts == ATTEMPTS:
                 raise InputError(
@@ -159,9 +143,9 @@ class _Crew:
         self._deaths[cell.key] += 1
         if self._deaths[cell.key] == ATTEMPTS:
             error = f"{ATTEMPTS} workers died while they ran this cell, the last one {why}"
-            return Finished(Record(cell, error=error, finished=now(), versions=library_versions()))
+            return Record(cell, error=error, finished=now(), versions=library_versions())
         self._backlog.appendleft(cell)
-        return Notice(f"the worker that ran {cell.row} on {cell.task}, seed {cell.seed}, {why}; the cell runs again")
+        return f"the worker that ran {cell.row} on {cell.task}, seed {cell.seed}, {why}; the cell runs again"
 
     def _retire(self, worker: Worker) -> None:
         del self.workers[worker]
@@ -221,15 +205,7 @@ def load(source: Source, placement: Placement) -> CellRunner:
 
     torch.set_num_threads(placement.threads)
     try:
-        loaded = load_model(
-            source.model,
-            dtype=source.dtype,
-            device=placement.device,
-            device_map=source.device_map,
-            trust_remote_code=source.trust_remote_code,
-            offline=source.offline,
-        )
-        return CellRunner(loaded, source.batch_size)
+        return CellRunner(load_model(device=placement.device, **source.arguments), source.batch_size)
     except InputError as error:
         raise Refused(str(error)) from error
     except Exception as error:

@@ -14,7 +14,7 @@ from ofa.comparison.grid import Grid, checked_part
 from ofa.comparison.placement import Placement
 from ofa.comparison.plan import Job, Plan, read_tasks
 from ofa.comparison.records import Cell, Record
-from ofa.comparison.workers import Event, Finished, Ready, Source, load
+from ofa.comparison.workers import Event, Ready, Source, load
 from ofa.methods import METHODS
 
 TASKS = {
@@ -87,7 +87,7 @@ def run_here(
     runner = load(source, placements[0])
     yield Ready(runner.versions)
     for cell in cells:
-        yield Finished(runner.run(job(cell)).record)
+        yield runner.run(job(cell)).record
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from ofa.comparison.records import Record
 from ofa.comparison.run import run_cells
 from ofa.comparison.store import RUN, opened, read_records
-from ofa.comparison.workers import Finished, Notice, Ready
+from ofa.comparison.workers import Ready
 from ofa.errors import InputError
 
 OURS = {"weights": "aa"}
@@ -51,7 +51,7 @@ def carry_out(make_plan, tmp_path):
 def test_records_are_on_disk_before_progress_shows_them(carry_out, tmp_path):
     plan, run = carry_out
     first, second = plan.cells
-    events = [Ready(OURS), Finished(Record(first)), Notice("so far"), Finished(Record(second, error="no"))]
+    events = [Ready(OURS), Record(first), "so far", Record(second, error="no")]
     assert run(Scripted(*events)) == ["finished zero-shot, 1 on disk", "so far", "finished icl, 2 on disk"]
     assert json.loads((tmp_path / RUN).read_text())["command"] == "ofa compare"
 
@@ -66,7 +66,7 @@ def test_records_are_on_disk_before_progress_shows_them(carry_out, tmp_path):
 )
 def test_what_must_not_be_mixed_ends_the_run_and_its_workers(carry_out, events, earlier, words):
     plan, run = carry_out
-    scripted = Scripted(*events, Finished(Record(plan.cells[0])))
+    scripted = Scripted(*events, Record(plan.cells[0]))
     with pytest.raises(InputError, match=words):
         run(scripted, [Record(plan.cells[0], versions=earlier)])
     assert scripted.closed
@@ -74,4 +74,4 @@ def test_what_must_not_be_mixed_ends_the_run_and_its_workers(carry_out, events, 
 
 def test_failed_cells_without_a_worker_say_nothing_of_weights(carry_out):
     plan, run = carry_out
-    run(Scripted(Ready(OURS), Finished(Record(plan.cells[0]))), [Record(plan.cells[1], error="3 workers died")])
+    run(Scripted(Ready(OURS), Record(plan.cells[0])), [Record(plan.cells[1], error="3 workers died")])

@@ -11,7 +11,7 @@ import pytest
 from ofa.comparison import workers
 from ofa.comparison.placement import Placement
 from ofa.comparison.records import Cell, Record
-from ofa.comparison.workers import ATTEMPTS, Finished, Notice, Ready, Refused, Source, run_in_workers
+from ofa.comparison.workers import ATTEMPTS, Ready, Refused, Source, run_in_workers
 from ofa.errors import InputError
 
 CELLS = [Cell("m", "mood", "0", "ofa", seed, 5, 4) for seed in range(4)]
@@ -59,7 +59,7 @@ class Office:
 
     def run(self, cells=CELLS, places=PLACES[:1]):
         with mock.patch.multiple(workers, Worker=lambda source, place: Played(place, self), _wait_any=self.hear):
-            yield from run_in_workers(cells, lambda cell: cell, Source("a-model"), places)
+            yield from run_in_workers(cells, lambda cell: cell, Source({"model": "a-model"}), places)
 
     @property
     def given(self):
@@ -68,11 +68,11 @@ class Office:
 
 
 def seeds(events):
-    return [event.record.cell.seed for event in events if isinstance(event, Finished)]
+    return [event.cell.seed for event in events if isinstance(event, Record)]
 
 
 def notices(events):
-    return [event.text for event in events if isinstance(event, Notice)]
+    return [event for event in events if isinstance(event, str)]
 
 
 def test_one_worker_runs_the_cells_in_order_and_is_ended():
@@ -102,7 +102,7 @@ def test_the_cell_of_a_dead_worker_runs_again_on_a_new_one():
     events = list(office.run())
     assert seeds(events) == [0, 1, 2, 3]
     assert office.given == [0, 1, 1, 2, 3]
-    assert all(event.record.done for event in events if isinstance(event, Finished))
+    assert all(event.done for event in events if isinstance(event, Record))
     assert notices(events) == [
         "the worker that ran ofa on mood, seed 1, was killed by signal 9; the cell runs again",
     ]
@@ -111,7 +111,7 @@ def test_the_cell_of_a_dead_worker_runs_again_on_a_new_one():
 
 def test_a_cell_that_kills_every_worker_is_recorded_and_the_rest_runs():
     office = Office(fates={1: [DIES] * ATTEMPTS})
-    records = [event.record for event in office.run() if isinstance(event, Finished)]
+    records = [event for event in office.run() if isinstance(event, Record)]
     assert [(record.cell.seed, record.error) for record in records] == [
         (0, None),
         (1, "3 workers died while they ran this cell, the last one was killed by signal 9"),
