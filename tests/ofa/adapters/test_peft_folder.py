@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from torch import nn
 
 import ofa
 from ofa.adapters.folder import CARD, CONFIG, DETAILS, WEIGHTS
-from ofa.adapters.open import opened_adapter
-from ofa.adapters.peft_folder import open_peft_adapter
+from ofa.adapters.open import opened_adapter, put_adapter
 from ofa.adapters.read import PREFIX, read_any_adapter
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Scorer
@@ -64,7 +64,7 @@ def test_peft_opens_what_was_trained(saved, tiny_model, method):
 def test_it_opens_again_with_equal_probabilities(saved, tiny_model, method):
     model, tokenizer = tiny_model
     folder, _, trained = saved(method)
-    opened = open_peft_adapter(model, read_any_adapter(folder))
+    opened = put_adapter(model, read_any_adapter(folder), ExitStack())
     torch.testing.assert_close(Scorer(opened, tokenizer, TASK).predict_proba(TEXTS), trained, rtol=0, atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_scales_beside_an_adapter_stay_float32_in_a_narrow_model(saved, tiny_mod
     assert state(model) == before
     merged = load_file(ofa.merge(model, folder, tmp_path / "merged") / "model.safetensors")
     assert merged["model.norm.weight"].dtype == torch.bfloat16
-    assert torch.equal(logits(open_peft_adapter(model, read_any_adapter(folder)), tokenizer), trained)
+    assert torch.equal(logits(put_adapter(model, read_any_adapter(folder), ExitStack()), tokenizer), trained)
 
 
 def test_a_norm_whose_name_ends_another_module_s_is_refused(tiny_model):
@@ -188,7 +188,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("opening", [open_peft_adapter, lambda *given: opened_adapter(*given).__enter__()])
+@pytest.mark.parametrize(
+    "opening", [lambda *given: put_adapter(*given, ExitStack()), lambda *given: opened_adapter(*given).__enter__()]
+)
 @pytest.mark.parametrize(("method", "change", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_folder_is_refused(saved, tiny_model, opening, method, change, message):
     """PEFT itself only warns of parameters that are missing. Both ways of the commands and of scikit-learn."""
@@ -204,14 +206,14 @@ def test_other_whole_modules_are_refused(saved, tiny_model):
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}), encoding="utf-8")
     with pytest.raises(InputError, match="lm_head is none of its norms"):
-        open_peft_adapter(tiny_model[0], read_any_adapter(folder))
+        put_adapter(tiny_model[0], read_any_adapter(folder), ExitStack())
 
 
 def test_another_base_is_refused(saved, tiny_model):
     folder, *_ = saved("lora")
     other_norms(tiny_model[0])
     with pytest.raises(InputError, match="this model's own norms differ"):
-        open_peft_adapter(tiny_model[0], read_any_adapter(folder))
+        put_adapter(tiny_model[0], read_any_adapter(folder), ExitStack())
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-ofa"])
