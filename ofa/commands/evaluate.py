@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _CALIBRATED = ("accuracy", "expected_calibration_error", "negative_log_likelihood", "brier_score")
+"""The metrics that a calibration changes."""
 _HEADINGS = {
     "expected_calibration_error": "calibration error",
     "negative_log_likelihood": "log loss",
@@ -39,7 +40,6 @@ _HEADINGS = {
     "macro_f1": "macro F1",
     "exact_match": "exact match",
 }
-"""The metrics that a calibration changes."""
 
 
 @command

@@ -59,24 +59,25 @@ class Naming:
     @cached_property
     def label(self) -> str:
         """The column of the predicted label."""
-        return self._free("label")
+        return free_name("label", self.columns)
 
     @cached_property
     def completion(self) -> str:
         """The column of an open-ended task's answers."""
-        return self._free("completion")
+        return free_name("completion", self.columns)
 
     @cached_property
     def probabilities(self) -> str:
         """The name of the probabilities in JSON."""
-        return self._free("probabilities")
+        return free_name("probabilities", self.columns)
 
     @cached_property
     def flat(self) -> tuple[str, ...]:
         """The columns of a CSV file: the input's, the label, and a probability for each label."""
         if not self.labels:
             return (*self.columns, self.completion)
-        return (*self.columns, self.label, *(self._free(f"probability_{label}") for label in self.labels))
+        probabilities = (free_name(f"probability_{label}", self.columns) for label in self.labels)
+        return (*self.columns, self.label, *probabilities)
 
     def flattened(self, answer: Row) -> list[object]:
         """An answer as a row of the CSV file."""
@@ -86,11 +87,13 @@ class Naming:
         numbers = by_label.values() if isinstance(by_label, Mapping) else [""] * len(self.labels)
         return [*(_cell(answer.get(name)) for name in (*self.columns, self.label)), *numbers]
 
-    def _free(self, name: str) -> str:
-        taken = {column.casefold() for column in self.columns}
-        while name.casefold() in taken:
-            name = f"predicted_{name}"
-        return name
+
+def free_name(name: str, taken: Iterable[str], prefix: str = "predicted_") -> str:
+    """The name, after as many prefixes as make it new, whatever its case."""
+    used = {column.casefold() for column in taken}
+    while name.casefold() in used:
+        name = prefix + name
+    return name
 
 
 def check_out(path: Path, *, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -192,8 +192,10 @@ def _label_column(columns: Iterable[str], task: Task) -> str:
 
 def _rows(pool: _Pool, choices: Sequence[Choice], task: Task) -> list[Row]:
     """The chosen rows with their own columns, an empty label, and why they were chosen."""
+    from ofa.commands.predictions import free_name
+
     label = _label_column(pool.columns, task)
-    predicted, probability, margin, reason = (_free(name, {*pool.columns, label}) for name in _ADDED)
+    predicted, probability, margin, reason = (free_name(name, {*pool.columns, label}, "suggested_") for name in _ADDED)
     return [
         {
             **dict.fromkeys(pool.columns),
@@ -206,13 +208,6 @@ def _rows(pool: _Pool, choices: Sequence[Choice], task: Task) -> list[Row]:
         }
         for position, choice in enumerate(choices)
     ]
-
-
-def _free(name: str, taken: Collection[str]) -> str:
-    """The name, with the prefix suggested_ while the data has a column of this name."""
-    while name.casefold() in {column.casefold() for column in taken}:
-        name = f"suggested_{name}"
-    return name
 
 
 def _show(rows: list[Row], task: Task) -> None:
