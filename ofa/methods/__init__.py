@@ -81,7 +81,7 @@ class Predictor:
 
     Attributes:
         scorer: scores the labels with the adapted model.
-        release: restores the model.
+        release: restores the model; None if the method does not modify it.
         trainable_parameters: number of trained parameters.
         training: None if the method trains nothing.
         contexts: what may precede a text in a test: nothing ("prompt"), the shots ("demonstrations").
@@ -101,7 +101,7 @@ class Predictor:
     """
 
     scorer: Scorer
-    release: Callable[[], None]
+    release: Callable[[], None] | None = None
     trainable_parameters: int = 0
     training: TrainingResult | None = None
     contexts: tuple[str, ...] = ("prompt", "demonstrations")
@@ -137,7 +137,8 @@ class Predictor:
 
     def close(self) -> None:
         """Restore the model to its state before `fit`."""
-        self.release()
+        if self.release is not None:
+            self.release()
 
     def __enter__(self) -> Predictor:
         return self
@@ -196,7 +197,3 @@ def adapter_method(name: str) -> Callable[..., Predictor]:
             f"or use one of {', '.join(ADAPTER_METHODS)}"
         )
     return fit
-
-
-def nothing_to_release() -> None:
-    """`release` of methods that do not modify the model."""

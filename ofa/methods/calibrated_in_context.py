@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ofa.evaluation.calibration import CONTENT_FREE
 from ofa.evaluation.scorer import Progress, Scorer
-from ofa.methods import Predictor, nothing_to_release
+from ofa.methods import Predictor
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 
@@ -16,7 +16,7 @@ from ofa.tasks.task import Example, Task
 def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Example], seed: int) -> Predictor:
     """Score the label words after the demonstrations, in the order of `shots`, and calibrate the scores."""
     scorer = CalibratedScorer(model, tokenizer, task, demonstrations=shots)
-    return Predictor(scorer, nothing_to_release, contexts=("demonstrations",))
+    return Predictor(scorer, contexts=("demonstrations",))
 
 
 class CalibratedScorer(Scorer):

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ofa.methods import Predictor
 from ofa.methods.norm_tuning import fit_norm_scales
-from ofa.methods.structured_guidance import (
-    ExactGuidance,
-    FirstOrderGuidance,
-    StructuredGuidance,
-    Weights,
-    check_attention,
-)
+from ofa.methods.structured_guidance import ExactGuidance, FirstOrderGuidance, Weights, check_attention
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
 from ofa.training.config import TrainingConfig
 from ofa.training.records import StepRecord
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A guidance with its default weights λ_d and λ_m (for the first-order variant, shares)."""
-
-    guidance: Callable[[Weights], StructuredGuidance]
-    direction: float
-    magnitude: float
-
-
 VARIANTS = {
-    "guided": Variant(ExactGuidance, 1e-2, 1e-5),
-    "guided-first-order": Variant(FirstOrderGuidance, 0.1, 1.0),
+    "guided": (ExactGuidance, Weights(1e-2, 1e-5)),
+    "guided-first-order": (FirstOrderGuidance, Weights(0.1, 1.0)),
 }
-"""Method name → the exact gradient, or projection, mixing and clipping. The unit of λ_m is that of 1/‖g‖²."""
+"""Method name → its guidance: the exact gradient, or projection, mixing and clipping; and its default weights λ_d and
+λ_m, whose unit is that of 1/‖g‖² (for the first-order variant, shares).
+"""
 
 
 def fit(
@@ -68,15 +54,13 @@ def fit(
         InputError: a setting is wrong, or the model's attention has no second derivative, for the exact gradient; see
             also `training.loop.train`.
     """
-    chosen = VARIANTS[variant]
-    weights = Weights(
-        chosen.direction if direction is None else direction,
-        chosen.magnitude if magnitude is None else magnitude,
-    )
+    guidance, weights = VARIANTS[variant]
+    given = {"direction": direction, "magnitude": magnitude}
+    weights = replace(weights, **{name: weight for name, weight in given.items() if weight is not None})
     config = TrainingConfig(seed=seed, **settings)
-    if chosen.guidance is ExactGuidance:
+    if guidance is ExactGuidance:
         check_attention(model)
-    guide = chosen.guidance(weights)
+    guide = guidance(weights)
     predictor = fit_norm_scales(
         model, tokenizer, task, shots, config, validation=validation, progress=progress, guidance=guide
     )

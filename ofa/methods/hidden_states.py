@@ -10,7 +10,7 @@ from torch import Tensor
 from ofa.errors import InputError
 from ofa.evaluation.encoding import collate
 from ofa.evaluation.scorer import Progress, Scorer
-from ofa.methods import Predictor, nothing_to_release
+from ofa.methods import Predictor
 from ofa.models.introspection import accepted_arguments, evaluating
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
@@ -39,9 +39,7 @@ def fit_classifier(
     states = last_hidden_states(Scorer(model, tokenizer, task), [shot.text for shot in shots])
     classifier, weights = train(states, torch.tensor([task.labels.index(shot.label) for shot in shots]))
     scorer = HiddenStateScorer(model, tokenizer, task, classifier)
-    return Predictor(
-        scorer, nothing_to_release, trainable_parameters=weights, contexts=("prompt",), stored_bytes=4 * weights
-    )
+    return Predictor(scorer, trainable_parameters=weights, contexts=("prompt",), stored_bytes=4 * weights)
 
 
 class HiddenStateScorer(Scorer):

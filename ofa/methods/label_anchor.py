@@ -21,7 +21,7 @@ from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scorer import Scorer
-from ofa.methods import Predictor, nothing_to_release
+from ofa.methods import Predictor
 from ofa.models.introspection import evaluating, model_window
 from ofa.models.types import CausalLM, Tokenizer
 from ofa.tasks.task import Example, Task
@@ -43,7 +43,6 @@ def fit(model: CausalLM, tokenizer: Tokenizer, task: Task, shots: Sequence[Examp
         prefix = scorer.shared_prefix(scorer.encoder.encode_demonstrations(shots))
     return Predictor(
         scorer,
-        nothing_to_release,
         contexts=("prompt",),
         stored_bytes=prefix.cached_bytes,
         notes={"extra_tokens": max(0, len(prefix.kept) - len(scorer.encoder.leading))},

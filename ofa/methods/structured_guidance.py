@@ -155,7 +155,7 @@ class ExactGuidance(StructuredGuidance):
     """∇L = g + H u, H u by a second backward pass."""
 
     def _guide(self, loss: Loss, reference: Reference) -> tuple[float, Tensor, Tensor]:
-        curved = _has_terms(self.weights, reference)
+        curved = self.weights.direction > 0 or (reference.threshold is not None and self.weights.magnitude > 0)
         with sdpa_kernel(SDPBackend.MATH) if curved else nullcontext():
             value = loss()
             parts = torch.autograd.grad(value, self._parameters, create_graph=curved, materialize_grads=True)
@@ -203,11 +203,6 @@ def check_attention(model: nn.Module) -> None:
                 f"exact guidance differentiates attention twice, which {used!r} does not support; load the model with "
                 "attn_implementation='sdpa' or 'eager', or use guided-first-order"
             )
-
-
-def _has_terms(weights: Weights, reference: Reference) -> bool:
-    magnitude = 0.0 if reference.threshold is None else weights.magnitude
-    return weights.direction > 0 or magnitude > 0
 
 
 def _turned(gradient: Tensor, average: Tensor, share: float) -> Tensor:

@@ -19,7 +19,7 @@ from ofa.errors import InputError
 from ofa.evaluation.encoding import Encoder
 from ofa.evaluation.prefix_cache import PrefixCache
 from ofa.evaluation.scorer import Scorer
-from ofa.methods import Predictor, nothing_to_release
+from ofa.methods import Predictor
 from ofa.methods.last_token import last_token_outputs
 from ofa.models.introspection import hooked, model_window
 from ofa.models.types import CausalLM, Tokenizer
@@ -62,7 +62,6 @@ def fit(
     best = accuracies.index(max(accuracies))
     return Predictor(
         scorers[best],
-        nothing_to_release,
         contexts=("prompt",),
         stored_bytes=states[best].nbytes,
         notes={"layer": best, "validation_examples": len(validation), "validation_accuracies": accuracies},

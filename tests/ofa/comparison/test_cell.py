@@ -11,7 +11,7 @@ from ofa.comparison.cell import CellRunner
 from ofa.comparison.records import Record
 from ofa.errors import InputError
 from ofa.evaluation.scorer import Scorer, evaluate
-from ofa.methods import Predictor, method, nothing_to_release
+from ofa.methods import Predictor, method
 from ofa.models.load import LoadedModel
 from tests.device import DEVICE
 from tests.ofa.comparison.conftest import QUICK
@@ -104,7 +104,7 @@ def test_a_method_keeps_its_own_demonstrations(runner, make_plan, register):
 
     def fit(model, tokenizer, task, shots, seed):
         scorer = Scorer(model, tokenizer, task, demonstrations=shots)
-        return Predictor(scorer, nothing_to_release, contexts=("prompt",), notes={"extra_tokens": 7})
+        return Predictor(scorer, contexts=("prompt",), notes={"extra_tokens": 7})
 
     register("own-way", fit)
     own = run(runner, make_plan(methods="own-way", test_size=12)).record.scores["prompt"]
@@ -165,7 +165,7 @@ def test_a_training_that_diverges_is_a_failed_cell(runner, make_plan):
 def leaves(change):
     def fit(model, tokenizer, task, shots, seed):
         change(model)
-        return Predictor(Scorer(model, tokenizer, task), nothing_to_release, contexts=("prompt",))
+        return Predictor(Scorer(model, tokenizer, task), contexts=("prompt",))
 
     return fit
 
