@@ -50,10 +50,10 @@ def put_adapter(model: CausalLM, adapter: Adapter, undo: ExitStack) -> CausalLM:
     if adapter.labels:
         head = ReplacedHead(model, adapter.labels)
         undo.callback(head.remove)
-    attached = attach_adapter(model, config, 0, undo)
     # Without PEFT's wrapper the keys lack the path of the model in it.
     own = {key.removeprefix(PREFIX): value for key, value in adapter.parameters.items()}
     with fitting(adapter):
+        attached = attach_adapter(model, config, 0, undo)
         set_peft_model_state_dict(attached, {key: value for key, value in own.items() if key not in norms})
     check_tensors(attached, adapter, norms)
     return attached

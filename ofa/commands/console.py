@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,9 @@ from rich.text import Text
 from ofa.errors import InputError, in_words
 from ofa.files import at_home
 from ofa.logs import quiet_libraries
+
+if TYPE_CHECKING:
+    from ofa.training.records import StepRecord
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -143,6 +146,11 @@ def was_interrupted(error: BaseException) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+def losses_told(update: Callable[[int, int, str], None]) -> Callable[[StepRecord, int], None]:
+    """The `progress` of a training run that tells a bar each step's loss."""
+    return lambda record, total: update(record.step, total, f"loss {record.loss:.4f}")
 
 
 @contextmanager

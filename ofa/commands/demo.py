@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show_json, show_table
+from ofa.commands.console import losses_told, notice, progress_bar, show_json, show_table
 from ofa.commands.options import (
     JsonOption,
     ModelOption,
@@ -143,7 +143,7 @@ def _adapt(name: str, loaded: LoadedModel, data: TaskData, shots: int, seed: int
             shots,
             seed,
             chat=False,  # all rows have the same prompts, and demonstrations are not turns
-            progress=lambda record, total: update(record.step, total, f"loss {record.loss:.4f}"),
+            progress=losses_told(update),
             **settings,
         )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ofa.commands.console import notice, progress_bar, show, show_json, tell_truncated
+from ofa.commands.console import losses_told, notice, progress_bar, show, show_json, tell_truncated
 from ofa.commands.options import (
     DATA_FILES,
     ChatOptions,
@@ -142,7 +142,7 @@ def fit(
                 resume=resume,
                 validation=held_out,
                 calibrate=calibrate,
-                progress=lambda record, total: update(record.step, total, f"loss {record.loss:.4f}"),
+                progress=losses_told(update),
                 **settings,
             )
         tell_truncated(adaptation.training.truncated, "training texts")

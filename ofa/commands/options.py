@@ -279,7 +279,7 @@ def _as_typed(value: Any, name: str, parameter: Any, path: Path) -> str | list[s
         return None
     typed = [str(item) for item in items]
     for item in typed:
-        refuse_surrogates(item, f"{name} in {path}")
+        refuse_surrogates(item, f"{path} sets {name} to {item!r}, which")
     return typed if repeats else _joined(typed) if len(typed) > 1 else typed[0] if typed else None
 
 

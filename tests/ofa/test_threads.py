@@ -128,7 +128,7 @@ def test_a_resumed_run_uses_its_first_number_of_threads(tiny_folder, tmp_path, m
         return report
 
     with monkeypatch.context() as patched:
-        patched.setattr("ofa.commands.fit._reporter", interrupt)
+        patched.setattr("ofa.commands.fit.losses_told", interrupt)
         assert ofa(*fit, "--threads", 2).status == 130
     torch.set_num_threads(1)
     done(*fit, "--resume")

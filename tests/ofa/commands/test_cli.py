@@ -386,7 +386,7 @@ def test_resume_continues_to_the_same_adapter(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("ofa.commands.fit._reporter", stops)
+        patched.setattr("ofa.commands.fit.losses_told", stops)
         finished = ofa("fit", *fitted.arguments, "--out", out)
     assert finished.status == 130
     told = f"ofa: stopped after step {stop_after}; --resume continues from {out / CHECKPOINT}\n"
@@ -407,7 +407,7 @@ def test_a_stopped_run_says_how_to_continue_it(fitted: Round, tmp_path: Path, mo
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("ofa.commands.fit._reporter", stops)
+        patched.setattr("ofa.commands.fit.losses_told", stops)
         ofa("fit", *fitted.arguments, "--out", out)
     again = ofa("fit", *fitted.arguments, "--out", out)
     assert again.status == 2

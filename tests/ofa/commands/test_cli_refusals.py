@@ -90,7 +90,7 @@ class Bench:
 
         arguments = self.fit()
         with self.patch.context() as patched:
-            patched.setattr("ofa.commands.fit._reporter", interrupt)
+            patched.setattr("ofa.commands.fit.losses_told", interrupt)
             assert ofa(*arguments).status == 130
         spoil(self.here / "new" / "out")
         return [*arguments, "--resume", *more]
