@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 from ofa.commands.console import show, show_json, show_table
 from ofa.commands.options import JsonOption, command
@@ -115,19 +114,11 @@ def _advice(document: Json) -> list[str]:
             "the unrelated package `ofa` is installed and may shadow this one: pip uninstall ofa, then install "
             "ofa-adapt again"
         )
-    if not _is_ours():
-        advice.append("`import ofa` finds another package than this one: check your PYTHONPATH and working directory")
     if not document["cache"]["default_model"]:
         advice.append("the default model is not in the cache yet: `ofa demo` fetches it (90 MB), or give --model")
     if any(device["name"].startswith("cuda") for device in document["devices"]) and not document["versions"]["triton"]:
         advice.append('there is a GPU but no Triton: pip install -c constraints.txt -e ".[cuda]"')
     return advice
-
-
-def _is_ours() -> bool:
-    import ofa
-
-    return Path(ofa.__file__ or "").parent == Path(__file__).parent.parent
 
 
 def _version(name: str) -> str | None:
