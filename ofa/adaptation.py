@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -67,24 +67,25 @@ class Adaptation:
         """The most probable label of each text, or of each mapping of columns if the template has several.
 
         Raises:
-            InputError: a text is empty, or a row lacks a column.
+            InputError: a text is empty, a row lacks a column, or the adaptation is closed.
         """
-        return self.predictor.predict(self._texts(texts))
+        return self._open().predict(self._texts(texts))
 
     def predict_proba(self, texts: Sequence[str | Mapping[str, object]]) -> Tensor:
         """Probability of each label in the task's order, (texts, labels), float32; rows as for `predict`."""
-        return self.predictor.predict_proba(self._texts(texts))
+        return self._open().predict_proba(self._texts(texts))
 
     def evaluate(self, data: TaskData | Data) -> Evaluation:
         """Predict labelled examples of any kind that `load_task` takes, and measure the predictions."""
-        return self.predictor.evaluate(examples_from(data, self.data.task))
+        return self._open().evaluate(examples_from(data, self.data.task))
 
     def save(self, folder: str | Path, *, overwrite: bool = False, **details: Any) -> Path:
         """Write the adapter folder (see `save_adapter`); `details` are added to its `ofa_config.json`.
 
         Raises:
-            InputError: the folder cannot be written, or is not empty and `overwrite` is off.
+            InputError: the folder cannot be written, or is not empty and `overwrite` is off; the adaptation is closed.
         """
+        self._open()
         write = save_adapter if self.method in NORM_METHODS else save_peft_adapter
         return write(self.predictor.scorer.model, folder, details={**self.details(), **details}, overwrite=overwrite)
 
@@ -109,6 +110,13 @@ class Adaptation:
         if isinstance(rows, str | Mapping):
             raise InputError("the texts are a single one: put it into a list")
         return [self.data.task.text_of(row, f"text {number}") for number, row in enumerate(rows, start=1)]
+
+    def _open(self) -> Predictor:
+        if not any(held() is self for held in _adapted.values()):
+            raise InputError(
+                "the adaptation is closed, and the model has its own weights again: predict and save first"
+            )
+        return self.predictor
 
     def close(self) -> None:
         """Restore the model's own scales."""
@@ -222,18 +230,18 @@ def adapt(
     if holds_out(kind) and chosen_by:
         held_out = held_out_by_validation(predictor.scorer, chosen_by)
     predictor.scorer.calibration = calibration(predictor.scorer, kind, held_out)
-    _adapted.add(model)
     predictor = replace(predictor, release=functools.partial(_release, model, predictor.close))
     adaptation = Adaptation(predictor, data, drawn, shots, seed, method)
+    _adapted[model] = ref(adaptation)
     if metrics is not None:
         write_metrics(metrics, adaptation.training.records)
     return adaptation
 
 
-_adapted: WeakSet[CausalLM] = WeakSet()
+_adapted: WeakKeyDictionary[CausalLM, ref[Adaptation]] = WeakKeyDictionary()
 """Models with an adaptation that is not closed."""
 
 
 def _release(model: CausalLM, restore: Callable[[], None]) -> None:
     restore()
-    _adapted.discard(model)
+    _adapted.pop(model, None)

@@ -97,7 +97,9 @@ def find_column(name: str, columns: Iterable[str], where: str, flag: str | None 
         )
     remedy = f": name the right one with {flag}, or write a header line if these are values"
     if flag is None:
-        remedy = did_you_mean(name, known) or ": rename a column, or correct the template, in which {{ and }} are braces"
+        remedy = (
+            did_you_mean(name, known) or ": rename a column, or correct the template, in which {{ and }} are braces"
+        )
     raise InputError(f'{where} has no column "{name}" (columns found: {found}){remedy}')
 
 

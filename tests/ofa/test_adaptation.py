@@ -69,6 +69,21 @@ def test_a_model_with_an_open_adaptation_is_refused(tiny_model):
     assert torch.equal(adapted(tiny_model).predict_proba(TEXTS), first)
 
 
+def test_a_closed_adaptation_neither_predicts_nor_saves(tiny_model, tmp_path):
+    """The model has its own scales again, or those of another adaptation."""
+    adaptation = adapted(tiny_model)
+    adaptation.close()
+    adapted(tiny_model)
+    for use in (
+        lambda: adaptation.predict(TEXTS),
+        lambda: adaptation.evaluate(DATA),
+        lambda: adaptation.save(tmp_path),
+    ):
+        with pytest.raises(InputError, match="the adaptation is closed"):
+            use()
+    assert adaptation.details()["shots"] == 2
+
+
 def test_a_text_instead_of_a_list_is_refused(tiny_model):
     """Its characters are no texts."""
     adaptation = adapted(tiny_model)
