@@ -86,3 +86,15 @@ def test_each_number_of_shots_has_its_table(page, tmp_path):
     assert "Nothing in front of a text, 10 shots per class, 1 draws:" in filled
     assert "| norm-tuning (max_steps=60) | 55.0 | 0.900 |" in filled
     assert "| norm-tuning | 80.0 | 0.200 | 0.125 | −10.0 | +0.100 | 0 / 1 of 1 | 30 s |" in filled
+
+
+def test_seeds_that_nothing_was_chosen_by_have_a_table_of_their_own_and_one_by_task(page, monkeypatch):
+    """Only their draws count in it; by task there are all seeds, for rows with every task."""
+    monkeypatch.setattr(studies, "UNSEEN", {"steps": frozenset({2, 3})})
+    text = studies.filled(page)
+    fresh = text.split("Of these, seeds 2 to 3, 4 draws:")[1].split("Points by task")[0]
+    assert "| norm-tuning | 51.3 | 1.000 | 0.125 | −2.0 | +0.100 | 0 / 3 of 3 | 30 s |" in fresh
+    by_task = text.split("Points by task")[1]
+    assert "| | a | b |" in by_task
+    assert "| norm-tuning | −2.0 ± 0.0 | −2.0 ± 0.0 |" in by_task
+    assert "icl" not in by_task
