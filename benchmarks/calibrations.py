@@ -10,13 +10,12 @@ the file, and a second run computes only the missing ones. Then the table betwee
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.draws import completed, fill
+from benchmarks.draws import completed, fill, parser
 from benchmarks.table import commit
 from ofa.adaptation import adapt
 from ofa.comparison.outcomes import Draw, Problem
@@ -27,7 +26,7 @@ from ofa.methods.calibrating import KINDS, calibration, held_out_by_folds
 from ofa.models.load import LoadedModel, load_model
 from ofa.report.formatting import percent
 from ofa.report.statistics import FEWEST_PAIRS, Difference, paired_difference
-from ofa.tasks import DEMO_TASKS, class_balanced, few_shot, load_task
+from ofa.tasks import class_balanced, few_shot, load_task
 
 BASE = "fixed"
 """The default, which the other kinds are set against."""
@@ -59,7 +58,7 @@ class Line:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the missing draws, and write the table into the page."""
-    options = _parser().parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     loaded = load_model(options.model, dtype=options.dtype, device="cpu")
     settings = {"max_steps": options.max_steps} if options.max_steps else {}
 
@@ -140,20 +139,6 @@ def _against(found: Difference | None) -> list[str]:
     ends = found.interval if found.pairs >= FEWEST_PAIRS else None
     within = f" [{ends.low:+.3f}, {ends.high:+.3f}]" if ends else ""
     return [f"{found.mean:+.3f}{within}", f"{found.losses} / {found.wins}"]  # less is better
-
-
-def _parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, required=True, help="file of finished draws, one JSON line each")
-    found.add_argument("--page", type=Path, help="page to write the table into, such as docs/studies.md")
-    found.add_argument("--model", help="hub id or folder; the embedded SmolLM2-135M-Instruct without it")
-    found.add_argument("--dtype", default="bfloat16", help="dtype of the model, by default that of the studies")
-    found.add_argument("--tasks", nargs="+", default=list(DEMO_TASKS), help="embedded tasks, or folders with task.json")
-    found.add_argument("--seeds", nargs="+", type=int, default=[42], help="draws of the shots")
-    found.add_argument("--shots", type=int, default=5, help="labelled examples per class")
-    found.add_argument("--test-size", type=int, default=200, help="class-balanced test examples")
-    found.add_argument("--max-steps", type=int, help="optimizer steps; without it those of `ofa fit`")
-    return found
 
 
 if __name__ == "__main__":

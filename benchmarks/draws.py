@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ofa.tasks import DEMO_TASKS
 
 L = TypeVar("L")
 """A dataclass with fields `task`, the name without its folder, and `seed`."""
@@ -38,3 +41,18 @@ def fill(page: Path, name: str, table: str) -> None:
     place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     text = place.sub(lambda found: found[1] + table + found[2], page.read_text(encoding="utf-8"))
     page.write_text(text, encoding="utf-8")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a command that measures draws and fills a page."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, required=True, help="file of finished draws, one JSON line each")
+    found.add_argument("--page", type=Path, help="page to write the table into, such as docs/studies.md")
+    found.add_argument("--model", help="hub id or folder; the embedded SmolLM2-135M-Instruct without it")
+    found.add_argument("--dtype", default="bfloat16", help="dtype of the model, by default that of the studies")
+    found.add_argument("--tasks", nargs="+", default=list(DEMO_TASKS), help="embedded tasks, or folders with task.json")
+    found.add_argument("--seeds", nargs="+", type=int, default=[42], help="draws of the shots")
+    found.add_argument("--shots", type=int, default=5, help="labelled examples per class")
+    found.add_argument("--test-size", type=int, default=200, help="class-balanced test examples")
+    found.add_argument("--max-steps", type=int, help="optimizer steps; without it those of `ofa fit`")
+    return found
