@@ -42,6 +42,7 @@ from benchmarks.workloads import (
 _MLP, _DIAGONAL = (import_module(f"ofa_kernels.reference.{name}") for name in ("mlp_curvature", "branch_diagonal"))
 
 WORKLOADS = (
+    SMOLLM2_135M.of(4, 25),  # a batch of `ofa fit` on short texts
     SMOLLM2_135M.of(10, 48),
     SMOLLM2_135M.of(10, 128),
     SMOLLM2_135M.of(2, 1024),
