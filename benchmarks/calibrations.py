@@ -15,18 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.draws import completed, fill, parser
+from benchmarks.draws import drawn, run
 from benchmarks.table import commit
 from ofa.adaptation import adapt
 from ofa.comparison.outcomes import Draw, Problem
-from ofa.comparison.plan import TEST_SEED
 from ofa.evaluation.scores import metrics
 from ofa.methods import method
 from ofa.methods.calibrating import KINDS, calibration, held_out_by_folds
-from ofa.models.load import LoadedModel, load_model
+from ofa.models.load import LoadedModel
 from ofa.report.formatting import percent
 from ofa.report.statistics import FEWEST_PAIRS, Difference, paired_difference
-from ofa.tasks import class_balanced, few_shot, load_task
 
 BASE = "fixed"
 """The default, which the other kinds are set against."""
@@ -58,30 +56,18 @@ class Line:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the missing draws, and write the table into the page."""
-    options = parser(__doc__).parse_args(arguments)
-    loaded = load_model(options.model, dtype=options.dtype, device="cpu")
-    settings = {"max_steps": options.max_steps} if options.max_steps else {}
-
-    def one(task: str, seed: int) -> Line:
-        return measured(loaded, task, seed, options.shots, options.test_size, settings)
-
-    lines = completed(options.out, Line, options.tasks, options.seeds, one)
-    print(table(lines))
-    if options.page:
-        fill(options.page, "calibrations", table(lines))
+    run("calibrations", __doc__, Line, measured, table, arguments)
 
 
 def measured(
     loaded: LoadedModel, task: str, seed: int, shots: int, test_size: int, settings: Mapping[str, int]
 ) -> Line:
     """Fit the folds and the shots once, and calibrate the model of the shots in every way."""
-    data = load_task(task)
-    drawn = few_shot(data.train, data.task.labels, shots, seed)
-    tested = class_balanced(data.test, data.task.labels, test_size, TEST_SEED)
+    data, examples, tested = drawn(task, shots, seed, test_size)
     fit = method("norm-tuning")
     start = time.thread_time()
     held_out = held_out_by_folds(
-        lambda part: fit(loaded.model, loaded.tokenizer, data.task, part, seed, **settings), data.task, drawn.examples
+        lambda part: fit(loaded.model, loaded.tokenizer, data.task, part, seed, **settings), data.task, examples
     )
     folded = time.thread_time()
     with adapt(loaded.model, loaded.tokenizer, data, shots, seed, calibrate="none", **settings).predictor as predictor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ofa.tasks import DEMO_TASKS
+from ofa.comparison.plan import TEST_SEED
+from ofa.models.load import LoadedModel, load_model
+from ofa.tasks import DEMO_TASKS, Example, TaskData, class_balanced, few_shot, load_task
 
 L = TypeVar("L")
 """A dataclass with fields `task`, the name without its folder, and `seed`."""
@@ -34,6 +36,37 @@ def completed(
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(found + "\n")
     return read(file, line)
+
+
+def drawn(
+    task: str, shots: int, seed: int, test_size: int
+) -> tuple[TaskData, tuple[Example, ...], tuple[Example, ...]]:
+    """A task, the shots of a seed, and its class-balanced test examples, as `ofa compare` draws them."""
+    data = load_task(task)
+    tested = class_balanced(data.test, data.task.labels, test_size, TEST_SEED)
+    return data, few_shot(data.train, data.task.labels, shots, seed).examples, tuple(tested)
+
+
+def run(
+    name: str,
+    description: str | None,
+    line: type[L],
+    measured: Callable[[LoadedModel, str, int, int, int, dict[str, int]], L],
+    table: Callable[[list[L]], str],
+    arguments: Sequence[str] | None,
+) -> None:
+    """Compute the missing draws by `measured(model, task, seed, shots, test size, settings)`, and fill the page."""
+    options = parser(description).parse_args(arguments)
+    loaded = load_model(options.model, dtype=options.dtype, device="cpu")
+    settings = {"max_steps": options.max_steps} if options.max_steps else {}
+
+    def one(task: str, seed: int) -> L:
+        return measured(loaded, task, seed, options.shots, options.test_size, settings)
+
+    lines = completed(options.out, line, options.tasks, options.seeds, one)
+    print(table(lines))
+    if options.page:
+        fill(options.page, name, table(lines))
 
 
 def fill(page: Path, name: str, table: str) -> None:

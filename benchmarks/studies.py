@@ -32,6 +32,7 @@ PAGES = (Path("docs/results.md"), Path("docs/studies.md"))
 FIGURES = Path("docs/figures")
 UNSEEN = {"confirmation": frozenset({102, 103, 104})}
 """Seeds of a study of which no result was known when the default was chosen; they have a table of their own."""
+RESAMPLES = 2000
 _PLACE = re.compile(r"<!-- study (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HEAD = (
     "| | accuracy | NLL | ECE | accuracy, points | NLL | better / worse | fit |",
@@ -88,15 +89,30 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def by_task(rows: Mapping[Row, Mapping[Draw, Outcome]], base: Row) -> str:
-    """Gains in points by task, mean ± standard error over the seeds, of the rows that share every task with `base`."""
+    """Gains in points by task, mean ± standard error over the seeds, of the rows that share every task with `base`.
+
+    The last column is the mean over all draws, with the 95 % interval if tasks are resampled, and seeds within them.
+    """
     tasks = sorted({draw.problem.task for draw in rows[base]})
-    lines = [f"| | {' | '.join(tasks)} |", f"|{'---|' * (len(tasks) + 1)}"]
+    lines = [f"| | {' | '.join(tasks)} | all, whole tasks resampled |", f"|{'---|' * (len(tasks) + 2)}"]
     for row in rows:
         gains = [_gains(rows[row], rows[base], task) for task in tasks]
         if row != base and all(len(part) > 1 for part in gains):
             told = [f"{points(part.mean())} ± {100 * part.std(ddof=1) / len(part) ** 0.5:.1f}" for part in gains]
+            told.append(f"{points(np.concatenate(gains).mean())} {points_interval(_over_tasks(gains))}")
             lines.append(f"| {row.label} | {' | '.join(told)} |")
     return "\n".join(lines)
+
+
+def _over_tasks(gains: Sequence[NDArray[np.float64]]) -> Interval:
+    """The interval of the mean over tasks, which are resampled as a whole, and their seeds within them."""
+    random = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        tasks = [gains[place] for place in random.integers(len(gains), size=len(gains))]
+        means.append(np.mean([random.choice(part, len(part)).mean() for part in tasks]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(low), float(high))
 
 
 def _gains(outcomes: Mapping[Draw, Outcome], base: Mapping[Draw, Outcome], task: str) -> NDArray[np.float64]:
@@ -183,7 +199,8 @@ def _section(name: str) -> str:
             fresh = with_seeds(chosen, UNSEEN[name])
             seeds = f"seeds {min(UNSEEN[name])} to {max(UNSEEN[name])}"
             parts += ["", f"Of these, {seeds}, {len(fresh[base])} draws:", "", table(study(fresh, base))]
-            parts += ["", "Points by task, all seeds, mean ± standard error:", "", by_task(chosen, base)]
+            parts += ["", "Points by task, mean ± standard error over the seeds:", "", by_task(chosen, base)]
+            parts += ["", f"The same of {seeds} alone:", "", by_task(fresh, base)]
         parts += ["", f"![Differences](figures/{path.name})"]
     command = f"ofa compare --config studies/{name}.yaml --out studies/records/{name}"
     if written.get("screened"):

@@ -13,17 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.draws import completed, fill, parser
+from benchmarks.draws import drawn, run
 from benchmarks.table import commit
 from ofa.comparison.outcomes import Draw, Problem
-from ofa.comparison.plan import TEST_SEED
 from ofa.evaluation.calibration import Calibration
 from ofa.evaluation.scores import metrics
 from ofa.methods import method
-from ofa.models.load import LoadedModel, load_model
+from ofa.models.load import LoadedModel
 from ofa.report.formatting import percent
 from ofa.report.statistics import FEWEST_PAIRS, paired_difference
-from ofa.tasks import class_balanced, few_shot, load_task
 
 ROWS: Mapping[str, tuple[str, Mapping[str, bool]]] = {
     "relative steps": ("norm-tuning", {}),
@@ -56,31 +54,19 @@ class Line:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the missing draws, and write the table into the page."""
-    options = parser(__doc__).parse_args(arguments)
-    loaded = load_model(options.model, dtype=options.dtype, device="cpu")
-    settings = {"max_steps": options.max_steps} if options.max_steps else {}
-
-    def one(task: str, seed: int) -> Line:
-        return measured(loaded, task, seed, options.shots, options.test_size, settings)
-
-    lines = completed(options.out, Line, options.tasks, options.seeds, one)
-    print(table(lines))
-    if options.page:
-        fill(options.page, "temperatures", table(lines))
+    run("temperatures", __doc__, Line, measured, table, arguments)
 
 
 def measured(
     loaded: LoadedModel, task: str, seed: int, shots: int, test_size: int, settings: Mapping[str, int]
 ) -> Line:
     """Fit every row to the shots, and measure it at every temperature."""
-    data = load_task(task)
-    drawn = few_shot(data.train, data.task.labels, shots, seed)
-    tested = class_balanced(data.test, data.task.labels, test_size, TEST_SEED)
+    data, examples, tested = drawn(task, shots, seed, test_size)
     truth = [example.label for example in tested]
     found = {}
     for row, (name, own) in ROWS.items():
         fit = method(name)
-        with fit(loaded.model, loaded.tokenizer, data.task, drawn.examples, seed, **own, **settings) as predictor:
+        with fit(loaded.model, loaded.tokenizer, data.task, examples, seed, **own, **settings) as predictor:
             scores = predictor.scorer.log_probabilities([example.text for example in tested])
         found[row] = [
             metrics(Calibration(temperature).apply(scores).exp(), truth, data.task.labels)

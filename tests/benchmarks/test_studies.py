@@ -95,6 +95,6 @@ def test_seeds_that_nothing_was_chosen_by_have_a_table_of_their_own_and_one_by_t
     fresh = text.split("Of these, seeds 2 to 3, 4 draws:")[1].split("Points by task")[0]
     assert "| norm-tuning | 51.3 | 1.000 | 0.125 | −2.0 | +0.100 | 0 / 3 of 3 | 30 s |" in fresh
     by_task = text.split("Points by task")[1]
-    assert "| | a | b |" in by_task
-    assert "| norm-tuning | −2.0 ± 0.0 | −2.0 ± 0.0 |" in by_task
+    assert "| | a | b | all, whole tasks resampled |" in by_task
+    assert "| norm-tuning | −2.0 ± 0.0 | −2.0 ± 0.0 | −2.0 [−2.0, −2.0] |" in by_task
     assert "icl" not in by_task
